@@ -1,0 +1,45 @@
+# make run   trains the default experiment      make test   lint, types and tests
+# Both make .venv first, once; a second call installs nothing.
+
+PYTHON ?= python3
+CONFIG ?= configs/lstm_digits.toml
+# What `make test` installs besides the package; EXTRAS=test,oracles adds the live peers.
+EXTRAS ?= test
+
+comma := ,
+venv := .venv/bin
+
+.PHONY: run test lint types format clean
+
+run: .venv/installed-experiments
+	$(venv)/python -m experiments run $(CONFIG)
+
+test: .venv/installed-$(subst $(comma),-,$(EXTRAS)) lint types
+	$(venv)/python -m pytest
+
+lint: .venv/installed-$(subst $(comma),-,$(EXTRAS))
+	$(venv)/ruff format --check --quiet
+	$(venv)/ruff check --quiet
+
+types: .venv/installed-$(subst $(comma),-,$(EXTRAS))
+	$(venv)/mypy
+
+format: .venv/installed-test
+	$(venv)/ruff format
+	$(venv)/ruff check --fix
+
+.venv/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rnnattn needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/installed-experiments: .venv/python pyproject.toml
+	$(venv)/python -m pip install --quiet --disable-pip-version-check --editable '.[experiments]'
+	touch $@
+
+.venv/installed-$(subst $(comma),-,$(EXTRAS)): .venv/python pyproject.toml
+	$(venv)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,80 @@
+"""The plain twins: the same equations, one step after another, under JAX's own differentiation.
+
+Each function here equals its namesake in `rnnattn` and has no rule of its own, so that every
+transformation applies: `jax.jvp`, `jacfwd`, `linearize`. It is the oracle of the tests, and the
+plain way to say what the fast one computes.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from rnnattn.recurrent import (
+    LSTMParams,
+    LSTMState,
+    _advance,
+    _check_array,
+    _check_sequence,
+    _dot,
+    _full_state,
+    _halve_params,
+    _steps,
+    _Variant,
+    _where,
+)
+
+
+def lstm(
+    params: LSTMParams,
+    x: Float[Array, "... D"],
+    state: LSTMState | None = None,
+    *,
+    lengths: Int[Array, " B"] | None = None,
+    resets: Bool[Array, "..."] | None = None,
+    reverse: bool = False,
+    time_major: bool = False,
+    clip: float | None = None,
+    coupled: bool = False,
+) -> tuple[Float[Array, "... R"], LSTMState]:
+    """`rnnattn.lstm` as a scan over single steps.
+
+    Gradient: JAX's own, in every mode.
+    Example:
+        >>> import jax, rnnattn
+        >>> params = rnnattn.init_lstm(jax.random.key(0), input_size=3, hidden_size=5)
+        >>> x = jnp.ones((2, 7, 3))
+        >>> (y, state), (dy, dstate) = jax.jvp(lambda x: lstm(params, x), (x,), (x,))
+        >>> dy.shape
+        (2, 7, 5)
+    """
+    _check_sequence("reference.lstm", params, x, state, lengths, resets, time_major, clip)
+    if not time_major:
+        x = jnp.swapaxes(x, 0, 1)
+        resets = None if resets is None else jnp.swapaxes(resets, 0, 1)
+    halved, variant = _halve_params(params), _Variant(clip, coupled)
+
+    def step(state, inputs):
+        x, valid, fresh = inputs
+        from_x = _dot(_where(valid, x, 0), halved.w_x) + halved.b[None]
+        state, _ = _advance(halved, from_x, state, valid, fresh, variant)
+        return state, _where(valid, state.h, 0)
+
+    steps = _steps(x, lengths, resets, reverse)
+    final, y = lax.scan(step, _full_state(params, state, x.shape[1]), steps, reverse=reverse)
+    return (y if time_major else jnp.swapaxes(y, 0, 1)), final
+
+
+def lstm_step(
+    params: LSTMParams,
+    x: Float[Array, "B D"],
+    state: LSTMState,
+    *,
+    clip: float | None = None,
+    coupled: bool = False,
+) -> LSTMState:
+    """`rnnattn.lstm_step` without its rule.
+
+    Gradient: JAX's own, in every mode.
+    """
+    _check_array("reference.lstm_step", "x", x, "(B, D)")
+    return lstm(params, x[None], state, time_major=True, clip=clip, coupled=coupled)[1]
