@@ -249,13 +249,15 @@ def _scan_chunks(chunk, carry, per_step, per_chunk, length, reverse):
     whole, rest = divmod(T, length)
     cut = whole * length
     split = lambda a: a[:cut].reshape(whole, length, *a.shape[1:])
+    join = lambda a: a.reshape(cut, *a.shape[2:])
     body = (jax.tree.map(split, per_step), jax.tree.map(lambda a: a[:whole], per_chunk))
-    tail = (jax.tree.map(lambda a: a[cut:], per_step), jax.tree.map(lambda a: a[-1], per_chunk))
+    if rest:
+        tail = (jax.tree.map(lambda a: a[cut:], per_step), jax.tree.map(lambda a: a[-1], per_chunk))
 
     if rest and reverse:
         carry, (last_step, last_chunk) = chunk(carry, tail)
     carry, (per_step, per_chunk) = lax.scan(chunk, carry, body, reverse=reverse, unroll=whole == 1)
-    per_step = jax.tree.map(lambda a: a.reshape(cut, *a.shape[2:]), per_step)
+    per_step = jax.tree.map(join, per_step)
     if rest and not reverse:
         carry, (last_step, last_chunk) = chunk(carry, tail)
     if rest:
@@ -406,7 +408,10 @@ def _full_state(params, state, B):
 
 def _steps(x, lengths, resets, reverse):
     """The masks of a time-major x; a reset past a row's length counts for nothing."""
-    valid = None if lengths is None else jnp.arange(x.shape[0])[:, None] < lengths[None, :]
+    valid = None
+    if lengths is not None:
+        steps = jnp.arange(x.shape[0], dtype=jnp.int32)
+        valid = steps[:, None] < lengths.astype(jnp.int32)[None, :]
     if resets is None:
         return _Steps(x, valid, None)
     if valid is not None:

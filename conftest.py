@@ -2,8 +2,16 @@
 
 import jax
 import matplotlib
+import pytest
 
 matplotlib.use("Agg")
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True)
+def _examples_run_as_users_run_them(request):
+    """The examples of docstrings see JAX's default precision."""
+    with jax.enable_x64(not isinstance(request.node, pytest.DoctestItem)):
+        yield

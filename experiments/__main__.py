@@ -1,0 +1,143 @@
+"""The command line: `python -m experiments run CONFIG` and `python -m experiments list`."""
+
+import dataclasses
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from experiments import lstm_adding, lstm_digits, runs
+from experiments.config import UsageError, check, claim, read, to_table
+
+EXPERIMENTS: dict[str, Any] = {"lstm_adding": lstm_adding, "lstm_digits": lstm_digits}
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+PROGRAM = "python -m experiments"
+
+
+@dataclass(frozen=True)
+class List:
+    """Name every config, with its claim."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What can be said of any run."""
+
+    name: str | None = None
+    """Name of the run; without one, the run is named by the time."""
+    output: Path = Path("outputs")
+    """Folder that runs are kept in, as OUTPUT/CONFIG/NAME."""
+    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Replace the run of that name."""
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Go on with the run of that name (not possible yet)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Options):
+    """Run the experiment of a config file, and keep what comes of it in a folder of its own.
+
+    Every field of the config is an option too: `run CONFIG --help` lists them with their values.
+    """
+
+    path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
+    """A TOML file, as configs/lstm_digits.toml; it comes first."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Do what the arguments ask; 0 if done, 1 if the run failed, 2 if it could not be asked for."""
+    try:
+        if len(arguments) > 1 and arguments[0] == "run" and not arguments[1].startswith("-"):
+            return _run(Path(arguments[1]), arguments[2:])
+        command = tyro.cli(
+            Run | List,
+            args=arguments,
+            prog=PROGRAM,
+            description="Sequence models with hand-derived gradients, trained from config files.",
+        )
+        if isinstance(command, Run):
+            raise UsageError(f"run: the config comes first: {PROGRAM} run {command.path} ...")
+        return _list()
+    except UsageError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"stopped: {error}; a lower --train.learning-rate may help", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _options(path: Path, experiment: str, config: Any, arguments: Sequence[str]) -> Any:
+    """The `Options` given, with those of the config's fields beside them as `config`."""
+    kind: Any = type(config)
+    options = dataclasses.make_dataclass(
+        "Options",
+        # without a name, the group gives its members no prefix
+        [("config", Annotated[kind, tyro.conf.arg(name="")], field(default=config))],
+        bases=(Options,),
+        frozen=True,
+    )
+    return tyro.cli(
+        options,
+        args=arguments,
+        prog=f"{PROGRAM} run {path}",
+        description=f"{claim(path)}\n\nExperiment {experiment}, with the values of {path}.",
+    )
+
+
+def _run(path: Path, arguments: Sequence[str]) -> int:
+    experiment, config = read(path, {name: e.Config for name, e in EXPERIMENTS.items()})
+    options = _options(path, experiment, config, arguments)
+    table = to_table(experiment, options.config)
+    fields = {key: value for key, value in table.items() if key != "experiment"}
+    config = check(type(config), fields, f"{path}, with the options given")
+    if options.resume:
+        raise UsageError("--resume: runs cannot be resumed yet; nothing was changed")
+    if options.overwrite and options.name is None:
+        raise UsageError("--overwrite: needs the --name of the run to replace")
+    folder = runs.create(
+        options.output, runs.group_of(path), options.name, overwrite=options.overwrite
+    )
+    command = shlex.join([*PROGRAM.split(), "run", str(path), *arguments])
+    runs.write_config(folder, to_table(experiment, config), command)
+    result = _record(EXPERIMENTS[experiment], config, folder)
+    for name, value in result.scores.items():
+        print(f"{name:32} {value:.6g}")
+    print(folder)
+    return 0
+
+
+def _record(module: Any, config: Any, folder: Path) -> Any:
+    """Run the experiment, and leave in the folder what it logs, what comes of it, and figures."""
+    clock = time.perf_counter()
+    with runs.metrics_log(folder) as log:
+        result = module.run(config, log)
+    summary = {"wall_seconds": time.perf_counter() - clock, "seed": config.seed}
+    runs.write_result(folder, result, summary | runs.surroundings())
+
+    from experiments.figures import curves
+
+    curves(runs.read_metrics(folder), module.LABELS).savefig(folder / runs.CURVES)
+    module.plot(runs.read_result(folder, module.Result)).savefig(folder / runs.FIGURE)
+    return result
+
+
+def _list() -> int:
+    paths = sorted(CONFIGS.glob("*.toml"))
+    names = [os.path.relpath(path) for path in paths]
+    width = max(map(len, names), default=0)
+    for name, path in zip(names, paths, strict=True):
+        print(f"{name:{width}}  {claim(path)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

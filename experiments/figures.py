@@ -1,0 +1,97 @@
+"""Figures: pure functions of results, in one palette that colour-blind readers can tell apart."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+
+# Okabe and Ito's palette
+BLACK, BLUE, ORANGE, GREEN, RED = "#000000", "#0072B2", "#E69F00", "#009E73", "#D55E00"
+SPLITS = {"train": (BLUE, "-"), "validation": (ORANGE, "--"), "test": (GREEN, "")}
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches, that needs no display."""
+    return Figure(figsize=(width, height), layout="constrained", dpi=130)
+
+
+def curves(records: Sequence[dict[str, Any]], labels: Mapping[str, str]) -> Figure:
+    """The metrics that have a label, of every split, against the step."""
+    names = list(labels)
+    figure = new_figure(5.5 * len(names), 4)
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for split, (colour, line) in SPLITS.items():
+            points = [(r["step"], r[name]) for r in records if r["split"] == split and name in r]
+            if points:
+                x, y = zip(*points, strict=True)
+                marker = "o" if len(points) == 1 else ""
+                axes.plot(x, y, color=colour, linestyle=line, marker=marker, label=split)
+        if name == "loss":
+            axes.set_yscale("log")
+        axes.set(xlabel="optimiser step", ylabel=labels[name])
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return figure
+
+
+def loss_curve(axes: Axes, steps: Any, losses: Any, baseline: str, level: float) -> None:
+    """The training loss on a log scale, with a level to be beaten."""
+    axes.plot(steps, losses, color=BLUE, label="training loss")
+    axes.axhline(level, color=BLACK, linestyle="--", label=baseline)
+    axes.set(xlabel="optimiser step", ylabel="mean squared error", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def predicted_against_true(axes: Axes, true: Any, predicted: Any, tolerance: float) -> None:
+    """A scatter round the diagonal, with a band of the tolerance."""
+    ends = np.array([min(true.min(), predicted.min()), max(true.max(), predicted.max())])
+    band = f"true sum ± {tolerance}"
+    axes.fill_between(ends, ends - tolerance, ends + tolerance, color=ORANGE, alpha=0.4, label=band)
+    axes.scatter(true, predicted, s=9, color=BLUE, alpha=0.6, linewidths=0, label="test sequence")
+    axes.set(xlabel="true sum", ylabel="predicted sum", aspect="equal")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper left")
+
+
+def digit_gallery(
+    figure: SubFigure, images: Any, labels: Any, probabilities: Any, order: Sequence[int]
+) -> None:
+    """The first 30 images of `order` with prediction and probability; the wrong ones framed."""
+    grid = figure.subplots(5, 6)
+    predictions = probabilities.argmax(axis=-1)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+        axes.axis("off")
+    for axes, index in zip(grid.flat, order, strict=False):
+        guess, label = predictions[index], labels[index]
+        right = guess == label
+        axes.axis("on")
+        axes.imshow(images[index], cmap="gray_r", vmin=0, vmax=1)
+        text = f"{guess}" if right else f"{guess}, is {label}"
+        text += f"  ({probabilities[index, guess]:.0%})"
+        axes.set_title(text, fontsize=8, color=BLACK if right else RED)
+        for spine in axes.spines.values():
+            spine.set(color="0.8" if right else RED, linewidth=0.8 if right else 2.5)
+    figure.suptitle("Read as (probability); mistakes first, framed", fontsize=10)
+
+
+def confusion_matrix(figure: SubFigure, labels: Any, predictions: Any) -> None:
+    """How many digits of each label were read as which."""
+    counts = np.zeros((10, 10), np.int64)
+    np.add.at(counts, (labels, predictions), 1)
+    axes = figure.subplots()
+    # the square root keeps a single mistake visible beside dozens of hits
+    axes.imshow(np.sqrt(counts), cmap="Blues")
+    for (row, column), count in np.ndenumerate(counts):
+        if count:
+            bright = count > counts.max() / 3
+            colour = "white" if bright else BLACK if row == column else RED
+            weight = "normal" if row == column else "bold"
+            axes.text(
+                column, row, str(count), ha="center", va="center", color=colour, fontweight=weight
+            )
+    axes.set(xticks=range(10), yticks=range(10), xlabel="read as", ylabel="is")
+    figure.suptitle("Confusion matrix, in test digits", fontsize=10)

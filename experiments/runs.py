@@ -1,0 +1,149 @@
+"""A run's folder, `<output>/<config's name>/<run's name>/`, and what it holds.
+
+    config.toml    the resolved config, which runs again as it stands
+    metrics.jsonl  one line for each logged step
+    summary.json   final scores, times, versions and machine
+    result.npz     the arrays that the figure is drawn from
+    curves.png, figure.png
+
+Every key of the metrics and the summary that depends on the clock ends in `_seconds` or
+`_per_second`; the rest is the same when the run is repeated.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tomli_w
+
+from experiments.config import UsageError
+
+CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
+RESULT, CURVES, FIGURE = "result.npz", "curves.png", "figure.png"
+
+
+def group_of(config_path: Path) -> str:
+    """The folder that runs of a config belong in: the config's name, or that of a run's group."""
+    inside_run = config_path.name == CONFIG and (config_path.parent / METRICS).is_file()
+    return config_path.resolve().parent.parent.name if inside_run else config_path.stem
+
+
+def create(output: Path, group: str, name: str | None, *, overwrite: bool = False) -> Path:
+    """A new, empty run folder; without a `name`, one named by the time, which is always new.
+
+    Raises:
+        UsageError: if the name is no plain file name, if it is taken, or if nothing can be written.
+    """
+    if name is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
+        raise UsageError(
+            f"--name: {name!r} is no name for a folder; use letters, digits, '.', '_' and '-'"
+        )
+    try:
+        (output / group).mkdir(parents=True, exist_ok=True)
+        if name is None:
+            return _create_unique(output / group)
+        folder = output / group / name
+        if overwrite and os.path.lexists(folder):
+            _remove(folder)
+        folder.mkdir()
+        return folder
+    except FileExistsError as error:
+        if name is None or not os.path.lexists(output / group / name):
+            raise UsageError(f"--output: {error.filename} is in the way, and no folder") from None
+        raise UsageError(
+            f"--name: {output / group / name} exists; choose another name, or --overwrite it"
+        ) from None
+    except OSError as error:
+        raise UsageError(f"--output: cannot write {error.filename}: {error.strerror}") from None
+
+
+def write_config(folder: Path, table: Mapping[str, Any], command: str) -> None:
+    """Keep the resolved config, headed by the command that it came from."""
+    header = f"# The resolved config of: {command}\n"
+    (folder / CONFIG).write_text(header + tomli_w.dumps(table), encoding="utf-8")
+
+
+@contextmanager
+def metrics_log(folder: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """A function that appends a record to the run's metrics, at once."""
+    with (folder / METRICS).open("w", encoding="utf-8") as lines:
+
+        def log(record: Mapping[str, Any]) -> None:
+            lines.write(json.dumps(record, allow_nan=False) + "\n")
+            lines.flush()
+
+        yield log
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run, in order."""
+    with (folder / METRICS).open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def write_result(folder: Path, result: Any, summary: Mapping[str, Any]) -> None:
+    """Keep a result: its arrays, and its scores at the head of the summary."""
+    np.savez_compressed(folder / RESULT, allow_pickle=False, **_arrays(result))
+    text = json.dumps({**result.scores, **summary}, indent=2, allow_nan=False)
+    (folder / SUMMARY).write_text(text + "\n", encoding="utf-8")
+
+
+def read_result(folder: Path, result: Any) -> Any:
+    """The result that `write_result` kept, of the NamedTuple type `result`."""
+    summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    with np.load(folder / RESULT, allow_pickle=False) as arrays:
+        return result(**arrays, scores=summary)
+
+
+def surroundings() -> dict[str, Any]:
+    """The versions and the machine that a number was measured with."""
+    device = jax.devices()[0]
+    packages = ("jax", "jaxlib", "numpy", "optax", "rnnattn")
+    return {
+        "versions": {"python": platform.python_version()}
+        | {name: _version(name) for name in packages},
+        "device": f"{device.platform}: {device.device_kind}",
+        "devices": jax.device_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+    }
+
+
+def _create_unique(parent: Path) -> Path:
+    stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    for suffix in range(1, 1000):
+        folder = parent / (stamp if suffix == 1 else f"{stamp}_{suffix}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
+    raise UsageError(f"--output: a thousand runs of this second are in {parent}; give a --name")
+
+
+def _remove(folder: Path) -> None:
+    if folder.is_symlink() or not (folder / CONFIG).is_file():
+        raise UsageError(f"--overwrite: {folder} is not the folder of a run; it stays as it is")
+    shutil.rmtree(folder)
+
+
+def _arrays(result: Any) -> dict[str, np.ndarray]:
+    return {k: v for k, v in result._asdict().items() if isinstance(v, np.ndarray)}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,251 @@
+"""The one training loop: it takes a loss and an optimiser, and knows no model.
+
+A loss is `loss(params, batch, key) -> (scalar, metrics)`, where `key` is for whatever is random in
+it. A batch function is `batch(step) -> pytree of arrays`: as the data's order follows from the step
+alone, the step is all there is to say about where a run stands.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int32, PRNGKeyArray, PyTree
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from experiments.config import Count, Fraction, NonNegative, Positive
+
+Metrics = Mapping[str, Float[Array, ""]]
+Loss = Callable[[Any, Any, PRNGKeyArray], tuple[Float[Array, ""], Metrics]]
+Record = dict[str, int | float | str]
+"""One line of metrics: `step` (how many are done), `split`, and values by name."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The optimiser (AdamW), its schedule, and how often to look."""
+
+    steps: Count = 20
+    """Optimiser steps."""
+    batch_size: Count = 16
+    """Examples in each step."""
+    learning_rate: Positive = 1e-2
+    """Highest learning rate of the schedule."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """After the warm-up: stay at the learning rate, or fall to zero along a cosine."""
+    warmup: Fraction = 0.05
+    """Share of the steps over which the learning rate rises from zero."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay, multiplied by the learning rate."""
+    clip_norm: Positive = 1.0
+    """Gradients longer than this, in global norm, are scaled back to it."""
+    log_every: Count = 5
+    """Steps between two lines of training metrics, which are means over those steps."""
+    evaluate_every: Count = 10
+    """Steps between two evaluations on held-out data."""
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes."""
+
+    step: Int32[Array, ""]
+    params: PyTree
+    optimizer: PyTree
+
+
+class Trained(NamedTuple):
+    """What training leaves behind."""
+
+    params: PyTree
+    records: list[Record]
+    compile_seconds: float
+    train_seconds: float
+
+
+def ignore(record: Record) -> None:
+    """Log nothing."""
+
+
+def make_schedule(config: TrainConfig) -> optax.Schedule:
+    """Learning rate by step: a linear rise from zero, then constant or a cosine down to zero."""
+    warmup = round(config.warmup * config.steps)
+    if config.schedule == "cosine":
+        rest = optax.cosine_decay_schedule(config.learning_rate, config.steps - warmup)
+    else:
+        rest = optax.constant_schedule(config.learning_rate)
+    rise = optax.linear_schedule(0.0, config.learning_rate, warmup + 1)
+    # step 0 takes the first non-zero value of the rise: no step is spent on a rate of zero
+    return optax.join_schedules([lambda step: rise(step + 1), rest], [warmup])
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """AdamW along the config's schedule, after clipping by global norm."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(make_schedule(config), weight_decay=config.weight_decay),
+    )
+
+
+def start(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def make_step(
+    loss: Loss, optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, Any, PRNGKeyArray], tuple[TrainState, Metrics]]:
+    """One step of the optimiser: (state, batch, key) to the next state and the batch's metrics."""
+
+    def train_step(state, batch, key):
+        key = jax.random.fold_in(key, state.step)
+        gradient = jax.value_and_grad(loss, has_aux=True)
+        (value, metrics), grads = gradient(state.params, batch, key)
+        # optax mixes its integer counts with floats, which strict promotion refuses
+        with jax.numpy_dtype_promotion("standard"):
+            updates, moments = optimizer.update(grads, state.optimizer, state.params)
+            params = optax.apply_updates(state.params, updates)
+            norm = optax.tree.norm(grads)
+        return (
+            TrainState(state.step + 1, params, moments),
+            {"loss": value, **metrics, "gradient_norm": norm},
+        )
+
+    return train_step
+
+
+def fit(
+    loss: Loss,
+    params: PyTree,
+    optimizer: optax.GradientTransformation,
+    batch: Callable[[int], Any],
+    key: PRNGKeyArray,
+    *,
+    steps: int,
+    log_every: int,
+    evaluate_every: int,
+    evaluations: Mapping[str, Callable[[Any], Metrics]],
+    final: Mapping[str, Callable[[Any], Metrics]],
+    log: Callable[[Record], None] = ignore,
+) -> Trained:
+    """Train for `steps` steps, logging means of the metrics and evaluations on the way.
+
+    The device is waited for at the logged steps only. Compilation happens once, beforehand.
+
+    Args:
+        evaluations: by the name of a split, metrics of the parameters on it; also after the end.
+        final: the same, but after the end only.
+        log: is given each record as it comes.
+
+    Raises:
+        FloatingPointError: if a metric is not finite, naming the first such step and the metric.
+    """
+    state = start(params, optimizer)
+    clock = time.perf_counter()
+    train_step = jax.jit(make_step(loss, optimizer)).lower(state, batch(0), key).compile()
+    evaluate, conclude = (
+        {split: jax.jit(f).lower(params).compile() for split, f in functions.items()}
+        for functions in (evaluations, final)
+    )
+    compile_seconds = time.perf_counter() - clock
+
+    records: list[Record] = []
+    window: list[Metrics] = []
+
+    def emit(step: int, split: str, values: Mapping[str, float]) -> None:
+        records.append({"step": step, "split": split, **values})
+        log(records[-1])
+
+    clock = since = time.perf_counter()
+    with _progress() as progress:
+        bar = progress.add_task("training", total=steps, values="")
+        for step in range(1, steps + 1):
+            state, metrics = train_step(state, batch(step - 1), key)
+            window.append(metrics)
+            if step % log_every == 0 or step == steps:
+                values = _mean(window, step)
+                speed = len(window) / (time.perf_counter() - since)
+                emit(step, "train", values | {"steps_per_second": speed})
+                progress.update(bar, completed=step, values=_brief(values, speed))
+                window, since = [], time.perf_counter()
+            if step % evaluate_every == 0 or step == steps:
+                paused = time.perf_counter()
+                due = evaluate | conclude if step == steps else evaluate
+                for split, f in due.items():
+                    emit(step, split, _mean([f(state.params)], step, f"{split} "))
+                since += time.perf_counter() - paused
+    return Trained(state.params, records, compile_seconds, time.perf_counter() - clock)
+
+
+def compare(
+    losses: Mapping[str, Loss],
+    params: PyTree,
+    optimizer: optax.GradientTransformation,
+    batch: Callable[[int], Any],
+    key: PRNGKeyArray,
+    *,
+    steps: int,
+) -> dict[str, float]:
+    """Take the first `steps` steps of a run under each of `losses`, turn by turn.
+
+    Returns:
+        `<name>_step_seconds`, the median time of a step under each, and
+        `<name>_<name>_loss_difference`, the largest relative difference of their losses at a step.
+    """
+    first = start(params, optimizer)
+    compiled = {
+        name: jax.jit(make_step(loss, optimizer)).lower(first, batch(0), key).compile()
+        for name, loss in losses.items()
+    }
+    states = dict.fromkeys(losses, first)
+    seconds: dict[str, list[float]] = {name: [] for name in losses}
+    difference = 0.0
+    for step in range(steps):
+        data = jax.block_until_ready(batch(step))
+        values = []
+        for name, train_step in compiled.items():
+            clock = time.perf_counter()
+            states[name], metrics = jax.block_until_ready(train_step(states[name], data, key))
+            seconds[name].append(time.perf_counter() - clock)
+            values.append(float(metrics["loss"]))
+        largest = max(map(abs, values)) or 1.0
+        difference = max(difference, (max(values) - min(values)) / largest)
+    medians = {f"{name}_step_seconds": float(np.median(t)) for name, t in seconds.items()}
+    return medians | {f"{'_'.join(losses)}_loss_difference": difference}
+
+
+def _mean(window: list[Metrics], last: int, split: str = "") -> dict[str, float]:
+    """Means over the window of metrics that ends with step `last`, which are all finite."""
+    fetched = jax.device_get(window)
+    # a compiled function returns its metrics sorted by name; the loss is to be named first
+    names = sorted(fetched[0], key=lambda name: name != "loss")
+    for step, metrics in enumerate(fetched, start=last - len(fetched) + 1):
+        for name in names:
+            if not np.isfinite(metrics[name]):
+                raise FloatingPointError(f"step {step}: {split}{name} is {metrics[name]}")
+    return {
+        name: float(np.mean([metrics[name] for metrics in fetched], dtype=np.float64))
+        for name in names
+    }
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[values]}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not (sys.stdout.isatty() and sys.stderr.isatty()),
+    )
+
+
+def _brief(values: Mapping[str, float], speed: float) -> str:
+    shown = [f"{name} {values[name]:.4f}" for name in ("loss", "accuracy") if name in values]
+    return "  ".join([*shown, f"{speed:.0f} steps/s"])

@@ -1,0 +1,154 @@
+"""A run keeps what it did, repeats itself, and is never overwritten unasked."""
+
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from experiments.__main__ import CONFIGS, main
+from experiments.runs import create
+from tests.experiments.test_configs import TINY
+
+DIGITS = str(CONFIGS / "lstm_digits.toml")
+
+
+def tiny(output: Path, *options: str, config: str = DIGITS) -> int:
+    sizes = TINY["lstm_digits"].split() if config == DIGITS else []
+    return main(["run", config, *sizes, "--output", str(output), *options])
+
+
+def timeless(record: dict) -> dict:
+    return {k: v for k, v in record.items() if not k.endswith(("_seconds", "_per_second"))}
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("a path with spaces")
+    assert tiny(output, "--name", "first", "--seed", "3") == 0
+    return output / "lstm_digits" / "first"
+
+
+def test_a_run_reproduces_itself_bitwise_from_its_saved_config(finished):
+    output = finished.parent.parent
+    assert tiny(output, "--name", "again", config=str(finished / "config.toml")) == 0
+    again = finished.parent / "again"
+    assert [timeless(r) for r in records(again)] == [timeless(r) for r in records(finished)]
+    first, second = (json.loads((f / "summary.json").read_text()) for f in (finished, again))
+    assert timeless(second) == timeless(first)
+    assert (again / "result.npz").read_bytes() == (finished / "result.npz").read_bytes()
+    first, second = (tomllib.loads((f / "config.toml").read_text()) for f in (finished, again))
+    assert second == first
+
+
+def test_metrics_hold_every_split_at_its_steps(finished):
+    steps = {split: [r["step"] for r in records(finished) if r["split"] == split]
+             for split in ("train", "validation", "test")}  # fmt: skip
+    assert steps == {"train": [2, 4], "validation": [2, 4], "test": [4]}
+
+
+def test_summary_says_what_with_and_how_long(finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["seed"] == 3
+    assert {"python", "jax", "jaxlib", "numpy", "rnnattn"} <= set(summary["versions"])
+    assert {
+        "test_loss", "test_accuracy", "validation_loss", "train_loss", "device", "cores",
+        "wall_seconds", "compile_seconds", "train_seconds",
+        "hand_step_seconds", "autodiff_step_seconds", "hand_autodiff_loss_difference",
+    } <= set(summary)  # fmt: skip
+
+
+def test_the_saved_config_names_the_command(finished):
+    head = (finished / "config.toml").read_text().splitlines()[0]
+    assert head.startswith("# ") and "python -m experiments run " in head and "--seed 3" in head
+
+
+def test_an_existing_run_is_left_as_it_is(finished, capsys):
+    before = {file: file.read_bytes() for file in finished.iterdir()}
+    output = finished.parent.parent
+    assert tiny(output, "--name", "first") == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and str(finished) in message and "exists" in message
+    assert tiny(output, "--name", "first", "--resume") == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "--resume" in message
+    assert {file: file.read_bytes() for file in finished.iterdir()} == before
+
+
+def test_overwrite_replaces_a_run(tmp_path):
+    folder = create(tmp_path, "lstm_digits", "old")
+    (folder / "config.toml").write_text("# a run")
+    (folder / "stale").touch()
+    assert tiny(tmp_path, "--name", "old", "--overwrite", "--compare-steps", "0") == 0
+    assert (folder / "summary.json").exists() and not (folder / "stale").exists()
+
+
+def test_overwrite_touches_nothing_that_is_not_a_run(tmp_path, capsys):
+    precious = tmp_path / "lstm_digits" / "precious"
+    precious.mkdir(parents=True)
+    (precious / "thesis.txt").touch()
+    assert tiny(tmp_path, "--name", "precious", "--overwrite") == 2
+    assert "not the folder of a run" in capsys.readouterr().err
+    assert (precious / "thesis.txt").exists()
+
+
+def test_overwrite_needs_a_name(tmp_path, capsys):
+    assert tiny(tmp_path, "--overwrite") == 2
+    assert "--name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["../out", "a/b", "..", ".", "", "/tmp/out", "a\nb"])
+def test_a_name_is_one_plain_folder(name, tmp_path, capsys):
+    assert tiny(tmp_path / "outputs", "--name", name, "--overwrite") == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "--name" in message
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_default_names_are_unique(tmp_path):
+    assert len({create(tmp_path, "group", None) for _ in range(5)}) == 5
+
+
+def test_an_output_that_is_no_folder_is_one_message(tmp_path, capsys):
+    blocked = tmp_path / "blocked"
+    blocked.touch()
+    for output in (blocked, blocked / "below"):
+        for name in ([], ["--name", "x"]):
+            assert tiny(output, *name) == 2
+            message = capsys.readouterr().err
+            assert message.count("\n") == 1 and "--output" in message and str(blocked) in message
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+def test_a_loss_that_is_not_finite_ends_the_run_naming_step_and_metric(tmp_path, capsys):
+    options = ["--train.learning-rate", "1e38", "--train.schedule", "constant"]
+    assert tiny(tmp_path, "--name", "hot", *options, "--train.warmup", "0") == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "step 2: loss is" in message
+    assert (tmp_path / "lstm_digits" / "hot" / "config.toml").exists()
+
+
+def test_the_module_is_a_command_that_is_silent_without_a_terminal(tmp_path):
+    command = [sys.executable, "-m", "experiments", "run", DIGITS, *TINY["lstm_digits"].split()]
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path), "--compare-steps", "0"],
+        capture_output=True, text=True, check=True, cwd=CONFIGS.parent,
+    )  # fmt: skip
+    assert done.stderr == ""
+    assert "test_accuracy" in done.stdout
+    assert len(list((tmp_path / "lstm_digits").iterdir())) == 1
+
+
+def test_a_bad_command_exits_with_two():
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments", "run", "configs/none.toml"],
+        capture_output=True, text=True, cwd=CONFIGS.parent,
+    )  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr

@@ -1,0 +1,134 @@
+"""The training loop, with models of one line."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments.training import TrainConfig, compare, fit, make_optimizer, make_schedule
+
+
+def square(params, batch, key):
+    return jnp.sum((params - batch) ** 2), {}
+
+
+def noisy(params, batch, key):
+    return jnp.sum(params * jax.random.normal(key, params.shape, params.dtype)), {}
+
+
+def train(loss, batch, key=0, **changes):
+    options: dict[str, Any] = (
+        dict(steps=7, log_every=3, evaluate_every=4, evaluations={}, final={}) | changes
+    )
+    params = jnp.array([4.0, 3.0], jnp.float32)
+    return fit(loss, params, optax.sgd(0.1), batch, jax.random.key(key), **options)
+
+
+def ones(step):
+    return np.ones(2, np.float32)
+
+
+def test_a_quadratic_reaches_its_minimum():
+    trained = train(square, ones, steps=100)
+    np.testing.assert_allclose(trained.params, 1, rtol=1e-6)
+
+
+def test_records_are_means_over_the_steps_since_the_last_and_the_rest_at_the_end():
+    losses = [r["loss"] for r in train(square, ones, log_every=1).records]
+    trained = train(square, ones)
+    assert [r["step"] for r in trained.records] == [3, 6, 7]
+    means = [np.mean(losses[:3]), np.mean(losses[3:6]), losses[6]]
+    np.testing.assert_allclose([r["loss"] for r in trained.records], means, rtol=1e-12)
+
+
+def test_evaluations_happen_on_their_steps_and_at_the_end():
+    first = lambda params: {"first": params[0]}
+    records = train(square, ones, evaluations={"a": first}, final={"b": first}).records
+    steps = [(r["split"], r["step"]) for r in records if r["split"] != "train"]
+    assert steps == [("a", 4), ("a", 7), ("b", 7)]
+
+
+def test_batches_are_asked_for_by_step():
+    asked = []
+
+    def batch(step):
+        asked.append(step)
+        return ones(step)
+
+    train(square, batch)
+    assert asked[-7:] == list(range(7))
+
+
+def test_randomness_follows_from_key_and_step():
+    losses = lambda **options: [
+        r["loss"] for r in train(noisy, ones, log_every=1, **options).records
+    ]
+    assert losses() == losses()
+    assert losses(steps=4) == losses()[:4]
+    assert losses(key=1) != losses()
+    assert len(set(losses())) == 7
+
+
+def test_the_step_is_traced_once():
+    traces = []
+
+    def counted(params, batch, key):
+        traces.append(1)
+        return square(params, batch, key)
+
+    train(counted, ones, steps=20)
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("log_every", [1, 4, 100])
+def test_the_first_step_that_is_not_finite_is_named(log_every):
+    batch = lambda step: np.full(2, np.nan if step >= 4 else 1, np.float32)
+    with pytest.raises(FloatingPointError, match=r"^step 5: loss is nan$"):
+        train(square, batch, log_every=log_every)
+
+
+def test_an_evaluation_that_is_not_finite_names_its_split():
+    with pytest.raises(FloatingPointError, match=r"^step 4: validation size is inf$"):
+        train(square, ones, evaluations={"validation": lambda p: {"size": p[0] / 0}})
+
+
+def test_the_schedule_rises_from_the_first_step_and_falls_to_zero():
+    config = TrainConfig(steps=100, warmup=0.1, learning_rate=2.0)
+    with jax.numpy_dtype_promotion("standard"):
+        rates = np.array([make_schedule(config)(jnp.int32(step)) for step in range(101)])
+    assert 0 < rates[0] < rates[1]
+    np.testing.assert_allclose(rates.max(), 2.0)
+    assert rates.argmax() == 10
+    np.testing.assert_allclose(rates[100], 0, atol=1e-12)
+    assert np.all(np.diff(rates[10:]) < 0)
+
+
+def test_a_constant_schedule_without_warmup_is_constant():
+    schedule = make_schedule(TrainConfig(schedule="constant", warmup=0.0, learning_rate=2.0))
+    with jax.numpy_dtype_promotion("standard"):
+        assert [float(schedule(jnp.int32(step))) for step in (0, 1, 99)] == [2.0] * 3
+
+
+def test_long_gradients_are_clipped_before_the_optimiser():
+    optimizer = make_optimizer(TrainConfig(clip_norm=1.0))
+    params = jnp.zeros(2, jnp.float32)
+    with jax.numpy_dtype_promotion("standard"):
+        state = optimizer.init(params)
+        _, state = optimizer.update(jnp.array([30.0, 40.0], jnp.float32), state, params)
+    moments = optax.tree.get(state, "mu")
+    np.testing.assert_allclose(moments, [0.06, 0.08], rtol=1e-6)
+
+
+def test_compare_sees_a_loss_that_differs():
+    def twice(params, batch, key):
+        return 2 * square(params, batch, key)[0], {}
+
+    rest = (jnp.zeros(2, jnp.float32), optax.sgd(0.1), ones, jax.random.key(0))
+    same = compare({"a": square, "b": square}, *rest, steps=3)
+    other = compare({"a": square, "b": twice}, *rest, steps=3)
+    assert same["a_b_loss_difference"] == 0
+    assert other["a_b_loss_difference"] >= 0.5
+    assert same["a_step_seconds"] > 0 and same["b_step_seconds"] > 0

@@ -1,0 +1,396 @@
+"""Weights from and to other libraries: the libraries themselves are the oracle, in float64."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rnnattn import LSTMState, lstm
+from rnnattn.interop import (
+    lstm_from_flax,
+    lstm_from_haiku,
+    lstm_from_keras,
+    lstm_from_onnx,
+    lstm_from_torch,
+    lstm_to_flax,
+    lstm_to_haiku,
+    lstm_to_keras,
+    lstm_to_onnx,
+    lstm_to_torch,
+)
+from tests.lstm_cases import assert_close, make_case
+
+B, T, D, H, R = 2, 5, 3, 4, 2
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(B, T, D))
+STATE = LSTMState(jnp.asarray(RNG.normal(size=(B, H))), jnp.asarray(RNG.normal(size=(B, H))))
+
+
+def permissive():
+    """Other libraries are not written for strict promotion."""
+    return jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
+
+
+def run(params, state=STATE, reverse=False):
+    return lstm(params, jnp.asarray(X), state, reverse=reverse)
+
+
+def assert_same(actual, expected):
+    """Every field bit for bit, in the same dtype."""
+    for a, e in zip(actual, expected, strict=True):
+        assert (a is None) == (e is None)
+        if a is not None:
+            assert a.dtype == e.dtype
+            np.testing.assert_array_equal(a, e)
+
+
+# ---- the libraries themselves -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("proj_size", [0, R])
+def test_torch_with_two_layers_and_directions(proj_size, bias):
+    torch = pytest.importorskip("torch")
+    module = torch.nn.LSTM(
+        D, H, 2, bias, True, bidirectional=True, proj_size=proj_size, dtype=torch.float64
+    )
+    with torch.no_grad():
+        expected, (h, c) = module(torch.tensor(X))
+    weights = module.state_dict()
+
+    y = jnp.asarray(X)
+    for layer in range(2):
+        runs = [
+            lstm(lstm_from_torch(weights, layer, reverse), y, reverse=reverse)
+            for reverse in (False, True)
+        ]
+        y = jnp.concatenate([y for y, _ in runs], axis=-1)
+        for k, (_, state) in enumerate(runs):
+            assert_close(state, LSTMState(h[2 * layer + k].numpy(), c[2 * layer + k].numpy()))
+    assert_close(y, expected.numpy())
+
+    if bias:  # and torch accepts what is written
+        exported: dict[str, np.ndarray] = {}
+        for layer in range(2):
+            for reverse in (False, True):
+                params = lstm_from_torch(weights, layer, reverse)
+                exported |= lstm_to_torch(params, layer, reverse)
+        module.load_state_dict({key: torch.from_numpy(value) for key, value in exported.items()})
+        with torch.no_grad():
+            assert_close(module(torch.tensor(X))[0].numpy(), expected.numpy())
+
+
+def test_torch_weights_are_copied():
+    torch = pytest.importorskip("torch")
+    module = torch.nn.LSTM(D, H)
+    params = lstm_from_torch(module.state_dict())
+    before = np.array(params.w_x)
+    with torch.no_grad():
+        module.weight_ih_l0.add_(1)
+    np.testing.assert_array_equal(params.w_x, before)
+    exported = lstm_to_torch(params)
+    exported["weight_ih_l0"] += 1
+    np.testing.assert_array_equal(params.w_x, before)
+
+
+def test_haiku():
+    haiku = pytest.importorskip("haiku")
+    params = make_case(T, B, D, H).params
+
+    def unroll(x, state):
+        return haiku.dynamic_unroll(haiku.LSTM(H), x, state, time_major=False)
+
+    apply = haiku.without_apply_rng(haiku.transform(unroll)).apply
+    state = haiku.LSTMState(hidden=STATE.h, cell=STATE.c)
+    dtype, rank = permissive()
+    with dtype, rank:
+        exported = {"lstm/linear": jax.tree.map(jnp.asarray, lstm_to_haiku(params))}
+        expected, final = apply(exported, jnp.asarray(X), state)
+    assert_close(run(params), (expected, LSTMState(final.hidden, final.cell)))
+    assert_close(lstm_from_haiku(exported["lstm/linear"]), params, 1e-15)
+
+
+@pytest.mark.parametrize("cell", ["LSTMCell", "OptimizedLSTMCell"])
+def test_flax_linen(cell):
+    linen = pytest.importorskip("flax.linen")
+    rnn = linen.RNN(getattr(linen, cell)(H, param_dtype=jnp.float64), return_carry=True)
+    dtype, rank = permissive()
+    with dtype, rank:
+        variables = rnn.init(jax.random.key(0), jnp.asarray(X))
+        params = lstm_from_flax(variables["params"]["cell"])
+        params = params._replace(b=jnp.asarray(RNG.normal(size=4 * H)))
+        exported = {"params": {"cell": lstm_to_flax(params)}}
+        shapes = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype), tree)
+        assert shapes(exported) == shapes(variables)
+        (c, h), expected = rnn.apply(exported, X, initial_carry=(STATE.c, STATE.h))
+    assert_close(run(params), (expected, LSTMState(h, c)))
+    assert_same(lstm_from_flax(exported["params"]["cell"]), params)
+
+
+@pytest.mark.parametrize(
+    "cell, form", [("LSTMCell", "nnx"), ("OptimizedLSTMCell", "nnx_optimized")]
+)
+def test_flax_nnx(cell, form):
+    nnx = pytest.importorskip("flax.nnx")
+    params = make_case(T, B, D, H).params
+    dtype, rank = permissive()
+    with dtype, rank:
+        module = getattr(nnx, cell)(D, H, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+        nnx.update(module, lstm_to_flax(params, form))
+        rnn = nnx.RNN(module, return_carry=True, rngs=nnx.Rngs(0))
+        (c, h), expected = rnn(jnp.asarray(X), initial_carry=(STATE.c, STATE.h))
+        state = nnx.state(module)
+    assert_close(run(params), (expected, LSTMState(h, c)))
+    assert_same(lstm_from_flax(nnx.to_pure_dict(state)), params)
+
+
+@pytest.mark.parametrize("peephole", [False, True])
+def test_onnx_in_both_directions(peephole):
+    pytest.importorskip("onnx")
+    from onnx.helper import make_node
+    from onnx.reference import ReferenceEvaluator
+
+    cases = [make_case(T, B, D, H, peephole=peephole, seed=seed) for seed in (0, 1)]
+    written = [lstm_to_onnx(case.params) for case in cases]
+    weights = {key: np.concatenate([w[key] for w in written]) for key in written[0]}
+    half = weights["B"][:, : 4 * H] / 4  # two biases that add up to the same one
+    weights["B"] = np.concatenate([weights["B"][:, : 4 * H] - half, half], axis=1)
+    inputs = weights | {
+        "X": X.swapaxes(0, 1),
+        "h": np.stack([case.state.h for case in cases]),
+        "c": np.stack([case.state.c for case in cases]),
+    }
+    names = ["X", "W", "R", "B", "", "h", "c"] + ["P"] * peephole
+    node = make_node("LSTM", names, ["Y", "Y_h", "Y_c"], hidden_size=H, direction="bidirectional")
+    y, h, c = ReferenceEvaluator(node).run(None, inputs)
+    for k, case in enumerate(cases):
+        params = lstm_from_onnx(weights, k)
+        assert_close(params, case.params, 1e-15)
+        expected = (y[:, k].swapaxes(0, 1), LSTMState(h[k], c[k]))
+        assert_close(run(params, case.state, reverse=k == 1), expected)
+
+
+def test_keras_formula():
+    """`keras.layers.LSTMCell.call`, written out."""
+    weights = {
+        "kernel": RNG.normal(size=(D, 4 * H)),
+        "recurrent_kernel": RNG.normal(size=(H, 4 * H)),
+        "bias": RNG.normal(size=4 * H),
+    }
+    sigmoid = lambda z: 1 / (1 + np.exp(-z))
+    h, c, expected = np.asarray(STATE.h), np.asarray(STATE.c), []
+    for x in X.swapaxes(0, 1):
+        z = x @ weights["kernel"] + h @ weights["recurrent_kernel"] + weights["bias"]
+        z0, z1, z2, z3 = np.split(z, 4, axis=1)
+        i, f = sigmoid(z0), sigmoid(z1)
+        c = f * c + i * np.tanh(z2)
+        h = sigmoid(z3) * np.tanh(c)
+        expected.append(h)
+    params = lstm_from_keras(weights)
+    assert_close(run(params), (np.stack(expected, 1), LSTMState(jnp.asarray(h), jnp.asarray(c))))
+    for key, value in lstm_to_keras(params).items():
+        np.testing.assert_array_equal(value, weights[key])
+
+
+# ---- round trips ------------------------------------------------------------------------------
+
+PLAIN = make_case(1, 1, D, H).params
+ROUND_TRIPS: dict[str, Any] = {
+    "torch": (lstm_to_torch, lstm_from_torch),
+    "torch_reverse": (
+        lambda params: lstm_to_torch(params, 3, reverse=True),
+        lambda weights: lstm_from_torch(weights, 3, reverse=True),
+    ),
+    "keras": (lstm_to_keras, lstm_from_keras),
+    "linen": (lstm_to_flax, lstm_from_flax),
+    "nnx": (lambda params: lstm_to_flax(params, "nnx"), lstm_from_flax),
+    "nnx_optimized": (lambda params: lstm_to_flax(params, "nnx_optimized"), lstm_from_flax),
+    "onnx": (lstm_to_onnx, lstm_from_onnx),
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", ROUND_TRIPS)
+def test_round_trip_is_exact(name, dtype):
+    export, load = ROUND_TRIPS[name]
+    params = jax.tree.map(lambda a: a.astype(dtype), PLAIN)
+    assert_same(load(export(params)), params)
+
+
+def test_round_trip_of_variants_is_exact():
+    projected = make_case(1, 1, D, H, R).params
+    assert_same(lstm_from_torch(lstm_to_torch(projected)), projected)
+    peephole = make_case(1, 1, D, H, peephole=True).params
+    assert_same(lstm_from_onnx(lstm_to_onnx(peephole)), peephole)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32, jnp.bfloat16])
+def test_haiku_round_trip_rounds_only_the_forget_bias(dtype):
+    params = jax.tree.map(lambda a: (8 * a).astype(dtype), PLAIN)
+    actual = lstm_from_haiku(lstm_to_haiku(params))
+    forget = slice(H, 2 * H)
+    drop = lambda p: p._replace(b=p.b.at[forget].set(0))
+    assert_same(drop(actual), drop(params))
+    a, b = (np.asarray(p.b[forget], np.float64) for p in (actual, params))
+    assert (np.abs(a - b) <= float(jnp.finfo(dtype).eps) * (1 + np.abs(b))).all()
+    exact = params._replace(b=params.b.at[forget].set(jnp.linspace(0.5, 2, H).astype(dtype)))
+    assert_same(lstm_from_haiku(lstm_to_haiku(exact)), exact)
+
+
+def test_an_absent_bias_is_zero():
+    weights = lstm_to_onnx(PLAIN)
+    del weights["B"]
+    expected = PLAIN._replace(b=jnp.zeros(4 * H))
+    assert_same(lstm_from_onnx(weights), expected)
+    weights = lstm_to_keras(PLAIN)
+    del weights["bias"]
+    assert_same(lstm_from_keras(weights), expected)
+    weights = lstm_to_torch(PLAIN)
+    del weights["bias_ih_l0"], weights["bias_hh_l0"]
+    assert_same(lstm_from_torch(weights), expected)
+
+
+# ---- errors -----------------------------------------------------------------------------------
+
+LINEN, OPTIMIZED = lstm_to_flax(PLAIN), lstm_to_flax(PLAIN, "nnx_optimized")
+G = 4 * H
+
+
+def changed(weights, key, value=None):
+    """`weights` with another value at `key`, "a.b" for a nested one; None removes it."""
+    head, _, tail = key.partition(".")
+    rest = {name: old for name, old in weights.items() if name != head}
+    if tail:
+        return rest | {head: changed(weights[head], tail, value)}
+    return rest if value is None else rest | {head: value}
+
+
+ERRORS: dict[str, Any] = {
+    "torch_missing": (lstm_from_torch, lstm_to_torch(PLAIN), "weight_hh_l0", None, "is missing"),
+    "torch_one_bias": (lstm_from_torch, lstm_to_torch(PLAIN), "bias_hh_l0", None, "is missing"),
+    "torch_shape": (
+        *(lstm_from_torch, lstm_to_torch(PLAIN), "weight_ih_l0", np.ones((D, G))),
+        r"must have shape \(4H, D\) = \(16, 16\), got \(3, 16\)",
+    ),
+    "torch_gates": (
+        *(lstm_from_torch, lstm_to_torch(PLAIN), "weight_hh_l0", np.ones((3 * H, H))),
+        r"must have shape \(4H, H\) = \(12, 3\), got \(12, 4\)",
+    ),
+    "torch_projection": (
+        *(lstm_from_torch, lstm_to_torch(PLAIN), "weight_hr_l0", np.ones((R, H))),
+        r"must have shape \(R, H\) = \(4, 4\), got \(2, 4\)",
+    ),
+    "torch_unknown": (
+        *(lstm_from_torch, lstm_to_torch(PLAIN), "weight_xx_l0", np.ones(1)),
+        "is unknown, expected",
+    ),
+    "keras_missing": (lstm_from_keras, lstm_to_keras(PLAIN), "kernel", None, "is missing"),
+    "keras_unknown": (
+        *(lstm_from_keras, lstm_to_keras(PLAIN), "gamma", np.ones(1)),
+        r"is unknown, expected \['recurrent_kernel', 'kernel', 'bias'\]",
+    ),
+    "keras_axes": (
+        *(lstm_from_keras, lstm_to_keras(PLAIN), "recurrent_kernel", np.ones(G)),
+        r"must have shape \(H, 4H\), got \(16,\)",
+    ),
+    "keras_dtype": (
+        *(lstm_from_keras, lstm_to_keras(PLAIN), "bias", np.ones(G, np.float32)),
+        "must have the dtype of `recurrent_kernel`, float64, got float32",
+    ),
+    "keras_integers": (
+        *(lstm_from_keras, lstm_to_keras(PLAIN), "kernel", np.ones((D, G), int)),
+        "must be floating, got int64",
+    ),
+    "linen_missing": (lstm_from_flax, LINEN, "hg.bias", None, "is missing"),
+    "linen_unknown": (lstm_from_flax, LINEN, "ii.bias", np.ones(H), "is unknown"),
+    "linen_shape": (
+        *(lstm_from_flax, LINEN, "if.kernel", np.ones((2, H))),
+        r"must have shape \(D, H\) = \(3, 4\), got \(2, 4\)",
+    ),
+    "nnx_missing": (lstm_from_flax, lstm_to_flax(PLAIN, "nnx"), "ho.kernel", None, "is missing"),
+    "optimized_missing": (lstm_from_flax, OPTIMIZED, "dense_h.bias", None, "is missing"),
+    "optimized_shape": (
+        *(lstm_from_flax, OPTIMIZED, "dense_i.kernel", np.ones((D, H))),
+        r"must have shape \(D, 4H\) = \(3, 16\), got \(3, 4\)",
+    ),
+    "haiku_missing": (lstm_from_haiku, lstm_to_haiku(PLAIN), "b", None, "is missing"),
+    "haiku_rows": (
+        *(lstm_from_haiku, lstm_to_haiku(PLAIN), "w", np.ones((H, G))),
+        r"must have D \+ H rows, H = 4, got 4",
+    ),
+    "haiku_unknown": (lstm_from_haiku, lstm_to_haiku(PLAIN), "w2", np.ones(1), "is unknown"),
+    "onnx_missing": (lstm_from_onnx, lstm_to_onnx(PLAIN), "R", None, "is missing"),
+    "onnx_no_directions": (
+        *(lstm_from_onnx, lstm_to_onnx(PLAIN), "W", np.ones((G, D))),
+        r"must have shape \(directions, 4H, D\), got \(16, 3\)",
+    ),
+    "onnx_bias": (
+        *(lstm_from_onnx, lstm_to_onnx(PLAIN), "B", np.ones((1, G))),
+        r"must have shape \(directions, 8H\) = \(1, 32\), got \(1, 16\)",
+    ),
+    "onnx_unknown": (lstm_from_onnx, lstm_to_onnx(PLAIN), "X", np.ones(1), "is unknown"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_a_wrong_key_is_named(name):
+    load, weights, key, value, message = ERRORS[name]
+    with pytest.raises(ValueError, match=f"^{load.__name__}: `{key}` {message}"):
+        load(changed(weights, key, value))
+
+
+def test_other_layers_of_torch_are_not_looked_at():
+    weights = lstm_to_torch(PLAIN) | {"weight_ih_l1": np.ones(1), "weight_xx_l0_reverse": None}
+    assert_same(lstm_from_torch(weights), PLAIN)
+
+
+def test_what_is_no_array_is_named():
+    torch = pytest.importorskip("torch")
+    weights = dict(torch.nn.LSTM(D, H).named_parameters())
+    with pytest.raises(ValueError, match=r"`weight_hh_l0` must be an array: .*grad"):
+        lstm_from_torch(weights)
+
+
+def test_there_is_no_such_direction():
+    for direction in (1, -1):
+        with pytest.raises(ValueError, match=f"`direction` must be from 0 to 0, got {direction}"):
+            lstm_from_onnx(lstm_to_onnx(PLAIN), direction)
+
+
+@pytest.mark.parametrize(
+    "export, projected, peephole",
+    [
+        (lstm_to_torch, True, False),
+        (lstm_to_keras, False, False),
+        (lstm_to_flax, False, False),
+        (lstm_to_haiku, False, False),
+        (lstm_to_onnx, False, True),
+    ],
+)
+def test_a_variant_the_format_does_not_have_is_an_error(export, projected, peephole):
+    if not projected:
+        with pytest.raises(ValueError, match=r"`params.projection` must be None"):
+            export(make_case(1, 1, D, H, R).params)
+    if not peephole:
+        with pytest.raises(ValueError, match=r"`params.peephole` must be None"):
+            export(make_case(1, 1, D, H, peephole=True).params)
+
+
+def test_params_are_checked_before_they_are_written():
+    with pytest.raises(ValueError, match=r"`params.w_h` must have shape \(H, 4H\) = \(4, 16\)"):
+        lstm_to_torch(PLAIN._replace(w_h=jnp.ones((3, G))))
+    with pytest.raises(ValueError, match=r"`params.peephole` must have shape \(3, H\) = \(3, 4\)"):
+        lstm_to_onnx(PLAIN._replace(peephole=jnp.ones((6, H))))
+
+
+def test_an_unknown_form_is_an_error():
+    with pytest.raises(Exception) as caught:
+        lstm_to_flax(PLAIN, form="optimized")  # type: ignore[arg-type]
+    if type(caught.value) is ValueError:  # else the hook refused it, from the annotation
+        assert "`form` must be 'linen', 'nnx' or 'nnx_optimized', got 'optimized'" in str(
+            caught.value
+        )
+    else:
+        assert type(caught.value).__name__ == "TypeCheckError"

@@ -1,0 +1,433 @@
+"""The LSTM against its plain twin, torch, and what must hold of any LSTM."""
+
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+import rnnattn
+from rnnattn import LSTMParams, LSTMState, init_lstm, lstm, lstm_step, reference
+from rnnattn.recurrent import _chunk_length
+from tests.lstm_cases import assert_close, make_case, relative_error, value_and_gradients
+
+SIZES = [(7, 3, 2, 4), (1, 1, 1, 1), (1, 2, 3, 1), (3, 1, 1, 5), (4, 2, 1, 1), (37, 2, 3, 3)]
+
+
+@pytest.mark.parametrize("T, B, D, H", SIZES)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_value_and_gradients_match_the_plain_twin(T, B, D, H, reverse):
+    case = make_case(T, B, D, H)
+    expected = value_and_gradients(partial(reference.lstm, reverse=reverse), case)
+    assert_close(value_and_gradients(partial(lstm, reverse=reverse), case), expected, 1e-12)
+
+
+@pytest.mark.parametrize("T, B, D, H", [(7, 3, 2, 4), (1, 1, 1, 1), (3, 1, 5, 2)])
+@pytest.mark.parametrize("time_major", [False, True])
+def test_value_and_gradients_match_torch(T, B, D, H, time_major):
+    torch = pytest.importorskip("torch")
+    case = make_case(T, B, D, H)
+    if time_major:
+        swap = lambda a: jnp.swapaxes(a, 0, 1)
+        dy, dstate = case.cotangents
+        case = case._replace(x=swap(case.x), cotangents=(swap(dy), dstate))
+
+    layer = torch.nn.LSTM(D, H, batch_first=not time_major, dtype=torch.float64)
+    tensor = lambda a: torch.tensor(np.asarray(a))
+    with torch.no_grad():
+        layer.weight_ih_l0.copy_(tensor(case.params.w_x.T))
+        layer.weight_hh_l0.copy_(tensor(case.params.w_h.T))
+        layer.bias_ih_l0.copy_(tensor(case.params.b))
+        layer.bias_hh_l0.zero_()
+    x = tensor(case.x).requires_grad_()
+    h, c = (tensor(s)[None].requires_grad_() for s in case.state)
+    y, (h_T, c_T) = layer(x, (h, c))
+    dy, dstate = case.cotangents
+    torch.autograd.backward((y, h_T[0], c_T[0]), (tensor(dy), *map(tensor, dstate)))
+
+    array = lambda t: jnp.asarray(t.detach().numpy())
+    dparams = LSTMParams(
+        array(layer.weight_ih_l0.grad.T),
+        array(layer.weight_hh_l0.grad.T),
+        array(layer.bias_ih_l0.grad),
+    )
+    outputs = (array(y), LSTMState(array(h_T[0]), array(c_T[0])))
+    gradients = (dparams, array(x.grad), LSTMState(array(h.grad[0]), array(c.grad[0])))
+    actual = value_and_gradients(partial(lstm, time_major=time_major), case)
+    assert_close(actual, (outputs, gradients), 1e-12)
+
+
+@pytest.mark.parametrize("B, D, H", [(3, 2, 4), (1, 1, 1)])
+def test_a_step_is_a_sequence_of_one(B, D, H):
+    case = make_case(1, B, D, H)
+    case = case._replace(x=case.x[:, 0], cotangents=case.cotangents[1])
+    expected = value_and_gradients(reference.lstm_step, case)
+    assert_close(value_and_gradients(lstm_step, case), expected, 1e-12)
+
+
+def test_gradients_match_finite_differences_to_second_order():
+    case = make_case(3, 2, 2, 2)
+    check_grads(jax.jit(lstm), case[:3], order=2, modes=["rev"])
+    check_grads(jax.jit(lstm_step), (case.params, case.x[:, 0], case.state), order=2, modes=["rev"])
+
+
+def test_second_derivatives_match_the_plain_twin():
+    case = make_case(5, 2, 2, 3)
+
+    def second(function):
+        loss = lambda x: jnp.sum(function(case.params, x, case.state)[0] ** 3)
+        norm = lambda x: jnp.sum(jax.grad(loss)(x) ** 2)
+        return jax.jit(lambda x: (jax.hessian(loss)(x), jax.grad(norm)(x)))(case.x)
+
+    assert_close(second(lstm), second(reference.lstm), 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("residuals", ["gates", "states", 3])
+def test_16_bit_error_is_at_most_twice_that_of_the_plain_twin(dtype, residuals):
+    exact = make_case(20, 4, 6, 8)
+    case = make_case(20, 4, 6, 8, dtype=dtype)
+    truth = value_and_gradients(reference.lstm, exact)
+    plain = value_and_gradients(reference.lstm, case)
+    hand = value_and_gradients(partial(lstm, residuals=residuals), case)
+    assert [a.dtype for a in jax.tree.leaves(hand)] == [a.dtype for a in jax.tree.leaves(plain)]
+    for ours, theirs, true in zip(*map(jax.tree.leaves, (hand, plain, truth)), strict=True):
+        assert relative_error(ours, true) <= 2 * relative_error(theirs, true)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_outputs_and_gradients_keep_their_dtypes(dtype):
+    case = make_case(3, 2, 2, 2, dtype=dtype)
+    (y, state), gradients = value_and_gradients(lstm, case)
+    assert y.dtype == state.h.dtype == dtype and state.c.dtype == jnp.float32
+    like = (case.params, case.x, case.state)
+    assert [g.dtype for g in jax.tree.leaves(gradients)] == [a.dtype for a in jax.tree.leaves(like)]
+
+
+# ---- the gradient as printed in the notes -----------------------------------------------------
+
+
+def _gradient_of_one_step(case, *, o_in_dc, c_prev_in_f):
+    """L3 to L7 for one step from a cotangent of h, with the factors the notes leave out."""
+    w_x, w_h, b = case.params[:3]
+    x, (h, c_prev) = case.x[:, 0], case.state
+    dh = case.cotangents[1].h
+    i, f, g, o = np.split(np.asarray(x @ w_x + h @ w_h + b[None]), 4, axis=-1)
+    i, f, g, o = 1 / (1 + np.exp(-i)), 1 / (1 + np.exp(-f)), np.tanh(g), 1 / (1 + np.exp(-o))
+    tanh_c = np.tanh(f * c_prev + i * g)
+    dc = dh * (1 - tanh_c**2) * (o if o_in_dc else 1)
+    dz_f = dc * f * (1 - f) * (c_prev if c_prev_in_f else 1)
+    blocks = [dc * g * i * (1 - i), dz_f, dc * i * (1 - g**2), dh * tanh_c * o * (1 - o)]
+    dz = np.concatenate(blocks, axis=-1)
+    return x.T @ dz, h.T @ dz, dz.sum(0), dz @ w_x.T, dz @ w_h.T
+
+
+@pytest.mark.parametrize(
+    "o_in_dc, c_prev_in_f, right", [(False, False, False), (True, False, False), (True, True, True)]
+)
+def test_the_printed_gradient_fails_and_so_does_restoring_o_alone(o_in_dc, c_prev_in_f, right):
+    case = make_case(1, 3, 2, 4)
+    loss = lambda p, x, h: jnp.sum(
+        lstm_step(p, x, LSTMState(h, case.state.c)).h * case.cotangents[1].h
+    )
+    dparams, dx, dh = jax.grad(loss, (0, 1, 2))(case.params, case.x[:, 0], case.state.h)
+    printed = _gradient_of_one_step(case, o_in_dc=o_in_dc, c_prev_in_f=c_prev_in_f)
+    errors = [relative_error(p, t) for p, t in zip(printed, (*dparams[:3], dx, dh), strict=True)]
+    assert max(errors) < 1e-12 if right else min(errors) > 1e-2
+
+
+# ---- features, each with its gradient ---------------------------------------------------------
+
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, {}),
+    "peephole": ({"peephole": True}, {}),
+    "projection": ({"R": 3}, {}),
+    "clip": ({}, {"clip": 0.7}),
+    "coupled": ({}, {"coupled": True}),
+    "all": ({"peephole": True, "R": 3}, {"clip": 1.5, "coupled": True}),
+    "peephole and clip": ({"peephole": True}, {"clip": 1.5}),
+}
+
+
+def _masks(T, B, *, seed=0):
+    """Lengths with 0 and T among them, and resets; in padding as well."""
+    rng = np.random.default_rng(seed)
+    lengths = jnp.asarray([0, T, *rng.integers(1, T, size=B - 2)], jnp.int32)
+    return {"lengths": lengths, "resets": jnp.asarray(rng.random((B, T)) < 0.3)}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("residuals", ["gates", "states", 4])
+def test_every_variant_matches_the_plain_twin(name, residuals):
+    sizes, options = VARIANTS[name]
+    case = make_case(9, 4, 2, 5, **sizes)
+    reverse = residuals == "states"
+    options = {**options, **_masks(9, 4), "reverse": reverse}
+    expected = value_and_gradients(partial(reference.lstm, **options), case)
+    actual = value_and_gradients(partial(lstm, residuals=residuals, **options), case)
+    assert_close(actual, expected, 1e-12)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("residuals", ["gates", "states", 16])
+def test_remainders_of_chunks_match_the_plain_twin(reverse, residuals):
+    T = 37  # prime: no chunk length divides it
+    assert T % _chunk_length(residuals, T)
+    case = make_case(T, 3, 2, 2)
+    options = {**_masks(T, 3), "reverse": reverse}
+    expected = value_and_gradients(partial(reference.lstm, **options), case)
+    actual = value_and_gradients(partial(lstm, residuals=residuals, **options), case)
+    assert_close(actual, expected, 1e-12)
+
+
+@pytest.mark.parametrize("function", [lstm, reference.lstm])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_padded_rows_equal_rows_run_one_by_one(function, reverse):
+    lengths = np.array([0, 6, 1, 4])
+    case = make_case(6, 4, 2, 3)
+    padding = np.arange(6)[None, :, None] >= lengths[:, None, None]
+    case = case._replace(x=jnp.where(padding, jnp.nan, case.x))
+    case = case._replace(
+        cotangents=(jnp.where(padding, jnp.nan, case.cotangents[0]), case.cotangents[1])
+    )
+    run = partial(function, lengths=jnp.asarray(lengths), reverse=reverse)
+    (y, state), (dparams, dx, dstate) = value_and_gradients(run, case)
+
+    summed = jax.tree.map(jnp.zeros_like, case.params)
+    for row, length in enumerate(lengths):
+        this = slice(row, row + 1)
+        pick = lambda s, this=this: LSTMState(s.h[this], s.c[this])
+        alone = case._replace(
+            x=case.x[this, :length],
+            state=pick(case.state),
+            cotangents=(case.cotangents[0][this, :length], pick(case.cotangents[1])),
+        )
+        outputs, gradients = value_and_gradients(partial(reference.lstm, reverse=reverse), alone)
+        assert_close((y[this, :length], pick(state)), outputs, 1e-12)
+        assert_close((dx[this, :length], pick(dstate)), gradients[1:], 1e-12)
+        assert not np.any(y[row, length:]) and not np.any(dx[row, length:])
+        summed = jax.tree.map(jnp.add, summed, gradients[0])
+    assert_close(dparams, summed, 1e-12)
+
+
+def test_a_row_of_length_zero_returns_the_initial_state_and_its_cotangent():
+    case = make_case(4, 2, 2, 3)
+    run = partial(lstm, lengths=jnp.zeros(2, jnp.int32))
+    (_, state), (dparams, _, dstate) = value_and_gradients(run, case)
+    assert_close((state, dstate), (case.state, case.cotangents[1]), 0)
+    assert not any(np.any(d) for d in jax.tree.leaves(dparams))
+
+
+@pytest.mark.parametrize("function", [lstm, reference.lstm])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_resets_equal_episodes_run_apart(function, reverse):
+    starts = [0, 3, 4, 8, 9]  # the last is T
+    case = make_case(9, 2, 2, 3)
+    resets = jnp.zeros((2, 9), bool).at[:, jnp.asarray(starts[1:-1])].set(True)
+
+    def apart(params, x, state):
+        zeros = jax.tree.map(jnp.zeros_like, state)
+        first, last = (-1, 0) if reverse else (0, -1)
+        episodes = list(pairwise(starts))
+        initial = [state if e == episodes[first] else zeros for e in episodes]
+        runs = [
+            reference.lstm(params, x[:, a:b], s, reverse=reverse)
+            for (a, b), s in zip(episodes, initial, strict=True)
+        ]
+        return jnp.concatenate([y for y, _ in runs], axis=1), runs[last][1]
+
+    actual = value_and_gradients(partial(function, resets=resets, reverse=reverse), case)
+    assert_close(actual, value_and_gradients(apart, case), 1e-12)
+
+
+def test_a_coupled_forget_gate_has_no_gradient_of_its_own():
+    case = make_case(4, 2, 2, 3)
+    _, (dparams, *_) = value_and_gradients(partial(lstm, coupled=True), case)
+    for d in dparams[:3]:
+        assert not np.any(jnp.split(d, 4, axis=-1)[1])
+
+
+# ---- theorems ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.bfloat16])
+def test_a_sequence_cut_in_two_and_chained_equals_one_run(dtype):
+    params, x, state, _ = make_case(7, 2, 3, 4, dtype=dtype)
+    whole = lstm(params, x, state)
+    first, middle = lstm(params, x[:, :3], state)
+    second, last = lstm(params, x[:, 3:], middle)
+    assert_close((jnp.concatenate([first, second], axis=1), last), whole, 1e-14)
+
+
+def test_running_in_reverse_equals_running_on_the_flipped_sequence():
+    params, x, state, _ = make_case(7, 2, 3, 4)
+    y, final = lstm(params, x, state, reverse=True)
+    flipped, flipped_final = lstm(params, jnp.flip(x, 1), state)
+    assert_close((y, final), (jnp.flip(flipped, 1), flipped_final), 1e-14)
+
+
+def test_an_output_depends_on_no_later_input():
+    """∂y_t/∂x_s = 0 for s > t: a cotangent on y_t alone leaves the later dx exactly zero."""
+    params, x, state, _ = make_case(6, 1, 2, 3)
+    dx = jax.jacrev(lambda x: lstm(params, x, state)[0][0].sum(-1))(x)[:, 0]
+    influence = np.any(np.asarray(dx) != 0, axis=-1)
+    np.testing.assert_array_equal(influence, np.tri(6, dtype=bool))
+
+
+def test_an_empty_sequence_returns_the_initial_state_and_its_cotangent():
+    case = make_case(0, 2, 3, 4)
+    (y, state), (_, _, dstate) = value_and_gradients(lstm, case)
+    assert y.shape == (2, 0, 4)
+    assert_close((state, dstate), (case.state, case.cotangents[1]), 0)
+
+
+# ---- transformations --------------------------------------------------------------------------
+
+
+def test_vmap_over_parameters_and_inputs_equals_a_loop():
+    cases = [make_case(4, 2, 2, 3, seed=seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), *cases)
+
+    def run(params, x, state, cotangents):
+        outputs, pullback = jax.vjp(lstm, params, x, state)
+        return outputs, pullback(cotangents)
+
+    batched = jax.jit(jax.vmap(run))(*stacked)
+    for n, case in enumerate(cases):
+        one = jax.tree.map(lambda a, n=n: a[n], batched)
+        assert_close(one, value_and_gradients(lstm, case), 1e-12)
+    shared = jax.jit(jax.vmap(lambda x: lstm(cases[0].params, x)[0]))(stacked.x)
+    assert_close(shared[1], lstm(cases[0].params, cases[1].x)[0], 1e-12)
+
+
+def test_a_second_eager_call_compiles_nothing():
+    params, x, state, _ = make_case(5, 2, 3, 4)
+    loss = lambda params: lstm(params, x, state)[0].sum()
+    calls = [lambda: lstm(params, x, state), lambda: lstm_step(params, x[:, 0], state)]
+    compilations = []
+    listener = lambda event, *_, **__: compilations.append(event) if "compile" in event else None
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        for call in [*calls, lambda: jax.grad(loss)(params)]:
+            call()
+            assert compilations  # the listener hears
+            compilations.clear()
+            call()
+            assert not compilations
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_everything_exports_for_gpu_and_tpu(dtype):
+    params, x, state, _ = make_case(5, 2, 3, 4, dtype=dtype)
+    loss = lambda params, x, state: jnp.sum(lstm(params, x, state)[0].astype(jnp.float32))
+    step = lambda params, x, state: lstm_step(params, x[:, 0], state).c.sum()
+    for function in (loss, step):
+        for f in (function, jax.grad(function, argnums=(0, 1, 2))):
+            platforms = ("cpu", "cuda", "tpu")
+            jax.export.export(jax.jit(f), platforms=platforms)(params, x, state)
+
+
+# ---- parameters and errors --------------------------------------------------------------------
+
+
+def test_initial_weights_have_orthogonal_gates_and_an_open_forget_gate():
+    params = init_lstm(jax.random.key(0), 3, 8, dtype=jnp.float64)
+    for block in jnp.split(params.w_h, 4, axis=-1):
+        np.testing.assert_allclose(block.T @ block, np.eye(8), atol=1e-12)
+    assert abs(params.w_x).max() <= 1
+    np.testing.assert_array_equal(params.b, np.repeat([0.0, 1.0, 0.0, 0.0], 8))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64])
+def test_initial_weights_come_in_every_dtype_and_variant(dtype):
+    params = init_lstm(
+        jax.random.key(0),
+        3,
+        8,
+        projection_size=2,
+        peephole=True,
+        recurrent_init="uniform",
+        dtype=dtype,
+    )
+    shapes = {"w_x": (3, 32), "w_h": (2, 32), "b": (32,), "peephole": (3, 8), "projection": (8, 2)}
+    assert {k: v.shape for k, v in params._asdict().items()} == shapes
+    assert all(w.dtype == dtype for w in jax.tree.leaves(params))
+    assert abs(params.w_h).max() <= 8**-0.5
+
+
+def _bad_calls():
+    params, x, state, _ = make_case(4, 2, 3, 5)
+    run = lambda **change: lambda: lstm(**{"params": params, "x": x, "state": state, **change})
+    short = jnp.zeros(3, jnp.int32)
+    return {
+        "`x` must have shape (B, T, D), got (2, 3)": run(x=x[:, 0]),
+        "`x` must be floating, got int64": run(x=x.astype(jnp.int64)),
+        "`params.w_x` must have shape (D, 4H) = (3, 20), got (4, 20)": run(
+            params=params._replace(w_x=jnp.zeros((4, 20)))
+        ),
+        "`params.w_h` must have shape (H, 4H), got (5, 21)": run(
+            params=params._replace(w_h=jnp.zeros((5, 21)))
+        ),
+        "`params.b` must have shape (4H,) = (20,), got (5,)": run(
+            params=params._replace(b=jnp.zeros(5))
+        ),
+        "`params.peephole` must have shape (3, H) = (3, 5), got (5, 3)": run(
+            params=params._replace(peephole=jnp.zeros((5, 3)))
+        ),
+        "`params.projection` must have shape (H, R) = (5, 5), got (5, 2)": run(
+            params=params._replace(projection=jnp.zeros((5, 2)))
+        ),
+        "`params.w_x` must have the dtype of `x`, float32, got float64": run(
+            x=x.astype(jnp.float32)
+        ),
+        "`state.h` must have shape (B, H) = (2, 5), got (1, 5)": run(
+            state=LSTMState(state.h[:1], state.c)
+        ),
+        "`state.h` must have the dtype of `x`, float64, got float32": run(
+            state=LSTMState(state.h.astype(jnp.float32), state.c)
+        ),
+        "`state.c` must be float64, got float32": run(
+            state=LSTMState(state.h, state.c.astype(jnp.float32))
+        ),
+        "`lengths` must have shape (B,) = (2,), got (3,)": run(lengths=short),
+        "`lengths` must be integers, got float64": run(lengths=jnp.zeros(2)),
+        "`resets` must have shape the first two axes of `x` = (2, 4), got (4, 2)": run(
+            resets=jnp.zeros((4, 2), bool)
+        ),
+        "`resets` must be Boolean, got int32": run(resets=jnp.zeros((2, 4), jnp.int32)),
+        "`clip` must be positive or None, got -1": run(clip=-1),
+        "`residuals` must be 'gates', 'states' or a number of steps of at least 1, got 0": run(
+            residuals=0
+        ),
+        "`implementation` must be None or 'xla', got 'cuda'": run(implementation="cuda"),
+        "`hidden_size` must be at least 1, got 0": lambda: init_lstm(jax.random.key(0), 1, 0),
+        "`recurrent_init` must be 'orthogonal' or 'uniform', got 'glorot'": lambda: init_lstm(
+            jax.random.key(0),
+            1,
+            1,
+            recurrent_init="glorot",  # type: ignore[arg-type]
+        ),
+        "`dtype` must be a floating type, got int32": lambda: init_lstm(
+            jax.random.key(0), 1, 1, dtype=jnp.int32
+        ),
+    }
+
+
+@pytest.mark.parametrize("message", _bad_calls())
+def test_a_bad_argument_is_an_error_that_names_it(message, monkeypatch):
+    with pytest.raises(Exception) as caught:
+        _bad_calls()[message]()
+    if isinstance(caught.value, ValueError):
+        assert message in str(caught.value)
+    else:  # the type checker of the suite was quicker
+        assert type(caught.value).__name__ == "TypeCheckError"
+
+
+def test_the_public_face_is_what_the_design_names():
+    assert all(hasattr(rnnattn, name) for name in rnnattn.__all__)
