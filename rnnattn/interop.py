@@ -26,7 +26,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from rnnattn.recurrent import LSTMParams
+from rnnattn.cell import LSTMParams
 
 
 def lstm_from_torch(
@@ -129,7 +129,7 @@ def lstm_from_flax(params: Mapping[str, Any]) -> LSTMParams:
 
     Args:
         params: the arrays of the cell itself: `variables["params"]` of a linen cell,
-            `variables["params"]["cell"]` of a linen `RNN`, `nnx.to_pure_dict(nnx.state(cell))`.
+            `variables["params"]["cell"]` of a linen `RNN`, `nnx.state(cell)`.
     Raises:
         ValueError: a key is missing or unknown, or its array has a wrong shape or dtype.
     Example:

@@ -5,22 +5,22 @@ transformation applies: `jax.jvp`, `jacfwd`, `linearize`. It is the oracle of th
 plain way to say what the fast one computes.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from rnnattn.cell import LSTMParams, LSTMState, Variant, advance, dot, halve_params, where
 from rnnattn.recurrent import (
-    LSTMParams,
-    LSTMState,
-    _advance,
+    _both_directions,
     _check_array,
     _check_sequence,
-    _dot,
+    _Dropout,
     _full_state,
-    _halve_params,
+    _stack,
     _steps,
-    _Variant,
-    _where,
 )
 
 
@@ -51,13 +51,14 @@ def lstm(
     if not time_major:
         x = jnp.swapaxes(x, 0, 1)
         resets = None if resets is None else jnp.swapaxes(resets, 0, 1)
-    halved, variant = _halve_params(params), _Variant(clip, coupled)
+    halved, variant = halve_params(params), Variant(clip, coupled)
 
     def step(state, inputs):
         x, valid, fresh = inputs
-        from_x = _dot(_where(valid, x, 0), halved.w_x) + halved.b[None]
-        state, _ = _advance(halved, from_x, state, valid, fresh, variant)
-        return state, _where(valid, state.h, 0)
+        from_x = dot(where(valid, x, 0), halved.w_x) + halved.b[None]
+        preactivate = lambda h: from_x + dot(h, halved.w_h)
+        state, _ = advance(halved, preactivate, state, valid, fresh, variant)
+        return state, where(valid, state.h, 0)
 
     steps = _steps(x, lengths, resets, reverse)
     final, y = lax.scan(step, _full_state(params, state, x.shape[1]), steps, reverse=reverse)
@@ -78,3 +79,36 @@ def lstm_step(
     """
     _check_array("reference.lstm_step", "x", x, "(B, D)")
     return lstm(params, x[None], state, time_major=True, clip=clip, coupled=coupled)[1]
+
+
+def bidirectional_lstm(
+    forward: LSTMParams,
+    backward: LSTMParams,
+    x: Float[Array, "... D"],
+    states: tuple[LSTMState | None, LSTMState | None] = (None, None),
+    **options: Any,
+) -> tuple[Float[Array, "... width"], tuple[LSTMState, LSTMState]]:
+    """`rnnattn.bidirectional_lstm` over plain scans.
+
+    Gradient: JAX's own, in every mode.
+    """
+    return _both_directions(lstm, (forward, backward), x, states, options)
+
+
+def stacked_lstm(
+    layers: Sequence[LSTMParams | tuple[LSTMParams, LSTMParams]],
+    x: Float[Array, "... D"],
+    states: Sequence[Any] | None = None,
+    *,
+    dropout_rate: float = 0.0,
+    dropout_key: PRNGKeyArray | None = None,
+    variational: bool = False,
+    time_major: bool = False,
+    **options: Any,
+) -> tuple[Float[Array, "... R"], tuple[Any, ...]]:
+    """`rnnattn.stacked_lstm` over plain scans.
+
+    Gradient: JAX's own, in every mode.
+    """
+    dropout = _Dropout(dropout_rate, dropout_key, variational)
+    return _stack(lstm, layers, x, states, dropout, {"time_major": time_major, **options})

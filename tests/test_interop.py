@@ -143,7 +143,7 @@ def test_flax_nnx(cell, form):
         (c, h), expected = rnn(jnp.asarray(X), initial_carry=(STATE.c, STATE.h))
         state = nnx.state(module)
     assert_close(run(params), (expected, LSTMState(h, c)))
-    assert_same(lstm_from_flax(nnx.to_pure_dict(state)), params)
+    assert_same(lstm_from_flax(state), params)
 
 
 @pytest.mark.parametrize("peephole", [False, True])

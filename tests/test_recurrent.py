@@ -8,11 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import rnn
 from jax.test_util import check_grads
 
 import rnnattn
-from rnnattn import LSTMParams, LSTMState, init_lstm, lstm, lstm_step, reference
-from rnnattn.recurrent import _chunk_length
+from rnnattn import (
+    LSTMParams,
+    LSTMState,
+    bidirectional_lstm,
+    chunked,
+    init_lstm,
+    lstm,
+    lstm_step,
+    reference,
+    stacked_lstm,
+)
 from tests.lstm_cases import assert_close, make_case, relative_error, value_and_gradients
 
 SIZES = [(7, 3, 2, 4), (1, 1, 1, 1), (1, 2, 3, 1), (3, 1, 1, 5), (4, 2, 1, 1), (37, 2, 3, 3)]
@@ -174,11 +184,13 @@ def test_every_variant_matches_the_plain_twin(name, residuals):
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("residuals", ["gates", "states", 16])
-def test_remainders_of_chunks_match_the_plain_twin(reverse, residuals):
-    T = 37  # prime: no chunk length divides it
-    assert T % _chunk_length(residuals, T)
-    case = make_case(T, 3, 2, 2)
-    options = {**_masks(T, 3), "reverse": reverse}
+def test_remainders_of_chunks_match_the_plain_twin(reverse, residuals, monkeypatch):
+    T, B, D, H = 37, 3, 2, 7  # a prime number of steps, and a width no other test has compiled
+    monkeypatch.setattr(chunked, "_CHUNK_BYTES", 8 * B * 4 * H * 10)
+    case = make_case(T, B, D, H)
+    length = chunked._chunk_length(residuals, chunked.Steps(case.x.swapaxes(0, 1), None, None), H)
+    assert 1 < length < T and T % length
+    options = {**_masks(T, B), "reverse": reverse}
     expected = value_and_gradients(partial(reference.lstm, **options), case)
     actual = value_and_gradients(partial(lstm, residuals=residuals, **options), case)
     assert_close(actual, expected, 1e-12)
@@ -249,6 +261,126 @@ def test_a_coupled_forget_gate_has_no_gradient_of_its_own():
     _, (dparams, *_) = value_and_gradients(partial(lstm, coupled=True), case)
     for d in dparams[:3]:
         assert not np.any(jnp.split(d, 4, axis=-1)[1])
+
+
+def test_few_rows_and_many_take_the_two_forms_of_the_product():
+    """Below `_MERGED_BATCH` rows a chunk's inputs are one product, else part of each step's."""
+    for B, products in ((chunked._MERGED_BATCH - 1, 2), (chunked._MERGED_BATCH, 1)):
+        case = make_case(3, B, 2, 6)
+        jaxpr = str(jax.make_jaxpr(lstm)(*case[:3]))
+        assert jaxpr.count("dot_general") == products
+        expected = value_and_gradients(reference.lstm, case)
+        assert_close(value_and_gradients(lstm, case), expected, 1e-12)
+
+
+def test_cudnn_gets_the_weights_it_wants(monkeypatch):
+    """No GPU here: JAX's own reference of the cuDNN LSTM stands in, fed by the same call."""
+    case = make_case(4, 3, 2, 5, dtype=jnp.float32)
+
+    def lstm_ref(x, h, c, weights, lengths, D, H, layers, dropout, bidirectional):
+        unpacked = rnn.unpack_lstm_weights(weights, D, H, layers, bidirectional)
+        return rnn.lstm_ref(x, h, c, *unpacked, lengths, D, H, layers, dropout, bidirectional)
+
+    monkeypatch.setattr(rnn, "lstm", lstm_ref)
+    with jax.numpy_rank_promotion("allow"):
+        lengths = jnp.array([4, 1, 3])
+        run = rnnattn.recurrent._run_cudnn
+        actual = run(False, case.params, case.x, case.state, lengths)
+        swapped, _ = run(True, case.params, case.x.swapaxes(0, 1), case.state, lengths)
+    assert_close(actual, lstm(case.params, case.x, case.state, lengths=lengths), 1e-6)
+    assert_close(swapped.swapaxes(0, 1), actual[0], 1e-6)
+
+
+# ---- two directions and stacks ----------------------------------------------------------------
+
+
+def _stack_case(widths, *, T=5, B=3, R=None):
+    """Parameters of a stack of bidirectional layers, with the case of its bottom one."""
+    pairs: list[Any] = [
+        tuple(make_case(T, B, D, 4, R, seed=seed).params for seed in (2 * n, 2 * n + 1))
+        for n, D in enumerate(widths)
+    ]
+    states: list[Any] = [
+        tuple(make_case(T, B, D, 4, R, seed=seed).state for seed in (9 + n, 19 + n))
+        for n, D in enumerate(widths)
+    ]
+    return pairs, make_case(T, B, widths[0], 4, R).x, states
+
+
+@pytest.mark.parametrize("lengths", [None, (5, 1, 3)])
+@pytest.mark.parametrize("R", [None, 2])
+def test_a_bidirectional_stack_matches_torch(lengths, R):
+    torch = pytest.importorskip("torch")
+    layers, x, states = _stack_case([2, 2 * (R or 4)], R=R)
+    options: dict[str, Any] = {} if lengths is None else {"lengths": jnp.asarray(lengths)}
+    y, finals = stacked_lstm(layers, x, states, **options)
+
+    layer = torch.nn.LSTM(
+        2, 4, 2, batch_first=True, bidirectional=True, proj_size=R or 0, dtype=torch.float64
+    )
+    tensor = lambda a: torch.tensor(np.asarray(a))
+    weights: dict[str, np.ndarray] = {}
+    for n, pair in enumerate(layers):
+        for params, reverse in zip(pair, (False, True), strict=True):
+            weights |= rnnattn.interop.lstm_to_torch(params, n, reverse)
+    layer.load_state_dict({name: tensor(w) for name, w in weights.items()})
+    flat = [state for pair in states for state in pair]
+    initial = tuple(torch.stack([tensor(s) for s in part]) for part in zip(*flat, strict=True))
+    packed = tensor(x)
+    if lengths is not None:
+        pack = torch.nn.utils.rnn.pack_padded_sequence
+        packed = pack(packed, torch.tensor(lengths), batch_first=True, enforce_sorted=False)
+    expected, (h, c) = layer(packed, initial)
+    if lengths is not None:
+        expected, _ = torch.nn.utils.rnn.pad_packed_sequence(expected, batch_first=True)
+    assert_close(y, expected.detach().numpy(), 1e-12)
+    for final, h_n in zip(jax.tree.leaves(finals)[::2], h, strict=True):
+        assert_close(final, h_n.detach().numpy(), 1e-12)
+    for final, c_n in zip(jax.tree.leaves(finals)[1::2], c, strict=True):
+        assert_close(final, c_n.detach().numpy(), 1e-12)
+
+
+def test_the_gradient_of_a_stack_matches_the_plain_twin():
+    layers, x, states = _stack_case([2, 8])
+    options: dict[str, Any] = {
+        "dropout_rate": 0.5,
+        "dropout_key": jax.random.key(3),
+        **_masks(5, 3),
+    }
+
+    def gradient(function):
+        loss = lambda *args: jnp.sum(function(*args, **options)[0] ** 2)
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(layers, x, states)
+
+    assert_close(gradient(stacked_lstm), gradient(reference.stacked_lstm), 1e-12)
+    (forward, backward), state = layers[0], states[0]
+    y, _ = bidirectional_lstm(forward, backward, x, state)
+    assert_close(y, reference.bidirectional_lstm(forward, backward, x, state)[0], 1e-12)
+
+
+@pytest.mark.parametrize("time_major", [False, True])
+def test_dropout_between_layers_drops_its_share_and_keeps_the_mean(time_major):
+    x = jnp.ones((50, 40, 30))
+    drop = partial(rnnattn.recurrent._drop, jax.random.key(0), x, 0.25)
+    dropped = np.asarray(drop(None))
+    assert set(np.unique(dropped)) == {0.0, 1 / 0.75}
+    np.testing.assert_allclose(np.mean(dropped == 0), 0.25, atol=0.01)  # 5.7 standard errors
+    axis = 0 if time_major else 1
+    alike = np.asarray(drop(axis))
+    assert np.all(alike == np.take(alike, [0], axis)) and not np.all(dropped == dropped[:, :1])
+
+
+def test_dropout_needs_a_key_and_none_is_applied_to_the_top():
+    layers = [init_lstm(jax.random.key(n), 3, 3, dtype=jnp.float64) for n in (0, 1)]
+    x = make_case(4, 2, 3, 3).x
+    plain, _ = stacked_lstm(layers[:1], x)
+    dropped, _ = stacked_lstm(layers[:1], x, dropout_rate=0.9, dropout_key=jax.random.key(0))
+    assert_close(dropped, plain, 0)
+    keys = [
+        stacked_lstm(layers, x, dropout_rate=0.5, dropout_key=jax.random.key(k))[0]
+        for k in (1, 1, 2)
+    ]
+    assert np.array_equal(keys[0], keys[1]) and not np.array_equal(keys[0], keys[2])
 
 
 # ---- theorems ---------------------------------------------------------------------------------
@@ -405,7 +537,21 @@ def _bad_calls():
         "`residuals` must be 'gates', 'states' or a number of steps of at least 1, got 0": run(
             residuals=0
         ),
-        "`implementation` must be None or 'xla', got 'cuda'": run(implementation="cuda"),
+        "`implementation` must be None, 'xla' or 'cudnn', got 'cuda'": run(implementation="cuda"),
+        "`implementation='cudnn'` cannot serve the dtype float64 or `clip` or `coupled` or "
+        "`resets` or `reverse`": run(
+            implementation="cudnn", clip=1.0, resets=jnp.zeros((2, 4), bool), reverse=True
+        ),
+        "`layers` must hold at least one layer, got none": lambda: stacked_lstm([], x),
+        "`states` must hold one for each of the 1 layers, got 2": lambda: stacked_lstm(
+            [params], x, [state, state]
+        ),
+        "`dropout_rate` must be in [0, 1), got 1.0": lambda: stacked_lstm(
+            [params], x, dropout_rate=1.0
+        ),
+        "`dropout_rate` above 0 needs a `dropout_key`, got None": lambda: stacked_lstm(
+            [params], x, dropout_rate=0.1
+        ),
         "`hidden_size` must be at least 1, got 0": lambda: init_lstm(jax.random.key(0), 1, 0),
         "`recurrent_init` must be 'orthogonal' or 'uniform', got 'glorot'": lambda: init_lstm(
             jax.random.key(0),

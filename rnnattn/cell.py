@@ -1,0 +1,190 @@
+"""The equations of the long short-term memory (LSTM) and of its gradient: one step, no loop.
+
+    z = x w_x + h₋ w_h + b              pre-activations, four blocks in the order i, f, g, o
+    i, f, o = σ(z_i), σ(z_f), σ(z_o)    g = tanh(z_g)                                   (L1)
+    c = f ⊙ c₋ + i ⊙ g                  h = o ⊙ tanh(c)                                 (L2)
+
+h₋ and c₋ are the state before the step. The gradient, with dh and dc what comes back from
+outside and from the next step:
+
+    dc ← dc + dh ⊙ o ⊙ (1 − tanh²c)                                                     (L3)
+    dz_i = dc ⊙ g ⊙ i(1 − i)            dz_f = dc ⊙ c₋ ⊙ f(1 − f)
+    dz_g = dc ⊙ i ⊙ (1 − g²)            dz_o = dh ⊙ tanh(c) ⊙ o(1 − o)                  (L4)
+    dw_x = Σ xᵀ dz      dw_h = Σ h₋ᵀ dz      db = Σ dz      over batch and time         (L5, L6)
+    dx = dz w_xᵀ        dh₋ = dz w_hᵀ                                                   (L7)
+    dc₋ = dc ⊙ f                                                                        (L8)
+
+Variants change single terms: peepholes p add p_i ⊙ c₋, p_f ⊙ c₋, p_o ⊙ c to z_i, z_f, z_o; a
+coupled gate sets f = 1 − i; a clip bounds every z; a projection P makes h = (o ⊙ tanh c) P.
+
+Axes: B batch, T time, D input width, H hidden width, R projected width (H without projection).
+Sources: Hochreiter & Schmidhuber 1997; Gers, Schmidhuber & Cummins 2000 (forget gate); Gers &
+Schmidhuber 2000 (peepholes); Graves & Schmidhuber 2005 (the full gradient); Sak et al. 2014
+(projection); Greff et al. 2015 (coupled gates). L1–L8 are the claims of the notes, corrected.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class LSTMParams(NamedTuple):
+    """The weights of one layer and direction, multiplied on the right: x @ w_x + h @ w_h + b."""
+
+    w_x: Float[Array, "D 4*H"]
+    w_h: Float[Array, "R 4*H"]
+    b: Float[Array, " 4*H"]
+    peephole: Float[Array, "3 H"] | None = None
+    projection: Float[Array, "H R"] | None = None
+
+
+class LSTMState(NamedTuple):
+    """What one step hands to the next. For 16-bit inputs c is float32, h is 16-bit."""
+
+    h: Float[Array, "B R"]
+    c: Float[Array, "B H"]
+
+
+class Variant(NamedTuple):
+    """What of the equations is fixed when a function is traced."""
+
+    clip: float | None = None
+    coupled: bool = False
+
+
+class Slopes(NamedTuple):
+    """The local derivatives of a step: none depends on what comes back through time."""
+
+    c: Array  # ∂m/∂c   = o ⊙ (1 − tanh²c)
+    i: Array  # ∂c/∂z_i = g ⊙ i(1 − i)
+    f: Array  # ∂c/∂z_f = c₋ ⊙ f(1 − f)
+    g: Array  # ∂c/∂z_g = i ⊙ (1 − g²)
+    o: Array  # ∂m/∂z_o = tanh(c) ⊙ o(1 − o)
+    carry: Array  # ∂c/∂c₋ = f
+
+
+def accumulator(dtype):
+    """16-bit numbers are summed in float32."""
+    return jnp.dtype(dtype if jnp.finfo(dtype).bits > 32 else jnp.float32)
+
+
+def dot(x, w):
+    return jnp.matmul(x, w, preferred_element_type=accumulator(x.dtype))
+
+
+def where(condition, a, b):
+    """`jnp.where` with a condition (…, B) on rows (…, B, width); no condition chooses `a`."""
+    return a if condition is None else jnp.where(condition[..., None], a, b)
+
+
+def _blocks(row):
+    """The blocks i, f, g, o of a row (…, 4H)."""
+    return jnp.split(row, 4, axis=-1)
+
+
+def _halve(row):
+    """½ on the blocks i, f, o: σ(z) = ½ + ½ tanh(½z), so that one tanh makes all four gates."""
+    i, f, g, o = _blocks(row)
+    return jnp.concatenate([0.5 * i, 0.5 * f, g, 0.5 * o], axis=-1)
+
+
+def _clip_bounds(clip):
+    """The bound of each block of a halved row."""
+    return 0.5 * clip, 0.5 * clip, clip, 0.5 * clip
+
+
+def peephole_terms(peephole, c_prev, c):
+    """What c adds to a halved row: the input and forget gate see c₋, the output gate c."""
+    p_i, p_f, p_o = jnp.expand_dims(0.5 * peephole, range(1, c.ndim))
+    return jnp.concatenate([p_i * c_prev, p_f * c_prev, jnp.zeros_like(c), p_o * c], axis=-1)
+
+
+def _gates(a, variant):
+    """L1: i, f, g, o from the halved row a = (½z_i, ½z_f, z_g, ½z_o)."""
+    if variant.clip is not None:
+        bounds = _clip_bounds(variant.clip)
+        clipped = [jnp.clip(z, -κ, κ) for z, κ in zip(_blocks(a), bounds, strict=True)]
+        a = jnp.concatenate(clipped, axis=-1)
+    i, f, g, o = _blocks(jnp.tanh(a))
+    i = 0.5 + 0.5 * i
+    f = 1 - i if variant.coupled else 0.5 + 0.5 * f
+    o = 0.5 + 0.5 * o
+    return i, f, g, o
+
+
+def cell(a, c_prev, peephole, variant):
+    """L1, L2: m = o ⊙ tanh(c), which is h where nothing is projected; c; a with its peepholes."""
+    if peephole is None:
+        i, f, g, o = _gates(a, variant)
+        c = f * c_prev + i * g
+    else:
+        seen = a + peephole_terms(peephole, c_prev, jnp.zeros_like(c_prev))
+        i, f, g, _ = _gates(seen, variant)
+        c = f * c_prev + i * g
+        a = a + peephole_terms(peephole, c_prev, c)
+        *_, o = _gates(a, variant)
+    return o * jnp.tanh(c), c, a
+
+
+def halve_params(params):
+    """The weights as `cell` wants them; what is added to rows is in the accumulator's dtype."""
+    dtype = accumulator(params.b.dtype)
+    return params._replace(
+        w_x=_halve(params.w_x),
+        w_h=_halve(params.w_h),
+        b=_halve(params.b.astype(dtype)),
+        peephole=None if params.peephole is None else params.peephole.astype(dtype),
+    )
+
+
+def advance(halved, preactivate, state, valid, fresh, variant):
+    """The state after a step, and a; `preactivate` makes ½z of h₋, by halved weights.
+
+    valid, fresh: (B,) or None. A row that is not valid holds its state, a fresh one starts from 0.
+    """
+    h, c = state if fresh is None else (where(fresh, 0, s) for s in state)
+    m, c, a = cell(preactivate(h), c, halved.peephole, variant)
+    h = m.astype(h.dtype)
+    if halved.projection is not None:
+        h = dot(h, halved.projection).astype(h.dtype)
+    return LSTMState(where(valid, h, state.h), where(valid, c, state.c)), a
+
+
+def slopes_of(a, c_prev, c, variant):
+    """The factors of L3, L4 and L8, and m. A pre-activation beyond the clip moves nothing."""
+    i, f, g, o = _gates(a, variant)
+    tanh_c = jnp.tanh(c)
+    d_i = (g - c_prev if variant.coupled else g) * i * (1 - i)
+    d_f = jnp.zeros_like(f) if variant.coupled else c_prev * f * (1 - f)
+    d_g = i * (1 - g * g)
+    d_o = tanh_c * o * (1 - o)
+    if variant.clip is not None:
+        bounds = _clip_bounds(variant.clip)
+        d_i, d_f, d_g, d_o = (
+            jnp.where(jnp.abs(z) > κ, 0, d)
+            for d, z, κ in zip((d_i, d_f, d_g, d_o), _blocks(a), bounds, strict=True)
+        )
+    return Slopes(o * (1 - tanh_c * tanh_c), d_i, d_f, d_g, d_o, f), o * tanh_c
+
+
+def cell_gradient(slopes, dm, dc, peephole):
+    """L3, L4, L8: dz and dc₋ from the cotangents of m and c."""
+    dz_o = dm * slopes.o
+    dc = dc + dm * slopes.c
+    if peephole is not None:
+        p_i, p_f, p_o = peephole[:, None, :]
+        dc = dc + dz_o * p_o
+    dz_i = dc * slopes.i
+    dz_f = dc * slopes.f
+    dz_g = dc * slopes.g
+    dc_prev = dc * slopes.carry
+    if peephole is not None:
+        dc_prev = dc_prev + dz_i * p_i + dz_f * p_f
+    return jnp.concatenate([dz_i, dz_f, dz_g, dz_o], axis=-1), dc_prev
+
+
+def peephole_gradient(dz, c_prev, c):
+    """dp_i = Σ dz_i ⊙ c₋, dp_f = Σ dz_f ⊙ c₋, dp_o = Σ dz_o ⊙ c."""
+    dz_i, dz_f, _, dz_o = _blocks(dz)
+    return jnp.stack([jnp.sum(t, (0, 1)) for t in (dz_i * c_prev, dz_f * c_prev, dz_o * c)])
