@@ -77,9 +77,13 @@ def jax_programs(apply: Callable, weights: Any, x: jax.Array, dy: jax.Array) -> 
     }
 
 
-def ours(problem: Problem) -> Programs:
-    apply = lambda params, x: rnnattn.lstm(params, x, time_major=True)
+def ours(problem: Problem, residuals="states") -> Programs:
+    apply = lambda params, x: rnnattn.lstm(params, x, time_major=True, residuals=residuals)
     return jax_programs(apply, *problem)
+
+
+def ours_gates(problem: Problem) -> Programs:
+    return ours(problem, "gates")
 
 
 def reference(problem: Problem) -> Programs:
@@ -190,6 +194,7 @@ def torch(problem: Problem) -> Programs:
 
 PEERS: dict[str, Callable[[Problem], Programs]] = {
     "ours again": ours,
+    "ours, gates": ours_gates,
     "reference": reference,
     "flax": flax,
     "nnx": nnx,
@@ -197,7 +202,7 @@ PEERS: dict[str, Callable[[Problem], Programs]] = {
     "torch": torch,
     "cudnn": cudnn,
 }
-DEFAULT_PEERS = ["ours again", "reference", "flax", "haiku", "torch", "cudnn"]
+DEFAULT_PEERS = ["ours again", "ours, gates", "reference", "flax", "haiku", "torch", "cudnn"]
 
 
 def build(peers, problem) -> dict[str, Programs]:

@@ -12,10 +12,14 @@ from typing import Annotated, Any
 
 import tyro
 
-from experiments import lstm_adding, lstm_digits, runs
+from experiments import lstm_adding, lstm_digits, lstm_text, runs
 from experiments.config import UsageError, check, claim, read, to_table
 
-EXPERIMENTS: dict[str, Any] = {"lstm_adding": lstm_adding, "lstm_digits": lstm_digits}
+EXPERIMENTS: dict[str, Any] = {
+    "lstm_adding": lstm_adding,
+    "lstm_digits": lstm_digits,
+    "lstm_text": lstm_text,
+}
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 PROGRAM = "python -m experiments"
 
@@ -103,14 +107,19 @@ def _run(path: Path, arguments: Sequence[str]) -> int:
         raise UsageError("--resume: runs cannot be resumed yet; nothing was changed")
     if options.overwrite and options.name is None:
         raise UsageError("--overwrite: needs the --name of the run to replace")
+    module = EXPERIMENTS[experiment]
+    if hasattr(module, "check"):
+        module.check(config)
     folder = runs.create(
         options.output, runs.group_of(path), options.name, overwrite=options.overwrite
     )
     command = shlex.join([*PROGRAM.split(), "run", str(path), *arguments])
     runs.write_config(folder, to_table(experiment, config), command)
-    result = _record(EXPERIMENTS[experiment], config, folder)
+    result = _record(module, config, folder)
+    for name, text in runs.texts(result).items():
+        print(f"---- {name}\n{text}\n----")
     for name, value in result.scores.items():
-        print(f"{name:32} {value:.6g}")
+        print(f"{name:32} {value if isinstance(value, str) else format(value, '.6g')}")
     print(folder)
     return 0
 

@@ -45,6 +45,62 @@ def loss_curve(axes: Axes, steps: Any, losses: Any, baseline: str, level: float)
     axes.legend()
 
 
+def loss_of_text(axes: Axes, training: Any, validation: Any, levels: Mapping[str, float]) -> None:
+    """Bits per character of the two splits by step, with levels to be beaten."""
+    bits = 1 / np.log(2)
+    for split, (steps, nats) in {"train": training.T, "validation": validation.T}.items():
+        colour, line = SPLITS[split]
+        axes.plot(steps, nats * bits, color=colour, linestyle=line, label=split)
+    for (name, level), line in zip(levels.items(), (":", "-."), strict=True):
+        label = f"{name}, {level * bits:.2f}"
+        axes.axhline(level * bits, color=BLACK, linestyle=line, linewidth=1, label=label)
+    axes.set(xlabel="optimiser step", ylabel="bits per character", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def cost_by_place(axes: Axes, places: Any, bits: Any, longest: int = 12) -> None:
+    """Mean bits of the first, second, … letter of a word, and of what is no letter (place 0)."""
+    shown = [place for place in range(longest + 1) if np.any(places == place)]
+    means = [bits[places == place].mean() for place in shown]
+    colours = [ORANGE if place == 0 else BLUE for place in shown]
+    axes.bar(shown, means, color=colours, alpha=0.8)
+    axes.axhline(bits.mean(), color=BLACK, linestyle="--", linewidth=1, label="mean of all")
+    axes.set_xticks(shown, ["no\nletter" if place == 0 else str(place) for place in shown])
+    axes.set(xlabel="place of the letter in its word", ylabel="bits per character (test)")
+    axes.grid(alpha=0.3, axis="y")
+    axes.legend(fontsize=8)
+
+
+def cost_of_text(figure: SubFigure, text: Sequence[str], bits: Any, width: int = 80) -> None:
+    """The first 28 lines of a text, each character on a colour that says what it cost."""
+    rows: list[list[tuple[str, float]]] = [[]]
+    for character, cost in zip(text, bits, strict=True):
+        rows[-1].append(("↵" if character == "\n" else character, cost))
+        if character == "\n" or len(rows[-1]) == width:
+            rows.append([])
+        if len(rows) > 28:
+            break
+    rows = [row for row in rows if row]
+    costs = np.full((len(rows), width), np.nan)
+    for costs_of_row, row in zip(costs, rows, strict=True):
+        costs_of_row[: len(row)] = [cost for _, cost in row]
+    axes = figure.subplots()
+    image = axes.imshow(costs, cmap="Oranges", vmin=0, vmax=8, aspect="auto")
+    for (y, x), cost in np.ndenumerate(costs):
+        shown = rows[y][x][0] if np.isfinite(cost) else " "
+        # the font lacks some characters, and control characters have no glyph
+        colour = "0.6" if shown == "↵" else "white" if cost > 5 else BLACK
+        if (shown.isascii() and shown.isprintable() and shown != " ") or shown == "↵":
+            axes.text(
+                x, y, shown, ha="center", va="center", fontsize=6.5, family="monospace",
+                parse_math=False, color=colour, in_layout=False,
+            )  # fmt: skip
+    axes.set(xticks=[], yticks=[])
+    axes.set_title("The first lines of the test text: what each character cost", fontsize=10)
+    figure.colorbar(image, ax=axes, label="bits", extend="max", shrink=0.5, pad=0.01)
+
+
 def predicted_against_true(axes: Axes, true: Any, predicted: Any, tolerance: float) -> None:
     """A scatter round the diagonal, with a band of the tolerance."""
     ends = np.array([min(true.min(), predicted.min()), max(true.max(), predicted.max())])

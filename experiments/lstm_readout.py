@@ -16,7 +16,16 @@ from jaxtyping import Array, Float, PRNGKeyArray
 import rnnattn
 import rnnattn.reference
 from experiments.config import Count
-from experiments.training import Loss, Record, TrainConfig, Trained, compare, fit, make_optimizer
+from experiments.training import (
+    Loss,
+    Record,
+    TrainConfig,
+    Trained,
+    compare,
+    final_scores,
+    fit,
+    make_optimizer,
+)
 
 Gradient = Literal["hand", "autodiff"]
 
@@ -108,19 +117,8 @@ def train_readout(
         final=final,
         log=log,
     )
-    scores = _final(trained.records)
-    scores |= {"compile_seconds": trained.compile_seconds, "train_seconds": trained.train_seconds}
+    scores = final_scores(trained)
     if compare_steps:
         both = {name: loss(name) for name in ("hand", "autodiff")}
         scores |= compare(both, params, optimizer, batch, key, steps=compare_steps)
     return trained, scores
-
-
-def _final(records: list[Record]) -> dict[str, float]:
-    """The last values of each split, named `<split>_<metric>`."""
-    return {
-        f"{record['split']}_{name}": float(value)
-        for record in records
-        for name, value in record.items()
-        if name not in ("step", "split")
-    }

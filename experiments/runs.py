@@ -4,6 +4,7 @@
     metrics.jsonl  one line for each logged step
     summary.json   final scores, times, versions and machine
     result.npz     the arrays that the figure is drawn from
+    <name>.txt     each text of the result, if it has any
     curves.png, figure.png
 
 Every key of the metrics and the summary that depends on the clock ends in `_seconds` or
@@ -92,8 +93,10 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def write_result(folder: Path, result: Any, summary: Mapping[str, Any]) -> None:
-    """Keep a result: its arrays, and its scores at the head of the summary."""
+    """Keep a result: its arrays, its texts, and its scores at the head of the summary."""
     np.savez_compressed(folder / RESULT, allow_pickle=False, **_arrays(result))
+    for name, content in texts(result).items():
+        (folder / f"{name}.txt").write_bytes(content.encode())
     text = json.dumps({**result.scores, **summary}, indent=2, allow_nan=False)
     (folder / SUMMARY).write_text(text + "\n", encoding="utf-8")
 
@@ -101,8 +104,16 @@ def write_result(folder: Path, result: Any, summary: Mapping[str, Any]) -> None:
 def read_result(folder: Path, result: Any) -> Any:
     """The result that `write_result` kept, of the NamedTuple type `result`."""
     summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    files = {name: folder / f"{name}.txt" for name in result._fields}
+    # bytes, as reading text changes the ends of lines
+    found = {n: file.read_bytes().decode() for n, file in files.items() if file.is_file()}
     with np.load(folder / RESULT, allow_pickle=False) as arrays:
-        return result(**arrays, scores=summary)
+        return result(**arrays, **found, scores=summary)
+
+
+def texts(result: Any) -> dict[str, str]:
+    """The fields of a result that are text."""
+    return {k: v for k, v in result._asdict().items() if isinstance(v, str)}
 
 
 def surroundings() -> dict[str, Any]:

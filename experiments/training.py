@@ -1,8 +1,10 @@
 """The one training loop: it takes a loss and an optimiser, and knows no model.
 
 A loss is `loss(params, batch, key) -> (scalar, metrics)`, where `key` is for whatever is random in
-it. A batch function is `batch(step) -> pytree of arrays`: as the data's order follows from the step
-alone, the step is all there is to say about where a run stands.
+it. One that hands something on from step to step, as a recurrent state, has a carry as well:
+`loss(params, batch, key, carry) -> (scalar, (metrics, carry))`. A batch function is
+`batch(step) -> pytree of arrays`: as the data's order follows from the step alone, the step is all
+there is to say about where a run stands in its data.
 """
 
 import sys
@@ -22,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from experiments.config import Count, Fraction, NonNegative, Positive
 
 Metrics = Mapping[str, Float[Array, ""]]
-Loss = Callable[[Any, Any, PRNGKeyArray], tuple[Float[Array, ""], Metrics]]
+Loss = Callable[..., tuple[Float[Array, ""], Any]]
 Record = dict[str, int | float | str]
 """One line of metrics: `step` (how many are done), `split`, and values by name."""
 
@@ -57,6 +59,8 @@ class TrainState(NamedTuple):
     step: Int32[Array, ""]
     params: PyTree
     optimizer: PyTree
+    carry: PyTree = None
+    """What the loss was handed by the step before, or None if it takes nothing."""
 
 
 class Trained(NamedTuple):
@@ -92,9 +96,11 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     )
 
 
-def start(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
+def start(
+    params: PyTree, optimizer: optax.GradientTransformation, carry: PyTree = None
+) -> TrainState:
     """The state before the first step."""
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), carry)
 
 
 def make_step(
@@ -105,14 +111,18 @@ def make_step(
     def train_step(state, batch, key):
         key = jax.random.fold_in(key, state.step)
         gradient = jax.value_and_grad(loss, has_aux=True)
-        (value, metrics), grads = gradient(state.params, batch, key)
+        if state.carry is None:
+            (value, metrics), grads = gradient(state.params, batch, key)
+            carry = None
+        else:
+            (value, (metrics, carry)), grads = gradient(state.params, batch, key, state.carry)
         # optax mixes its integer counts with floats, which strict promotion refuses
         with jax.numpy_dtype_promotion("standard"):
             updates, moments = optimizer.update(grads, state.optimizer, state.params)
             params = optax.apply_updates(state.params, updates)
             norm = optax.tree.norm(grads)
         return (
-            TrainState(state.step + 1, params, moments),
+            TrainState(state.step + 1, params, moments, carry),
             {"loss": value, **metrics, "gradient_norm": norm},
         )
 
@@ -126,6 +136,7 @@ def fit(
     batch: Callable[[int], Any],
     key: PRNGKeyArray,
     *,
+    carry: PyTree = None,
     steps: int,
     log_every: int,
     evaluate_every: int,
@@ -138,6 +149,7 @@ def fit(
     The device is waited for at the logged steps only. Compilation happens once, beforehand.
 
     Args:
+        carry: what the loss is given at the first step, if it has one.
         evaluations: by the name of a split, metrics of the parameters on it; also after the end.
         final: the same, but after the end only.
         log: is given each record as it comes.
@@ -145,7 +157,7 @@ def fit(
     Raises:
         FloatingPointError: if a metric is not finite, naming the first such step and the metric.
     """
-    state = start(params, optimizer)
+    state = start(params, optimizer, carry)
     clock = time.perf_counter()
     train_step = jax.jit(make_step(loss, optimizer)).lower(state, batch(0), key).compile()
     evaluate, conclude = (
@@ -182,6 +194,18 @@ def fit(
     return Trained(state.params, records, compile_seconds, time.perf_counter() - clock)
 
 
+def final_scores(trained: Trained) -> dict[str, float]:
+    """The last values of each split, named `<split>_<metric>`, and the times."""
+    last = {
+        f"{record['split']}_{name}": float(value)
+        for record in trained.records
+        for name, value in record.items()
+        if name not in ("step", "split")
+    }
+    times = ("compile_seconds", "train_seconds")
+    return last | {name: getattr(trained, name) for name in times}
+
+
 def compare(
     losses: Mapping[str, Loss],
     params: PyTree,
@@ -189,6 +213,7 @@ def compare(
     batch: Callable[[int], Any],
     key: PRNGKeyArray,
     *,
+    carry: PyTree = None,
     steps: int,
 ) -> dict[str, float]:
     """Take the first `steps` steps of a run under each of `losses`, turn by turn.
@@ -197,7 +222,7 @@ def compare(
         `<name>_step_seconds`, the median time of a step under each, and
         `<name>_<name>_loss_difference`, the largest relative difference of their losses at a step.
     """
-    first = start(params, optimizer)
+    first = start(params, optimizer, carry)
     compiled = {
         name: jax.jit(make_step(loss, optimizer)).lower(first, batch(0), key).compile()
         for name, loss in losses.items()

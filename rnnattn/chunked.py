@@ -37,8 +37,10 @@ from rnnattn.cell import (
     where,
 )
 
-_MERGED_BATCH = 8
-_CHUNK_BYTES = 4 * 2**20  # measured: benchmarks/README.md, "The length of a chunk"
+# Measured on a CPU: benchmarks/README.md, "How the schedule is chosen".
+_CHUNK_BYTES = 4 * 2**20  # the pre-activations of a chunk
+_FEW_ROWS = 8  # a step of fewer rows costs no more than the loop around it
+_MERGED_BYTES = 2**20  # weights up to this size are worth one product for x and h together
 
 
 class Schedule(NamedTuple):
@@ -61,6 +63,15 @@ class _Trace(NamedTuple):
     y: Array | None
     c: Array | None
     a: Array | None
+
+
+class _Gradient(NamedTuple):
+    """The weight gradients as they grow, with [w_x; w_h] as one, w (D + R, 4H)."""
+
+    w: Array
+    b: Array
+    peephole: Array | None
+    projection: Array | None
 
 
 def _outer(x, dz):
@@ -110,19 +121,19 @@ def _scan_chunks(chunk, carry, per_step, per_chunk, length, reverse):
 
 def _chunk_forward(schedule, halved, state, steps, keep):
     """Run the steps of one chunk; `keep` names what of the trace besides y is wanted."""
-    x = where(steps.valid, steps.x, 0)
-    apart = x.shape[1] < _MERGED_BATCH
-    if apart:
-        x = dot(x, halved.w_x) + halved.b[None, None]
+    x, w_x, w_h = where(steps.valid, steps.x, 0), halved.w_x, halved.w_h
+    merged = x.shape[1] >= _FEW_ROWS and w_x.nbytes + w_h.nbytes <= _MERGED_BYTES
+    if merged:
+        w = jnp.concatenate([w_x, w_h])
     else:
-        w = jnp.concatenate([halved.w_x, halved.w_h])
+        x = dot(x, w_x) + halved.b[None, None]
 
     def step(state, inputs):
         x, valid, fresh = inputs
-        if apart:
-            preactivate = lambda h: x + dot(h, halved.w_h)
-        else:
+        if merged:
             preactivate = lambda h: dot(jnp.concatenate([x, h], axis=-1), w) + halved.b[None]
+        else:
+            preactivate = lambda h: x + dot(h, w_h)
         state, a = advance(halved, preactivate, state, valid, fresh, schedule.variant)
         y = where(valid, state.h, 0)
         return state, _Trace(y, state.c if "c" in keep else None, a if "a" in keep else None)
@@ -144,9 +155,10 @@ def _chunk_backward(schedule, params, halved, carry, steps, dy, trace, start):
     c_prev = _before(trace.c, start.c, schedule.reverse)
     if steps.fresh is not None:
         h_prev, c_prev = where(steps.fresh, 0, h_prev), where(steps.fresh, 0, c_prev)
+    xh = jnp.concatenate([x, h_prev], axis=-1)
     a = trace.a
     if a is None:
-        a = dot(x, halved.w_x) + dot(h_prev, halved.w_h) + halved.b[None, None]
+        a = dot(xh, jnp.concatenate([halved.w_x, halved.w_h])) + halved.b[None, None]
         if peephole is not None:
             a = a + peephole_terms(halved.peephole, c_prev, trace.c)
     slopes, m = slopes_of(a, c_prev, trace.c, schedule.variant)
@@ -170,20 +182,27 @@ def _chunk_backward(schedule, params, halved, carry, steps, dy, trace, start):
         return before, (dz, None if projection is None else dh)
 
     xs = (dy.astype(dtype), slopes, steps.valid, steps.fresh)
-    dstate, (dz, dh) = lax.scan(
-        step, dstate, xs, reverse=not schedule.reverse, unroll=x.shape[0] == 1
-    )
+    back, turns = not schedule.reverse, _unroll(x)
+    dstate, (dz, dh) = lax.scan(step, dstate, xs, reverse=back, unroll=turns)
 
-    grown = LSTMParams(
-        w_x=dparams.w_x + _outer(x, dz),
-        w_h=dparams.w_h + _outer(h_prev, dz),
+    grown = _Gradient(
+        w=dparams.w + _outer(xh, dz),
         b=dparams.b + jnp.sum(dz, (0, 1)),
-        peephole=None
-        if peephole is None
-        else dparams.peephole + peephole_gradient(dz, c_prev, trace.c),
-        projection=None if projection is None else dparams.projection + _outer(m, dh),
+        peephole=dparams.peephole,
+        projection=dparams.projection,
     )
+    if peephole is not None:
+        dp = peephole_gradient(dz, c_prev, trace.c)
+        grown = grown._replace(peephole=dparams.peephole + dp)
+    if projection is not None:
+        grown = grown._replace(projection=dparams.projection + _outer(m, dh))
     return (grown, dstate), (dz @ w_x.T).astype(x.dtype)
+
+
+def _unroll(x):
+    """Steps in one turn of the backward loop, as `lax.scan` wants it."""
+    T, B, _ = x.shape
+    return min(4, T) if B < _FEW_ROWS else T == 1
 
 
 def _before(after, start, reverse):
@@ -192,9 +211,9 @@ def _before(after, start, reverse):
     return jnp.concatenate(parts)
 
 
-def _forward(schedule, params, state, steps):
+def _forward(schedule, params, state, steps, keep):
+    """The final state, the trace, and the state before each chunk."""
     halved = halve_params(params)
-    keep = {"gates": "ca", "states": "c"}.get(schedule.residuals, "")
 
     def chunk(state, inputs):
         (steps,), _ = inputs
@@ -209,12 +228,13 @@ def _forward(schedule, params, state, steps):
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def sequence(schedule, params, state, steps):
     """(y, final state) of a time-major sequence."""
-    state, trace, _ = _forward(schedule, params, state, steps)
+    state, trace, _ = _forward(schedule, params, state, steps, keep="")
     return trace.y, state
 
 
 def _sequence_fwd(schedule, params, state, steps):
-    final, trace, starts = _forward(schedule, params, state, steps)
+    keep = {"gates": "ca", "states": "c"}.get(schedule.residuals, "")
+    final, trace, starts = _forward(schedule, params, state, steps, keep)
     kept = _Trace(None, None, None) if isinstance(schedule.residuals, int) else trace
     return (trace.y, final), (params, steps, kept, starts)
 
@@ -231,16 +251,18 @@ def _sequence_bwd(schedule, residuals, cotangents):
         carry, dx = _chunk_backward(schedule, params, halved, carry, steps, dy, trace, start)
         return carry, (dx, ())
 
-    dparams = jax.tree.map(lambda w: jnp.zeros(w.shape, dtype), params)
+    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, dtype), params)
+    dparams = _Gradient(jnp.concatenate([zeros.w_x, zeros.w_h]), *zeros[2:])
     carry = (dparams, jax.tree.map(lambda d: d.astype(dtype), dstate))
     length = _chunk_length(schedule.residuals, steps, params.w_h.shape[1] // 4)
     (dparams, dstate), (dx, _) = _scan_chunks(
         chunk, carry, (steps, dy, trace), starts, length, not schedule.reverse
     )
-    cast = lambda d, like: d.astype(like.dtype)
-    dparams = jax.tree.map(cast, dparams, params)
+    dw_x, dw_h = jnp.split(dparams.w, [steps.x.shape[-1]])
+    gradient = LSTMParams(dw_x, dw_h, *dparams[1:])
+    gradient = jax.tree.map(lambda d, like: d.astype(like.dtype), gradient, params)
     dstate = LSTMState(dstate.h.astype(steps.x.dtype), dstate.c)
-    return dparams, dstate, Steps(dx, None, None)
+    return gradient, dstate, Steps(dx, None, None)
 
 
 sequence.defvjp(_sequence_fwd, _sequence_bwd)

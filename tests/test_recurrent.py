@@ -263,14 +263,17 @@ def test_a_coupled_forget_gate_has_no_gradient_of_its_own():
         assert not np.any(jnp.split(d, 4, axis=-1)[1])
 
 
-def test_few_rows_and_many_take_the_two_forms_of_the_product():
-    """Below `_MERGED_BATCH` rows a chunk's inputs are one product, else part of each step's."""
-    for B, products in ((chunked._MERGED_BATCH - 1, 2), (chunked._MERGED_BATCH, 1)):
-        case = make_case(3, B, 2, 6)
-        jaxpr = str(jax.make_jaxpr(lstm)(*case[:3]))
-        assert jaxpr.count("dot_general") == products
-        expected = value_and_gradients(reference.lstm, case)
-        assert_close(value_and_gradients(lstm, case), expected, 1e-12)
+@pytest.mark.parametrize(
+    "few, small, products", [(True, True, 2), (False, False, 2), (False, True, 1)]
+)
+def test_many_rows_and_small_weights_take_one_product_a_step(few, small, products, monkeypatch):
+    """Else the inputs of a chunk are one product before its steps."""
+    B = chunked._FEW_ROWS - 1 if few else chunked._FEW_ROWS
+    monkeypatch.setattr(chunked, "_MERGED_BYTES", 2**20 if small else 0)
+    case = make_case(3, B, 2, 6 if small else 9)  # sizes that nothing else has compiled
+    assert str(jax.make_jaxpr(lstm)(*case[:3])).count("dot_general") == products
+    expected = value_and_gradients(reference.lstm, case)
+    assert_close(value_and_gradients(lstm, case), expected, 1e-12)
 
 
 def test_cudnn_gets_the_weights_it_wants(monkeypatch):
@@ -437,7 +440,7 @@ def test_vmap_over_parameters_and_inputs_equals_a_loop():
 
 
 def test_a_second_eager_call_compiles_nothing():
-    params, x, state, _ = make_case(5, 2, 3, 4)
+    params, x, state, _ = make_case(5, 2, 3, 13)  # a width no other test has compiled
     loss = lambda params: lstm(params, x, state)[0].sum()
     calls = [lambda: lstm(params, x, state), lambda: lstm_step(params, x[:, 0], state)]
     compilations = []

@@ -15,7 +15,9 @@ TINY_TRAINING = (
 TINY = {
     "lstm_adding": f"{TINY_TRAINING} --data.length 4 --data.held-out 8",
     "lstm_digits": TINY_TRAINING,
+    "lstm_text": f"{TINY_TRAINING} --data.window 5 --sample-length 20",
 }
+TEXTS = {"lstm_text": {"sample.txt"}}
 TYPES = {name: experiment.Config for name, experiment in EXPERIMENTS.items()}
 
 
@@ -31,7 +33,7 @@ def test_every_config_runs_at_a_tiny_size(path, tmp_path):
     folder = tmp_path / path.stem / "tiny"
     assert {file.name for file in folder.iterdir()} == {
         CONFIG, METRICS, SUMMARY, RESULT, CURVES, FIGURE
-    }  # fmt: skip
+    } | TEXTS.get(path.stem, set())  # fmt: skip
 
 
 @pytest.mark.parametrize("path", paths(), ids=lambda path: path.stem)

@@ -132,3 +132,22 @@ def test_compare_sees_a_loss_that_differs():
     assert same["a_b_loss_difference"] == 0
     assert other["a_b_loss_difference"] >= 0.5
     assert same["a_step_seconds"] > 0 and same["b_step_seconds"] > 0
+
+
+def counting(params, batch, key, carry):
+    return jnp.sum(params * carry), ({"carried": carry}, carry + batch)
+
+
+def test_a_carry_goes_from_step_to_step():
+    records = train(counting, lambda step: np.float32(step), log_every=1, carry=jnp.float32(5))
+    assert [r["carried"] for r in records.records] == [5, 5, 6, 8, 11, 15, 20]
+
+
+def test_compare_carries_for_each_loss_apart():
+    def ahead(params, batch, key, carry):
+        value, (metrics, carry) = counting(params, batch, key, carry)
+        return value, (metrics, carry + 1)
+
+    rest = (jnp.ones(2, jnp.float32), optax.sgd(0.0), lambda step: np.float32(1), jax.random.key(0))
+    scores = compare({"a": counting, "b": ahead}, *rest, steps=3, carry=jnp.float32(1))
+    np.testing.assert_allclose(scores["a_b_loss_difference"], 2 / 5)
