@@ -1,17 +1,59 @@
 """LSTM, attention and rotary positions for JAX, with gradients derived by hand."""
 
 from rnnattn import interop, reference
+from rnnattn.attention import KVCache, dot_product_attention, update_cache
 from rnnattn.cell import LSTMParams, LSTMState
+from rnnattn.patches import (
+    conv_stem,
+    crop_and_pad,
+    patchify,
+    resample_grid,
+    resize_patch_kernel,
+    stem_strides,
+    token_mask,
+    unpatchify,
+)
+from rnnattn.position import (
+    LinearScaling,
+    Llama3Scaling,
+    NTKScaling,
+    YaRNScaling,
+    rope,
+    rope_2d,
+    rope_mixed,
+    shift_matrix,
+    sinusoids,
+)
 from rnnattn.recurrent import bidirectional_lstm, init_lstm, lstm, lstm_step, stacked_lstm
 
 __all__ = [
+    "KVCache",
     "LSTMParams",
     "LSTMState",
+    "LinearScaling",
+    "Llama3Scaling",
+    "NTKScaling",
+    "YaRNScaling",
     "bidirectional_lstm",
+    "conv_stem",
+    "crop_and_pad",
+    "dot_product_attention",
     "init_lstm",
     "interop",
     "lstm",
     "lstm_step",
+    "patchify",
     "reference",
+    "resample_grid",
+    "resize_patch_kernel",
+    "rope",
+    "rope_2d",
+    "rope_mixed",
+    "shift_matrix",
+    "sinusoids",
     "stacked_lstm",
+    "stem_strides",
+    "token_mask",
+    "unpatchify",
+    "update_cache",
 ]

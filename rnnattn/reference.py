@@ -10,9 +10,11 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, Real
 
+from rnnattn.attention import _call, _plain, _sorted
 from rnnattn.cell import LSTMParams, LSTMState, Variant, advance, dot, halve_params, where
+from rnnattn.position import Scaling, _Options, _rope, _rope_2d, _rope_mixed, _rotate_plain
 from rnnattn.recurrent import (
     _both_directions,
     _check_array,
@@ -112,3 +114,77 @@ def stacked_lstm(
     """
     dropout = _Dropout(dropout_rate, dropout_key, variational)
     return _stack(lstm, layers, x, states, dropout, {"time_major": time_major, **options})
+
+
+def dot_product_attention(
+    query: Float[Array, "*B T N K"],
+    key: Float[Array, "*B S M K"],
+    value: Float[Array, "*B S M V"],
+    bias: Float[Array, "..."] | None = None,
+    mask: Bool[Array, "..."] | None = None,
+    **options: Any,
+) -> Any:
+    """`rnnattn.dot_product_attention` with all logits at once and no rule of its own.
+
+    Gradient: JAX's own, in every mode.
+    Example:
+        >>> q, k, v = jnp.ones((3, 2, 5, 4, 8))
+        >>> dot_product_attention(q, k, v, is_causal=True).shape
+        (2, 5, 4, 8)
+    """
+    arrays, settings = _sorted(query, key, value, bias, mask, **options)
+    return _call("reference.dot_product_attention", _plain, arrays, settings)
+
+
+def rope(
+    x: Float[Array, "*batch T N K"],
+    positions: Real[ArrayLike, "..."],
+    *,
+    base: float | int = 10_000.0,
+    rotary_dim: int | None = None,
+    interleaved: bool = False,
+    scaling: Scaling | None = None,
+    inverse: bool = False,
+) -> Float[Array, "*batch T N K"]:
+    """`rnnattn.rope` without its rule.
+
+    Gradient: JAX's own, in every mode.
+    """
+    options = _Options(base, rotary_dim, interleaved, scaling, inverse)
+    return _rope("reference.rope", _rotate_plain, x, positions, options)
+
+
+def rope_2d(
+    x: Float[Array, "*batch T N K"],
+    rows: Real[ArrayLike, "..."],
+    columns: Real[ArrayLike, "..."],
+    *,
+    base: float | int = 100.0,
+    interleaved: bool = False,
+    scaling: Scaling | None = None,
+    inverse: bool = False,
+) -> Float[Array, "*batch T N K"]:
+    """`rnnattn.rope_2d` without its rule.
+
+    Gradient: JAX's own, in every mode.
+    """
+    options = _Options(base, None, interleaved, scaling, inverse)
+    return _rope_2d("reference.rope_2d", _rotate_plain, x, rows, columns, options)
+
+
+def rope_mixed(
+    x: Float[Array, "*batch T N K"],
+    rows: Real[ArrayLike, "..."],
+    columns: Real[ArrayLike, "..."],
+    frequencies: Float[Array, "..."],
+    *,
+    interleaved: bool = False,
+    inverse: bool = False,
+) -> Float[Array, "*batch T N K"]:
+    """`rnnattn.rope_mixed` without its rule.
+
+    Gradient: JAX's own, in every mode.
+    """
+    return _rope_mixed(
+        "reference.rope_mixed", _rotate_plain, x, rows, columns, frequencies, interleaved, inverse
+    )

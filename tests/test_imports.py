@@ -12,6 +12,7 @@ LIBRARY = {"jax", "jaxlib", "jaxtyping", "numpy"} | {
     "collections",
     "dataclasses",
     "functools",
+    "importlib",
     "math",
     "typing",
 }
@@ -19,12 +20,25 @@ LIBRARY = {"jax", "jaxlib", "jaxtyping", "numpy"} | {
 # What a module of the library may import besides; the primitives import none of each other.
 ALLOWED = {
     "__init__": {"rnnattn"},
+    "attention": {"rnnattn.blockwise", "rnnattn.dense", "rnnattn.scores", "tokamax"},
+    "blockwise": {"rnnattn.scores"},
     "cell": set(),
     "chunked": {"rnnattn.cell"},
+    "dense": {"rnnattn.scores"},
+    "patches": set(),
+    "position": set(),
     "recurrent": {"rnnattn.cell", "rnnattn.chunked"},
-    "reference": {"rnnattn.cell", "rnnattn.recurrent"},
+    "reference": {"rnnattn.attention", "rnnattn.cell", "rnnattn.position", "rnnattn.recurrent"},
+    "scores": set(),
     "interop": {"rnnattn.cell"},
-    "nn": {"flax", "rnnattn.cell", "rnnattn.recurrent"},
+    "nn": {
+        "flax",
+        "rnnattn.attention",
+        "rnnattn.cell",
+        "rnnattn.patches",
+        "rnnattn.position",
+        "rnnattn.recurrent",
+    },
 }
 
 

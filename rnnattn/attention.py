@@ -1,0 +1,566 @@
+"""Dot-product attention: arguments, checks, and the choice of schedule; a cache for decoding.
+
+The equations and their gradient are in `rnnattn.scores`, the schedules that run them in
+`rnnattn.dense` and `rnnattn.blockwise`.
+
+Axes: B batch, T queries, S keys, N query heads, M key/value heads, K head width, V value width.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+import rnnattn.blockwise as blockwise
+import rnnattn.dense as dense
+from rnnattn.scores import Masking, Operands, Options, accumulator, dropout_keys, hide
+
+Implementation = Literal["dense", "blockwise", "xla", "cudnn", "tokamax"]
+
+# Measured on a CPU: benchmarks/README.md.
+_DENSE_LOGITS = 2**16  # of one head
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the tokens so far, and room for more: `length` of the S are there."""
+
+    key: Float[Array, "B S M K"]
+    value: Float[Array, "B S M V"]
+    length: Int[Array, " B"]
+
+
+def dot_product_attention(
+    query: Float[Array, "*B T N K"],
+    key: Float[Array, "*B S M K"],
+    value: Float[Array, "*B S M V"],
+    bias: Float[Array, "..."] | None = None,
+    mask: Bool[Array, "..."] | None = None,
+    *,
+    scale: float | Float[Array, "..."] | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: Int[Array, "..."] | None = None,
+    key_value_seq_lengths: Int[Array, "..."] | None = None,
+    local_window_size: int | tuple[int | None, int | None] | None = None,
+    implementation: Implementation | None = None,
+    return_residual: bool = False,
+    query_offset: int | Int[Array, "..."] = 0,
+    query_segment_ids: Int[Array, "..."] | None = None,
+    key_value_segment_ids: Int[Array, "..."] | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: PRNGKeyArray | None = None,
+    return_weights: bool = False,
+) -> Any:
+    """softmax(scale · q kᵀ + bias) v for each head, over the keys a query may see (A1, A3).
+
+    In place of `jax.nn.dot_product_attention`: the arguments up to `return_residual` are the same.
+
+    Args:
+        query: (B, T, N, K); B may be absent, here and in all that follows.
+        key, value: (B, S, M, K) and (B, S, M, V), with N a multiple of M: query head n reads
+            key/value head n // (N / M).
+        bias: added to the logits; up to four axes that broadcast to (B, N, T, S).
+        mask: False hides a key from a query; up to four axes that broadcast to (B, N, T, S).
+        scale: of the logits, 1/√K by default; a number, or an array () or (N,).
+        is_causal: hides keys behind the query's position.
+        query_seq_lengths, key_value_seq_lengths: (B,), what is valid of each row, 0 included.
+        local_window_size: the keys (left, right) of a query's position that it sees, besides the
+            one at it; None for all of a side, one number for both.
+        implementation: "dense" (all logits at once), "blockwise" (memory linear in T + S), "xla"
+            (the better of the two); "cudnn" and "tokamax" hand the call over to `jax.nn` and to
+            tokamax, for what they can serve, with their own gradients and rules for rows that see
+            nothing; None chooses, today as "xla": blockwise from 2¹⁶ logits for each head on.
+        return_residual: also return the log-sum-exp L, (B, T, N), in float32 for 16-bit inputs.
+        query_offset: a number or (B,): query t stands at position t + offset among the keys. A
+            cache's length while decoding; S − T aligns the last query with the last key.
+        query_segment_ids, key_value_segment_ids: (B, T) and (B, S): a query sees the keys of its
+            own segment. Sorted ids let whole blocks be skipped.
+        logits_soft_cap: c: scaled logits s become c tanh(s / c), before bias and masks, as in ONNX.
+        sinks: (N,), a logit of each head that joins the softmax's sum, and L, but has no value.
+        dropout_rate: the share of weights set to zero, in [0, 1); the rest is scaled up.
+        dropout_key: needed where `dropout_rate` is above 0. Both schedules drop the same weights.
+        return_weights: also return the weights as they are applied, dropout included, (B, N, T, S);
+            dense only, with JAX's own gradient.
+    Returns:
+        The output (B, T, N, V) in the dtype of `value`; a tuple with L and the weights after it, if
+        they are asked for. A query that may see no key gets zeros, and L = −∞ (its sink, if there
+        is one). 16-bit inputs are summed in float32; float64 is float64 throughout.
+    Raises:
+        ValueError: a shape, dtype or option is off; the message says which, what was expected and
+            what came.
+    Gradient:
+        With respect to query, key, value, bias, sinks and an array `scale`, from cotangents of the
+        output and L; kept are these, the output and L, and the weights are computed again. A key or
+        value that no query of its row may see reaches nothing and gets a gradient of zero, even if
+        it is NaN; the rest of the arguments are constants. The gradient can be differentiated
+        again, in reverse and forward mode, in linear memory where the schedule is. `jax.jvp` of the
+        function itself raises a TypeError ("can't apply forward-mode differentiation (jvp) to a
+        custom_vjp function"): that is what `rnnattn.attention.dot_product_attention_jvp` is for.
+    Example:
+        >>> q, k, v = jnp.ones((3, 2, 5, 4, 8))
+        >>> dot_product_attention(q, k, v, is_causal=True).shape
+        (2, 5, 4, 8)
+        >>> def loss(k):
+        ...     out, lse = dot_product_attention(q, k, v, is_causal=True, return_residual=True)
+        ...     return out[:, 2].sum() + lse[:, 2].sum()
+        >>> bool((jax.grad(loss)(k)[:, 3:] == 0).all())
+        True
+    """
+    arrays = _Arrays(
+        query,
+        key,
+        value,
+        bias,
+        mask,
+        scale,
+        query_seq_lengths,
+        key_value_seq_lengths,
+        query_offset,
+        query_segment_ids,
+        key_value_segment_ids,
+        sinks,
+        dropout_key,
+    )
+    settings = _Settings(
+        is_causal,
+        local_window_size,
+        logits_soft_cap,
+        dropout_rate,
+        implementation,
+        return_residual,
+        return_weights,
+    )
+    return _call("dot_product_attention", _attend, arrays, settings)
+
+
+def dot_product_attention_jvp(
+    query: Float[Array, "*B T N K"],
+    key: Float[Array, "*B S M K"],
+    value: Float[Array, "*B S M V"],
+    bias: Float[Array, "..."] | None = None,
+    mask: Bool[Array, "..."] | None = None,
+    **options: Any,
+) -> Any:
+    """`dot_product_attention` with a rule for tangents instead of one for cotangents.
+
+    For `jax.jvp`, `jax.jacfwd`, `jax.linearize` and Hessian-vector products of any kind, in memory
+    linear in T + S. Reverse mode works as well, a little slower than the other's.
+
+    Args:
+        options: those of `dot_product_attention`, "cudnn" and "tokamax" apart.
+    Raises:
+        ValueError: as `dot_product_attention` does.
+    Gradient:
+        The tangent dO = (P ∘ dS) v + P dv − μ O, dL = μ = Σ P ∘ dS, block by block (Lu & Song
+        2024); its transpose is the gradient.
+    Example:
+        >>> q, k, v = jnp.ones((3, 2, 5, 4, 8))
+        >>> out, dout = jax.jvp(lambda q: dot_product_attention_jvp(q, k, v), (q,), (q,))
+        >>> dout.shape
+        (2, 5, 4, 8)
+    """
+    arrays, settings = _sorted(query, key, value, bias, mask, **options)
+    return _call("dot_product_attention_jvp", _forward, arrays, settings)
+
+
+def update_cache(
+    cache: KVCache, key: Float[Array, "B T M K"], value: Float[Array, "B T M V"]
+) -> KVCache:
+    """The cache with T more tokens behind those that each row holds.
+
+    To attend to it, give the length before the update as `query_offset`, with `is_causal`. What
+    exceeds the room of a row is not stored, though `length` counts it: compare it with S.
+
+    Raises:
+        ValueError: a shape or dtype is off; the message says which, what was expected and what
+            came.
+    Gradient:
+        With respect to both caches' and the new keys and values; JAX's own.
+    Example:
+        >>> empty = KVCache(jnp.zeros((2, 16, 4, 8)), jnp.zeros((2, 16, 4, 8)), jnp.zeros(2, int))
+        >>> q, k, v = jnp.ones((3, 2, 1, 4, 8))
+        >>> cache = update_cache(empty, k, v)
+        >>> out = dot_product_attention(
+        ...     q, cache.key, cache.value, is_causal=True, query_offset=empty.length
+        ... )
+        >>> cache.length.tolist(), out.shape
+        ([1, 1], (2, 1, 4, 8))
+    """
+    _check_cache(cache, key, value)
+    T = key.shape[1]
+    rows = jnp.arange(key.shape[0], dtype=jnp.int32)[:, None]
+    at = cache.length.astype(jnp.int32)[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
+    return KVCache(
+        cache.key.at[rows, at].set(key, mode="drop"),
+        cache.value.at[rows, at].set(value, mode="drop"),
+        cache.length + jnp.asarray(T, cache.length.dtype),
+    )
+
+
+# ----------------------------------------------------------------------------------- the schedules
+
+
+class _Schedule(NamedTuple):
+    """(options, operands, masking) → O, L; with O, L, dO, dL behind → the operands' gradient."""
+
+    forward: Callable
+    backward: Callable
+
+
+_DENSE = _Schedule(dense.forward, dense.backward)
+_BLOCKWISE = _Schedule(blockwise.forward, blockwise.backward)
+
+
+def _forward(schedule, options, operands, masking):
+    return schedule.forward(options, operands, masking)
+
+
+def _plain(schedule, options, operands, masking):
+    return dense.forward(options, operands, masking)
+
+
+def _forward_with_weights(schedule, options, operands, masking):
+    return dense.forward_with_weights(options, operands, masking)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(schedule, options, operands, masking):
+    """O and L."""
+    return _forward(schedule, options, operands, masking)
+
+
+def _attend_fwd(schedule, options, operands, masking):
+    """Keeps operands, O and L, and whether the bias is differentiated: () says so, None not."""
+    bias_gradient = () if operands.bias is not None and operands.bias.perturbed else None
+    operands, masking = jax.tree.map(lambda x: x.value, (operands, masking))
+    o, lse = _forward(schedule, options, operands, masking)
+    return (o, lse), (operands, masking, o, lse, bias_gradient)
+
+
+def _attend_bwd(schedule, options, residuals, cotangents):
+    """The gradient from the log-sum-exp: the equations of `rnnattn.scores`."""
+    *kept, bias_gradient = residuals
+    options = options._replace(bias_gradient=bias_gradient is not None)
+    full = lambda d: jnp.zeros(d.shape, d.dtype) if isinstance(d, SymbolicZero) else d
+    gradient = schedule.backward(options, *kept, *map(full, cotangents))
+    like = kept[0]._replace(bias=None if bias_gradient is None else kept[0].bias)
+    return jax.tree.map(lambda d, x: d.astype(x.dtype), gradient, like), None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
+
+
+# ----------------------------------------------------------------------- from arguments to operands
+
+
+class _Arrays(NamedTuple):
+    query: Any
+    key: Any
+    value: Any
+    bias: Any = None
+    mask: Any = None
+    scale: Any = None
+    query_seq_lengths: Any = None
+    key_value_seq_lengths: Any = None
+    query_offset: Any = 0
+    query_segment_ids: Any = None
+    key_value_segment_ids: Any = None
+    sinks: Any = None
+    dropout_key: Any = None
+
+
+class _Settings(NamedTuple):
+    is_causal: bool = False
+    local_window_size: Any = None
+    logits_soft_cap: float | None = None
+    dropout_rate: float = 0.0
+    implementation: str | None = None
+    return_residual: bool = False
+    return_weights: bool = False
+
+
+def _sorted(query, key, value, bias, mask, **options):
+    settings = {name: options.pop(name) for name in _Settings._fields if name in options}
+    return _Arrays(query, key, value, bias, mask, **options), _Settings(**settings)
+
+
+def _call(function, rule, arrays, settings):
+    arrays = _check(function, arrays, settings)
+    if settings.implementation in ("cudnn", "tokamax"):
+        return _hand_over(arrays, settings)
+    if settings.return_weights:
+        rule = _forward_with_weights
+    left, right = _window(settings.local_window_size)
+    window = None if left is None and right is None else (left, right)
+    options = Options(
+        bool(settings.is_causal), window, settings.logits_soft_cap, settings.dropout_rate
+    )
+    results = _run(rule, _schedule(arrays, settings), options, arrays)
+    wanted = (True, settings.return_residual, settings.return_weights)
+    results = [result for result, want in zip(results, wanted, strict=False) if want]
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def _schedule(arrays, settings):
+    T, S = arrays.query.shape[-3], arrays.key.shape[-3]
+    if settings.implementation == "dense" or settings.return_weights or T * S == 0:
+        return _DENSE
+    if settings.implementation == "blockwise":
+        return _BLOCKWISE
+    return _DENSE if T * S < _DENSE_LOGITS else _BLOCKWISE
+
+
+def _window(size):
+    """(left, right), None for an open side."""
+    if size is None or isinstance(size, int):
+        return size, size
+    return tuple(size)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _run(rule, schedule, options, arrays):
+    """O, L and what else `rule` returns, in the layout of the arguments."""
+    batched = arrays.query.ndim == 4
+    if not batched:
+        arrays = _with_batch(arrays)
+    B, T, N, _ = arrays.query.shape
+    operands, masking = _problem(options, arrays)
+    o, lse, *weights = rule(schedule, options, operands, masking)
+    o = jnp.moveaxis(o.reshape(B, N, T, -1), 1, 2)
+    lse = jnp.moveaxis(lse.reshape(B, N, T), 1, 2)
+    weights = [w.reshape(B, N, *w.shape[3:]) for w in weights]
+    results = (o, lse, *weights)
+    return results if batched else tuple(x[0] for x in results)
+
+
+def _with_batch(arrays):
+    """One row, where there is no batch axis."""
+    first = lambda x: None if x is None else x[None]
+    per_row = {
+        name: first(getattr(arrays, name))
+        for name in ("query", "key", "value", "query_segment_ids", "key_value_segment_ids")
+    }
+    return arrays._replace(**per_row)
+
+
+def _problem(options, arrays):
+    """Heads in front of time, for a head's matrices to be contiguous; grouped by key/value head."""
+    B, T, N, K = arrays.query.shape
+    M = arrays.key.shape[2]
+    G, wide = N // M, accumulator(arrays.query.dtype)
+    heads = lambda x: jnp.moveaxis(x, 2, 1)
+    ints = lambda x: None if x is None else jnp.asarray(x, jnp.int32).reshape(-1)
+    ids = lambda x: None if x is None else x.astype(jnp.int32)
+
+    def of_logits(x):
+        """(…) → (#B, #M, #G, #T, #S)."""
+        if x is None:
+            return None
+        x = jnp.asarray(x)
+        x = x.reshape((1,) * (4 - x.ndim) + x.shape)
+        groups = (M, G) if x.shape[1] == N else (1, 1)
+        return x.reshape(x.shape[0], *groups, *x.shape[2:])
+
+    def of_heads(x):
+        """() or (N,) → (1, #M, #G, 1)."""
+        x = jnp.asarray(x, wide)
+        return x.reshape(1, *((M, G) if x.size == N else (1, 1)), 1)
+
+    scale = of_heads(K**-0.5 if arrays.scale is None else arrays.scale)[..., None]
+    query = heads(arrays.query).reshape(B, M, G, T, K)
+    key = arrays.dropout_key if options.dropout_rate > 0 else None
+    operands = Operands(
+        query=(scale * query.astype(wide)).astype(query.dtype),
+        key=heads(arrays.key),
+        value=heads(arrays.value),
+        bias=of_logits(arrays.bias),
+        sinks=None if arrays.sinks is None else of_heads(arrays.sinks),
+    )
+    masking = Masking(
+        offset=jnp.asarray(arrays.query_offset, jnp.int32).reshape(-1),
+        mask=of_logits(arrays.mask),
+        query_lengths=ints(arrays.query_seq_lengths),
+        key_lengths=ints(arrays.key_value_seq_lengths),
+        query_segments=ids(arrays.query_segment_ids),
+        key_segments=ids(arrays.key_value_segment_ids),
+        dropout_keys=None if key is None else dropout_keys(key, B, M, G),
+    )
+    return hide(options, operands, masking), masking
+
+
+# ------------------------------------------------------------------------------- other libraries
+
+
+def _hand_over(arrays, settings):
+    """The call by `jax.nn` with cuDNN, or by tokamax."""
+    _check_served(arrays, settings)
+    batched = arrays.query.ndim == 4
+    if not batched:
+        arrays = _with_batch(arrays)
+    four_axes = lambda x: None if x is None else x.reshape((1,) * (4 - x.ndim) + x.shape)
+    options = {
+        "scale": arrays.scale,
+        "is_causal": settings.is_causal,
+        "query_seq_lengths": arrays.query_seq_lengths,
+        "key_value_seq_lengths": arrays.key_value_seq_lengths,
+        "local_window_size": settings.local_window_size,
+    }
+    if settings.implementation == "cudnn":
+        attend = partial(jax.nn.dot_product_attention, implementation="cudnn")
+    else:
+        import tokamax
+
+        attend = tokamax.dot_product_attention
+        options["logits_soft_cap"] = settings.logits_soft_cap
+    bias, mask = four_axes(arrays.bias), four_axes(arrays.mask)
+    out = attend(arrays.query, arrays.key, arrays.value, bias, mask, **options)
+    return out if batched else out[0]
+
+
+def _check_served(arrays, settings):
+    name = settings.implementation
+    refused = {
+        "`query_offset`": not (isinstance(arrays.query_offset, int) and arrays.query_offset == 0),
+        "segment ids": arrays.query_segment_ids is not None,
+        "`sinks`": arrays.sinks is not None,
+        "dropout": settings.dropout_rate > 0,
+        "`return_residual`": settings.return_residual,
+        "an array as `scale`": not isinstance(arrays.scale, int | float | None),
+        "an open side of `local_window_size`": settings.local_window_size is not None
+        and None in _window(settings.local_window_size),
+    }
+    if name == "cudnn":
+        dtype = jnp.result_type(arrays.query)
+        refused |= {
+            f"the dtype {dtype.name}": dtype not in (jnp.bfloat16, jnp.float16),
+            "a value width other than the key's": arrays.key.shape[-1] != arrays.value.shape[-1],
+            "`logits_soft_cap`": settings.logits_soft_cap is not None,
+            "a machine without a GPU": jax.default_backend() != "gpu",
+        }
+    else:
+        # Its cap comes after the bias, ours before.
+        both = settings.logits_soft_cap is not None and arrays.bias is not None
+        refused |= {
+            "`logits_soft_cap` with a bias": both,
+            "an environment without the package": find_spec("tokamax") is None,
+        }
+    found = [reason for reason, holds in refused.items() if holds]
+    if found:
+        raise ValueError(
+            f"dot_product_attention: `implementation={name!r}` cannot serve "
+            f"{' or '.join(found)}; 'xla' can"
+        )
+
+
+# ------------------------------------------------------------------------------------------- checks
+
+
+def _check(function, arrays, settings):
+    """The arguments as arrays; `ValueError` for the first that is off."""
+    check = partial(_require, function)
+    array = lambda x: None if x is None else jnp.asarray(x)
+    numbers = ("scale", "query_offset", "dropout_key")  # may be Python's, or keys
+    given = arrays._asdict()
+    arrays = _Arrays(**{n: x if n in numbers else array(x) for n, x in given.items()})
+    q, k, v = arrays.query, arrays.key, arrays.value
+
+    check(q.ndim in (3, 4), "query", "(B, T, N, K) or (T, N, K)", q.shape)
+    batch, (T, N, K), (S, M) = q.shape[:-3], q.shape[-3:], (*k.shape[-3:], 0, 0)[:2]
+    leading = "(B, S, M, " if batch else "(S, M, "
+    check(k.shape == (*batch, S, M, K), "key", f"{leading}K) like query's {q.shape}", k.shape)
+    check(v.shape[:-1] == k.shape[:-1], "value", f"{leading}V) like key's {k.shape}", v.shape)
+    check(M > 0 and N % M == 0, "query", f"heads in multiples of key's {M}", f"{N} heads")
+    check(_is(q, jnp.floating), "query", "a floating dtype", q.dtype.name)
+    for name in ("key", "value"):
+        dtype = getattr(arrays, name).dtype
+        check(dtype == q.dtype, name, f"query's dtype {q.dtype.name}", dtype.name)
+
+    logits = (*batch, N, T, S)
+    meaning = f"at most {len(logits)} axes that broadcast to {logits}"
+    for name, kind, expected in (
+        ("bias", jnp.floating, "a floating dtype"),
+        ("mask", jnp.bool_, "the dtype bool"),
+    ):
+        x = getattr(arrays, name)
+        if x is not None:
+            check(_broadcasts(x.shape, logits), name, meaning, x.shape)
+            check(_is(x, kind), name, expected, x.dtype.name)
+
+    per_row = "(B,)" if batch else "()"
+    for name in ("query_seq_lengths", "key_value_seq_lengths", "query_offset"):
+        x = getattr(arrays, name)
+        if x is not None:
+            shapes = [batch, ()] if name == "query_offset" else [batch]
+            expected = f"shape {per_row} = {batch}" if batch else "shape ()"
+            check(jnp.shape(x) in shapes, name, expected, jnp.shape(x))
+            check(_is(x, jnp.integer), name, "integers", jnp.result_type(x).name)
+
+    ids = {"query_segment_ids": T, "key_value_segment_ids": S}
+    given = [name for name in ids if getattr(arrays, name) is not None]
+    check(len(given) != 1, "*".join(given), "both segment ids or neither", "one of them")
+    for name in given:
+        x, shape = getattr(arrays, name), (*batch, ids[name])
+        check(x.shape == shape, name, f"shape {shape}", x.shape)
+        check(_is(x, jnp.integer), name, "integers", x.dtype.name)
+
+    if arrays.scale is not None:
+        shape = jnp.shape(arrays.scale)
+        check(shape in ((), (N,)), "scale", f"a number, or shape () or (N,) = ({N},)", shape)
+        number = isinstance(arrays.scale, int | float) or _is(arrays.scale, jnp.floating)
+        check(number, "scale", "a floating dtype", jnp.result_type(arrays.scale).name)
+    if arrays.sinks is not None:
+        check(arrays.sinks.shape == (N,), "sinks", f"shape (N,) = ({N},)", arrays.sinks.shape)
+        check(_is(arrays.sinks, jnp.floating), "sinks", "a floating dtype", arrays.sinks.dtype.name)
+    _check_settings(check, settings, arrays.dropout_key)
+    return arrays
+
+
+def _check_settings(check, settings, dropout_key):
+    window, cap = settings.local_window_size, settings.logits_soft_cap
+    sides = _window(window) if isinstance(window, int | tuple | list | None) else ()
+    sizes = all(side is None or (isinstance(side, int) and side >= 0) for side in sides)
+    expected = "a number or a pair of numbers, each at least 0 or None"
+    check(len(sides) == 2 and sizes, "local_window_size", expected, repr(window))
+    check(cap is None or cap > 0, "logits_soft_cap", "positive or None", repr(cap))
+    rate = settings.dropout_rate
+    check(0 <= rate < 1, "dropout_rate", "in [0, 1)", repr(rate))
+    check(rate == 0 or dropout_key is not None, "dropout_key", "a key where something drops", None)
+    names, name = get_args(Implementation), settings.implementation
+    check(name is None or name in names, "implementation", f"None or one of {names}", repr(name))
+    if settings.return_weights:
+        check(name in (None, "xla", "dense"), "implementation", "'dense' for weights", repr(name))
+
+
+def _require(function, holds, name, expected, got):
+    if not holds:
+        raise ValueError(f"{function}: `{name}` must be {expected}, got {got}")
+
+
+def _is(x, kind):
+    return jnp.issubdtype(jnp.result_type(x), kind)
+
+
+def _broadcasts(shape, target):
+    padded = (1,) * (len(target) - len(shape)) + tuple(shape)
+    return len(padded) == len(target) and all(
+        n in (1, want) for n, want in zip(padded, target, strict=True)
+    )
+
+
+def _check_cache(cache, key, value):
+    check = partial(_require, "update_cache")
+    B, S, *_ = cache.key.shape
+    for name, old, new in (("key", cache.key, key), ("value", cache.value, value)):
+        expected = (B, "T", *old.shape[2:])
+        same = new.ndim == 4 and (new.shape[0], *new.shape[2:]) == (B, *old.shape[2:])
+        check(same, name, f"shape {expected}", new.shape)
+        check(new.dtype == old.dtype, name, f"the cache's dtype {old.dtype.name}", new.dtype.name)
+    check(key.shape[1] == value.shape[1], "value", f"of key's {key.shape[1]} tokens", value.shape)
+    check(key.shape[1] <= S, "key", f"at most the cache's {S} tokens", f"{key.shape[1]}")
+    check(cache.length.shape == (B,), "cache.length", f"shape ({B},)", cache.length.shape)

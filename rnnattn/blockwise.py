@@ -1,0 +1,423 @@
+"""The blockwise schedule of attention: memory that grows with T + S, not with their product.
+
+Blocks of queries go over blocks of keys. Forward, a block's softmax is kept as a running peak, sum
+and weighted sum; backward, the weights are computed again from the log-sum-exp:
+
+    forward   per block: s, P v                     per query block: O, L
+    backward  per block: s, P, dP, dS, dv, dk, dq
+
+Blocks that positions, windows, lengths or segments rule out are skipped. The last block of either
+kind ends where the sequence ends and so may begin within the one before it; what it shares with
+that one is not counted again.
+
+`attend` is the same schedule with a rule for tangents; the transpose of that rule, which JAX
+makes, is the gradient again, so that every order and mode keeps the memory linear.
+
+This module holds no algebra of its own: see `rnnattn.scores`, also for the axes.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from rnnattn.scores import (
+    Operands,
+    against_keys,
+    block_tangent,
+    cap_gradient,
+    drop,
+    hide_unseen,
+    keep,
+    key_range,
+    logits,
+    logits_gradient,
+    mask_logits,
+    normalise,
+    nothing_seen,
+    over_keys,
+    over_queries,
+    row_sums,
+    see,
+    sink_weights,
+    sinks_gradient,
+    sum_to,
+    visible,
+    weights,
+)
+
+# Measured on a CPU: benchmarks/README.md.
+_FORWARD_BLOCK = (512, 512)  # queries of all heads of a group, keys
+_BACKWARD_BLOCK = (512, 256)
+_TANGENT_LOGITS = 2**18  # of a block, all heads together, in the rule for tangents
+_LEAST_TANGENT_BLOCK = 64
+
+
+class _Axis(NamedTuple):
+    """An axis cut into blocks of one length, the last of them moved back to fit in."""
+
+    size: int
+    block: int
+
+    @property
+    def count(self):
+        return -(-self.size // self.block)
+
+    def start(self, i):
+        return jnp.minimum(i * self.block, self.size - self.block)
+
+    def indices(self, i):
+        return self.start(i) + jnp.arange(self.block, dtype=jnp.int32)
+
+    def first_time(self, i):
+        """False where an earlier block has been; None if the blocks do not overlap."""
+        return None if self.size % self.block == 0 else self.indices(i) >= i * self.block
+
+    def _whole(self, x, axis):
+        return self.block == self.size or x.shape[axis] != self.size
+
+    def cut(self, x, i, axis):
+        """Block i of x; an axis of size 1 is shared by all blocks."""
+        if self._whole(x, axis):
+            return x
+        return lax.dynamic_slice_in_dim(x, self.start(i), self.block, axis)
+
+    def put(self, x, block, i, axis):
+        if self._whole(x, axis):
+            return block
+        return lax.dynamic_update_slice_in_dim(x, block, self.start(i), axis)
+
+    def add(self, x, block, i, axis):
+        return self.put(x, self.cut(x, i, axis) + block, i, axis)
+
+
+class _Grid(NamedTuple):
+    """`head`: the one batch row and key/value head at hand; None if all of them are.
+
+    What has an axis of queries and one of keys is whole until a block of it is cut.
+    """
+
+    queries: _Axis
+    keys: _Axis
+    head: tuple[Array, Array] | None
+
+    def blocks(self):
+        return jnp.arange(self.queries.count, dtype=jnp.int32)
+
+    def band(self, x, i):
+        """The queries of block i and the head at hand."""
+        if x is None:
+            return None
+        if self.head is not None:
+            x = _one(_one(x, self.head[0], 0), self.head[1], 1)
+        return self.queries.cut(x, i, 3)
+
+    def put_band(self, x, band, i):
+        places = (*(self.head or (0, 0)), 0, self.queries.start(i), 0)
+        sizes = zip(places, band.shape, x.shape, strict=True)
+        corner = [jnp.int32(0) if cut == size else place for place, cut, size in sizes]
+        return lax.dynamic_update_slice(x, band, corner)
+
+    def cut_queries(self, operands, masking, i):
+        segments = masking.query_segments
+        if segments is not None:
+            segments = self.queries.cut(segments, i, 1)
+        query, bias = self.queries.cut(operands.query, i, 3), self.band(operands.bias, i)
+        masking = masking._replace(mask=self.band(masking.mask, i), query_segments=segments)
+        return operands._replace(query=query, bias=bias), masking
+
+    def cut_keys(self, operands, masking, j):
+        cut = lambda x, axis: None if x is None else self.keys.cut(x, j, axis)
+        k, v, bias = cut(operands.key, 2), cut(operands.value, 2), cut(operands.bias, 4)
+        mask, segments = cut(masking.mask, 4), cut(masking.key_segments, 1)
+        operands = operands._replace(key=k, value=v, bias=bias)
+        return operands, masking._replace(mask=mask, key_segments=segments)
+
+
+def _axis(size, longest):
+    count = -(-size // longest)
+    return _Axis(size, -(-size // count))
+
+
+def _grid(operands, longest, head=None):
+    """Blocks of at most `longest` queries, those of a group's heads together, and keys."""
+    _, _, G, T, _ = operands.query.shape
+    queries, keys = longest
+    return _Grid(_axis(T, max(queries // G, 1)), _axis(operands.key.shape[2], keys), head)
+
+
+class _Scores(NamedTuple):
+    k: Array
+    v: Array
+    capped: Array  # s before bias and masks
+    s: Array
+    z: Array | None
+
+
+def _scores(options, grid, operands, masking, i, j):
+    """Block (i, j), from the operands and the masking of the queries of i."""
+    operands, masking = grid.cut_keys(operands, masking, j)
+    rows, columns = grid.queries.indices(i), grid.keys.indices(j)
+    sees = visible(options, masking, rows, columns)
+    first_time = grid.keys.first_time(j)
+    if first_time is not None:
+        first_time = first_time[None, None, None, None]
+        sees = first_time if sees is None else sees & first_time
+    k, v = hide_unseen(masking, operands.key, operands.value, sees)
+    capped = logits(operands.query, k, options.soft_cap)
+    s = mask_logits(capped, operands.bias, sees)
+    z = keep(options, masking, rows[0], columns[0], rows.size, columns.size)
+    return _Scores(k, v, capped, s, z)
+
+
+# ------------------------------------------------------------------------------- which are skipped
+
+
+def _key_blocks(options, grid, masking):
+    """A function from a block of queries to the blocks [first, past) of keys it has to visit."""
+    queries, keys = grid.queries, grid.keys
+    segments = _segment_bounds(grid, masking)
+
+    def of(i):
+        first_row = queries.start(i)
+        first, past = key_range(options, masking, first_row, first_row + queries.block - 1)
+        first = jnp.clip(jnp.min(first), 0, keys.size) // keys.block
+        past = -(-jnp.clip(jnp.max(past), 0, keys.size) // keys.block)
+        if segments is not None:
+            (query_least, query_most), (key_least, key_most) = segments
+            touch = (key_least <= query_most[i][None]) & (key_most >= query_least[i][None])
+            touch = jnp.any(touch, 1)
+            blocks = jnp.arange(keys.count, dtype=jnp.int32)
+            first = jnp.maximum(first, jnp.min(jnp.where(touch, blocks, keys.count)))
+            past = jnp.minimum(past, jnp.max(jnp.where(touch, blocks + 1, 0)))
+        return first, jnp.maximum(first, past)
+
+    return of
+
+
+def _segment_bounds(grid, masking):
+    """The least and the largest segment id of each block of queries and of keys, (blocks, B)."""
+    if masking.query_segments is None:
+        return None
+
+    def bounds(axis, ids):
+        blocks = jnp.arange(axis.count, dtype=jnp.int32)
+        ids = jax.vmap(lambda i: axis.cut(ids, i, 1))(blocks)
+        return jnp.min(ids, 2), jnp.max(ids, 2)
+
+    return bounds(grid.queries, masking.query_segments), bounds(grid.keys, masking.key_segments)
+
+
+# ------------------------------------------------------------------------- forward and backward
+
+
+def _forward(options, operands, masking, head=None):
+    grid = _grid(operands, _FORWARD_BLOCK, head)
+    key_blocks = _key_blocks(options, grid, masking)
+
+    def query_block(results, i):
+        of_i, masking_i = grid.cut_queries(operands, masking, i)
+
+        def key_block(j, running):
+            _, v, _, s, z = _scores(options, grid, of_i, masking_i, i, j)
+            return see(running, s, z, v)
+
+        start = nothing_seen(of_i, grid.queries.block)
+        first, past = key_blocks(i)
+        block = normalise(lax.fori_loop(first, past, key_block, start))
+        put = lambda x, block: grid.queries.put(x, block.astype(x.dtype), i, 3)
+        return jax.tree.map(put, results, block), None
+
+    running = jax.eval_shape(lambda: nothing_seen(operands, grid.queries.size))
+    o = jnp.zeros(running.weighted.shape, operands.value.dtype)
+    results = (o, jnp.zeros(running.peak.shape, running.peak.dtype))
+    return lax.scan(query_block, results, grid.blocks())[0]
+
+
+def _backward(options, operands, masking, kept, cotangents, dbias, head=None):
+    """dq, dk, dv, and `dbias` grown by its part, in the accumulator's dtype."""
+    grid = _grid(operands, _BACKWARD_BLOCK, head)
+    key_blocks = _key_blocks(options, grid, masking)
+    per_row = (*kept, *cotangents)
+
+    def query_block(gradient, i):
+        of_i, masking_i = grid.cut_queries(operands, masking, i)
+        o, lse, do, dlse = (grid.queries.cut(x, i, 3) for x in per_row)
+        delta = row_sums(do, o)
+        first_time = grid.queries.first_time(i)
+        if first_time is not None:
+            lse = jnp.where(first_time[None, None, None], lse, -jnp.inf)
+
+        def key_block(j, gradient):
+            dq, dk, dv, dbias = gradient
+            k, v, capped, s, z = _scores(options, grid, of_i, masking_i, i, j)
+            p = weights(s, lse)
+            dv = grid.keys.add(dv, over_queries(drop(p, z), do), j, 2)
+            ds = logits_gradient(p, drop(against_keys(do, v), z), delta, dlse)
+            if dbias is not None:
+                shared = [1 if n == 1 else m for n, m in zip(dbias.shape, ds.shape, strict=True)]
+                dbias = grid.keys.add(dbias, sum_to(ds, shared), j, 4)
+            ds = cap_gradient(ds, capped, options.soft_cap)
+            dq = dq + over_keys(ds, k)
+            dk = grid.keys.add(dk, over_queries(ds, of_i.query), j, 2)
+            return dq, dk, dv, dbias
+
+        dq, dk, dv, dbias = gradient
+        band = grid.band(dbias, i)
+        start = (jnp.zeros(of_i.query.shape, dq.dtype), dk, dv, band)
+        first, past = key_blocks(i)
+        block, dk, dv, band = lax.fori_loop(first, past, key_block, start)
+        dq = grid.queries.add(dq, block, i, 3)
+        dbias = None if dbias is None else grid.put_band(dbias, band, i)
+        return (dq, dk, dv, dbias), None
+
+    q, k, v, *_ = operands
+    zeros = lambda x: jnp.zeros(x.shape, kept[1].dtype)
+    return lax.scan(query_block, (zeros(q), zeros(k), zeros(v), dbias), grid.blocks())[0]
+
+
+def _head(operands, masking, b, m):
+    """Of one batch row and key/value head; what has queries and keys stays whole, see `_Grid`."""
+    row = lambda x: _one(x, b, 0)
+    of_head = lambda x: None if x is None else _one(row(x), m, 1)
+    mask, keys, bias = masking.mask, of_head(masking.dropout_keys), operands.bias
+    masking = jax.tree.map(row, masking._replace(mask=None, dropout_keys=None))
+    operands = jax.tree.map(of_head, operands._replace(bias=None))
+    return operands._replace(bias=bias), masking._replace(mask=mask, dropout_keys=keys)
+
+
+def _one(x, n, axis):
+    return x if x.shape[axis] == 1 else lax.dynamic_slice_in_dim(x, n, 1, axis)
+
+
+def _by_head(run, operands, carry):
+    """Scan `run(carry, (b, m))` over the batch rows and key/value heads."""
+    B, M = operands.query.shape[:2]
+    n = jnp.arange(B * M, dtype=jnp.int32)
+    carry, results = lax.scan(run, carry, (n // M, n % M))
+    return carry, jax.tree.map(lambda x: x.reshape(B, M, *x.shape[3:]), results)
+
+
+def _forward_by_head(options, operands, masking):
+    """One head after another, whose blocks stay in a CPU's cache."""
+
+    def run(_, head):
+        of_head, masking_of_head = _head(operands, masking, *head)
+        return None, _forward(options, of_head, masking_of_head, head)
+
+    return _by_head(run, operands, None)[1]
+
+
+def _backward_by_head(options, operands, masking, kept, cotangents, dbias):
+    def run(dbias, head):
+        of_head, masking_of_head = _head(operands, masking, *head)
+        cut = lambda x: _one(_one(x, head[0], 0), head[1], 1)
+        kept_of, cotangents_of = jax.tree.map(cut, (kept, cotangents))
+        *gradient, dbias = _backward(
+            options, of_head, masking_of_head, kept_of, cotangents_of, dbias, head
+        )
+        return dbias, gradient
+
+    dbias, gradient = _by_head(run, operands, dbias)
+    return *gradient, dbias
+
+
+# ------------------------------------------------------------------------ the rules of all orders
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def forward(options, operands, masking):
+    """O and L, differentiable in every mode and to every order."""
+    return lax.platform_dependent(
+        operands,
+        masking,
+        cpu=partial(_forward_by_head, options),
+        default=partial(_forward, options),
+    )
+
+
+@forward.defjvp
+def _forward_jvp(options, primals, tangents):
+    operands, masking = primals
+    o, lse = forward(options, operands, masking)
+    return (o, lse), _tangent(options, operands, masking, o, lse, tangents[0])
+
+
+def _tangent(options, operands, masking, o, lse, doperands):
+    """dO and dL, linear in `doperands`: no block's weights are kept, here or for the transpose."""
+    rows = max(int((_TANGENT_LOGITS / (o.shape[0] * o.shape[1])) ** 0.5), _LEAST_TANGENT_BLOCK)
+    grid = _grid(operands, (rows, rows))
+    key_blocks = _key_blocks(options, grid, masking)
+
+    def query_block(results, i):
+        of_i, masking_i = grid.cut_queries(operands, masking, i)
+        dof_i, _ = grid.cut_queries(doperands, masking, i)
+        o_i, lse_i = (grid.queries.cut(x, i, 3) for x in (o, lse))
+        first, past = key_blocks(i)
+
+        def visit(tangent, j):
+            def scores(operands):
+                _, v, _, s, z = _scores(options, grid, operands, masking_i, i, j)
+                return (s, v), z
+
+            (s, v), (ds, dv), z = jax.jvp(scores, (of_i,), (dof_i,), has_aux=True)
+            added = block_tangent(weights(s, lse_i), z, ds, v, dv)
+            return jax.tree.map(jnp.add, tangent, added)
+
+        @partial(jax.checkpoint, prevent_cse=False)
+        def key_block(tangent, j):
+            skip = lambda tangent, _: tangent
+            return lax.cond((first <= j) & (j < past), visit, skip, tangent, j), None
+
+        start = (jnp.zeros(lse_i.shape, lse.dtype), jnp.zeros(o_i.shape, lse.dtype))
+        blocks = jnp.arange(grid.keys.count, dtype=jnp.int32)
+        (dlse, weighted), _ = lax.scan(key_block, start, blocks)
+        if operands.sinks is not None:
+            dlse = dlse + sink_weights(operands.sinks, lse_i) * doperands.sinks
+        do = weighted - dlse[..., None] * o_i.astype(dlse.dtype)
+        put = lambda x, block: grid.queries.put(x, block.astype(x.dtype), i, 3)
+        return jax.tree.map(put, results, (do, dlse)), None
+
+    results = jax.tree.map(jnp.zeros_like, (o, lse))
+    return lax.scan(query_block, results, grid.blocks())[0]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def backward(options, operands, masking, o, lse, do, dlse):
+    """The gradient of the operands, in the accumulator's dtype."""
+    bias = operands.bias if options.bias_gradient else None
+    dq, dk, dv, dbias = lax.platform_dependent(
+        operands,
+        masking,
+        (o, lse),
+        (do, dlse),
+        None if bias is None else jnp.zeros(bias.shape, lse.dtype),
+        cpu=partial(_backward_by_head, options),
+        default=partial(_backward, options),
+    )
+    dsinks = sinks_gradient(operands.sinks, lse, row_sums(do, o), dlse)
+    return Operands(dq, dk, dv, dbias, dsinks)
+
+
+@backward.defjvp
+def _backward_jvp(options, primals, tangents):
+    """The derivative of the transpose of `_tangent`, which is the same function of the operands.
+
+    O and L are functions of the operands too: what their tangents would add is already in it.
+    """
+    operands, masking, _, _, do, dlse = primals
+    doperands, _, _, _, ddo, ddlse = tangents
+
+    def transpose(operands, do, dlse):
+        _, pullback = jax.vjp(lambda operands: forward(options, operands, masking), operands)
+        return pullback((do, dlse))[0]
+
+    arguments = (operands, do, dlse)
+    gradient = backward(options, *primals)
+    _, tangent = jax.jvp(transpose, arguments, (doperands, ddo, ddlse))
+    if gradient.bias is None:
+        tangent = tangent._replace(bias=None)
+    return gradient, jax.tree.map(lambda t, g: t.astype(g.dtype), tangent, gradient)

@@ -1,0 +1,341 @@
+"""The equations of dot-product attention and of its gradient: one block, no loop.
+
+    s = q kᵀ                  q already scaled
+    s ← c tanh(s / c)         with a soft cap c
+    s ← s + bias              −∞ where masked
+    L = log(Σ eˢ + e^sink)    over the keys a query may see
+    P = e^(s − L)             O = (P ∘ Z) v                                             (A1, A3)
+
+Z is 1, or keep / (1 − rate) with dropout. A row that may see no key has P = 0 and O = 0. The
+gradient, with dO and dL what comes back to O and L, and Δ = Σ dO ∘ O over a row:
+
+    dv = (P ∘ Z)ᵀ dO          dP = Z ∘ (dO vᵀ)
+    dS = P ∘ (dP − Δ + dL)    dbias = dS            dsink = Σ e^(sink − L) (dL − Δ)
+    dS ← dS (1 − (s / c)²)    s the capped logits
+    dq = dS k                 dk = dSᵀ q
+
+The tangent, with ds that of the logits:
+
+    μ = Σ P ∘ ds + e^(sink − L) dsink               dL = μ
+    dO = (P ∘ Z ∘ ds) v + (P ∘ Z) dv − μ O
+
+Axes: B batch, T queries, S keys, M key/value heads, G query heads to one of them, K head width, V
+value width. Head n of the N = M G query heads is (n // G, n % G).
+Sources: Vaswani et al. 2017; Dao et al. 2022 (the gradient from the log-sum-exp, appendix B);
+Ainslie et al. 2023 (grouped heads); Gemma Team 2024 (soft cap); Xiao et al. 2024 (sinks); Lu &
+Song 2024 (the tangent).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+_TILE = 128  # the keep bits of dropout are drawn for squares of this size
+
+
+class Options(NamedTuple):
+    """What is fixed when a function is traced."""
+
+    is_causal: bool = False
+    window: tuple[int | None, int | None] | None = None  # keys to the left and right of a query
+    soft_cap: float | None = None
+    dropout_rate: float = 0.0
+    bias_gradient: bool = True  # that of a (T, S) bias is the one thing as large as the logits
+
+
+class Operands(NamedTuple):
+    """What has a gradient. An axis of `bias` is 1 where it is shared."""
+
+    query: Float[Array, "B M G T K"]
+    key: Float[Array, "B M S K"]
+    value: Float[Array, "B M S V"]
+    bias: Float[Array, "#B #M #G #T #S"] | None = None
+    sinks: Float[Array, "1 M G 1"] | None = None
+
+
+class Masking(NamedTuple):
+    """Who may see whom, and what is dropped; None where it is not used."""
+
+    offset: Int[Array, " #B"]  # query t stands at position t + offset among the keys
+    mask: Bool[Array, "#B #M #G #T #S"] | None = None
+    query_lengths: Int[Array, " B"] | None = None
+    key_lengths: Int[Array, " B"] | None = None
+    query_segments: Int[Array, "B T"] | None = None
+    key_segments: Int[Array, "B S"] | None = None
+    dropout_keys: PRNGKeyArray | None = None  # (B, M, G)
+
+
+def accumulator(dtype):
+    """16-bit numbers are summed in float32."""
+    return jnp.dtype(dtype if jnp.finfo(dtype).bits > 32 else jnp.float32)
+
+
+def _rows(x):
+    """(B, M, G, T, …) → (B, M, G T, …): one matrix for each key/value head."""
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+
+def _product(subscripts, a, b):
+    """Of b's dtype, summed in the accumulator's."""
+    wide = accumulator(b.dtype)
+    return jnp.einsum(subscripts, a.astype(b.dtype), b, preferred_element_type=wide)
+
+
+def against_keys(a, b):
+    """a bᵀ, for each query and key."""
+    ab = _product("bmrc,bmsc->bmrs", _rows(a), b)
+    return ab.reshape(*a.shape[:-1], b.shape[2])
+
+
+def over_keys(p, b):
+    """p b, for each query."""
+    pb = _product("bmrs,bmsc->bmrc", _rows(p), b)
+    return pb.reshape(*p.shape[:-1], b.shape[-1])
+
+
+def over_queries(p, a):
+    """pᵀ a, for each key."""
+    return _product("bmrs,bmrc->bmsc", _rows(p), _rows(a))
+
+
+def logits(q, k, soft_cap):
+    """s before bias and masks."""
+    s = against_keys(q, k)
+    return s if soft_cap is None else soft_cap * jnp.tanh(s / soft_cap)
+
+
+def mask_logits(s, bias, visible):
+    if bias is not None:
+        s = s + bias.astype(s.dtype)
+    return s if visible is None else jnp.where(visible, s, -jnp.inf)
+
+
+class Running(NamedTuple):
+    """The softmax of a row over the keys seen so far; each with the dtype of the accumulator."""
+
+    peak: Float[Array, "B M G T"]  # the largest s
+    total: Float[Array, "B M G T"]  # Σ e^(s − peak)
+    weighted: Float[Array, "B M G T V"]  # Σ e^(s − peak) Z v
+
+
+def _finite(peak):
+    """The number to subtract before exp: the largest s, or 0 where all are −∞."""
+    return jnp.where(peak == -jnp.inf, 0, peak)
+
+
+def nothing_seen(operands, rows):
+    """Where the softmax of `rows` queries begins: a sink counts as a key without a value."""
+    B, M, G = operands.query.shape[:3]
+    wide = accumulator(operands.query.dtype)
+    weighted = jnp.zeros((B, M, G, rows, operands.value.shape[-1]), wide)
+    if operands.sinks is None:
+        peak = jnp.full((B, M, G, rows), -jnp.inf, wide)
+        return Running(peak, jnp.zeros_like(peak), weighted)
+    sinks = jnp.broadcast_to(operands.sinks.astype(wide), (B, M, G, rows))
+    peak = lax.stop_gradient(sinks)
+    return Running(peak, jnp.exp(sinks - _finite(peak)), weighted)
+
+
+def see(running, s, z, v):
+    """The softmax after further keys."""
+    peak = jnp.maximum(running.peak, lax.stop_gradient(jnp.max(s, -1)))
+    p = jnp.exp(s - _finite(peak)[..., None])
+    shrink = jnp.exp(running.peak - _finite(peak))
+    seen = over_keys(drop(p, z), v)
+    return Running(
+        peak,
+        running.total * shrink + jnp.sum(p, -1),
+        running.weighted * shrink[..., None] + seen,
+    )
+
+
+def normalise(running):
+    """O and L."""
+    empty = running.total == 0
+    total = jnp.where(empty, 1, running.total)
+    lse = jnp.where(empty, -jnp.inf, _finite(running.peak) + jnp.log(total))
+    return running.weighted / total[..., None], lse
+
+
+def _unseeing(lse):
+    """L for e^(s − L): +∞ for a row that sees nothing, so that its weights are zero."""
+    return jnp.where(lse == -jnp.inf, jnp.inf, lse)
+
+
+def weights(s, lse):
+    """P."""
+    return jnp.exp(s - _unseeing(lse)[..., None])
+
+
+def logits_gradient(p, dp, delta, dlse):
+    """dS, the gradient of the logits after bias and masks."""
+    return p * (dp - (delta - dlse)[..., None])
+
+
+def cap_gradient(ds, s, soft_cap):
+    """dS before the soft cap, from the capped logits s."""
+    return ds if soft_cap is None else ds * (1 - (s / soft_cap) ** 2)
+
+
+def sinks_gradient(sinks, lse, delta, dlse):
+    if sinks is None:
+        return None
+    return jnp.sum(sink_weights(sinks, lse) * (dlse - delta), (0, 3), keepdims=True)
+
+
+def sink_weights(sinks, lse):
+    return jnp.exp(sinks.astype(lse.dtype) - _unseeing(lse))
+
+
+def row_sums(do, o):
+    """Δ."""
+    wide = accumulator(o.dtype)
+    return jnp.sum(do.astype(wide) * o.astype(wide), -1)
+
+
+def block_tangent(p, z, ds, v, dv):
+    """What a block of keys adds to μ, and to dO but for −μ O."""
+    pz = drop(p, z)
+    weighted = over_keys(pz * ds, v) + over_keys(pz, dv)
+    return jnp.sum(p * ds, -1), weighted
+
+
+def sum_to(x, shape):
+    """Sum x over the axes that were broadcast from `shape`."""
+    shared = [
+        axis for axis, (have, want) in enumerate(zip(x.shape, shape, strict=True)) if have != want
+    ]
+    return jnp.sum(x, shared, keepdims=True) if shared else x
+
+
+# ---------------------------------------------------------------------------------- who sees whom
+
+
+def visible(options, masking, rows, columns):
+    """True where the query of `rows` may see the key of `columns`: five axes, 1 where shared.
+
+    None if all may see all. The mask and the segments of `masking` are those of the rows and
+    columns; lengths and offset are of the whole.
+    """
+    rows, columns = rows[None, :, None], columns[None, None, :]
+    conditions = []
+    distance = columns - rows - masking.offset[:, None, None]
+    left, right = options.window or (None, None)
+    if options.is_causal:
+        conditions.append(distance <= 0)
+    if left is not None:
+        conditions.append(distance >= -left)
+    if right is not None and not options.is_causal:
+        conditions.append(distance <= right)
+    if masking.query_lengths is not None:
+        conditions.append(rows < masking.query_lengths[:, None, None])
+    if masking.key_lengths is not None:
+        conditions.append(columns < masking.key_lengths[:, None, None])
+    if masking.query_segments is not None:
+        conditions.append(masking.query_segments[:, :, None] == masking.key_segments[:, None, :])
+    conditions = [condition[:, None, None] for condition in conditions]
+    if masking.mask is not None:
+        conditions.append(masking.mask)
+    return _all(conditions)
+
+
+def _all(conditions):
+    if not conditions:
+        return None
+    result = conditions[0]
+    for condition in conditions[1:]:
+        result = result & condition
+    return result
+
+
+def key_range(options, masking, first_row, last_row):
+    """The keys [first, past) of each batch row that positions and lengths leave to some query.
+
+    `first_row` and `last_row` bound the queries, both included.
+    """
+    first = jnp.full_like(masking.offset, jnp.iinfo(jnp.int32).min)
+    past = jnp.full_like(masking.offset, jnp.iinfo(jnp.int32).max)
+    left, right = options.window or (None, None)
+    if masking.query_lengths is not None:
+        last_row = jnp.minimum(last_row, masking.query_lengths - 1)
+    if options.is_causal:
+        right = 0
+    if left is not None:
+        first = first_row + masking.offset - left
+    if right is not None:
+        past = last_row + masking.offset + right + 1
+    if masking.key_lengths is not None:
+        past = jnp.minimum(past, masking.key_lengths)
+    return first, jnp.where(first_row <= last_row, past, jnp.iinfo(jnp.int32).min)
+
+
+def hide(options, operands, masking):
+    """Zero what no query can reach by position and length, so that a NaN there reaches nothing."""
+    q, k, v = operands.query, operands.key, operands.value
+    T, S = q.shape[3], k.shape[2]
+    if masking.query_lengths is not None:
+        within = jnp.arange(T, dtype=jnp.int32)[None] < masking.query_lengths[:, None]
+        q = jnp.where(within[:, None, None, :, None], q, 0)
+    bounded = options.is_causal or options.window or masking.query_lengths is not None
+    if bounded or masking.key_lengths is not None:
+        first, past = key_range(options, masking, 0, T - 1)
+        s = jnp.arange(S, dtype=jnp.int32)[None]
+        reached = ((s >= first[:, None]) & (s < past[:, None]))[:, None, :, None]
+        k, v = jnp.where(reached, k, 0), jnp.where(reached, v, 0)
+    return operands._replace(query=q, key=k, value=v)
+
+
+def hide_unseen(masking, k, v, visible):
+    """Zero the keys and values that mask and segments hide from every query at hand."""
+    if masking.mask is None and masking.query_segments is None:
+        return k, v
+    seen = jnp.any(visible, axis=(2, 3))[..., None]
+    return jnp.where(seen, k, 0), jnp.where(seen, v, 0)
+
+
+# ---------------------------------------------------------------------------------------- dropout
+
+
+def dropout_keys(key, B, M, G):
+    """A key for each batch row and query head."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    fold = jax.vmap(jax.random.fold_in, (None, 0))
+    of_rows = fold(key, jnp.arange(B, dtype=jnp.uint32))
+    return jax.vmap(fold, (0, None))(of_rows, jnp.arange(M * G, dtype=jnp.uint32)).reshape(B, M, G)
+
+
+def keep(options, masking, first_row, first_column, T, S):
+    """Z for T queries and S keys from the given ones on; None without dropout.
+
+    The bits of tile (⌊t/128⌋, ⌊s/128⌋) come from the two indices folded into the head's key, so
+    that they are the same whichever block asks.
+    """
+    if options.dropout_rate == 0:
+        return None
+    rate, keys = options.dropout_rate, masking.dropout_keys
+
+    def tiles(first, size):
+        """The tiles that cover `size` from `first` on, wherever it lies in its own."""
+        n = (size + _TILE - 2) // _TILE + 1
+        return first // _TILE + jnp.arange(n, dtype=jnp.int32)
+
+    def tile(key, i, j):
+        key = jax.random.fold_in(jax.random.fold_in(key, i), j)
+        return jax.random.bernoulli(key, 1 - rate, (_TILE, _TILE))
+
+    rows, columns = tiles(first_row, T), tiles(first_column, S)
+    grid = jax.vmap(jax.vmap(tile, (None, None, 0)), (None, 0, None))
+    bits = jax.vmap(grid, (0, None, None))(keys.reshape(-1), rows, columns)
+    bits = jnp.swapaxes(bits, 2, 3)
+    bits = bits.reshape(*keys.shape, rows.size * _TILE, columns.size * _TILE)
+    start = (0, 0, 0, first_row - rows[0] * _TILE, first_column - columns[0] * _TILE)
+    bits = lax.dynamic_slice(bits, [jnp.int32(n) for n in start], (*keys.shape, T, S))
+    return jnp.where(bits, 1 / (1 - rate), 0)
+
+
+def drop(p, z):
+    return p if z is None else p * z.astype(p.dtype)
