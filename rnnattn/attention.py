@@ -25,6 +25,8 @@ Implementation = Literal["dense", "blockwise", "xla", "cudnn", "tokamax"]
 # Measured on a CPU: benchmarks/README.md.
 _DENSE_LOGITS = 2**16  # of one head
 
+_FAR = 2**30  # a window's side of this many keys is open: sums of positions stay in int32
+
 
 class KVCache(NamedTuple):
     """Keys and values of the tokens so far, and room for more: `length` of the S are there."""
@@ -100,8 +102,8 @@ def dot_product_attention(
         value that no query of its row may see reaches nothing and gets a gradient of zero, even if
         it is NaN; the rest of the arguments are constants. The gradient can be differentiated
         again, in reverse and forward mode, in linear memory where the schedule is. `jax.jvp` of the
-        function itself raises a TypeError ("can't apply forward-mode differentiation (jvp) to a
-        custom_vjp function"): that is what `rnnattn.attention.dot_product_attention_jvp` is for.
+        function itself raises a TypeError ("can't apply forward-mode autodiff (jvp) to a custom_vjp
+        function"): that is what `rnnattn.attention.dot_product_attention_jvp` is for.
     Example:
         >>> q, k, v = jnp.ones((3, 2, 5, 4, 8))
         >>> dot_product_attention(q, k, v, is_causal=True).shape
@@ -293,10 +295,13 @@ def _sorted(query, key, value, bias, mask, **options):
 def _call(function, rule, arrays, settings):
     arrays = _check(function, arrays, settings)
     if settings.implementation in ("cudnn", "tokamax"):
+        ours = "None, 'xla', 'dense' or 'blockwise'"
+        _require(function, rule is _attend, "implementation", ours, repr(settings.implementation))
         return _hand_over(arrays, settings)
     if settings.return_weights:
         rule = _forward_with_weights
-    left, right = _window(settings.local_window_size)
+    far = lambda side: side is None or side >= _FAR
+    left, right = (None if far(side) else side for side in _window(settings.local_window_size))
     window = None if left is None and right is None else (left, right)
     options = Options(
         bool(settings.is_causal), window, settings.logits_soft_cap, settings.dropout_rate
@@ -309,7 +314,8 @@ def _call(function, rule, arrays, settings):
 
 def _schedule(arrays, settings):
     T, S = arrays.query.shape[-3], arrays.key.shape[-3]
-    if settings.implementation == "dense" or settings.return_weights or T * S == 0:
+    empty = arrays.query.size * arrays.key.size == 0
+    if settings.implementation == "dense" or settings.return_weights or empty:
         return _DENSE
     if settings.implementation == "blockwise":
         return _BLOCKWISE
@@ -332,7 +338,7 @@ def _run(rule, schedule, options, arrays):
     B, T, N, _ = arrays.query.shape
     operands, masking = _problem(options, arrays)
     o, lse, *weights = rule(schedule, options, operands, masking)
-    o = jnp.moveaxis(o.reshape(B, N, T, -1), 1, 2)
+    o = jnp.moveaxis(o.reshape(B, N, T, o.shape[-1]), 1, 2)
     lse = jnp.moveaxis(lse.reshape(B, N, T), 1, 2)
     weights = [w.reshape(B, N, *w.shape[3:]) for w in weights]
     results = (o, lse, *weights)
@@ -403,12 +409,13 @@ def _hand_over(arrays, settings):
     batched = arrays.query.ndim == 4
     if not batched:
         arrays = _with_batch(arrays)
+    lengths = lambda x: None if x is None else x.astype(jnp.int32).reshape(-1)
     four_axes = lambda x: None if x is None else x.reshape((1,) * (4 - x.ndim) + x.shape)
     options = {
         "scale": arrays.scale,
         "is_causal": settings.is_causal,
-        "query_seq_lengths": arrays.query_seq_lengths,
-        "key_value_seq_lengths": arrays.key_value_seq_lengths,
+        "query_seq_lengths": lengths(arrays.query_seq_lengths),
+        "key_value_seq_lengths": lengths(arrays.key_value_seq_lengths),
         "local_window_size": settings.local_window_size,
     }
     if settings.implementation == "cudnn":
@@ -470,26 +477,27 @@ def _check(function, arrays, settings):
     arrays = _Arrays(**{n: x if n in numbers else array(x) for n, x in given.items()})
     q, k, v = arrays.query, arrays.key, arrays.value
 
-    check(q.ndim in (3, 4), "query", "(B, T, N, K) or (T, N, K)", q.shape)
+    check(q.ndim in (3, 4), "query", "of shape (B, T, N, K) or (T, N, K)", q.shape)
     batch, (T, N, K), (S, M) = q.shape[:-3], q.shape[-3:], (*k.shape[-3:], 0, 0)[:2]
-    leading = "(B, S, M, " if batch else "(S, M, "
-    check(k.shape == (*batch, S, M, K), "key", f"{leading}K) like query's {q.shape}", k.shape)
-    check(v.shape[:-1] == k.shape[:-1], "value", f"{leading}V) like key's {k.shape}", v.shape)
-    check(M > 0 and N % M == 0, "query", f"heads in multiples of key's {M}", f"{N} heads")
-    check(_is(q, jnp.floating), "query", "a floating dtype", q.dtype.name)
+    rows = "of shape (B, S, M," if batch else "of shape (S, M,"
+    check(k.shape == (*batch, S, M, K), "key", f"{rows} K) to go with query's {q.shape}", k.shape)
+    check(v.shape[:-1] == k.shape[:-1], "value", f"{rows} V) to go with key's {k.shape}", v.shape)
+    check(M > 0 and N % M == 0, "query", f"of a multiple of key's {M} heads", f"{N} heads")
+    check(_is(q, jnp.floating), "query", "of a floating dtype", q.dtype.name)
     for name in ("key", "value"):
         dtype = getattr(arrays, name).dtype
-        check(dtype == q.dtype, name, f"query's dtype {q.dtype.name}", dtype.name)
+        check(dtype == q.dtype, name, f"of query's dtype {q.dtype.name}", dtype.name)
 
     logits = (*batch, N, T, S)
-    meaning = f"at most {len(logits)} axes that broadcast to {logits}"
+    axes = "(B, N, T, S)" if batch else "(N, T, S)"
+    broadcast = f"of a shape that broadcasts to {axes} = {logits}"
     for name, kind, expected in (
-        ("bias", jnp.floating, "a floating dtype"),
-        ("mask", jnp.bool_, "the dtype bool"),
+        ("bias", jnp.floating, "of a floating dtype"),
+        ("mask", jnp.bool_, "of dtype bool"),
     ):
         x = getattr(arrays, name)
         if x is not None:
-            check(_broadcasts(x.shape, logits), name, meaning, x.shape)
+            check(_broadcasts(x.shape, logits), name, broadcast, x.shape)
             check(_is(x, kind), name, expected, x.dtype.name)
 
     per_row = "(B,)" if batch else "()"
@@ -497,26 +505,29 @@ def _check(function, arrays, settings):
         x = getattr(arrays, name)
         if x is not None:
             shapes = [batch, ()] if name == "query_offset" else [batch]
-            expected = f"shape {per_row} = {batch}" if batch else "shape ()"
+            expected = f"of shape {per_row} = {batch}" if batch else "of shape ()"
+            expected = f"an int or {expected}" if name == "query_offset" else expected
             check(jnp.shape(x) in shapes, name, expected, jnp.shape(x))
-            check(_is(x, jnp.integer), name, "integers", jnp.result_type(x).name)
+            check(_is(x, jnp.integer), name, "of integers", jnp.result_type(x).name)
 
     ids = {"query_segment_ids": T, "key_value_segment_ids": S}
-    given = [name for name in ids if getattr(arrays, name) is not None]
-    check(len(given) != 1, "*".join(given), "both segment ids or neither", "one of them")
-    for name in given:
+    for name, other in (tuple(ids), tuple(ids)[::-1]):
         x, shape = getattr(arrays, name), (*batch, ids[name])
-        check(x.shape == shape, name, f"shape {shape}", x.shape)
-        check(_is(x, jnp.integer), name, "integers", x.dtype.name)
+        if x is None:
+            check(getattr(arrays, other) is None, name, f"given where `{other}` is", None)
+        else:
+            check(x.shape == shape, name, f"of shape {shape}", x.shape)
+            check(_is(x, jnp.integer), name, "of integers", x.dtype.name)
 
     if arrays.scale is not None:
         shape = jnp.shape(arrays.scale)
-        check(shape in ((), (N,)), "scale", f"a number, or shape () or (N,) = ({N},)", shape)
+        check(shape in ((), (N,)), "scale", f"a number or of shape () or (N,) = ({N},)", shape)
         number = isinstance(arrays.scale, int | float) or _is(arrays.scale, jnp.floating)
-        check(number, "scale", "a floating dtype", jnp.result_type(arrays.scale).name)
+        check(number, "scale", "of a floating dtype", jnp.result_type(arrays.scale).name)
     if arrays.sinks is not None:
-        check(arrays.sinks.shape == (N,), "sinks", f"shape (N,) = ({N},)", arrays.sinks.shape)
-        check(_is(arrays.sinks, jnp.floating), "sinks", "a floating dtype", arrays.sinks.dtype.name)
+        sinks = arrays.sinks
+        check(sinks.shape == (N,), "sinks", f"of shape (N,) = ({N},)", sinks.shape)
+        check(_is(sinks, jnp.floating), "sinks", "of a floating dtype", sinks.dtype.name)
     _check_settings(check, settings, arrays.dropout_key)
     return arrays
 
@@ -525,16 +536,23 @@ def _check_settings(check, settings, dropout_key):
     window, cap = settings.local_window_size, settings.logits_soft_cap
     sides = _window(window) if isinstance(window, int | tuple | list | None) else ()
     sizes = all(side is None or (isinstance(side, int) and side >= 0) for side in sides)
-    expected = "a number or a pair of numbers, each at least 0 or None"
+    expected = "None, an int of at least 0, or a pair of them, None for an open side"
     check(len(sides) == 2 and sizes, "local_window_size", expected, repr(window))
-    check(cap is None or cap > 0, "logits_soft_cap", "positive or None", repr(cap))
+    positive = isinstance(cap, int | float) and cap > 0
+    check(cap is None or positive, "logits_soft_cap", "a positive number or None", repr(cap))
     rate = settings.dropout_rate
-    check(0 <= rate < 1, "dropout_rate", "in [0, 1)", repr(rate))
-    check(rate == 0 or dropout_key is not None, "dropout_key", "a key where something drops", None)
+    share = isinstance(rate, int | float) and 0 <= rate < 1
+    check(share, "dropout_rate", "a number in [0, 1)", repr(rate))
+    if rate > 0:
+        check(dropout_key is not None, "dropout_key", "given where `dropout_rate` is above 0", None)
+        typed = jnp.issubdtype(dropout_key.dtype, jax.dtypes.prng_key)
+        single = dropout_key.ndim == (0 if typed else 1)
+        check(single, "dropout_key", "a single key", f"an array {dropout_key.shape} of them")
     names, name = get_args(Implementation), settings.implementation
     check(name is None or name in names, "implementation", f"None or one of {names}", repr(name))
     if settings.return_weights:
-        check(name in (None, "xla", "dense"), "implementation", "'dense' for weights", repr(name))
+        expected = "None, 'xla' or 'dense' where `return_weights` is set"
+        check(name in (None, "xla", "dense"), "implementation", expected, repr(name))
 
 
 def _require(function, holds, name, expected, got):
@@ -555,12 +573,19 @@ def _broadcasts(shape, target):
 
 def _check_cache(cache, key, value):
     check = partial(_require, "update_cache")
-    B, S, *_ = cache.key.shape
+    B, S, *_ = whole = cache.key.shape
+    check(len(whole) == 4, "cache.key", "of shape (B, S, M, K)", whole)
+    same = len(cache.value.shape) == 4 and cache.value.shape[:3] == whole[:3]
+    expected = f"of shape (B, S, M, V) to go with key's {whole}"
+    check(same, "cache.value", expected, cache.value.shape)
     for name, old, new in (("key", cache.key, key), ("value", cache.value, value)):
-        expected = (B, "T", *old.shape[2:])
+        expected = f"of shape (B, T, …) to go with the cache's {old.shape}"
         same = new.ndim == 4 and (new.shape[0], *new.shape[2:]) == (B, *old.shape[2:])
-        check(same, name, f"shape {expected}", new.shape)
-        check(new.dtype == old.dtype, name, f"the cache's dtype {old.dtype.name}", new.dtype.name)
-    check(key.shape[1] == value.shape[1], "value", f"of key's {key.shape[1]} tokens", value.shape)
-    check(key.shape[1] <= S, "key", f"at most the cache's {S} tokens", f"{key.shape[1]}")
-    check(cache.length.shape == (B,), "cache.length", f"shape ({B},)", cache.length.shape)
+        check(same, name, expected, new.shape)
+        dtype = f"of the cache's dtype {old.dtype.name}"
+        check(new.dtype == old.dtype, name, dtype, new.dtype.name)
+    T, length = key.shape[1], cache.length
+    check(T == value.shape[1], "value", f"of as many tokens as key, {T}", value.shape[1])
+    check(T <= S, "key", f"of at most the {S} tokens the cache has room for", T)
+    check(length.shape == (B,), "cache.length", f"of shape (B,) = ({B},)", length.shape)
+    check(_is(length, jnp.integer), "cache.length", "of integers", length.dtype.name)

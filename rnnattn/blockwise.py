@@ -10,7 +10,7 @@ Blocks that positions, windows, lengths or segments rule out are skipped. The la
 kind ends where the sequence ends and so may begin within the one before it; what it shares with
 that one is not counted again.
 
-`attend` is the same schedule with a rule for tangents; the transpose of that rule, which JAX
+`forward` is the same schedule with a rule for tangents; the transpose of that rule, which JAX
 makes, is the gradient again, so that every order and mode keeps the memory linear.
 
 This module holds no algebra of its own: see `rnnattn.scores`, also for the axes.
@@ -92,6 +92,14 @@ class _Axis(NamedTuple):
 
     def add(self, x, block, i, axis):
         return self.put(x, self.cut(x, i, axis) + block, i, axis)
+
+    def join(self, blocks, axis):
+        """The axis again, from a stack of its blocks."""
+        last = blocks[-1]
+        earlier = jnp.moveaxis(blocks[:-1], 0, axis)
+        shape = (*last.shape[:axis], (self.count - 1) * self.block, *last.shape[axis + 1 :])
+        earlier = lax.slice_in_dim(earlier.reshape(shape), 0, self.size - self.block, axis=axis)
+        return jnp.concatenate([earlier, last], axis)
 
 
 class _Grid(NamedTuple):
@@ -352,7 +360,7 @@ def _tangent(options, operands, masking, o, lse, doperands):
     grid = _grid(operands, (rows, rows))
     key_blocks = _key_blocks(options, grid, masking)
 
-    def query_block(results, i):
+    def query_block(_, i):
         of_i, masking_i = grid.cut_queries(operands, masking, i)
         dof_i, _ = grid.cut_queries(doperands, masking, i)
         o_i, lse_i = (grid.queries.cut(x, i, 3) for x in (o, lse))
@@ -378,11 +386,12 @@ def _tangent(options, operands, masking, o, lse, doperands):
         if operands.sinks is not None:
             dlse = dlse + sink_weights(operands.sinks, lse_i) * doperands.sinks
         do = weighted - dlse[..., None] * o_i.astype(dlse.dtype)
-        put = lambda x, block: grid.queries.put(x, block.astype(x.dtype), i, 3)
-        return jax.tree.map(put, results, (do, dlse)), None
+        return None, (do.astype(o.dtype), dlse)
 
-    results = jax.tree.map(jnp.zeros_like, (o, lse))
-    return lax.scan(query_block, results, grid.blocks())[0]
+    # Checkpointed, and no array of all rows is carried: either would be kept for every block
+    # where the transpose of this is differentiated in reverse.
+    blocks = lax.scan(jax.checkpoint(query_block, prevent_cse=False), None, grid.blocks())[1]
+    return jax.tree.map(lambda x: grid.queries.join(x, 3), blocks)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -53,7 +53,8 @@ def _scores(options, operands, masking):
 def forward(options, operands, masking):
     """O and L."""
     _, v, _, s, z = _scores(options, operands, masking)
-    return normalise(see(nothing_seen(operands, s.shape[3]), s, z, v))
+    o, lse = normalise(see(nothing_seen(operands, s.shape[3]), s, z, v))
+    return o.astype(v.dtype), lse
 
 
 def forward_with_weights(options, operands, masking):

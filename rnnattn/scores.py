@@ -75,7 +75,8 @@ def accumulator(dtype):
 
 def _rows(x):
     """(B, M, G, T, …) → (B, M, G T, …): one matrix for each key/value head."""
-    return x.reshape(*x.shape[:2], -1, x.shape[-1])
+    B, M, G, T = x.shape[:4]
+    return x.reshape(B, M, G * T, x.shape[-1])
 
 
 def _product(subscripts, a, b):
@@ -141,7 +142,7 @@ def nothing_seen(operands, rows):
 
 def see(running, s, z, v):
     """The softmax after further keys."""
-    peak = jnp.maximum(running.peak, lax.stop_gradient(jnp.max(s, -1)))
+    peak = jnp.maximum(running.peak, lax.stop_gradient(jnp.max(s, -1, initial=-jnp.inf)))
     p = jnp.exp(s - _finite(peak)[..., None])
     shrink = jnp.exp(running.peak - _finite(peak))
     seen = over_keys(drop(p, z), v)
@@ -300,9 +301,11 @@ def hide_unseen(masking, k, v, visible):
 
 
 def dropout_keys(key, B, M, G):
-    """A key for each batch row and query head."""
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
+    """A key for each batch row and query head.
+
+    Of the one kind whose bits are the same under `vmap`, whatever the kind of `key`.
+    """
+    key = jax.random.wrap_key_data(jax.random.bits(key, (2,), jnp.uint32), impl="threefry2x32")
     fold = jax.vmap(jax.random.fold_in, (None, 0))
     of_rows = fold(key, jnp.arange(B, dtype=jnp.uint32))
     return jax.vmap(fold, (0, None))(of_rows, jnp.arange(M * G, dtype=jnp.uint32)).reshape(B, M, G)

@@ -19,6 +19,10 @@ from rnnattn.interop import (
     lstm_to_keras,
     lstm_to_onnx,
     lstm_to_torch,
+    vit_from_google,
+    vit_from_timm,
+    vit_to_google,
+    vit_to_timm,
 )
 from tests.lstm_cases import assert_close, make_case
 
@@ -394,3 +398,185 @@ def test_an_unknown_form_is_an_error():
         )
     else:
         assert type(caught.value).__name__ == "TypeCheckError"
+
+
+# ---- vision transformers ----------------------------------------------------------------------
+
+WIDTH, HEADS, HIDDEN, CLASSES, PATCH, CHANNELS = 8, 2, 12, 3, (2, 3), 2
+GRID = (3, 2)
+
+
+def timm_weights(class_token=True):
+    """What `state_dict()` of a timm ViT of two blocks holds."""
+    draw = lambda *shape: RNG.normal(size=shape) * 0.5
+    tokens = GRID[0] * GRID[1] + class_token
+    weights = {"cls_token": draw(1, 1, WIDTH)} if class_token else {}
+    weights |= {
+        "pos_embed": draw(1, tokens, WIDTH),
+        "patch_embed.proj.weight": draw(WIDTH, CHANNELS, *PATCH),
+        "patch_embed.proj.bias": draw(WIDTH),
+    }
+    for n in range(2):
+        linear = {
+            "attn.qkv": (3 * WIDTH, WIDTH),
+            "attn.proj": (WIDTH, WIDTH),
+            "mlp.fc1": (HIDDEN, WIDTH),
+            "mlp.fc2": (WIDTH, HIDDEN),
+        }
+        for name, shape in linear.items():
+            weights[f"blocks.{n}.{name}.weight"] = draw(*shape)
+            weights[f"blocks.{n}.{name}.bias"] = draw(shape[0])
+        for name in ("norm1", "norm2"):
+            weights[f"blocks.{n}.{name}.weight"] = draw(WIDTH)
+            weights[f"blocks.{n}.{name}.bias"] = draw(WIDTH)
+    weights |= {"norm.weight": draw(WIDTH), "norm.bias": draw(WIDTH)}
+    return weights | {"head.weight": draw(CLASSES, WIDTH), "head.bias": draw(CLASSES)}
+
+
+def timm_forward(weights, images):
+    """timm's `VisionTransformer.forward` in torch's own functions; images (B, channels, …)."""
+    torch = pytest.importorskip("torch")
+    F = torch.nn.functional
+    w = {name: torch.tensor(array) for name, array in weights.items()}
+    norm = lambda x, name: F.layer_norm(
+        x, (WIDTH,), w[f"{name}.weight"], w[f"{name}.bias"], eps=1e-6
+    )
+    linear = lambda x, name: F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
+    patches = F.conv2d(
+        torch.tensor(images),
+        w["patch_embed.proj.weight"],
+        w["patch_embed.proj.bias"],
+        stride=PATCH,
+    )
+    x = patches.flatten(2).transpose(1, 2)
+    if "cls_token" in w:
+        x = torch.cat([w["cls_token"].expand(len(x), -1, -1), x], dim=1)
+    x = x + w["pos_embed"]
+    for n in range(2):
+        y = linear(norm(x, f"blocks.{n}.norm1"), f"blocks.{n}.attn.qkv")
+        q, k, v = y.reshape(*y.shape[:2], 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v)
+        x = x + linear(y.transpose(1, 2).reshape(x.shape), f"blocks.{n}.attn.proj")
+        y = F.gelu(linear(norm(x, f"blocks.{n}.norm2"), f"blocks.{n}.mlp.fc1"))
+        x = x + linear(y, f"blocks.{n}.mlp.fc2")
+    x = norm(x, "norm")
+    return linear(x[:, 0] if "cls_token" in w else x.mean(dim=1), "head").numpy()
+
+
+def vit(pool):
+    nnx = pytest.importorskip("flax.nnx")
+    from rnnattn.nn import ViT
+
+    return ViT(
+        patch_size=PATCH,
+        image_size=(6, 6),
+        width=WIDTH,
+        depth=2,
+        num_heads=HEADS,
+        mlp_ratio=HIDDEN / WIDTH,
+        classes=CLASSES,
+        channels=CHANNELS,
+        pool=pool,
+        param_dtype=jnp.float64,
+        rngs=nnx.Rngs(0),
+    )
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_timm(pool):
+    from rnnattn.nn import load_weights
+
+    weights, model = timm_weights(pool == "cls"), vit(pool)
+    load_weights(model, vit_from_timm(weights, HEADS))
+    images = RNG.normal(size=(2, 6, 6, CHANNELS))
+    logits = jax.jit(lambda model, images: model(images))(model, jnp.asarray(images))
+    assert_close(logits, timm_forward(weights, images.transpose(0, 3, 1, 2)), 1e-10)
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_vit_round_trips_are_exact(class_token):
+    weights = timm_weights(class_token)
+    tree = vit_from_timm(weights, HEADS)
+    again = vit_to_timm(tree)
+    assert set(again) == set(weights)
+    for name in weights:
+        np.testing.assert_array_equal(again[name], weights[name])
+    for form in ("vision_transformer", "big_vision"):
+        for prefix in ("", "params/", "opt/target/"):
+            google = {prefix + name: a for name, a in vit_to_google(tree, form).items()}
+            beside = {"opt/step": np.ones(())} if prefix == "params/" else {}
+            back = vit_from_google(google | beside)
+            jax.tree.map(np.testing.assert_array_equal, back, tree)
+
+
+# As `np.load` of AugReg's Ti_16 lists them: name, and shape with D 192, 3 heads, 197 tokens.
+AUGREG = {
+    "cls": (1, 1, 192),
+    "embedding/bias": (192,),
+    "embedding/kernel": (16, 16, 3, 192),
+    "head/bias": (1000,),
+    "head/kernel": (192, 1000),
+    "Transformer/encoder_norm/bias": (192,),
+    "Transformer/encoder_norm/scale": (192,),
+    "Transformer/posembed_input/pos_embedding": (1, 197, 192),
+    "Transformer/encoderblock_0/LayerNorm_0/bias": (192,),
+    "Transformer/encoderblock_0/LayerNorm_0/scale": (192,),
+    "Transformer/encoderblock_0/LayerNorm_2/bias": (192,),
+    "Transformer/encoderblock_0/LayerNorm_2/scale": (192,),
+    "Transformer/encoderblock_0/MlpBlock_3/Dense_0/bias": (768,),
+    "Transformer/encoderblock_0/MlpBlock_3/Dense_0/kernel": (192, 768),
+    "Transformer/encoderblock_0/MlpBlock_3/Dense_1/bias": (192,),
+    "Transformer/encoderblock_0/MlpBlock_3/Dense_1/kernel": (768, 192),
+    **{
+        f"Transformer/encoderblock_0/MultiHeadDotProductAttention_1/{name}/{leaf}": shape
+        for name in ("query", "key", "value")
+        for leaf, shape in {"bias": (3, 64), "kernel": (192, 3, 64)}.items()
+    },
+    "Transformer/encoderblock_0/MultiHeadDotProductAttention_1/out/bias": (192,),
+    "Transformer/encoderblock_0/MultiHeadDotProductAttention_1/out/kernel": (3, 64, 192),
+}
+
+
+def test_google_names_and_shapes():
+    weights = {name: np.zeros(shape, np.float32) for name, shape in AUGREG.items()}
+    tree = vit_from_google(weights)
+    assert tree["blocks"][0]["attention"]["out"]["kernel"].shape == (3, 64, 192)
+    assert {name: array.shape for name, array in vit_to_google(tree).items()} == AUGREG
+    timm = vit_to_timm(tree)
+    assert timm["blocks.0.attn.qkv.weight"].shape == (576, 192)
+    assert timm["patch_embed.proj.weight"].shape == (192, 3, 16, 16)
+    big_vision = vit_to_google(tree, "big_vision")
+    block = "Transformer/encoderblock_0"
+    attention = f"{block}/MultiHeadDotProductAttention_0"
+    assert {"pos_embedding", f"{block}/LayerNorm_1/scale", f"{attention}/query/kernel"} < set(
+        big_vision
+    )
+    assert f"{block}/MlpBlock_0/Dense_1/bias" in big_vision
+
+
+def test_all_that_is_wrong_with_a_vit_is_named():
+    weights = timm_weights()
+    wrong = weights | {
+        "head.weight": np.ones((WIDTH, CLASSES)),
+        "fc_norm.weight": np.ones(WIDTH),
+        "blocks.1.attn.qkv.bias": np.ones(WIDTH),
+    }
+    del wrong["norm.bias"]
+    with pytest.raises(ValueError) as caught:
+        vit_from_timm(wrong, HEADS)
+    assert str(caught.value) == (
+        "vit_from_timm: `norm.bias` is missing; `fc_norm.weight` is unknown; "
+        "`blocks.1.attn.qkv.bias` must have shape (3D,) = (24,), got (8,); "
+        "`head.weight` must have shape (classes, D) = (8, 8), got (8, 3); "
+        "`head.bias` must have shape (classes,) = (8,), got (3,)"
+    )
+    with pytest.raises(ValueError, match=r"^vit_from_timm: `num_heads` must divide the width 8"):
+        vit_from_timm(weights, 3)
+    first = "`Transformer/encoder_norm/scale` is missing"
+    with pytest.raises(ValueError, match=f"^vit_from_google: {first}.*; and . more$"):
+        vit_from_google({})
+    tree = vit_from_timm(weights, HEADS)
+    tree["stem"] = {"layers": tree["stem"]}
+    message = "`stem.kernel` is missing; `stem.bias` is missing; `stem.layers.kernel` is unknown"
+    with pytest.raises(ValueError, match=f"^vit_to_timm: {message}"):
+        vit_to_timm(tree)

@@ -1,0 +1,495 @@
+"""rnnattn.dot_product_attention against its peers: time, and temporary memory.
+
+    python benchmarks/attention.py --output benchmarks/results/NAME.json     the table of speeds
+    python benchmarks/attention.py --memory                                  memory; nothing is run
+    python benchmarks/attention.py --choice                                  schedules and blocks
+
+All programs get the same arrays, (B, T, N, K) as `jax.nn` has them, and must agree before they are
+timed. "forward" is the output; "gradient" is the output and the gradients with respect to query,
+key and value, from a cotangent that is an argument. On a GPU, torch runs on it too.
+"""
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import rnnattn
+from benchmarks import timing
+from rnnattn import attention, blockwise
+
+
+class Shape(NamedTuple):
+    """T queries and as many keys; `window`: a query sees so many keys before it, and its own."""
+
+    B: int
+    T: int
+    N: int
+    K: int
+    causal: bool = False
+    window: int | None = None
+
+    def __str__(self):
+        sees = "causal" if self.causal else "full" if self.window is None else str(self.window)
+        return f"{self.B}, {self.T}, {self.N}, {self.K}, {sees}"
+
+    @property
+    def logits(self):
+        return self.B * self.N * self.T**2
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments of `jax.nn.dot_product_attention`, and so of ours."""
+        window = None if self.window is None else (self.window, 0)
+        return {"is_causal": self.causal, "local_window_size": window}
+
+
+SHAPES = [
+    Shape(8, 64, 4, 32),
+    Shape(8, 256, 8, 64),
+    Shape(4, 1024, 8, 64, True),
+    Shape(1, 4096, 8, 64, True),
+    Shape(1, 4096, 8, 64),
+    Shape(1, 16384, 4, 64, True),
+    Shape(1, 8192, 8, 64, False, 256),
+]
+GPU_SHAPES = [Shape(2**15 // T, T, 8, 64, True) for T in (1024, 2048, 4096, 8192, 16384, 32768)]
+PACKAGES = ["jax", "jaxlib", "numpy", "torch", "tokamax"]
+KINDS = ("forward", "gradient")
+
+
+class Problem(NamedTuple):
+    shape: Shape
+    arrays: tuple[jax.Array, ...]  # query, key, value and the cotangent of the output
+
+
+def make_problem(shape, *, dtype) -> Problem:
+    keys = jax.random.split(jax.random.key(0), 4)
+    draw = lambda key: jax.random.normal(key, shape[:4], jnp.float32).astype(dtype)
+    return Problem(shape, tuple(map(draw, keys)))
+
+
+# ---- the programs: forward and gradient of each peer ------------------------------------------
+#
+# Either returns the output first; a gradient program those of query, key and value behind it.
+
+Programs = dict[str, timing.Program]
+
+
+class Unavailable(Exception):
+    """This peer cannot run here."""
+
+
+def gradient_of(apply: Callable) -> Callable:
+    def gradient(query, key, value, do):
+        o, pullback = jax.vjp(apply, query, key, value)
+        return o, *pullback(do)
+
+    return gradient
+
+
+def jax_programs(apply: Callable, problem: Problem) -> Programs:
+    """`apply(query, key, value)` returns the output."""
+    return {
+        "forward": timing.compiled(apply, *problem.arrays[:3]),
+        "gradient": timing.compiled(gradient_of(apply), *problem.arrays),
+    }
+
+
+def ours(problem: Problem, implementation=None) -> Programs:
+    options = problem.shape.options | {"implementation": implementation}
+    return jax_programs(partial(rnnattn.dot_product_attention, **options), problem)
+
+
+def ours_jvp(problem: Problem) -> Programs:
+    apply = partial(attention.dot_product_attention_jvp, **problem.shape.options)
+    return jax_programs(apply, problem)
+
+
+def jax_nn(problem: Problem) -> Programs:
+    if problem.shape.logits >= 2**30:  # 4 GiB in float32
+        raise Unavailable("its gradient needs more than 8 GiB")
+    options = problem.shape.options | {"implementation": "xla"}
+    return jax_programs(partial(jax.nn.dot_product_attention, **options), problem)
+
+
+def cudnn(problem: Problem) -> Programs:
+    if jax.default_backend() != "gpu":
+        raise Unavailable("it needs a GPU")
+    if problem.arrays[0].dtype != jnp.bfloat16:
+        raise Unavailable("it needs 16 bits")
+    options = problem.shape.options | {"implementation": "cudnn"}
+    return jax_programs(partial(jax.nn.dot_product_attention, **options), problem)
+
+
+def tokamax(problem: Problem) -> Programs:
+    import tokamax
+
+    options = problem.shape.options | {"implementation": "xla_chunked"}
+    return jax_programs(partial(tokamax.dot_product_attention, **options), problem)
+
+
+def torch(problem: Problem) -> Programs:
+    import torch
+
+    on_gpu = jax.default_backend() == "gpu"
+    if on_gpu and not torch.cuda.is_available():
+        raise Unavailable("this build of torch has no CUDA")
+    torch.set_num_threads(timing.cores())
+    device, shape = "cuda" if on_gpu else "cpu", problem.shape
+    dtype = getattr(torch, problem.arrays[0].dtype.name)
+    tensor = lambda array: torch.tensor(np.asarray(array, np.float32), device=device, dtype=dtype)
+    *leaves, do = map(tensor, problem.arrays)
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    mask = None
+    if shape.window is not None:
+        t = torch.arange(shape.T, device=device)
+        distance = t[:, None] - t[None]
+        mask = (distance >= 0) & (distance <= shape.window)
+    wait = torch.cuda.synchronize if on_gpu else lambda: None
+
+    def attend():
+        q, k, v = (x.transpose(1, 2) for x in leaves)  # heads before time
+        attend = torch.nn.functional.scaled_dot_product_attention
+        return attend(q, k, v, attn_mask=mask, is_causal=shape.causal).transpose(1, 2)
+
+    def forward():
+        with torch.no_grad():
+            o = attend()
+        wait()
+        return (o,)
+
+    def gradient():
+        o = attend()
+        gradients = torch.autograd.grad(o, leaves, do)
+        wait()
+        return o, *gradients
+
+    return {"forward": timing.Program(forward), "gradient": timing.Program(gradient)}
+
+
+PEERS: dict[str, Callable[[Problem], Programs]] = {
+    "ours again": ours,
+    "dense": partial(ours, implementation="dense"),
+    "blockwise": partial(ours, implementation="blockwise"),
+    "ours, jvp": ours_jvp,
+    "jax.nn": jax_nn,
+    "cudnn": cudnn,
+    "tokamax": tokamax,
+    "torch": torch,
+}
+DEFAULT_PEERS = ["ours again", "jax.nn", "cudnn", "tokamax", "torch"]
+
+
+def build(peers, problem) -> dict[str, Programs]:
+    """The programs of ours and of each peer that is installed."""
+    programs = {"ours": ours(problem)}
+    for name in peers:
+        try:
+            programs[name] = PEERS[name](problem)
+        except (ImportError, Unavailable) as error:
+            print(f"  ({problem.shape}) without {name}: {error}")
+    return programs
+
+
+def check(programs, tolerance):
+    """All must give the same output, in both programs, and the same gradients."""
+
+    def results(program):
+        array = lambda a: np.asarray(a.detach().float().cpu() if hasattr(a, "detach") else a)
+        (o, *_), gradient = (jax.tree.leaves(program[kind].call()) for kind in KINDS)
+        names = ("output", "output with gradient", "dq", "dk", "dv")
+        return dict(zip(names, map(array, (o, *gradient)), strict=True))
+
+    expected = results(programs["ours"])
+    for name in programs:
+        for what, actual in results(programs[name]).items():
+            e = expected[what].astype(np.float32)
+            error = np.max(np.abs(actual.astype(np.float32) - e)) / np.max(np.abs(e))
+            if not error <= tolerance:
+                raise AssertionError(f"{name}: {what} is {error:.1e} off, over {tolerance:.0e}")
+
+
+# ---- speed ------------------------------------------------------------------------------------
+
+
+def measure_speed(shapes, peers, rounds, dtype) -> dict[str, Any]:
+    """For each shape and kind, the time of each peer over ours."""
+    exact = dtype == "float32" and jax.default_backend() == "cpu"
+    rows = []
+    for shape in shapes:
+        programs = build(peers, make_problem(shape, dtype=dtype))
+        check(programs, 1e-4 if exact else 3e-2)
+        row: dict[str, Any] = {"shape": shape}
+        for kind in KINDS:
+            kinds = {name: program[kind] for name, program in programs.items()}
+            times = timing.measure(kinds, rounds)
+            row[kind] = {
+                name: {
+                    "ratio": timing.ratio(times[name], times["ours"])._asdict(),
+                    "milliseconds": 1e3 * float(np.median(times[name])),
+                    "compile_seconds": kinds[name].compile_seconds,
+                }
+                for name in kinds
+            }
+        rows.append(row)
+        print(f"  ({shape}) done", flush=True)
+    means = {}
+    for kind in KINDS:
+        names = dict.fromkeys(name for row in rows for name in row[kind] if name != "ours")
+        means[kind] = {name: timing.geometric_mean(_ratios(rows, name, [kind])) for name in names}
+    return {"rows": rows, "geometric_mean": means}
+
+
+def _ratios(rows, peer, kinds=KINDS):
+    return [
+        row[kind][peer]["ratio"]["median"] for row in rows for kind in kinds if peer in row[kind]
+    ]
+
+
+def print_speed(speed):
+    for kind in KINDS:
+        means = speed["geometric_mean"][kind]
+        print(f"\n{kind}: time of the peer / ours, median [quartiles]; ours in ms")
+        print(f"{'B, T, N, K, sees':<24}{'ours':>9}" + "".join(f"{name:>19}" for name in means))
+        for row in speed["rows"]:
+            line = f"{row['shape']!s:<24}{row[kind]['ours']['milliseconds']:>9.2f}"
+            for name in means:
+                r = row[kind][name]["ratio"] if name in row[kind] else None
+                cell = f"{r['median']:.2f} [{r['lower']:.2f}–{r['upper']:.2f}]" if r else "–"
+                line += f"{cell:>19}"
+            print(line)
+        print(f"{'geometric mean':<33}" + "".join(f"{mean:>19.2f}" for mean in means.values()))
+    print_bars(speed["rows"])
+    copies = _ratios(speed["rows"], "ours again")
+    worst = max((abs(copy - 1) for copy in copies), default=0.0)
+    if worst > 0.03:
+        print(
+            f"\nNot to be trusted: the identical program is {worst:.0%} off; is the machine idle?"
+        )
+    print("\nseconds to compile, forward + gradient, summed over the shapes")
+    for name in ("ours", *speed["geometric_mean"]["forward"]):
+        cells = [row[kind][name] for row in speed["rows"] for kind in KINDS if name in row[kind]]
+        seconds = [cell["compile_seconds"] for cell in cells]
+        if None not in seconds:
+            print(f"  {name:<12}{sum(seconds):6.1f}")
+
+
+def print_bars(rows):
+    """What is asked of float32 on a CPU, over all of `SHAPES`; the means leave the window out."""
+    if [row["shape"] for row in rows] != SHAPES or jax.default_backend() != "cpu":
+        return
+    window = [row for row in rows if row["shape"].window is not None]
+    others = [row for row in rows if row["shape"].window is None]
+    long = [row for row in rows if row["shape"] == Shape(1, 4096, 8, 64, True)]
+    mean = timing.geometric_mean
+    bars: list[tuple[str, list[float], Callable[[list[float]], float], float]] = [
+        ("jax.nn, the least of all", _ratios(rows, "jax.nn"), min, 0.95),
+        ("jax.nn, mean", _ratios(others, "jax.nn"), mean, 1.8),
+        ("jax.nn, gradient, T 4096 causal", _ratios(long, "jax.nn", ["gradient"]), min, 4.0),
+        ("torch, mean forward", _ratios(others, "torch", ["forward"]), mean, 0.85),
+        ("torch, mean gradient", _ratios(others, "torch", ["gradient"]), mean, 0.7),
+        ("torch, the least with a window", _ratios(window, "torch"), min, 1.5),
+    ]
+    print("\nbars")
+    for name, ratios, of_all, least in bars:
+        if ratios:
+            value = of_all(ratios)
+            print(f"  {name:<34}{value:6.2f}  ≥ {least:.2f}  {_met(value >= least)}")
+
+
+def _met(holds):
+    return "met" if holds else "NOT MET"
+
+
+# ---- memory -----------------------------------------------------------------------------------
+
+
+def mebibytes(function, *args) -> float:
+    """The temporary memory of a program, as XLA plans it."""
+    analysis = jax.jit(function).lower(*args).compile().memory_analysis()
+    if analysis is None:
+        raise NotImplementedError("this backend does not say how much memory a program needs")
+    return analysis.temp_size_in_bytes / 2**20
+
+
+def hessian_product(attend: Callable, mode: str) -> Callable:
+    """(query, key, value, and a direction of each) → the Hessian of Σ O² times the direction."""
+    loss = lambda *operands: jnp.sum(attend(*operands) ** 2)
+    gradient = jax.grad(loss, argnums=(0, 1, 2))
+
+    def product(query, key, value, *direction):
+        operands = query, key, value
+        if mode == "forward over reverse":
+            return jax.jvp(gradient, operands, direction)[1]
+        return jax.vjp(gradient, *operands)[1](direction)
+
+    return product
+
+
+def measure_memory(dtype) -> dict[str, Any]:
+    def arrays(T, count):
+        return [jax.ShapeDtypeStruct((1, T, 4, 64), dtype)] * count
+
+    functions: dict[str, Callable] = {
+        "ours": rnnattn.dot_product_attention,
+        "ours, jvp": attention.dot_product_attention_jvp,
+        "jax.nn": jax.nn.dot_product_attention,
+    }
+    gradients: dict[str, dict[str, dict[int, float]]] = {}
+    for name, function in functions.items():
+        lengths = [1024, 4096] if name == "jax.nn" else [1024, 4096, 16384, 65536]
+        for sees, causal in (("causal", True), ("full", False)):
+            gradient = gradient_of(partial(function, is_causal=causal))
+            of_T = {T: mebibytes(gradient, *arrays(T, 4)) for T in lengths}
+            gradients.setdefault(name, {})[sees] = of_T
+    products: dict[str, dict[str, dict[int, float]]] = {}
+    for name, function in functions.items():
+        lengths = [2048] if name == "jax.nn" else [2048, 4096, 8192]
+        for mode in ("forward over reverse", "reverse over reverse"):
+            product = hessian_product(partial(function, is_causal=True), mode)
+            of_T = {T: mebibytes(product, *arrays(T, 6)) for T in lengths}
+            products.setdefault(name, {})[mode] = of_T
+    return {"shape": (1, "T", 4, 64), "gradient": gradients, "hessian_product": products}
+
+
+def print_memory(memory):
+    for what in ("gradient", "hessian_product"):
+        print(f"\nMiB of temporary memory, {what} at (B, T, N, K) = {memory['shape']}")
+        for name, cases in memory[what].items():
+            for case, of_T in cases.items():
+                cells = "".join(f"   T {T}: {size:.1f}" for T, size in of_T.items())
+                print(f"  {name:<11}{case:<22}{cells}")
+    gradient = max(of_T[4096] for of_T in memory["gradient"]["ours"].values())
+    longest = memory["gradient"]["ours"]["causal"]
+    product = max(of_T[2048] for of_T in memory["hessian_product"]["ours"].values())
+    growth = [
+        of_T[8192] / of_T[4096]
+        for name in ("ours", "ours, jvp")
+        for of_T in memory["hessian_product"][name].values()
+    ]
+    print("\nbars")
+    for bar, value, most in (
+        ("gradient at T 4096, MiB", gradient, 48.0),
+        ("gradient, T 65536 over T 16384", longest[65536] / longest[16384], 4.0),
+        ("Hessian product at T 2048, MiB", product, 90.0),
+        ("Hessian product, T 8192 over T 4096", max(growth), 2.0),
+    ):
+        print(f"  {bar:<38}{value:6.2f}  ≤ {most:.2f}  {_met(value <= most)}")
+
+
+# ---- how the schedule is chosen ---------------------------------------------------------------
+
+BLOCKS = [(256, 256), (256, 512), (512, 256), (512, 512), (512, 1024), (1024, 256), (1024, 512)]
+BLOCK_NAMES = {"forward": "_FORWARD_BLOCK", "gradient": "_BACKWARD_BLOCK"}
+
+
+def measure_choice(rounds, dtype) -> dict[str, Any]:
+    """Dense over blockwise as the length grows, and the size of the blocks as it is over others."""
+    schedules = []
+    for causal in (False, True):
+        for T in (64, 128, 192, 256, 384, 512, 1024):
+            problem = make_problem(Shape(8, T, 8, 64, causal), dtype=dtype)
+            programs = {name: PEERS[name](problem) for name in ("dense", "blockwise")}
+            row: dict[str, Any] = {"shape": problem.shape}
+            for kind in KINDS:
+                times = timing.measure({name: programs[name][kind] for name in programs}, rounds)
+                row[kind] = timing.ratio(times["dense"], times["blockwise"])._asdict()
+            schedules.append(row)
+    present = {kind: getattr(blockwise, name) for kind, name in BLOCK_NAMES.items()}
+    blocks = []
+    for shape in (shape for shape in SHAPES if 1024 <= shape.T <= 8192):
+        problem = make_problem(shape, dtype=dtype)
+        row = {"shape": shape}
+        for kind in KINDS:
+            sizes = dict.fromkeys([present[kind], *BLOCKS])
+            times = timing.measure({str(s): _with_blocks(problem, kind, s) for s in sizes}, rounds)
+            as_it_is = times[str(present[kind])]
+            row[kind] = {s: timing.ratio(as_it_is, each)._asdict() for s, each in times.items()}
+        blocks.append(row)
+    numbers = {"dense_logits": attention._DENSE_LOGITS, "blocks": present}
+    return {"present": numbers, "schedules": schedules, "blocks": blocks}
+
+
+def _with_blocks(problem, kind, size):
+    jax.clear_caches()  # or what was traced with other blocks would be found again
+    with mock.patch.object(blockwise, BLOCK_NAMES[kind], size):
+        return PEERS["blockwise"](problem)[kind]
+
+
+def print_choice(choice):
+    print("\ndense / blockwise, median [quartiles]: above 1, blockwise is the faster")
+    print(f"dense is chosen below {choice['present']['dense_logits']} logits of a head, T²")
+    show = lambda r: f"{r['median']:.2f} [{r['lower']:.2f}–{r['upper']:.2f}]"
+    for row in choice["schedules"]:
+        cells = "".join(f"   {kind} {show(row[kind])}" for kind in KINDS)
+        print(f"  {row['shape']!s:<24}{cells}")
+    for kind, name in BLOCK_NAMES.items():
+        print(f"\n{kind}, {name} as it is, {choice['present']['blocks'][kind]}, / another:")
+        print("above 1, the other is the faster")
+        for row in choice["blocks"]:
+            cells = "".join(f"   {size} {r['median']:.2f}" for size, r in row[kind].items())
+            print(f"  {row['shape']!s:<24}{cells}")
+
+
+def parse_shape(text) -> Shape:
+    B, T, N, K, *sees = text.split(",")
+    window = int(sees[0]) if sees and sees[0].isdecimal() else None
+    if len(sees) > 1 or (window is None and sees not in ([], ["causal"], ["full"])):
+        raise argparse.ArgumentTypeError(f"{text!r} is not B,T,N,K[,causal|full|window]")
+    return Shape(int(B), int(T), int(N), int(K), sees == ["causal"], window)
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    shapes = GPU_SHAPES if jax.default_backend() == "gpu" else SHAPES
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        type=parse_shape,
+        default=shapes,
+        metavar="B,T,N,K[,SEES]",
+        help="SEES: causal, full, or a number of keys to the left",
+    )
+    parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=DEFAULT_PEERS)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--memory", action="store_true", help="temporary memory, and no speeds")
+    parser.add_argument("--choice", action="store_true", help="schedules and blocks, and no speeds")
+    parser.add_argument("--output", type=Path, help="a JSON file for the results")
+    return parser.parse_args(argv)
+
+
+def main():
+    args = parse()
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    machine = timing.machine(PACKAGES)
+    print(*(f"{key}: {value}" for key, value in machine.items()), sep="\n")
+    results: dict[str, Any] = {"machine": machine, "dtype": args.dtype, "rounds": args.rounds}
+    if args.memory:
+        results["memory"] = measure_memory(args.dtype)
+        print_memory(results["memory"])
+    if args.choice:
+        results["choice"] = measure_choice(args.rounds, args.dtype)
+        print_choice(results["choice"])
+    if not (args.memory or args.choice):
+        results["speed"] = measure_speed(args.shapes, args.peers, args.rounds, args.dtype)
+        print_speed(results["speed"])
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
