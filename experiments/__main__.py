@@ -1,10 +1,9 @@
-"""The command line: `python -m experiments run CONFIG` and `python -m experiments list`."""
+"""The command line: `python -m experiments run CONFIG`, `… report` and `… list`."""
 
 import dataclasses
 import os
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,15 +11,50 @@ from typing import Annotated, Any
 
 import tyro
 
-from experiments import lstm_adding, lstm_digits, lstm_text, runs
+from experiments import (
+    attention_averaging,
+    attention_copying,
+    dot_product_variance,
+    key_noise,
+    lstm_adding,
+    lstm_digits,
+    lstm_equations,
+    lstm_gradient,
+    lstm_gradient_training,
+    lstm_text,
+    multi_head_noise,
+    report,
+    rotary_relative,
+    runs,
+    sinusoidal_shift,
+    softmax_saturation,
+    subspace_projection,
+    vit_digits,
+    vit_resolution,
+)
 from experiments.config import UsageError, check, claim, read, to_table
 
 EXPERIMENTS: dict[str, Any] = {
+    "attention_averaging": attention_averaging,
+    "attention_copying": attention_copying,
+    "dot_product_variance": dot_product_variance,
+    "key_noise": key_noise,
     "lstm_adding": lstm_adding,
     "lstm_digits": lstm_digits,
+    "lstm_equations": lstm_equations,
+    "lstm_gradient": lstm_gradient,
+    "lstm_gradient_training": lstm_gradient_training,
     "lstm_text": lstm_text,
+    "multi_head_noise": multi_head_noise,
+    "rotary_relative": rotary_relative,
+    "sinusoidal_shift": sinusoidal_shift,
+    "softmax_saturation": softmax_saturation,
+    "subspace_projection": subspace_projection,
+    "vit_digits": vit_digits,
+    "vit_resolution": vit_resolution,
 }
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "configs"
 PROGRAM = "python -m experiments"
 
 
@@ -54,20 +88,35 @@ class Run(Options):
     """A TOML file, as configs/lstm_digits.toml; it comes first."""
 
 
+@dataclass(frozen=True)
+class Report:
+    """Put every claim of the notes to the test, and write what comes of it as one page.
+
+    Results that are there and unchanged, in config and code, are used again.
+    """
+
+    full: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Run the sizes of configs/, some of which take minutes; without it, sizes of seconds."""
+    readme: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Also bring the table of claims in README.md up to date."""
+    output: Path = Path("outputs")
+    """Folder that runs are kept in; the page goes to OUTPUT/report."""
+
+
 def main(arguments: Sequence[str]) -> int:
     """Do what the arguments ask; 0 if done, 1 if the run failed, 2 if it could not be asked for."""
     try:
         if len(arguments) > 1 and arguments[0] == "run" and not arguments[1].startswith("-"):
             return _run(Path(arguments[1]), arguments[2:])
         command = tyro.cli(
-            Run | List,
+            Run | Report | List,
             args=arguments,
             prog=PROGRAM,
             description="Sequence models with hand-derived gradients, trained from config files.",
         )
         if isinstance(command, Run):
             raise UsageError(f"run: the config comes first: {PROGRAM} run {command.path} ...")
-        return _list()
+        return _report(command) if isinstance(command, Report) else _list()
     except UsageError as error:
         print(error, file=sys.stderr)
         return 2
@@ -115,28 +164,29 @@ def _run(path: Path, arguments: Sequence[str]) -> int:
     )
     command = shlex.join([*PROGRAM.split(), "run", str(path), *arguments])
     runs.write_config(folder, to_table(experiment, config), command)
-    result = _record(module, config, folder)
+    result = runs.record(module, config, folder)
     for name, text in runs.texts(result).items():
         print(f"---- {name}\n{text}\n----")
     for name, value in result.scores.items():
         print(f"{name:32} {value if isinstance(value, str) else format(value, '.6g')}")
+    if hasattr(module, "claims"):
+        for each in module.claims(config, runs.read_result(folder, module.Result)):
+            print(f"{each.id:4} {each.verdict}: {each.title}")
     print(folder)
     return 0
 
 
-def _record(module: Any, config: Any, folder: Path) -> Any:
-    """Run the experiment, and leave in the folder what it logs, what comes of it, and figures."""
-    clock = time.perf_counter()
-    with runs.metrics_log(folder) as log:
-        result = module.run(config, log)
-    summary = {"wall_seconds": time.perf_counter() - clock, "seed": config.seed}
-    runs.write_result(folder, result, summary | runs.surroundings())
-
-    from experiments.figures import curves
-
-    curves(runs.read_metrics(folder), module.LABELS).savefig(folder / runs.CURVES)
-    module.plot(runs.read_result(folder, module.Result)).savefig(folder / runs.FIGURE)
-    return result
+def _report(command: Report) -> int:
+    sizes = report.sizes(EXPERIMENTS, CONFIGS, full=command.full)
+    rows = report.measure(EXPERIMENTS, sizes, command.output)
+    folder = command.output / "report"
+    report.write(rows, folder, full=command.full)
+    if command.readme:
+        report.update_readme(ROOT / "README.md", rows)
+    for row in rows:
+        print(f"{row.id:4} {row.verdict}: {row.error or row.title}")
+    print(folder / report.PAGE)
+    return int(any(row.error for row in rows))
 
 
 def _list() -> int:

@@ -8,7 +8,7 @@ from sklearn.model_selection import train_test_split
 
 
 class Digits(NamedTuple):
-    """Images (B, 8, 8) with pixels in [0, 1], and their labels (B,)."""
+    """Images (B, rows, columns) with pixels in [0, 1], and their labels (B,)."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -18,17 +18,23 @@ def split_digits(seed: int, dtype: str) -> tuple[Digits, Digits, Digits]:
     """Training, validation and test digits: 70, 10 and 20 % of each class, drawn by the seed."""
     source = load_digits()
     images = (source.images / 16).astype(dtype)
-    labels = source.target.astype(np.int32)
-    rest, test = train_test_split(
-        np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=seed
+    return split_in_three(Digits(images, source.target.astype(np.int32)), seed)
+
+
+def split_in_three(digits: Digits, seed: int) -> tuple[Digits, Digits, Digits]:
+    """70, 10 and 20 % of each class, drawn by the seed."""
+    rest, test = split_in_two(digits, 0.2, seed)
+    train, validation = split_in_two(rest, 0.125, seed)
+    return train, validation, test
+
+
+def split_in_two(digits: Digits, share: float, seed: int) -> tuple[Digits, Digits]:
+    """All but a `share` of each class, and that share, drawn by the seed."""
+    parts = train_test_split(
+        np.arange(len(digits.labels)), test_size=share, stratify=digits.labels, random_state=seed
     )
-    train, validation = train_test_split(
-        rest, test_size=0.125, stratify=labels[rest], random_state=seed
-    )
-    first, second, third = (
-        Digits(images[part], labels[part]) for part in (train, validation, test)
-    )
-    return first, second, third
+    first, second = (Digits(digits.images[part], digits.labels[part]) for part in parts)
+    return first, second
 
 
 def digits_batch(digits: Digits, seed: int, step: int, size: int, shift: int) -> Digits:

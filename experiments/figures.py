@@ -45,6 +45,13 @@ def loss_curve(axes: Axes, steps: Any, losses: Any, baseline: str, level: float)
     axes.legend()
 
 
+def error_bars(axes: Axes, x: Any, estimates: Any, colour: str, label: str) -> None:
+    """Points with their intervals; the last axis of the estimates is (value, low, high)."""
+    value, low, high = np.atleast_2d(estimates).T
+    reach = np.maximum([value - low, high - value], 0)
+    axes.errorbar(x, value, reach, color=colour, fmt="o", markersize=4, capsize=3, label=label)
+
+
 def loss_of_text(axes: Axes, training: Any, validation: Any, levels: Mapping[str, float]) -> None:
     """Bits per character of the two splits by step, with levels to be beaten."""
     bits = 1 / np.log(2)
@@ -151,3 +158,132 @@ def confusion_matrix(figure: SubFigure, labels: Any, predictions: Any) -> None:
             )
     axes.set(xticks=range(10), yticks=range(10), xlabel="read as", ylabel="is")
     figure.suptitle("Confusion matrix, in test digits", fontsize=10)
+
+
+def attention_maps(figure: SubFigure, images: Any, attention: Any) -> None:
+    """Each image, and beside it where the attention of each block goes.
+
+    Args:
+        attention: (images, blocks, rows, columns), of patches.
+    """
+    depth = attention.shape[1]
+    grid = figure.subplots(len(images), 1 + depth, squeeze=False)
+    for row, image, blocks in zip(grid, images, attention, strict=True):
+        for axes in row:
+            axes.set(xticks=[], yticks=[])
+        row[0].imshow(image, cmap="gray_r", vmin=0, vmax=1)
+        for axes, shares in zip(row[1:], blocks, strict=True):
+            _attention_map(axes, image, shares)
+    for n, axes in enumerate(grid[0]):
+        axes.set_title(f"block {n}" if n else "image", fontsize=9)
+    figure.suptitle(
+        "Where the attention goes (darker: more), with the digit's outline", fontsize=10
+    )
+
+
+def _attention_map(axes: Axes, image: Any, shares: Any) -> None:
+    """Shares of attention by patch, over the whole image, whose outline is drawn in."""
+    rows, columns = image.shape
+    extent = (-0.5, columns - 0.5, rows - 0.5, -0.5)
+    axes.imshow(shares, cmap="Blues", vmin=0, extent=extent)
+    if image.min() < 0.5 < image.max():
+        axes.contour(image, levels=[0.5], colors=[RED], linewidths=1)
+
+
+def similarity_maps(figure: SubFigure, similarity: Any, title: str = "") -> None:
+    """For some patches, how like each patch's position is to theirs.
+
+    Args:
+        similarity: cosines (rows, columns, rows, columns).
+    """
+    rows, columns = similarity.shape[:2]
+    shown = [
+        sorted({round(i * (length - 1) / (min(length, 4) - 1 or 1)) for i in range(min(length, 4))})
+        for length in (rows, columns)
+    ]
+    grid = figure.subplots(len(shown[0]), len(shown[1]), squeeze=False)
+    for (n, m), axes in np.ndenumerate(grid):
+        row, column = shown[0][n], shown[1][m]
+        drawn = axes.imshow(similarity[row, column], cmap="PuOr_r", vmin=-1, vmax=1)
+        axes.plot(column, row, "o", color=BLACK, markersize=3)
+        axes.set(xticks=[], yticks=[])
+    figure.colorbar(drawn, ax=grid, label="cosine", shrink=0.8, pad=0.02)
+    title = title or "How like each patch's position is to that of the marked one"
+    figure.suptitle(title, fontsize=10)
+
+
+PHASE_STYLES = {
+    "small": (BLACK, "s", "small images, as trained"),
+    "moved": (ORANGE, "v", "moved to whole images"),
+    "tuned": (BLUE, "o", "moved and tuned"),
+    "equal compute": (RED, "x", "whole from scratch, equal compute"),
+    "equal steps": (GREEN, "+", "whole from scratch, equal steps"),
+}
+
+
+def phases_by_method(
+    axes: Axes, methods: Any, phases: Any, accuracy: Any, names: Mapping[str, str]
+) -> None:
+    """Accuracy (rows, seeds) of each phase of each method: the mean, and a dot for each seed."""
+    names = {method: name for method, name in names.items() if method in methods}
+    places = {method: n for n, method in enumerate(names)}
+    for n, (phase, (colour, marker, label)) in enumerate(PHASE_STYLES.items()):
+        chosen = np.flatnonzero(phases == phase)
+        y = np.array([places[methods[row]] for row in chosen]) + 0.14 * (n - 2)
+        axes.plot(
+            accuracy[chosen].mean(axis=1), y, marker, color=colour, markersize=8,
+            markeredgewidth=2 if marker in "x+" else 0, label=label,
+        )  # fmt: skip
+        for values, height in zip(accuracy[chosen], y, strict=True):
+            axes.plot(values, [height] * len(values), ".", color=colour, markersize=3)
+    axes.set_yticks(range(len(names)), [name.replace(", ", ",\n") for name in names.values()])
+    axes.set(xlabel="test accuracy (mean; a dot for each seed)", ylim=(len(names) - 0.5, -0.5))
+    axes.grid(alpha=0.3, axis="x")
+    for n in range(1, len(names)):
+        axes.axhline(n - 0.5, color="0.85", linewidth=0.8)
+    axes.figure.legend(
+        *axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=9
+    )
+
+
+def phases_by_cost(axes: Axes, methods: Any, phases: Any, accuracy: Any, flops: Any) -> None:
+    """Mean accuracy of every row against the operations of its training."""
+    for phase, (colour, marker, _) in PHASE_STYLES.items():
+        chosen = phases == phase
+        axes.plot(
+            flops[chosen] / 1e12, accuracy[chosen], marker, color=colour, markersize=8,
+            markeredgewidth=2 if marker in "x+" else 0,
+        )  # fmt: skip
+    for method, compute, height in zip(
+        methods[phases == "tuned"], flops[phases == "tuned"], accuracy[phases == "tuned"],
+        strict=True,
+    ):  # fmt: skip
+        axes.annotate(
+            method, (compute / 1e12, height), (5, 4), textcoords="offset points", fontsize=8
+        )
+    axes.set(xlabel="operations of training (TFLOP, by XLA)", ylabel="test accuracy", xscale="log")
+    axes.grid(alpha=0.3, which="both")
+
+
+def before_and_after(
+    figure: SubFigure, titles: Sequence[str], images: Any, attention: Any, similarity: Any
+) -> None:
+    """For each stage, a row: where the attention goes over some digits, and a patch's position."""
+    shown = len(images[0])
+    grid = figure.subplots(len(titles), 2 * shown, squeeze=False)
+    for n, (row, title) in enumerate(zip(grid, titles, strict=True)):
+        for axes in row:
+            axes.set(xticks=[], yticks=[])
+        for axes, image, shares in zip(row, images[n], attention[n], strict=False):
+            _attention_map(axes, image, shares)
+        row[0].set_ylabel(title, fontsize=9)
+        rows, columns = similarity[n].shape[:2]
+        for m, axes in enumerate(row[shown:]):
+            # the same places of the image, whatever the grid
+            place = int((m + 0.5) * rows / shown), int((m + 0.5) * columns / shown)
+            drawn = axes.imshow(similarity[n][place], cmap="PuOr_r", vmin=-1, vmax=1)
+            axes.plot(place[1], place[0], "o", color=BLACK, markersize=3)
+    grid[0, shown // 2].set_title("attention of the last block, with the outline", fontsize=10)
+    middle = shown + shown // 2
+    grid[0, middle].set_title("positions like that of the marked patch", fontsize=10)
+    figure.colorbar(drawn, ax=grid, label="cosine of positions", shrink=0.7, pad=0.01)

@@ -1,4 +1,4 @@
-"""An LSTM reads handwritten digits row by row: eight steps of eight pixels, then one of ten names.
+"""An LSTM reads handwritten digits row by row, of scikit-learn's 8 × 8 pixels or MNIST's 28 × 28.
 
 loss = -log softmax(answer)[label],   averaged over the batch
 """
@@ -14,9 +14,11 @@ import optax
 from pydantic import Field
 
 from experiments.config import Seed
-from experiments.digits import Digits, digits_batch, split_digits
+from experiments.cost import cost_scores, score_table, step_cost
+from experiments.digits import Digits, digits_batch
+from experiments.images import DataConfig, load_images
 from experiments.lstm_readout import Gradient, ModelConfig, init_readout, read_out, train_readout
-from experiments.training import Loss, Record, TrainConfig, ignore
+from experiments.training import Loss, Record, TrainConfig, ignore, make_optimizer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,14 +26,6 @@ if TYPE_CHECKING:
 
 LABELS = {"loss": "cross-entropy (nats)", "accuracy": "share of digits read correctly"}
 """What the metrics are, on an axis."""
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """What training does to the images; held-out images stay as they are."""
-
-    shift: Annotated[int, Field(ge=0, le=3)] = 1
-    """Training images are moved at random by up to so many pixels along each axis."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +47,7 @@ class Result(NamedTuple):
     images: np.ndarray
     labels: np.ndarray
     probabilities: np.ndarray
+    table: str
     scores: dict[str, float]
 
 
@@ -68,19 +63,33 @@ def loss_under(gradient: Gradient) -> Loss:
     return loss
 
 
+def check(config: Config) -> None:
+    """Raise a `UsageError` if the digits are not there."""
+    load_images(config.data, config.seed, config.model.dtype)
+
+
+def flops_of_sequence(config: ModelConfig, rows: int, columns: int) -> int:
+    """Operations of the matrix products that train on one image: forward, and twice that back.
+
+    By hand, as XLA counts the body of the loop over the rows once.
+    """
+    return 3 * rows * 2 * (columns + config.hidden_size) * 4 * config.hidden_size
+
+
 def run(config: Config, log: Callable[[Record], None] = ignore) -> Result:
     """Train on the digits and read the test set."""
     with jax.enable_x64(config.model.dtype == "float64"):
-        train, validation, test = split_digits(config.seed, config.model.dtype)
+        train, validation, test = load_images(config.data, config.seed, config.model.dtype)
 
         def batch(step: int) -> Digits:
             size, shift = config.train.batch_size, config.data.shift
             return digits_batch(train, config.seed, step, size, shift)
 
         init_key, train_key = jax.random.split(jax.random.key(config.seed))
+        params = init_readout(init_key, train.images.shape[-1], 10, config.model)
         trained, scores = train_readout(
             loss_under,
-            init_readout(init_key, train.images.shape[-1], 10, config.model),
+            params,
             batch,
             train_key,
             {"validation": validation, "test": test},
@@ -89,9 +98,15 @@ def run(config: Config, log: Callable[[Record], None] = ignore) -> Result:
             compare_steps=config.compare_steps,
             log=log,
         )
+        loss, optimizer = loss_under(config.model.gradient), make_optimizer(config.train)
+        cost = step_cost(loss, params, optimizer, batch(0), train_key)
+        of_image = flops_of_sequence(config.model, *train.images.shape[1:])
+        cost = cost._replace(flops=float(of_image * config.train.batch_size))
+        scores |= cost_scores(params, cost, config.train.steps)
         logits = read_out(trained.params, jnp.asarray(test.images), config.model.gradient)
         probabilities = np.asarray(jax.nn.softmax(logits, axis=-1))
-        return Result(test.images, test.labels, probabilities, scores)
+        rows = score_table("LSTM, row by row", scores)
+        return Result(test.images, test.labels, probabilities, rows, scores)
 
 
 def plot(result: Result) -> "Figure":

@@ -5,7 +5,8 @@
     summary.json   final scores, times, versions and machine
     result.npz     the arrays that the figure is drawn from
     <name>.txt     each text of the result, if it has any
-    curves.png, figure.png
+    curves.png      of the metrics, if any are logged
+    figure.png
 
 Every key of the metrics and the summary that depends on the clock ends in `_seconds` or
 `_per_second`; the rest is the same when the run is repeated.
@@ -18,6 +19,7 @@ import os
 import platform
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,6 +111,22 @@ def read_result(folder: Path, result: Any) -> Any:
     found = {n: file.read_bytes().decode() for n, file in files.items() if file.is_file()}
     with np.load(folder / RESULT, allow_pickle=False) as arrays:
         return result(**arrays, **found, scores=summary)
+
+
+def record(module: Any, config: Any, folder: Path) -> Any:
+    """Run the experiment, and leave in the folder what it logs, what comes of it, and figures."""
+    clock = time.perf_counter()
+    with metrics_log(folder) as log:
+        result = module.run(config, log)
+    summary = {"wall_seconds": time.perf_counter() - clock, "seed": config.seed}
+    write_result(folder, result, summary | surroundings())
+
+    from experiments.figures import curves
+
+    if module.LABELS:
+        curves(read_metrics(folder), module.LABELS).savefig(folder / CURVES)
+    module.plot(read_result(folder, module.Result)).savefig(folder / FIGURE)
+    return result
 
 
 def texts(result: Any) -> dict[str, str]:

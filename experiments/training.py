@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -103,10 +104,14 @@ def start(
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), carry)
 
 
+@lru_cache(maxsize=64)
 def make_step(
     loss: Loss, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, Any, PRNGKeyArray], tuple[TrainState, Metrics]]:
-    """One step of the optimiser: (state, batch, key) to the next state and the batch's metrics."""
+    """One step of the optimiser: (state, batch, key) to the next state and the batch's metrics.
+
+    The same function for the same arguments, so that it is compiled once for all runs of them.
+    """
 
     def train_step(state, batch, key):
         key = jax.random.fold_in(key, state.step)

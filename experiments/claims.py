@@ -1,0 +1,310 @@
+"""What a claim of the notes is, when it is measured: evidence, intervals and a verdict.
+
+An experiment that tests claims has, besides `Config`, `run`, `plot` and `LABELS`,
+
+    CLAIMS = ("A8",)                              the ids that it serves
+    claims(config, result) -> tuple[Claim, ...]   one for each of them, from the saved result alone
+
+where `Config()` is the size of the quick report, seconds on one core and still large enough to
+tell, and the file in `configs/` the size of the full one. A `Claim` holds evidence, not a verdict:
+the verdict follows from the evidence by `judge`.
+
+The intervals of the whole report hold together: each claim may be wrong with probability `LEVEL`, a
+27th of `FAMILY_LEVEL` (Bonferroni), and divides it among its own intervals with `share`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+Verdict = Literal[
+    "holds",
+    "holds as corrected",
+    "holds only under a stated condition",
+    "fails",
+    "undecided",
+]
+
+Number = float | np.ndarray
+"""A number, possibly as NumPy keeps it in a result: an array without axes."""
+
+TITLES: dict[str, str] = {
+    "L1": "The gates of an LSTM, from one matrix or from two",
+    "L2": "The cell state and the output of an LSTM",
+    "L3": "The gradient that reaches the cell state",
+    "L4": "The gradients of the four gates",
+    "L5": "The gradients of the weights",
+    "L6": "The gradients of the biases",
+    "L7": "The gradients of the input and of the previous output",
+    "L8": "The gradient that the cell state carries back in time",
+    "A1": "The inner product of two random vectors has variance d",
+    "A2": "Scaling by 1/√d keeps the softmax from saturating",
+    "A3": "Attention weights are a probability distribution",
+    "A4": "A query very like one key copies its value",
+    "A5": "A sum of two values can be taken apart by a projection",
+    "A6": "A query half-way between two keys averages their values",
+    "A7": "Averaging survives a little noise in the keys",
+    "A8": "A key of uncertain length makes the average swing",
+    "A9": "Several heads steady the average",
+    "V1": "An image is a sequence of patches",
+    "V2": "Another image size is another number of patches",
+    "V3": "Train at low resolution, tune at high resolution",
+    "V4": "Positions have to be fitted to a new image size",
+    "V5": "Crop and pad the image to the wanted size",
+    "V6": "A CNN brings the image to the wanted size",
+    "P1": "Positions as sines and cosines",
+    "P2": "A shift of position is a fixed linear map",
+    "P3": "The blocks of that map are rotations",
+    "P4": "Rotations compose, and rotary positions are relative",
+}
+"""The claims of the notes by id, in the report's order."""
+
+FAMILY_LEVEL = 0.01
+"""Probability that any interval of the report misses what it is an interval for."""
+
+LEVEL = FAMILY_LEVEL / len(TITLES)
+"""The same, of the intervals of one claim."""
+
+
+def share(intervals: int) -> float:
+    """The level of each of so many intervals that a claim rests on."""
+    return LEVEL / intervals
+
+
+class Estimate(NamedTuple):
+    """A measured number and the interval that holds the true one with the level's probability."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Evidence(NamedTuple):
+    """One measurement beside what theory predicts and what a rival theory does."""
+
+    name: str
+    """What was measured, in a few words and with the conditions that it was measured under."""
+    predicted: float
+    """What the statement says, computed."""
+    measured: float
+    low: float
+    high: float
+    rival: float | None = None
+    """What holds if the statement does not: the printed value, no effect, …"""
+    rival_name: str = ""
+
+    @property
+    def status(self) -> Literal["supported", "contradicted", "undecided"]:
+        """Whether the prediction lies in the interval, and the rival does not."""
+        numbers = (self.predicted, self.measured, self.low, self.high)
+        if any(math.isnan(number) for number in numbers):
+            return "undecided"
+        if not self.low <= self.predicted <= self.high:
+            return "contradicted"
+        if self.rival is not None and self.low <= self.rival <= self.high:
+            return "undecided"
+        return "supported"
+
+
+def measured(
+    name: str,
+    predicted: Number,
+    estimate: Estimate,
+    rival: Number | None = None,
+    rival_name: str = "",
+) -> Evidence:
+    """Evidence from an estimate with an interval."""
+    value, low, high = map(float, estimate)
+    rival = None if rival is None else float(rival)
+    return Evidence(name, float(predicted), value, low, high, rival, rival_name)
+
+
+def equal(
+    name: str,
+    predicted: Number,
+    value: Number,
+    tolerance: float,
+    rival: Number | None = None,
+    rival_name: str = "",
+) -> Evidence:
+    """Evidence that is no statistic: the value is known up to a stated error of arithmetic."""
+    value = float(value)
+    estimate = Estimate(value, value - tolerance, value + tolerance)
+    return measured(name, predicted, estimate, rival, rival_name)
+
+
+def judge(
+    right: Sequence[Evidence],
+    *,
+    printed: Sequence[Evidence] = (),
+    beyond: Sequence[Evidence] = (),
+) -> Verdict:
+    """The verdict that follows from evidence.
+
+    Args:
+        right: for the statement as rnnattn has it: printed, or corrected, or under its condition.
+        printed: for the statement as printed, where it was corrected.
+        beyond: for the statement outside its condition, where it has one.
+    Returns:
+        "fails" if any of `right` is contradicted, else "undecided" if any of it cannot tell. With
+        `printed`, "holds as corrected" if any of that is contradicted; with `beyond`, and nothing
+        printed, "holds only under a stated condition" likewise; and "undecided" if none is, as
+        nothing then shows that the correction or the condition is needed.
+    """
+    states = [evidence.status for evidence in right]
+    if "contradicted" in states:
+        return "fails"
+    if not states or "undecided" in states:
+        return "undecided"
+    for others, verdict in (
+        (printed, "holds as corrected"),
+        (beyond, "holds only under a stated condition"),
+    ):
+        if others:
+            needed = any(evidence.status == "contradicted" for evidence in others)
+            return verdict if needed else "undecided"  # type: ignore[return-value]
+    return "holds"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim of the notes with the evidence for and against it.
+
+    The first of `right` is the claim's headline: the numbers that its row of the report shows.
+    """
+
+    id: str
+    equation: str
+    """The statement that was tested, in LaTeX."""
+    criterion: str
+    """What the verdict rests on, in a sentence or two."""
+    right: tuple[Evidence, ...]
+    printed: tuple[Evidence, ...] = ()
+    beyond: tuple[Evidence, ...] = ()
+    note: str = ""
+    """What a reader should take away that the numbers do not say: the correction, the condition."""
+
+    @property
+    def title(self) -> str:
+        return TITLES[self.id]
+
+    @property
+    def verdict(self) -> Verdict:
+        return judge(self.right, printed=self.printed, beyond=self.beyond)
+
+    def table(self) -> dict[str, Any]:
+        """The claim as a JSON object."""
+        first = self.right[0]
+        groups = {"right": self.right, "printed": self.printed, "beyond": self.beyond}
+        return {
+            "id": self.id,
+            "title": self.title,
+            "verdict": self.verdict,
+            "equation": self.equation,
+            "criterion": self.criterion,
+            "note": self.note,
+            "predicted": first.predicted,
+            "measured": first.measured,
+            "interval": [first.low, first.high],
+            "evidence": [
+                {"group": group, **evidence._asdict(), "status": evidence.status}
+                for group, several in groups.items()
+                for evidence in several
+            ],
+        }
+
+
+def mean_interval(samples: np.ndarray, level: float) -> Estimate:
+    """The mean of independent samples, by Student's t.
+
+    Exact for normal samples; else by the central limit theorem, so for thousands of samples whose
+    tails are not heavy (bounded ones, as weights are, and polynomials of normals).
+    """
+    count = samples.size
+    mean = float(np.mean(samples))
+    error = float(np.std(samples, ddof=1)) / math.sqrt(count)
+    reach = float(stats.t.isf(level / 2, count - 1)) * error
+    return Estimate(mean, mean - reach, mean + reach)
+
+
+def variance_interval(samples: np.ndarray, level: float, mean: float | None = None) -> Estimate:
+    """The variance of independent samples: the mean of their squared deviations from the mean.
+
+    The deviations are from `mean` where theory gives it, else from the samples' own; in the second
+    case the bias of order 1/n is far below the interval. See `mean_interval` for when it is right.
+    """
+    centre = np.mean(samples) if mean is None else mean
+    return mean_interval((samples - centre) ** 2, level)
+
+
+def normal_variance_interval(samples: np.ndarray, level: float) -> Estimate:
+    """The variance of independent normal samples, exactly, by χ²."""
+    freedom = samples.size - 1
+    variance = float(np.var(samples, ddof=1))
+    low, high = freedom * variance / stats.chi2.isf([level / 2, 1 - level / 2], freedom)
+    return Estimate(variance, float(low), float(high))
+
+
+def quantile_interval(samples: np.ndarray, probability: float, level: float) -> Estimate:
+    """A quantile of independent samples of any law: order statistics, exactly, by the binomial."""
+    ordered = np.sort(samples)
+    count = ordered.size
+    # the number of samples below the true quantile is Binomial(count, probability)
+    low = int(stats.binom.ppf(level / 2, count, probability)) - 1
+    high = int(stats.binom.isf(level / 2, count, probability))
+    value = float(np.quantile(ordered, probability))
+    return Estimate(
+        value,
+        float(ordered[low]) if low >= 0 else -math.inf,
+        float(ordered[high]) if high < count else math.inf,
+    )
+
+
+def share_interval(hits: int, count: int, level: float) -> Estimate:
+    """The probability of what happened `hits` times of `count`, exactly (Clopper, Pearson 1934)."""
+    low = float(stats.beta.ppf(level / 2, hits, count - hits + 1)) if hits else 0.0
+    high = float(stats.beta.isf(level / 2, hits + 1, count - hits)) if hits < count else 1.0
+    return Estimate(hits / count, low, high)
+
+
+# solving for them costs more than any one integral
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
+
+
+def normal_expectation(
+    function: Callable[[np.ndarray], np.ndarray],
+    mean: float = 0.0,
+    variance: float = 1.0,
+    low: float = -math.inf,
+    high: float = math.inf,
+) -> float:
+    """E[function(γ)] for γ ~ N(mean, variance), given low < γ < high, by quadrature.
+
+    Gauss–Legendre of order 16 on 400 panels out to 12 standard deviations, which is exact to 1e-12
+    for softmax weights with logits up to some hundreds. Gauss–Hermite is not: the poles of a steep
+    softmax come near the real axis, and it knows no condition.
+    """
+    deviation = math.sqrt(variance)
+    start, stop = max(low, mean - 12 * deviation), min(high, mean + 12 * deviation)
+    edges = np.linspace(start, stop, 401)
+    half = np.diff(edges)[:, None] / 2
+    points = edges[:-1, None] + half * (1 + _NODES)
+    mass = half * _WEIGHTS * stats.norm.pdf(points, mean, deviation)
+    return float(np.sum(mass * function(points)) / np.sum(mass))
+
+
+def normal_moments(
+    function: Callable[[np.ndarray], np.ndarray],
+    mean: float = 0.0,
+    variance: float = 1.0,
+    low: float = -math.inf,
+    high: float = math.inf,
+) -> tuple[float, float]:
+    """Mean and variance of function(γ), under the law of `normal_expectation`."""
+    law = (mean, variance, low, high)
+    centre = normal_expectation(function, *law)
+    return centre, normal_expectation(lambda x: (function(x) - centre) ** 2, *law)

@@ -1,0 +1,329 @@
+"""The reproduction report: every claim of the notes, tested, on one page.
+
+An experiment with `CLAIMS` and `claims` (see `experiments.claims`) is in the report without further
+ado; its config is `configs/<its name>.toml`. A run is kept as `<output>/<name>/report-<key>`, where
+the key is a hash of its config, of every source file that it imports and of the versions that it
+ran with: as long as that stays the same the result is used again.
+
+    <output>/report/index.html    the page, which needs no network
+    <output>/report/report.json   the same for machines
+    <output>/report/figures/, configs/
+"""
+
+import ast
+import contextlib
+import hashlib
+import html
+import io
+import json
+import math
+import shutil
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tomli_w
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from experiments import runs
+from experiments.claims import FAMILY_LEVEL, TITLES, Claim, Verdict
+from experiments.config import UsageError, read, to_table
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE, DATA = "index.html", "report.json"
+START, END = "<!-- claims -->", "<!-- /claims -->"
+
+SIGNS: dict[Verdict, str] = {
+    "holds": "✓",
+    "holds as corrected": "✓",
+    "holds only under a stated condition": "◐",
+    "fails": "✗",
+    "undecided": "?",
+}
+"""A sign for each verdict, so that none is told by colour alone."""
+
+
+class Size(NamedTuple):
+    """An experiment's config, and the file whose run it is."""
+
+    config: Any
+    path: str | None
+    """In `configs/`, or None if the config is not that of a file."""
+
+
+class Row(NamedTuple):
+    """What the report has to say of one claim."""
+
+    id: str
+    claim: Claim | None = None
+    error: str = ""
+    """Of the experiment, in a line; empty if it ran."""
+    trace: str = ""
+    experiment: str = ""
+    config: Mapping[str, Any] | None = None
+    config_path: str | None = None
+    folder: Path | None = None
+    seconds: float | None = None
+
+    @property
+    def title(self) -> str:
+        return TITLES[self.id]
+
+    @property
+    def verdict(self) -> Verdict:
+        return self.claim.verdict if self.claim else "undecided"
+
+
+def sizes(experiments: Mapping[str, Any], configs: Path, *, full: bool) -> dict[str, Size]:
+    """The config of every experiment that serves claims: its file's if `full`, else its default."""
+    types = {name: module.Config for name, module in experiments.items()}
+    serving = [name for name, module in experiments.items() if hasattr(module, "CLAIMS")]
+    if not full:
+        return {name: Size(types[name](), None) for name in serving}
+    paths = {name: configs / f"{name}.toml" for name in serving}
+    return {
+        name: Size(read(path, types)[1], f"{configs.name}/{path.name}")
+        for name, path in paths.items()
+    }
+
+
+def measure(experiments: Mapping[str, Any], sizes: Mapping[str, Size], output: Path) -> list[Row]:
+    """Run each experiment that has no result yet, and judge; one row for each claim of the notes.
+
+    An experiment that fails has its error in the rows of its claims, and the others go on.
+    """
+    rows: dict[str, Row] = {}
+    with _progress() as progress:
+        task = progress.add_task("", total=len(sizes))
+        for name, size in sizes.items():
+            progress.update(task, description=name)
+            rows |= {row.id: row for row in _rows(name, experiments[name], size, output)}
+            progress.advance(task)
+        progress.update(task, description="done")
+    return [rows.get(id_, Row(id_)) for id_ in TITLES]
+
+
+def _rows(name: str, module: Any, size: Size, output: Path) -> Iterator[Row]:
+    table = to_table(name, size.config)
+    about: dict[str, Any] = {"experiment": name, "config": table, "config_path": size.path}
+    try:
+        folder = _run(name, module, size.config, output)
+        result = runs.read_result(folder, module.Result)
+        found = {claim.id: claim for claim in module.claims(size.config, result)}
+        missing = set(module.CLAIMS) ^ set(found)
+        if missing:
+            raise ValueError(f"{name}: CLAIMS and claims() differ in {', '.join(sorted(missing))}")
+    except Exception as error:
+        line = f"{type(error).__name__}: {error}".splitlines()[0]
+        trace = traceback.format_exc()
+        yield from (Row(id_, error=line, trace=trace, **about) for id_ in module.CLAIMS)
+        return
+    seconds = result.scores["wall_seconds"]
+    for id_ in module.CLAIMS:
+        yield Row(id_, found[id_], folder=folder, seconds=seconds, **about)
+
+
+def _run(name: str, module: Any, config: Any, output: Path) -> Path:
+    """The folder of the experiment's run with this config and this code, made if it is missing."""
+    key = run_key(name, module, config)
+    folder = output / name / f"report-{key}"
+    # the figure is written last: a run without one was cut off
+    if (folder / runs.FIGURE).is_file():
+        return folder
+    if hasattr(module, "check"):
+        module.check(config)
+    folder = runs.create(output, name, folder.name, overwrite=True)
+    runs.write_config(folder, to_table(name, config), "python -m experiments report")
+    # training shows its own progress on a terminal: here there is one display, ours
+    with contextlib.redirect_stdout(io.StringIO()):
+        runs.record(module, config, folder)
+    return folder
+
+
+def run_key(name: str, module: Any, config: Any) -> str:
+    """A hash of all that decides a result: config, sources and versions."""
+    digest = hashlib.sha256(tomli_w.dumps(to_table(name, config)).encode())
+    for path in sources(Path(module.__file__)):
+        digest.update(f"\0{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    digest.update(json.dumps(runs.surroundings()["versions"], sort_keys=True).encode())
+    return digest.hexdigest()[:12]
+
+
+def sources(path: Path) -> list[Path]:
+    """The source file and all that it imports of this repository, also where it does so later."""
+    found: set[Path] = set()
+    left = [path.resolve()]
+    while left:
+        file = left.pop()
+        if file in found:
+            continue
+        found.add(file)
+        for node in ast.walk(ast.parse(file.read_bytes())):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                # what is imported from a package may be a module of it
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            else:
+                continue
+            left += [source for name in names for source in _files(name)]
+    return sorted(found)
+
+
+def _files(name: str) -> list[Path]:
+    """The source of a module of this repository, and of the packages above it."""
+    parts = name.split(".")
+    if parts[0] not in ("experiments", "rnnattn"):
+        return []
+    parents = [ROOT.joinpath(*parts[:n], "__init__.py") for n in range(1, len(parts) + 1)]
+    own = ROOT.joinpath(*parts).with_suffix(".py")
+    return [path for path in (*parents, own) if path.is_file()]
+
+
+def _progress() -> Progress:
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        console=console, disable=not (sys.stdout.isatty() and sys.stderr.isatty()),
+    )  # fmt: skip
+
+
+def write(rows: Sequence[Row], folder: Path, *, full: bool) -> None:
+    """Write the page, the data, the figures and the configs."""
+    for name in ("figures", "configs"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for row in rows:
+        if row.config is not None:
+            text = tomli_w.dumps(row.config)
+            (folder / "configs" / f"{row.experiment}.toml").write_text(text, encoding="utf-8")
+        if row.folder is not None:
+            shutil.copyfile(row.folder / runs.FIGURE, folder / _figure(row))
+    data = {
+        "size": "full" if full else "quick",
+        "family_level": FAMILY_LEVEL,
+        **runs.surroundings(),
+        "claims": [entry(row, folder) for row in rows],
+    }
+    text = json.dumps(data, indent=2, allow_nan=False, ensure_ascii=False)
+    (folder / DATA).write_text(text + "\n", encoding="utf-8")
+    (folder / PAGE).write_text(page(rows, data), encoding="utf-8")
+
+
+def entry(row: Row, folder: Path) -> dict[str, Any]:
+    """The row as JSON: the claim's table, and how it came about."""
+    table: dict[str, Any] = {
+        "id": row.id,
+        "title": row.title,
+        "verdict": row.verdict,
+        "criterion": "",
+        "predicted": None,
+        "measured": None,
+        "interval": None,
+        "evidence": [],
+    }
+    if row.claim:
+        table |= row.claim.table()
+    config = row.config_path
+    if config is None and row.config is not None:
+        config = f"{folder.as_posix()}/configs/{row.experiment}.toml"
+    return _finite(
+        table
+        | {
+            "figure": _figure(row) if row.folder else None,
+            "experiment": row.experiment or None,
+            "config": config,
+            "command": f"python -m experiments run {config}" if config else None,
+            "seconds": row.seconds,
+            "error": row.error or None,
+        }
+    )
+
+
+def page(rows: Sequence[Row], data: Mapping[str, Any]) -> str:
+    """The page, from the template beside this file."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "math": typeset, "heading": heading}
+    experiments: dict[str, list[dict[str, Any]]] = {}
+    for row, table in zip(rows, data["claims"], strict=True):
+        experiments.setdefault(row.experiment, []).append(table | {"trace": row.trace})
+    return environment.get_template("report.html.jinja").render(
+        data=data, experiments=experiments, signs=SIGNS
+    )
+
+
+def number(value: float | None) -> str:
+    """A number for a reader: four digits, and none that are not there."""
+    if value is None:
+        return "–"
+    return f"{value:.4g}".replace("-", "−")
+
+
+def heading(experiment: str) -> str:
+    """An experiment's name as a heading: lstm_gradient is LSTM gradient."""
+    first, *rest = experiment.split("_")
+    first = {"lstm": "LSTM", "vit": "ViT"}.get(first, first.capitalize())
+    return " ".join([first, *rest])
+
+
+def typeset(latex: str) -> str:
+    """The equation as MathML, with its source for whoever cannot see it."""
+    from latex2mathml.converter import convert
+    from markupsafe import Markup
+
+    # "\\frac" in a string that is not raw is a form feed and "rac"
+    if not latex.isprintable():
+        raise ValueError(f"equation with a control character, so not a raw string: {latex!r}")
+    mathml = convert(latex, display="block")
+    return Markup(mathml.replace("<math ", f'<math aria-label="{html.escape(latex)}" ', 1))
+
+
+def readme_table(verdicts: Mapping[str, tuple[Verdict, str]]) -> str:
+    """The table of claims for README.md, from each claim's verdict and experiment."""
+    lines = ["| | claim of the notes | verdict | tested by |", "|---|---|---|---|"]
+    for id_, title in TITLES.items():
+        verdict, experiment = verdicts[id_]
+        config = f"[`{experiment}`](configs/{experiment}.toml)" if experiment else "not yet"
+        lines.append(f"| {id_} | {title} | {verdict} | {config} |")
+    return "\n".join([START, *lines, END])
+
+
+def update_readme(path: Path, rows: Sequence[Row]) -> None:
+    """Put the rows' verdicts between the markers of the file.
+
+    Raises:
+        UsageError: if the markers are not there, or a row has an error and hence no verdict.
+    """
+    text = path.read_text(encoding="utf-8")
+    if text.count(START) != 1 or text.count(END) != 1:
+        raise UsageError(f"{path}: needs the markers {START} and {END}, once each")
+    failed = [row.id for row in rows if row.error]
+    if failed:
+        raise UsageError(f"{path}: stays as it is, as there is no verdict on {', '.join(failed)}")
+    before, rest = text.split(START)
+    _, after = rest.split(END)
+    table = readme_table({row.id: (row.verdict, row.experiment) for row in rows})
+    path.write_text(before + table + after, encoding="utf-8")
+
+
+def _figure(row: Row) -> str:
+    return f"figures/{row.experiment}.png"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN: null instead."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
