@@ -10,9 +10,7 @@ key and value, from a cotangent that is an argument. On a GPU, torch runs on it 
 """
 
 import argparse
-import json
 import sys
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -84,12 +82,6 @@ def make_problem(shape, *, dtype) -> Problem:
 #
 # Either returns the output first; a gradient program those of query, key and value behind it.
 
-Programs = dict[str, timing.Program]
-
-
-class Unavailable(Exception):
-    """This peer cannot run here."""
-
 
 def gradient_of(apply: Callable) -> Callable:
     def gradient(query, key, value, do):
@@ -99,7 +91,7 @@ def gradient_of(apply: Callable) -> Callable:
     return gradient
 
 
-def jax_programs(apply: Callable, problem: Problem) -> Programs:
+def jax_programs(apply: Callable, problem: Problem) -> timing.Programs:
     """`apply(query, key, value)` returns the output."""
     return {
         "forward": timing.compiled(apply, *problem.arrays[:3]),
@@ -107,47 +99,44 @@ def jax_programs(apply: Callable, problem: Problem) -> Programs:
     }
 
 
-def ours(problem: Problem, implementation=None) -> Programs:
+def ours(problem: Problem, implementation=None) -> timing.Programs:
     options = problem.shape.options | {"implementation": implementation}
     return jax_programs(partial(rnnattn.dot_product_attention, **options), problem)
 
 
-def ours_jvp(problem: Problem) -> Programs:
+def ours_jvp(problem: Problem) -> timing.Programs:
     apply = partial(attention.dot_product_attention_jvp, **problem.shape.options)
     return jax_programs(apply, problem)
 
 
-def jax_nn(problem: Problem) -> Programs:
+def jax_nn(problem: Problem) -> timing.Programs:
     if problem.shape.logits >= 2**30:  # 4 GiB in float32
-        raise Unavailable("its gradient needs more than 8 GiB")
+        raise timing.Unavailable("its gradient needs more than 8 GiB")
     options = problem.shape.options | {"implementation": "xla"}
     return jax_programs(partial(jax.nn.dot_product_attention, **options), problem)
 
 
-def cudnn(problem: Problem) -> Programs:
+def cudnn(problem: Problem) -> timing.Programs:
     if jax.default_backend() != "gpu":
-        raise Unavailable("it needs a GPU")
+        raise timing.Unavailable("it needs a GPU")
     if problem.arrays[0].dtype != jnp.bfloat16:
-        raise Unavailable("it needs 16 bits")
+        raise timing.Unavailable("it needs 16 bits")
     options = problem.shape.options | {"implementation": "cudnn"}
     return jax_programs(partial(jax.nn.dot_product_attention, **options), problem)
 
 
-def tokamax(problem: Problem) -> Programs:
+def tokamax(problem: Problem) -> timing.Programs:
     import tokamax
 
     options = problem.shape.options | {"implementation": "xla_chunked"}
     return jax_programs(partial(tokamax.dot_product_attention, **options), problem)
 
 
-def torch(problem: Problem) -> Programs:
+def torch(problem: Problem) -> timing.Programs:
     import torch
 
-    on_gpu = jax.default_backend() == "gpu"
-    if on_gpu and not torch.cuda.is_available():
-        raise Unavailable("this build of torch has no CUDA")
-    torch.set_num_threads(timing.cores())
-    device, shape = "cuda" if on_gpu else "cpu", problem.shape
+    device, wait = timing.prepare_torch(torch)
+    shape = problem.shape
     dtype = getattr(torch, problem.arrays[0].dtype.name)
     tensor = lambda array: torch.tensor(np.asarray(array, np.float32), device=device, dtype=dtype)
     *leaves, do = map(tensor, problem.arrays)
@@ -157,7 +146,6 @@ def torch(problem: Problem) -> Programs:
         t = torch.arange(shape.T, device=device)
         distance = t[:, None] - t[None]
         mask = (distance >= 0) & (distance <= shape.window)
-    wait = torch.cuda.synchronize if on_gpu else lambda: None
 
     def attend():
         q, k, v = (x.transpose(1, 2) for x in leaves)  # heads before time
@@ -179,7 +167,7 @@ def torch(problem: Problem) -> Programs:
     return {"forward": timing.Program(forward), "gradient": timing.Program(gradient)}
 
 
-PEERS: dict[str, Callable[[Problem], Programs]] = {
+PEERS: dict[str, Callable[[Problem], timing.Programs]] = {
     "ours again": ours,
     "dense": partial(ours, implementation="dense"),
     "blockwise": partial(ours, implementation="blockwise"),
@@ -192,33 +180,11 @@ PEERS: dict[str, Callable[[Problem], Programs]] = {
 DEFAULT_PEERS = ["ours again", "jax.nn", "cudnn", "tokamax", "torch"]
 
 
-def build(peers, problem) -> dict[str, Programs]:
-    """The programs of ours and of each peer that is installed."""
-    programs = {"ours": ours(problem)}
-    for name in peers:
-        try:
-            programs[name] = PEERS[name](problem)
-        except (ImportError, Unavailable) as error:
-            print(f"  ({problem.shape}) without {name}: {error}")
-    return programs
-
-
-def check(programs, tolerance):
-    """All must give the same output, in both programs, and the same gradients."""
-
-    def results(program):
-        array = lambda a: np.asarray(a.detach().float().cpu() if hasattr(a, "detach") else a)
-        (o, *_), gradient = (jax.tree.leaves(program[kind].call()) for kind in KINDS)
-        names = ("output", "output with gradient", "dq", "dk", "dv")
-        return dict(zip(names, map(array, (o, *gradient)), strict=True))
-
-    expected = results(programs["ours"])
-    for name in programs:
-        for what, actual in results(programs[name]).items():
-            e = expected[what].astype(np.float32)
-            error = np.max(np.abs(actual.astype(np.float32) - e)) / np.max(np.abs(e))
-            if not error <= tolerance:
-                raise AssertionError(f"{name}: {what} is {error:.1e} off, over {tolerance:.0e}")
+def outputs(programs: timing.Programs) -> dict[str, Any]:
+    """What all peers must agree on: the output of both programs, and the gradients."""
+    (o, *_), gradient = (jax.tree.leaves(programs[kind].call()) for kind in KINDS)
+    names = ("output", "output with gradient", "dq", "dk", "dv")
+    return dict(zip(names, (o, *gradient), strict=True))
 
 
 # ---- speed ------------------------------------------------------------------------------------
@@ -226,64 +192,20 @@ def check(programs, tolerance):
 
 def measure_speed(shapes, peers, rounds, dtype) -> dict[str, Any]:
     """For each shape and kind, the time of each peer over ours."""
-    exact = dtype == "float32" and jax.default_backend() == "cpu"
     rows = []
     for shape in shapes:
-        programs = build(peers, make_problem(shape, dtype=dtype))
-        check(programs, 1e-4 if exact else 3e-2)
-        row: dict[str, Any] = {"shape": shape}
-        for kind in KINDS:
-            kinds = {name: program[kind] for name, program in programs.items()}
-            times = timing.measure(kinds, rounds)
-            row[kind] = {
-                name: {
-                    "ratio": timing.ratio(times[name], times["ours"])._asdict(),
-                    "milliseconds": 1e3 * float(np.median(times[name])),
-                    "compile_seconds": kinds[name].compile_seconds,
-                }
-                for name in kinds
-            }
-        rows.append(row)
+        problem = make_problem(shape, dtype=dtype)
+        programs = timing.build(ours, {name: PEERS[name] for name in peers}, problem, f"({shape}) ")
+        timing.check(programs, outputs, dtype)
+        rows.append({"shape": shape} | timing.compare(KINDS, programs, rounds))
         print(f"  ({shape}) done", flush=True)
-    means = {}
-    for kind in KINDS:
-        names = dict.fromkeys(name for row in rows for name in row[kind] if name != "ours")
-        means[kind] = {name: timing.geometric_mean(_ratios(rows, name, [kind])) for name in names}
-    return {"rows": rows, "geometric_mean": means}
-
-
-def _ratios(rows, peer, kinds=KINDS):
-    return [
-        row[kind][peer]["ratio"]["median"] for row in rows for kind in kinds if peer in row[kind]
-    ]
+    return timing.summarize(KINDS, rows)
 
 
 def print_speed(speed):
-    for kind in KINDS:
-        means = speed["geometric_mean"][kind]
-        print(f"\n{kind}: time of the peer / ours, median [quartiles]; ours in ms")
-        print(f"{'B, T, N, K, sees':<24}{'ours':>9}" + "".join(f"{name:>19}" for name in means))
-        for row in speed["rows"]:
-            line = f"{row['shape']!s:<24}{row[kind]['ours']['milliseconds']:>9.2f}"
-            for name in means:
-                r = row[kind][name]["ratio"] if name in row[kind] else None
-                cell = f"{r['median']:.2f} [{r['lower']:.2f}–{r['upper']:.2f}]" if r else "–"
-                line += f"{cell:>19}"
-            print(line)
-        print(f"{'geometric mean':<33}" + "".join(f"{mean:>19.2f}" for mean in means.values()))
+    timing.print_ratios(speed, "B, T, N, K, sees", 24)
     print_bars(speed["rows"])
-    copies = _ratios(speed["rows"], "ours again")
-    worst = max((abs(copy - 1) for copy in copies), default=0.0)
-    if worst > 0.03:
-        print(
-            f"\nNot to be trusted: the identical program is {worst:.0%} off; is the machine idle?"
-        )
-    print("\nseconds to compile, forward + gradient, summed over the shapes")
-    for name in ("ours", *speed["geometric_mean"]["forward"]):
-        cells = [row[kind][name] for row in speed["rows"] for kind in KINDS if name in row[kind]]
-        seconds = [cell["compile_seconds"] for cell in cells]
-        if None not in seconds:
-            print(f"  {name:<12}{sum(seconds):6.1f}")
+    timing.print_trust_and_compilation(speed)
 
 
 def print_bars(rows):
@@ -294,13 +216,14 @@ def print_bars(rows):
     others = [row for row in rows if row["shape"].window is None]
     long = [row for row in rows if row["shape"] == Shape(1, 4096, 8, 64, True)]
     mean = timing.geometric_mean
+    medians = lambda rows, peer, kinds=KINDS: timing.medians(rows, peer, kinds)
     bars: list[tuple[str, list[float], Callable[[list[float]], float], float]] = [
-        ("jax.nn, the least of all", _ratios(rows, "jax.nn"), min, 0.95),
-        ("jax.nn, mean", _ratios(others, "jax.nn"), mean, 1.8),
-        ("jax.nn, gradient, T 4096 causal", _ratios(long, "jax.nn", ["gradient"]), min, 4.0),
-        ("torch, mean forward", _ratios(others, "torch", ["forward"]), mean, 0.85),
-        ("torch, mean gradient", _ratios(others, "torch", ["gradient"]), mean, 0.7),
-        ("torch, the least with a window", _ratios(window, "torch"), min, 1.5),
+        ("jax.nn, the least of all", medians(rows, "jax.nn"), min, 0.95),
+        ("jax.nn, mean", medians(others, "jax.nn"), mean, 1.8),
+        ("jax.nn, gradient, T 4096 causal", medians(long, "jax.nn", ["gradient"]), min, 4.0),
+        ("torch, mean forward", medians(others, "torch", ["forward"]), mean, 0.85),
+        ("torch, mean gradient", medians(others, "torch", ["gradient"]), mean, 0.7),
+        ("torch, the least with a window", medians(window, "torch"), min, 1.5),
     ]
     print("\nbars")
     for name, ratios, of_all, least in bars:
@@ -314,14 +237,6 @@ def _met(holds):
 
 
 # ---- memory -----------------------------------------------------------------------------------
-
-
-def mebibytes(function, *args) -> float:
-    """The temporary memory of a program, as XLA plans it."""
-    analysis = jax.jit(function).lower(*args).compile().memory_analysis()
-    if analysis is None:
-        raise NotImplementedError("this backend does not say how much memory a program needs")
-    return analysis.temp_size_in_bytes / 2**20
 
 
 def hessian_product(attend: Callable, mode: str) -> Callable:
@@ -352,14 +267,14 @@ def measure_memory(dtype) -> dict[str, Any]:
         lengths = [1024, 4096] if name == "jax.nn" else [1024, 4096, 16384, 65536]
         for sees, causal in (("causal", True), ("full", False)):
             gradient = gradient_of(partial(function, is_causal=causal))
-            of_T = {T: mebibytes(gradient, *arrays(T, 4)) for T in lengths}
+            of_T = {T: timing.temporary_mebibytes(gradient, *arrays(T, 4)) for T in lengths}
             gradients.setdefault(name, {})[sees] = of_T
     products: dict[str, dict[str, dict[int, float]]] = {}
     for name, function in functions.items():
         lengths = [2048] if name == "jax.nn" else [2048, 4096, 8192]
         for mode in ("forward over reverse", "reverse over reverse"):
             product = hessian_product(partial(function, is_causal=True), mode)
-            of_T = {T: mebibytes(product, *arrays(T, 6)) for T in lengths}
+            of_T = {T: timing.temporary_mebibytes(product, *arrays(T, 6)) for T in lengths}
             products.setdefault(name, {})[mode] = of_T
     return {"shape": (1, "T", 4, 64), "gradient": gradients, "hessian_product": products}
 
@@ -431,9 +346,8 @@ def _with_blocks(problem, kind, size):
 def print_choice(choice):
     print("\ndense / blockwise, median [quartiles]: above 1, blockwise is the faster")
     print(f"dense is chosen below {choice['present']['dense_logits']} logits of a head, T²")
-    show = lambda r: f"{r['median']:.2f} [{r['lower']:.2f}–{r['upper']:.2f}]"
     for row in choice["schedules"]:
-        cells = "".join(f"   {kind} {show(row[kind])}" for kind in KINDS)
+        cells = "".join(f"   {kind} {timing.show_ratio(row[kind])}" for kind in KINDS)
         print(f"  {row['shape']!s:<24}{cells}")
     for kind, name in BLOCK_NAMES.items():
         print(f"\n{kind}, {name} as it is, {choice['present']['blocks'][kind]}, / another:")
@@ -452,43 +366,27 @@ def parse_shape(text) -> Shape:
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    shapes = GPU_SHAPES if jax.default_backend() == "gpu" else SHAPES
-    parser.add_argument(
-        "--shapes",
-        nargs="+",
-        type=parse_shape,
-        default=shapes,
-        metavar="B,T,N,K[,SEES]",
-        help="SEES: causal, full, or a number of keys to the left",
-    )
-    parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=DEFAULT_PEERS)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--memory", action="store_true", help="temporary memory, and no speeds")
-    parser.add_argument("--choice", action="store_true", help="schedules and blocks, and no speeds")
-    parser.add_argument("--output", type=Path, help="a JSON file for the results")
+    shapes = {
+        "type": parse_shape,
+        "default": GPU_SHAPES if jax.default_backend() == "gpu" else SHAPES,
+        "metavar": "B,T,N,K[,SEES]",
+        "help": "SEES: causal, full, or a number of keys to the left",
+    }
+    studies = {"memory": "temporary memory", "choice": "schedules and blocks"}
+    parser = timing.parser(__doc__.splitlines()[0], shapes, PEERS, DEFAULT_PEERS, studies)
     return parser.parse_args(argv)
 
 
 def main():
     args = parse()
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    machine = timing.machine(PACKAGES)
-    print(*(f"{key}: {value}" for key, value in machine.items()), sep="\n")
-    results: dict[str, Any] = {"machine": machine, "dtype": args.dtype, "rounds": args.rounds}
-    if args.memory:
-        results["memory"] = measure_memory(args.dtype)
-        print_memory(results["memory"])
-    if args.choice:
-        results["choice"] = measure_choice(args.rounds, args.dtype)
-        print_choice(results["choice"])
-    if not (args.memory or args.choice):
-        results["speed"] = measure_speed(args.shapes, args.peers, args.rounds, args.dtype)
-        print_speed(results["speed"])
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(results, indent=1) + "\n")
+    timing.report(
+        *(args, PACKAGES),
+        speed=timing.Study(
+            lambda: measure_speed(args.shapes, args.peers, args.rounds, args.dtype), print_speed
+        ),
+        memory=timing.Study(lambda: measure_memory(args.dtype), print_memory),
+        choice=timing.Study(lambda: measure_choice(args.rounds, args.dtype), print_choice),
+    )
 
 
 if __name__ == "__main__":

@@ -8,10 +8,7 @@ All programs get the same weights and inputs, time-major, and must agree before 
 weights, from a cotangent of y that is an argument. On a GPU, torch runs on it too.
 """
 
-import argparse
-import json
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,14 +54,8 @@ def make_problem(T, B, D, H, *, dtype) -> Problem:
 #
 # A forward program returns y first; a training program y, and the gradient of x last.
 
-Programs = dict[str, timing.Program]
 
-
-class Unavailable(Exception):
-    """This peer cannot run here."""
-
-
-def jax_programs(apply: Callable, weights: Any, x: jax.Array, dy: jax.Array) -> Programs:
+def jax_programs(apply: Callable, weights: Any, x: jax.Array, dy: jax.Array) -> timing.Programs:
     """`apply(weights, x)` returns (y, final state)."""
 
     def training(weights, x, dy):
@@ -77,21 +68,21 @@ def jax_programs(apply: Callable, weights: Any, x: jax.Array, dy: jax.Array) -> 
     }
 
 
-def ours(problem: Problem, residuals="states") -> Programs:
+def ours(problem: Problem, residuals="states") -> timing.Programs:
     apply = lambda params, x: rnnattn.lstm(params, x, time_major=True, residuals=residuals)
     return jax_programs(apply, *problem)
 
 
-def ours_gates(problem: Problem) -> Programs:
+def ours_gates(problem: Problem) -> timing.Programs:
     return ours(problem, "gates")
 
 
-def reference(problem: Problem) -> Programs:
+def reference(problem: Problem) -> timing.Programs:
     apply = lambda params, x: rnnattn.reference.lstm(params, x, time_major=True)
     return jax_programs(apply, *problem)
 
 
-def flax(problem: Problem) -> Programs:
+def flax(problem: Problem) -> timing.Programs:
     from flax import linen
 
     params, x, dy = problem
@@ -101,7 +92,7 @@ def flax(problem: Problem) -> Programs:
     return jax_programs(lambda w, x: rnn.apply(w, x)[::-1], weights, x, dy)
 
 
-def nnx(problem: Problem) -> Programs:
+def nnx(problem: Problem) -> timing.Programs:
     from flax import nnx
 
     params, x, dy = problem
@@ -120,7 +111,7 @@ def nnx(problem: Problem) -> Programs:
     return jax_programs(apply, weights, x, dy)
 
 
-def haiku(problem: Problem) -> Programs:
+def haiku(problem: Problem) -> timing.Programs:
     import haiku as hk
 
     params, x, dy = problem
@@ -135,14 +126,14 @@ def haiku(problem: Problem) -> Programs:
     return jax_programs(apply, weights, x, dy)
 
 
-def cudnn(problem: Problem) -> Programs:
+def cudnn(problem: Problem) -> timing.Programs:
     """`jax.experimental.rnn.lstm`, which wants the batch first and float32."""
     from jax.experimental import rnn
 
     if jax.default_backend() != "gpu":
-        raise Unavailable("it needs a GPU")
+        raise timing.Unavailable("it needs a GPU")
     if problem.x.dtype != jnp.float32:
-        raise Unavailable("it needs float32")
+        raise timing.Unavailable("it needs float32")
     (T, B, D), H = problem.x.shape, problem.dy.shape[-1]
     weights = jnp.concatenate([w.ravel() for w in interop.lstm_to_torch(problem.params).values()])
     zeros, lengths = jnp.zeros((1, B, H)), jnp.full((B,), T, jnp.int32)
@@ -157,17 +148,11 @@ def cudnn(problem: Problem) -> Programs:
     return jax_programs(apply, weights, problem.x, problem.dy)
 
 
-def torch(problem: Problem) -> Programs:
+def torch(problem: Problem) -> timing.Programs:
     import torch
 
-    on_gpu = jax.default_backend() == "gpu"
-    if on_gpu and not torch.cuda.is_available():
-        raise Unavailable("this build of torch has no CUDA")
-    torch.set_num_threads(timing.cores())
-    options: dict[str, Any] = {
-        "device": "cuda" if on_gpu else "cpu",
-        "dtype": getattr(torch, problem.x.dtype.name),
-    }
+    device, wait = timing.prepare_torch(torch)
+    options: dict[str, Any] = {"device": device, "dtype": getattr(torch, problem.x.dtype.name)}
     tensor = lambda array: torch.tensor(np.asarray(array, np.float32), **options)
     module = torch.nn.LSTM(problem.x.shape[-1], problem.dy.shape[-1], **options)
     weights = interop.lstm_to_torch(problem.params)
@@ -175,7 +160,6 @@ def torch(problem: Problem) -> Programs:
     x, dy = tensor(problem.x), tensor(problem.dy)
     leaf = x.clone().requires_grad_()
     leaves = [*module.parameters(), leaf]
-    wait = torch.cuda.synchronize if on_gpu else lambda: None
 
     def forward():
         with torch.no_grad():
@@ -192,7 +176,7 @@ def torch(problem: Problem) -> Programs:
     return {"forward": timing.Program(forward), "training": timing.Program(training)}
 
 
-PEERS: dict[str, Callable[[Problem], Programs]] = {
+PEERS: dict[str, Callable[[Problem], timing.Programs]] = {
     "ours again": ours,
     "ours, gates": ours_gates,
     "reference": reference,
@@ -205,32 +189,10 @@ PEERS: dict[str, Callable[[Problem], Programs]] = {
 DEFAULT_PEERS = ["ours again", "ours, gates", "reference", "flax", "haiku", "torch", "cudnn"]
 
 
-def build(peers, problem) -> dict[str, Programs]:
-    """The programs of ours and of each peer that is installed."""
-    programs = {"ours": ours(problem)}
-    for name in peers:
-        try:
-            programs[name] = PEERS[name](problem)
-        except (ImportError, Unavailable) as error:
-            print(f"  without {name}: {error}")
-    return programs
-
-
-def check(programs, tolerance):
-    """All must give the same y, forward and in training, and the same gradient of x."""
-
-    def results(program):
-        (y, *_), (y_training, *_, dx) = (program[kind].call() for kind in KINDS)
-        array = lambda a: np.asarray(a.detach().float().cpu() if hasattr(a, "detach") else a)
-        return {"y": array(y), "y in training": array(y_training), "dx": array(dx)}
-
-    expected = results(programs["ours"])
-    for name in programs:
-        for what, actual in results(programs[name]).items():
-            e = expected[what].astype(np.float32)
-            error = np.max(np.abs(actual.astype(np.float32) - e)) / np.max(np.abs(e))
-            if not error <= tolerance:
-                raise AssertionError(f"{name}: {what} is {error:.1e} off, over {tolerance:.0e}")
+def outputs(programs: timing.Programs) -> dict[str, Any]:
+    """What all peers must agree on: y, forward and in training, and the gradient of x."""
+    (y, *_), (y_training, *_, dx) = (programs[kind].call() for kind in KINDS)
+    return {"y": y, "y in training": y_training, "dx": dx}
 
 
 # ---- what is measured -------------------------------------------------------------------------
@@ -238,64 +200,19 @@ def check(programs, tolerance):
 
 def measure_speed(shapes, peers, rounds, dtype) -> dict[str, Any]:
     """For each shape and kind, the time of each peer over ours."""
-    exact = dtype == "float32" and jax.default_backend() == "cpu"
     rows = []
     for shape in shapes:
-        programs = build(peers, make_problem(*shape, dtype=dtype))
-        check(programs, 1e-4 if exact else 3e-2)
-        row: dict[str, Any] = {"shape": shape}
-        for kind in KINDS:
-            kinds = {name: program[kind] for name, program in programs.items()}
-            times = timing.measure(kinds, rounds)
-            row[kind] = {
-                name: {
-                    "ratio": timing.ratio(times[name], times["ours"])._asdict(),
-                    "milliseconds": 1e3 * float(np.median(times[name])),
-                    "compile_seconds": kinds[name].compile_seconds,
-                }
-                for name in kinds
-            }
-        rows.append(row)
+        problem = make_problem(*shape, dtype=dtype)
+        programs = timing.build(ours, {name: PEERS[name] for name in peers}, problem)
+        timing.check(programs, outputs, dtype)
+        rows.append({"shape": shape} | timing.compare(KINDS, programs, rounds))
         print(f"  {shape} done", flush=True)
-    means = {}
-    for kind in KINDS:
-        names = dict.fromkeys(name for row in rows for name in row[kind] if name != "ours")
-        means[kind] = {
-            name: timing.geometric_mean(
-                [row[kind][name]["ratio"]["median"] for row in rows if name in row[kind]]
-            )
-            for name in names
-        }
-    return {"rows": rows, "geometric_mean": means}
+    return timing.summarize(KINDS, rows)
 
 
 def print_speed(speed):
-    for kind in KINDS:
-        means = speed["geometric_mean"][kind]
-        print(f"\n{kind}: time of the peer / ours, median [quartiles]; ours in ms")
-        print(f"{'(T, B, D, H)':<22}{'ours':>9}" + "".join(f"{name:>19}" for name in means))
-        for row in speed["rows"]:
-            line = f"{row['shape']!s:<22}{row[kind]['ours']['milliseconds']:>9.2f}"
-            for name in means:
-                r = row[kind][name]["ratio"] if name in row[kind] else None
-                cell = f"{r['median']:.2f} [{r['lower']:.2f}–{r['upper']:.2f}]" if r else "–"
-                line += f"{cell:>19}"
-            print(line)
-        print(f"{'geometric mean':<31}" + "".join(f"{mean:>19.2f}" for mean in means.values()))
-    copies = [
-        row[k]["ours again"] for row in speed["rows"] for k in KINDS if "ours again" in row[k]
-    ]
-    worst = max((abs(copy["ratio"]["median"] - 1) for copy in copies), default=0.0)
-    if worst > 0.03:
-        print(
-            f"\nNot to be trusted: the identical program is {worst:.0%} off; is the machine idle?"
-        )
-    print("\nseconds to compile, forward + training, summed over the shapes")
-    for name in ("ours", *speed["geometric_mean"]["forward"]):
-        cells = [row[kind][name] for row in speed["rows"] for kind in KINDS if name in row[kind]]
-        seconds = [cell["compile_seconds"] for cell in cells]
-        if None not in seconds:
-            print(f"  {name:<12}{sum(seconds):6.1f}")
+    timing.print_ratios(speed, "(T, B, D, H)", 22)
+    timing.print_trust_and_compilation(speed)
 
 
 def measure_memory(dtype, T=4096, B=8, D=256, H=256) -> dict[str, Any]:
@@ -315,10 +232,7 @@ def measure_memory(dtype, T=4096, B=8, D=256, H=256) -> dict[str, Any]:
             dstate = rnnattn.LSTMState(dh.astype(state.h.dtype), dc.astype(state.c.dtype))
             return pullback((dy, dstate))
 
-        analysis = jax.jit(gradient).lower(*problem, dh, dc).compile().memory_analysis()
-        if analysis is None:
-            raise NotImplementedError("this backend does not say how much memory a program needs")
-        mebibytes[name] = analysis.temp_size_in_bytes / 2**20
+        mebibytes[name] = timing.temporary_mebibytes(gradient, *problem, dh, dc)
     return {"shape": (T, B, D, H), "mebibytes": mebibytes}
 
 
@@ -350,36 +264,26 @@ def print_linearity(linearity):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    shape = lambda text: tuple(int(n) for n in text.split(","))
-    parser.add_argument("--shapes", nargs="+", type=shape, default=SHAPES, metavar="T,B,D,H")
-    parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=DEFAULT_PEERS)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--memory", action="store_true", help="temporary memory, and no speeds")
-    parser.add_argument("--linearity", action="store_true", help="time per step, and no speeds")
-    parser.add_argument("--output", type=Path, help="a JSON file for the results")
+    shapes = {
+        "type": lambda text: tuple(int(n) for n in text.split(",")),
+        "default": SHAPES,
+        "metavar": "T,B,D,H",
+    }
+    studies = {"memory": "temporary memory", "linearity": "time per step"}
+    parser = timing.parser(__doc__.splitlines()[0], shapes, PEERS, DEFAULT_PEERS, studies)
     return parser.parse_args(argv)
 
 
 def main():
     args = parse()
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    machine = timing.machine(PACKAGES)
-    print(*(f"{key}: {value}" for key, value in machine.items()), sep="\n")
-    results: dict[str, Any] = {"machine": machine, "dtype": args.dtype, "rounds": args.rounds}
-    if args.memory:
-        results["memory"] = measure_memory(args.dtype)
-        print_memory(results["memory"])
-    if args.linearity:
-        results["linearity"] = measure_linearity(args.rounds, args.dtype)
-        print_linearity(results["linearity"])
-    if not (args.memory or args.linearity):
-        results["speed"] = measure_speed(args.shapes, args.peers, args.rounds, args.dtype)
-        print_speed(results["speed"])
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(results, indent=1) + "\n")
+    timing.report(
+        *(args, PACKAGES),
+        speed=timing.Study(
+            lambda: measure_speed(args.shapes, args.peers, args.rounds, args.dtype), print_speed
+        ),
+        memory=timing.Study(lambda: measure_memory(args.dtype), print_memory),
+        linearity=timing.Study(lambda: measure_linearity(args.rounds, args.dtype), print_linearity),
+    )
 
 
 if __name__ == "__main__":

@@ -1,23 +1,30 @@
-"""How programs are timed against one another on a machine that is never quite still.
+"""How programs are timed against one another on a machine that is never quite still, and reported.
 
 All run in one process, in rounds, one sample of each program a round, so that a slow minute is
 slow for all; the order is rotated from round to round. A sample is preceded by an untimed call of
 the same program, since whoever runs after a program with its own threads is slowed by them, and
 repeats its call until 30 ms have passed. What counts is the ratio of two samples of one round: its
 median over the rounds, with the quartiles. Compilation is timed apart.
+
+A benchmark names shapes and peers, and makes programs of one shape for each kind, "forward" say:
+those of "ours" and of every peer that can run. A table of speeds holds them all.
 """
 
+import argparse
 import importlib.metadata
+import json
 import math
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 
 class Program(NamedTuple):
@@ -35,11 +42,143 @@ class Ratio(NamedTuple):
     upper: float
 
 
+Programs = dict[str, Program]  # by kind
+
+
+class Unavailable(Exception):
+    """This peer cannot run here."""
+
+
 def compiled(function: Callable, *args: Any) -> Program:
     """`function(*args)` as a compiled program of its own."""
     start = time.perf_counter()
     executable = jax.jit(function).lower(*args).compile()
     return Program(lambda: jax.block_until_ready(executable(*args)), time.perf_counter() - start)
+
+
+def temporary_mebibytes(function: Callable, *args: Any) -> float:
+    """The temporary memory of a program, as XLA plans it."""
+    analysis = jax.jit(function).lower(*args).compile().memory_analysis()
+    if analysis is None:
+        raise NotImplementedError("this backend does not say how much memory a program needs")
+    return analysis.temp_size_in_bytes / 2**20
+
+
+def prepare_torch(torch: Any) -> tuple[str, Callable[[], None]]:
+    """Where torch runs, which is where JAX does, on all cores; and a wait for its results."""
+    on_gpu = jax.default_backend() == "gpu"
+    if on_gpu and not torch.cuda.is_available():
+        raise Unavailable("this build of torch has no CUDA")
+    torch.set_num_threads(cores())
+    return ("cuda", torch.cuda.synchronize) if on_gpu else ("cpu", lambda: None)
+
+
+# ---- speeds -----------------------------------------------------------------------------------
+
+
+def build(
+    ours: Callable[[Any], Programs],
+    peers: Mapping[str, Callable[[Any], Programs]],
+    problem: Any,
+    label: str = "",
+) -> dict[str, Programs]:
+    """The programs of ours and of each peer that is installed."""
+    programs = {"ours": ours(problem)}
+    for name, peer in peers.items():
+        try:
+            programs[name] = peer(problem)
+        except (ImportError, Unavailable) as error:
+            print(f"  {label}without {name}: {error}")
+    return programs
+
+
+def check(
+    programs: Mapping[str, Programs], results: Callable[[Programs], Mapping[str, Any]], dtype: str
+) -> None:
+    """All must have the same `results`, arrays of JAX or torch by name, as ours."""
+    exact = dtype == "float32" and jax.default_backend() == "cpu"
+    tolerance = 1e-4 if exact else 3e-2
+    array = lambda a: np.asarray(a.detach().float().cpu() if hasattr(a, "detach") else a)
+    arrays = lambda name: {what: array(a) for what, a in results(programs[name]).items()}
+    expected = arrays("ours")
+    for name in programs:
+        for what, actual in arrays(name).items():
+            e = expected[what].astype(np.float32)
+            error = np.max(np.abs(actual.astype(np.float32) - e)) / np.max(np.abs(e))
+            if not error <= tolerance:
+                raise AssertionError(f"{name}: {what} is {error:.1e} off, over {tolerance:.0e}")
+
+
+def compare(kinds: Sequence[str], programs: Mapping[str, Programs], rounds: int) -> dict[str, Any]:
+    """For each kind, the time of each peer over ours: a row of the table of speeds."""
+    row = {}
+    for kind in kinds:
+        of_kind = {name: each[kind] for name, each in programs.items()}
+        times = measure(of_kind, rounds)
+        row[kind] = {
+            name: {
+                "ratio": ratio(times[name], times["ours"])._asdict(),
+                "milliseconds": 1e3 * float(np.median(times[name])),
+                "compile_seconds": program.compile_seconds,
+            }
+            for name, program in of_kind.items()
+        }
+    return row
+
+
+def summarize(kinds: Sequence[str], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The table of speeds: the rows, each with a "shape" too, and their means."""
+    means = {}
+    for kind in kinds:
+        names = dict.fromkeys(name for row in rows for name in row[kind] if name != "ours")
+        means[kind] = {name: geometric_mean(medians(rows, name, [kind])) for name in names}
+    return {"rows": rows, "geometric_mean": means}
+
+
+def medians(rows: Sequence[Mapping[str, Any]], peer: str, kinds: Sequence[str]) -> list[float]:
+    """The ratios of `peer`, of the rows that have it."""
+    return [
+        row[kind][peer]["ratio"]["median"] for row in rows for kind in kinds if peer in row[kind]
+    ]
+
+
+def print_ratios(speed: Mapping[str, Any], axes: str, width: int) -> None:
+    """The table of each kind; `axes` name those of a shape, in a column of so many characters."""
+    for kind, means in speed["geometric_mean"].items():
+        print(f"\n{kind}: time of the peer / ours, median [quartiles]; ours in ms")
+        print(f"{axes:<{width}}{'ours':>9}" + "".join(f"{name:>19}" for name in means))
+        for row in speed["rows"]:
+            line = f"{row['shape']!s:<{width}}{row[kind]['ours']['milliseconds']:>9.2f}"
+            for name in means:
+                cell = show_ratio(row[kind][name]["ratio"]) if name in row[kind] else "–"
+                line += f"{cell:>19}"
+            print(line)
+        print(f"{'geometric mean':<{width + 9}}" + "".join(f"{m:>19.2f}" for m in means.values()))
+
+
+def show_ratio(r: Mapping[str, float]) -> str:
+    return f"{r['median']:.2f} [{r['lower']:.2f}–{r['upper']:.2f}]"
+
+
+def print_trust_and_compilation(speed: Mapping[str, Any]) -> None:
+    """A warning where "ours again" differs from ours; then what compilation took."""
+    rows, means = speed["rows"], speed["geometric_mean"]
+    kinds, peers = list(means), next(iter(means.values()))
+    copies = medians(rows, "ours again", kinds)
+    worst = max((abs(copy - 1) for copy in copies), default=0.0)
+    if worst > 0.03:
+        print(
+            f"\nNot to be trusted: the identical program is {worst:.0%} off; is the machine idle?"
+        )
+    print(f"\nseconds to compile, {' + '.join(kinds)}, summed over the shapes")
+    for name in ("ours", *peers):
+        cells = [row[kind][name] for row in rows for kind in kinds if name in row[kind]]
+        seconds = [cell["compile_seconds"] for cell in cells]
+        if None not in seconds:
+            print(f"  {name:<12}{sum(seconds):6.1f}")
+
+
+# ---- the rounds -------------------------------------------------------------------------------
 
 
 def measure(
@@ -78,6 +217,60 @@ def ratio(theirs: Sequence[float], ours: Sequence[float]) -> Ratio:
 
 def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(statistics.fmean(map(math.log, values)))
+
+
+# ---- the command line -------------------------------------------------------------------------
+
+
+def parser(
+    description: str,
+    shapes: Mapping[str, Any],
+    peers: Iterable[str],
+    default_peers: Sequence[str],
+    studies: Mapping[str, str],
+) -> argparse.ArgumentParser:
+    """What every benchmark understands.
+
+    Args:
+        shapes: the options of the argument `--shapes`.
+        studies: what a flag of that name measures in place of speeds.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--shapes", nargs="+", **shapes)
+    parser.add_argument("--peers", nargs="*", choices=list(peers), default=default_peers)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    for name, what in studies.items():
+        parser.add_argument(f"--{name}", action="store_true", help=f"{what}, and no speeds")
+    parser.add_argument("--output", type=Path, help="a JSON file for the results")
+    return parser
+
+
+class Study(NamedTuple):
+    """A measurement, and how its result is printed."""
+
+    measure: Callable[[], Any]
+    show: Callable[[Any], None]
+
+
+def report(
+    args: argparse.Namespace, packages: Sequence[str], speed: Study, **studies: Study
+) -> None:
+    """Runs the studies whose flags are set, or else `speed`, and writes what came out."""
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    about = machine(packages)
+    print(*(f"{key}: {value}" for key, value in about.items()), sep="\n")
+    results: dict[str, Any] = {"machine": about, "dtype": args.dtype, "rounds": args.rounds}
+    asked = {name: study for name, study in studies.items() if getattr(args, name)}
+    for name, study in (asked or {"speed": speed}).items():
+        results[name] = study.measure()
+        study.show(results[name])
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(results, indent=1) + "\n")
+
+
+# ---- the machine ------------------------------------------------------------------------------
 
 
 def cores() -> int:

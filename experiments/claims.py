@@ -29,6 +29,9 @@ Verdict = Literal[
     "undecided",
 ]
 
+Relation = Literal["=", ">", "<"]
+"""What is predicted of the true number: that it is the predicted one, above it or below it."""
+
 Number = float | np.ndarray
 """A number, possibly as NumPy keeps it in a result: an array without axes."""
 
@@ -89,25 +92,42 @@ class Evidence(NamedTuple):
     name: str
     """What was measured, in a few words and with the conditions that it was measured under."""
     predicted: float
-    """What the statement says, computed."""
+    """What the statement says, computed; of an inequality, the bound."""
     measured: float
     low: float
     high: float
     rival: float | None = None
     """What holds if the statement does not: the printed value, no effect, …"""
     rival_name: str = ""
+    relation: Relation = "="
 
     @property
     def status(self) -> Literal["supported", "contradicted", "undecided"]:
-        """Whether the prediction lies in the interval, and the rival does not."""
+        """Whether the prediction lies in the interval, and the rival does not.
+
+        An inequality has no rival: all of the interval has to lie beyond the bound, and none of it
+        if the inequality is wrong.
+        """
         numbers = (self.predicted, self.measured, self.low, self.high)
         if any(math.isnan(number) for number in numbers):
             return "undecided"
-        if not self.low <= self.predicted <= self.high:
+        over, under = self.low > self.predicted, self.high < self.predicted
+        if self.relation == ">":
+            right, wrong = over, under
+        elif self.relation == "<":
+            right, wrong = under, over
+        else:
+            right = self.rival is None or not self.low <= self.rival <= self.high
+            wrong = over or under
+        if wrong:
             return "contradicted"
-        if self.rival is not None and self.low <= self.rival <= self.high:
-            return "undecided"
-        return "supported"
+        return "supported" if right else "undecided"
+
+
+def known(value: Number, tolerance: float = 0.0) -> Estimate:
+    """A value that is no statistic, but known up to a stated error of arithmetic."""
+    value = float(value)
+    return Estimate(value, value - tolerance, value + tolerance)
 
 
 def measured(
@@ -132,9 +152,17 @@ def equal(
     rival_name: str = "",
 ) -> Evidence:
     """Evidence that is no statistic: the value is known up to a stated error of arithmetic."""
-    value = float(value)
-    estimate = Estimate(value, value - tolerance, value + tolerance)
-    return measured(name, predicted, estimate, rival, rival_name)
+    return measured(name, predicted, known(value, tolerance), rival, rival_name)
+
+
+def above(name: str, bound: Number, estimate: Estimate) -> Evidence:
+    """Evidence that the true number is above a bound."""
+    return measured(name, bound, estimate)._replace(relation=">")
+
+
+def below(name: str, bound: Number, estimate: Estimate) -> Evidence:
+    """Evidence that the true number is below a bound."""
+    return measured(name, bound, estimate)._replace(relation="<")
 
 
 def judge(
@@ -207,6 +235,7 @@ class Claim:
             "equation": self.equation,
             "criterion": self.criterion,
             "note": self.note,
+            "relation": first.relation,
             "predicted": first.predicted,
             "measured": first.measured,
             "interval": [first.low, first.high],

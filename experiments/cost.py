@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from jaxtyping import PRNGKeyArray, PyTree
 
-from experiments.training import Loss, make_step, start
+from experiments.training import Loss, start, train_step
 
 
 class Cost(NamedTuple):
@@ -40,7 +40,7 @@ def step_cost(
 ) -> Cost:  # fmt: skip
     """What XLA says of the compiled step; NaN where a backend says nothing."""
     state = start(params, optimizer)
-    compiled = jax.jit(make_step(loss, optimizer)).lower(state, batch, key).compile()
+    compiled = train_step.lower(loss, optimizer, state, batch, key).compile()
     counted, memory = compiled.cost_analysis(), compiled.memory_analysis()
     counted = counted[0] if isinstance(counted, list) else counted or {}
     used = np.nan

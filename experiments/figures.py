@@ -119,12 +119,11 @@ def predicted_against_true(axes: Axes, true: Any, predicted: Any, tolerance: flo
     axes.legend(loc="upper left")
 
 
-def digit_gallery(
-    figure: SubFigure, images: Any, labels: Any, probabilities: Any, order: Sequence[int]
-) -> None:
-    """The first 30 images of `order` with prediction and probability; the wrong ones framed."""
+def digit_gallery(figure: SubFigure, images: Any, labels: Any, probabilities: Any) -> None:
+    """30 images with prediction and probability: the wrong ones first, framed."""
     grid = figure.subplots(5, 6)
     predictions = probabilities.argmax(axis=-1)
+    order = np.argsort(predictions == labels, kind="stable")
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
         axes.axis("off")

@@ -114,12 +114,10 @@ def plot(result: Result) -> "Figure":
     from experiments.figures import confusion_matrix, digit_gallery, new_figure
 
     predictions = result.probabilities.argmax(axis=-1)
-    wrong = np.flatnonzero(predictions != result.labels)
-    right = np.flatnonzero(predictions == result.labels)
     figure = new_figure(11, 5.2)
     left, matrix = figure.subfigures(1, 2, squeeze=False, width_ratios=(1.15, 1))[0]
-    digit_gallery(left, result.images, result.labels, result.probabilities, [*wrong, *right])
+    digit_gallery(left, result.images, result.labels, result.probabilities)
     confusion_matrix(matrix, result.labels, predictions)
-    share = len(right) / len(result.labels)
+    share = np.mean(predictions == result.labels)
     figure.suptitle(f"{share:.1%} of {len(result.labels)} test digits read correctly")
     return figure

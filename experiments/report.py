@@ -219,6 +219,7 @@ def entry(row: Row, folder: Path) -> dict[str, Any]:
         "title": row.title,
         "verdict": row.verdict,
         "criterion": "",
+        "relation": None,
         "predicted": None,
         "measured": None,
         "interval": None,

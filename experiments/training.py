@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -104,34 +104,32 @@ def start(
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), carry)
 
 
-@lru_cache(maxsize=64)
-def make_step(
-    loss: Loss, optimizer: optax.GradientTransformation
-) -> Callable[[TrainState, Any, PRNGKeyArray], tuple[TrainState, Metrics]]:
-    """One step of the optimiser: (state, batch, key) to the next state and the batch's metrics.
+@partial(jax.jit, static_argnums=(0, 1))
+def train_step(
+    loss: Loss, optimizer: optax.GradientTransformation, state: TrainState, batch: Any,
+    key: PRNGKeyArray,
+) -> tuple[TrainState, Metrics]:  # fmt: skip
+    """One step of the optimiser: the next state and the batch's metrics.
 
-    The same function for the same arguments, so that it is compiled once for all runs of them.
+    It is compiled once for all runs with the same loss and optimiser: the same objects, as JAX
+    tells functions apart by identity.
     """
-
-    def train_step(state, batch, key):
-        key = jax.random.fold_in(key, state.step)
-        gradient = jax.value_and_grad(loss, has_aux=True)
-        if state.carry is None:
-            (value, metrics), grads = gradient(state.params, batch, key)
-            carry = None
-        else:
-            (value, (metrics, carry)), grads = gradient(state.params, batch, key, state.carry)
-        # optax mixes its integer counts with floats, which strict promotion refuses
-        with jax.numpy_dtype_promotion("standard"):
-            updates, moments = optimizer.update(grads, state.optimizer, state.params)
-            params = optax.apply_updates(state.params, updates)
-            norm = optax.tree.norm(grads)
-        return (
-            TrainState(state.step + 1, params, moments, carry),
-            {"loss": value, **metrics, "gradient_norm": norm},
-        )
-
-    return train_step
+    key = jax.random.fold_in(key, state.step)
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    if state.carry is None:
+        (value, metrics), grads = gradient(state.params, batch, key)
+        carry = None
+    else:
+        (value, (metrics, carry)), grads = gradient(state.params, batch, key, state.carry)
+    # optax mixes its integer counts with floats, which strict promotion refuses
+    with jax.numpy_dtype_promotion("standard"):
+        updates, moments = optimizer.update(grads, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        norm = optax.tree.norm(grads)
+    return (
+        TrainState(state.step + 1, params, moments, carry),
+        {"loss": value, **metrics, "gradient_norm": norm},
+    )
 
 
 def fit(
@@ -164,7 +162,7 @@ def fit(
     """
     state = start(params, optimizer, carry)
     clock = time.perf_counter()
-    train_step = jax.jit(make_step(loss, optimizer)).lower(state, batch(0), key).compile()
+    advance = train_step.lower(loss, optimizer, state, batch(0), key).compile()
     evaluate, conclude = (
         {split: jax.jit(f).lower(params).compile() for split, f in functions.items()}
         for functions in (evaluations, final)
@@ -182,7 +180,7 @@ def fit(
     with _progress() as progress:
         bar = progress.add_task("training", total=steps, values="")
         for step in range(1, steps + 1):
-            state, metrics = train_step(state, batch(step - 1), key)
+            state, metrics = advance(state, batch(step - 1), key)
             window.append(metrics)
             if step % log_every == 0 or step == steps:
                 values = _mean(window, step)
@@ -229,7 +227,7 @@ def compare(
     """
     first = start(params, optimizer, carry)
     compiled = {
-        name: jax.jit(make_step(loss, optimizer)).lower(first, batch(0), key).compile()
+        name: train_step.lower(loss, optimizer, first, batch(0), key).compile()
         for name, loss in losses.items()
     }
     states = dict.fromkeys(losses, first)
@@ -238,9 +236,9 @@ def compare(
     for step in range(steps):
         data = jax.block_until_ready(batch(step))
         values = []
-        for name, train_step in compiled.items():
+        for name, advance in compiled.items():
             clock = time.perf_counter()
-            states[name], metrics = jax.block_until_ready(train_step(states[name], data, key))
+            states[name], metrics = jax.block_until_ready(advance(states[name], data, key))
             seconds[name].append(time.perf_counter() - clock)
             values.append(float(metrics["loss"]))
         largest = max(map(abs, values)) or 1.0

@@ -133,18 +133,16 @@ def plot(result: Result) -> "Figure":
     )
 
     predictions = result.probabilities.argmax(axis=-1)
-    wrong = np.flatnonzero(predictions != result.labels)
-    right = np.flatnonzero(predictions == result.labels)
     figure = new_figure(11, 10.4)
     upper, lower = figure.subfigures(2, 1, squeeze=False, hspace=0.03)[:, 0]
     left, matrix = upper.subfigures(1, 2, squeeze=False, width_ratios=(1.15, 1))[0]
-    digit_gallery(left, result.images, result.labels, result.probabilities, [*wrong, *right])
+    digit_gallery(left, result.images, result.labels, result.probabilities)
     confusion_matrix(matrix, result.labels, predictions)
     positions = result.similarity.size > 0
     left, *others = lower.subfigures(1, 2 if positions else 1, squeeze=False)[0]
     attention_maps(left, result.images[result.attended], result.attention.mean(axis=2))
     for right_part in others:
         similarity_maps(right_part, result.similarity)
-    share = len(right) / len(result.labels)
+    share = np.mean(predictions == result.labels)
     figure.suptitle(f"{share:.1%} of {len(result.labels):,} test digits read correctly")
     return figure

@@ -18,7 +18,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 import rnnattn.blockwise as blockwise
 import rnnattn.dense as dense
-from rnnattn.scores import Masking, Operands, Options, accumulator, dropout_keys, hide
+from rnnattn.precision import accumulator
+from rnnattn.scores import Masking, Operands, Options, dropout_keys, hide
 
 Implementation = Literal["dense", "blockwise", "xla", "cudnn", "tokamax"]
 

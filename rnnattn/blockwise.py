@@ -26,27 +26,19 @@ from jaxtyping import Array
 
 from rnnattn.scores import (
     Operands,
-    against_keys,
+    block_gradient,
     block_tangent,
-    cap_gradient,
-    drop,
-    hide_unseen,
+    finish_tangent,
     keep,
     key_range,
-    logits,
-    logits_gradient,
-    mask_logits,
     normalise,
     nothing_seen,
-    over_keys,
-    over_queries,
     row_sums,
+    score,
     see,
-    sink_weights,
     sinks_gradient,
     sum_to,
     visible,
-    weights,
 )
 
 # Measured on a CPU: benchmarks/README.md.
@@ -157,14 +149,6 @@ def _grid(operands, longest, head=None):
     return _Grid(_axis(T, max(queries // G, 1)), _axis(operands.key.shape[2], keys), head)
 
 
-class _Scores(NamedTuple):
-    k: Array
-    v: Array
-    capped: Array  # s before bias and masks
-    s: Array
-    z: Array | None
-
-
 def _scores(options, grid, operands, masking, i, j):
     """Block (i, j), from the operands and the masking of the queries of i."""
     operands, masking = grid.cut_keys(operands, masking, j)
@@ -174,11 +158,8 @@ def _scores(options, grid, operands, masking, i, j):
     if first_time is not None:
         first_time = first_time[None, None, None, None]
         sees = first_time if sees is None else sees & first_time
-    k, v = hide_unseen(masking, operands.key, operands.value, sees)
-    capped = logits(operands.query, k, options.soft_cap)
-    s = mask_logits(capped, operands.bias, sees)
     z = keep(options, masking, rows[0], columns[0], rows.size, columns.size)
-    return _Scores(k, v, capped, s, z)
+    return score(options, operands, masking, sees, z)
 
 
 # ------------------------------------------------------------------------------- which are skipped
@@ -230,8 +211,7 @@ def _forward(options, operands, masking, head=None):
         of_i, masking_i = grid.cut_queries(operands, masking, i)
 
         def key_block(j, running):
-            _, v, _, s, z = _scores(options, grid, of_i, masking_i, i, j)
-            return see(running, s, z, v)
+            return see(running, _scores(options, grid, of_i, masking_i, i, j))
 
         start = nothing_seen(of_i, grid.queries.block)
         first, past = key_blocks(i)
@@ -261,17 +241,16 @@ def _backward(options, operands, masking, kept, cotangents, dbias, head=None):
 
         def key_block(j, gradient):
             dq, dk, dv, dbias = gradient
-            k, v, capped, s, z = _scores(options, grid, of_i, masking_i, i, j)
-            p = weights(s, lse)
-            dv = grid.keys.add(dv, over_queries(drop(p, z), do), j, 2)
-            ds = logits_gradient(p, drop(against_keys(do, v), z), delta, dlse)
+            scores = _scores(options, grid, of_i, masking_i, i, j)
+            dq_block, dk_block, dv_block, ds = block_gradient(
+                options, of_i.query, scores, lse, delta, do, dlse
+            )
+            dk = grid.keys.add(dk, dk_block, j, 2)
+            dv = grid.keys.add(dv, dv_block, j, 2)
             if dbias is not None:
                 shared = [1 if n == 1 else m for n, m in zip(dbias.shape, ds.shape, strict=True)]
                 dbias = grid.keys.add(dbias, sum_to(ds, shared), j, 4)
-            ds = cap_gradient(ds, capped, options.soft_cap)
-            dq = dq + over_keys(ds, k)
-            dk = grid.keys.add(dk, over_queries(ds, of_i.query), j, 2)
-            return dq, dk, dv, dbias
+            return dq + dq_block, dk, dv, dbias
 
         dq, dk, dv, dbias = gradient
         band = grid.band(dbias, i)
@@ -367,12 +346,12 @@ def _tangent(options, operands, masking, o, lse, doperands):
         first, past = key_blocks(i)
 
         def visit(tangent, j):
-            def scores(operands):
-                _, v, _, s, z = _scores(options, grid, operands, masking_i, i, j)
-                return (s, v), z
-
-            (s, v), (ds, dv), z = jax.jvp(scores, (of_i,), (dof_i,), has_aux=True)
-            added = block_tangent(weights(s, lse_i), z, ds, v, dv)
+            scores, dscores = jax.jvp(
+                lambda operands: _scores(options, grid, operands, masking_i, i, j),
+                (of_i,),
+                (dof_i,),
+            )
+            added = block_tangent(scores, lse_i, dscores.s, dscores.value)
             return jax.tree.map(jnp.add, tangent, added)
 
         @partial(jax.checkpoint, prevent_cse=False)
@@ -382,10 +361,8 @@ def _tangent(options, operands, masking, o, lse, doperands):
 
         start = (jnp.zeros(lse_i.shape, lse.dtype), jnp.zeros(o_i.shape, lse.dtype))
         blocks = jnp.arange(grid.keys.count, dtype=jnp.int32)
-        (dlse, weighted), _ = lax.scan(key_block, start, blocks)
-        if operands.sinks is not None:
-            dlse = dlse + sink_weights(operands.sinks, lse_i) * doperands.sinks
-        do = weighted - dlse[..., None] * o_i.astype(dlse.dtype)
+        sums, _ = lax.scan(key_block, start, blocks)
+        do, dlse = finish_tangent(o_i, lse_i, *sums, operands.sinks, doperands.sinks)
         return None, (do.astype(o.dtype), dlse)
 
     # Checkpointed, and no array of all rows is carried: either would be kept for every block

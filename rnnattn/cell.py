@@ -28,6 +28,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from rnnattn.precision import accumulator
+
 
 class LSTMParams(NamedTuple):
     """The weights of one layer and direction, multiplied on the right: x @ w_x + h @ w_h + b."""
@@ -62,11 +64,6 @@ class Slopes(NamedTuple):
     g: Array  # ∂c/∂z_g = i ⊙ (1 − g²)
     o: Array  # ∂m/∂z_o = tanh(c) ⊙ o(1 − o)
     carry: Array  # ∂c/∂c₋ = f
-
-
-def accumulator(dtype):
-    """16-bit numbers are summed in float32."""
-    return jnp.dtype(dtype if jnp.finfo(dtype).bits > 32 else jnp.float32)
 
 
 def dot(x, w):

@@ -26,7 +26,6 @@ from rnnattn.cell import (
     LSTMParams,
     LSTMState,
     Variant,
-    accumulator,
     advance,
     cell_gradient,
     dot,
@@ -36,6 +35,7 @@ from rnnattn.cell import (
     slopes_of,
     where,
 )
+from rnnattn.precision import accumulator
 
 # Measured on a CPU: benchmarks/README.md, "How the schedule is chosen".
 _CHUNK_BYTES = 4 * 2**20  # the pre-activations of a chunk

@@ -31,6 +31,7 @@ timm's `vision_transformer.py`, which names what google-research's `vision_trans
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -454,7 +455,7 @@ def _vit_axes(depth, has_cls):
     axes |= {"cls": "1 D"} if has_cls else {}
     axes |= {"position": "tokens D", "stem.kernel": "rows columns channels D", "stem.bias": "D"}
     for n in range(depth):
-        axes |= {f"blocks.{n}.{norm}.{x}": "D" for norm in ("norm1", "norm2") for x in _NORM}
+        axes |= {f"blocks.{n}.norm{k}.{x}": "D" for k in (1, 2) for x in ("scale", "bias")}
         for name in ("query", "key", "value"):
             axes[f"blocks.{n}.attention.{name}.kernel"] = "D N K"
             axes[f"blocks.{n}.attention.{name}.bias"] = "N K"
@@ -465,22 +466,17 @@ def _vit_axes(depth, has_cls):
     return axes | {"head.kernel": "D classes", "head.bias": "classes"}
 
 
-_NORM = ("scale", "bias")
-
-
 def _timm_axes(depth, has_cls):
-    axes = {"norm.weight": "D", "norm.bias": "D"}
+    """The same for timm's."""
+    axes = {"norm.weight": "D"}  # first, for D is learned from it
     axes |= {"cls_token": "1 1 D"} if has_cls else {}
     axes |= {"pos_embed": "1 tokens D", "patch_embed.proj.weight": "D channels rows columns"}
-    axes["patch_embed.proj.bias"] = "D"
     for n in range(depth):
-        own = {f"norm{k}.{x}": "D" for k in (1, 2) for x in ("weight", "bias")}
-        own |= {"attn.qkv.weight": "3D D", "attn.qkv.bias": "3D"}
-        own |= {"attn.proj.weight": "D D", "attn.proj.bias": "D"}
-        own |= {"mlp.fc1.weight": "F D", "mlp.fc1.bias": "F"}
-        own |= {"mlp.fc2.weight": "D F", "mlp.fc2.bias": "D"}
-        axes |= {f"blocks.{n}.{name}": shape for name, shape in own.items()}
-    return axes | {"head.weight": "classes D", "head.bias": "classes"}
+        attention = {"qkv.weight": "3D D", "qkv.bias": "3D", "proj.weight": "D D", "proj.bias": "D"}
+        axes |= {f"blocks.{n}.attn.{name}": shape for name, shape in attention.items()}
+    own = _vit_axes(depth, has_cls)
+    transposed = lambda name: " ".join(reversed(own[name].split()))
+    return axes | {theirs: transposed(ours) for theirs, ours in _timm_plain(depth).items()}
 
 
 def _timm_plain(depth):
@@ -641,10 +637,7 @@ def _arrays(function, params, *supported):
 
 def _params(w_x, w_h, b, peephole=None, projection=None):
     """Copies, so that nobody's training in place reaches them."""
-    copy = lambda array: None if array is None else jnp.array(array)
-    return LSTMParams(
-        jnp.array(w_x), jnp.array(w_h), jnp.array(b), copy(peephole), copy(projection)
-    )
+    return jax.tree.map(jnp.array, LSTMParams(w_x, w_h, b, peephole, projection))
 
 
 def _reorder(array, source, target):

@@ -31,9 +31,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from rnnattn.attention import KVCache, dot_product_attention, update_cache
-from rnnattn.cell import LSTMParams, LSTMState, accumulator
+from rnnattn.cell import LSTMParams, LSTMState
 from rnnattn.patches import conv_stem, patchify, resample_grid, token_mask
 from rnnattn.position import rope as rotate, rope_2d, sinusoids
+from rnnattn.precision import accumulator
 from rnnattn.recurrent import init_lstm, lstm_step, stacked_lstm
 
 # ---- the LSTM ---------------------------------------------------------------------------------
@@ -289,9 +290,8 @@ class MultiHeadAttention(nnx.Module):
             query, key = self.query_ln(query), self.key_ln(key)
         if self.rope is not None:
             start = None if cache is None else cache.length
-            of_keys = _counted(key, start) if positions is None else positions
-            query = self.rope(query, _counted(query, start) if positions is None else positions)
-            key = self.rope(key, of_keys)
+            of = lambda x: _counted(x, start) if positions is None else positions
+            query, key = self.rope(query, of(query)), self.rope(key, of(key))
         if cache is not None:
             options["query_offset"] = cache.length
             cache = update_cache(cache, key, value)
@@ -606,9 +606,9 @@ class ViT(nnx.Module):
         self.base_grid: Any = None
         if image_size is not None:
             self.base_grid = self._patches("image_size", _both("image_size", image_size))
-        for name, needs in {"position": position == "learned", "stem": stem == "conv"}.items():
-            value = {"position": position, "stem": stem}[name]
-            check(self.base_grid or not needs, "image_size", f"given for {name} {value!r}", None)
+        for name, value, needing in (("position", position, "learned"), ("stem", stem, "conv")):
+            needs = f"given for {name} {needing!r}"
+            check(self.base_grid or value != needing, "image_size", needs, None)
 
         dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         if stem == "conv":
@@ -854,8 +854,8 @@ def load_weights(module: nnx.Module, weights: Mapping[Any, Any]) -> None:
         >>> weights["stem"]["kernel"] = resize_patch_kernel(weights["stem"]["kernel"], 8)
         >>> load_weights(make(8, 32), weights)
     """
-    own = _leaves(nnx.to_pure_dict(nnx.state(module, nnx.Param)))
-    given = _leaves(weights)
+    own = nnx.traversals.flatten_mapping(nnx.to_pure_dict(nnx.state(module, nnx.Param)))
+    given = nnx.traversals.flatten_mapping(weights)
     name = lambda path: ".".join(map(str, path))
     wrong = [f"`{name(path)}` is missing" for path in own if path not in given]
     wrong += [f"`{name(path)}` is unknown" for path in given if path not in own]
@@ -871,17 +871,6 @@ def load_weights(module: nnx.Module, weights: Mapping[Any, Any]) -> None:
     if wrong:
         raise ValueError(f"load_weights: {'; '.join(wrong)}")
     nnx.update(module, jax.tree.map(jnp.array, dict(weights)))
-
-
-def _leaves(tree, path=()):
-    """{("a", 0): leaf} of {"a": {0: leaf}}"""
-    if not isinstance(tree, Mapping):
-        return {path: tree}
-    return {
-        key: leaf
-        for name, branch in tree.items()
-        for key, leaf in _leaves(branch, (*path, name)).items()
-    }
 
 
 def _param(weight):

@@ -33,6 +33,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Shaped
 
+from rnnattn.precision import accumulator
+
 
 def patchify(
     images: Shaped[Array, "B rows columns channels"], patch_size: int | tuple[int, int]
@@ -381,7 +383,7 @@ def _mean(n, m):
 
 def _resize(images, new, weights):
     """`images` (B, rows, columns, D) at another size, each axis by its matrix `weights(n, m)`."""
-    dtype = images.dtype if jnp.finfo(images.dtype).bits > 32 else jnp.float32
+    dtype = accumulator(images.dtype)
     rows, columns = (
         jnp.asarray(weights(n, m), dtype) for n, m in zip(images.shape[1:3], new, strict=True)
     )

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jax.experimental import rnn
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from rnnattn.cell import LSTMParams, LSTMState, Variant, accumulator
+from rnnattn.cell import LSTMParams, LSTMState, Variant
 from rnnattn.chunked import Schedule, Steps, sequence
+from rnnattn.precision import accumulator
 
 
 def init_lstm(

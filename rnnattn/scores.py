@@ -26,12 +26,15 @@ Ainslie et al. 2023 (grouped heads); Gemma Team 2024 (soft cap); Xiao et al. 202
 Song 2024 (the tangent).
 """
 
+from functools import reduce
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from rnnattn.precision import accumulator
 
 _TILE = 128  # the keep bits of dropout are drawn for squares of this size
 
@@ -66,11 +69,6 @@ class Masking(NamedTuple):
     query_segments: Int[Array, "B T"] | None = None
     key_segments: Int[Array, "B S"] | None = None
     dropout_keys: PRNGKeyArray | None = None  # (B, M, G)
-
-
-def accumulator(dtype):
-    """16-bit numbers are summed in float32."""
-    return jnp.dtype(dtype if jnp.finfo(dtype).bits > 32 else jnp.float32)
 
 
 def _rows(x):
@@ -114,6 +112,22 @@ def mask_logits(s, bias, visible):
     return s if visible is None else jnp.where(visible, s, -jnp.inf)
 
 
+class Scores(NamedTuple):
+    """What queries and keys make of one another before the softmax."""
+
+    key: Array  # what no query at hand may see is zero
+    value: Array
+    capped: Array  # s before bias and masks
+    s: Array
+    z: Array | None
+
+
+def score(options, operands, masking, sees, z):
+    k, v = hide_unseen(masking, operands.key, operands.value, sees)
+    capped = logits(operands.query, k, options.soft_cap)
+    return Scores(k, v, capped, mask_logits(capped, operands.bias, sees), z)
+
+
 class Running(NamedTuple):
     """The softmax of a row over the keys seen so far; each with the dtype of the accumulator."""
 
@@ -140,8 +154,9 @@ def nothing_seen(operands, rows):
     return Running(peak, jnp.exp(sinks - _finite(peak)), weighted)
 
 
-def see(running, s, z, v):
+def see(running, scores):
     """The softmax after further keys."""
+    _, v, _, s, z = scores
     peak = jnp.maximum(running.peak, lax.stop_gradient(jnp.max(s, -1, initial=-jnp.inf)))
     p = jnp.exp(s - _finite(peak)[..., None])
     shrink = jnp.exp(running.peak - _finite(peak))
@@ -197,11 +212,30 @@ def row_sums(do, o):
     return jnp.sum(do.astype(wide) * o.astype(wide), -1)
 
 
-def block_tangent(p, z, ds, v, dv):
+def block_gradient(options, q, scores, lse, delta, do, dlse):
+    """What a block of queries and keys adds to dq, dk and dv, and dS, its part of dbias."""
+    k, v, capped, s, z = scores
+    p = weights(s, lse)
+    dv = over_queries(drop(p, z), do)
+    dbias = logits_gradient(p, drop(against_keys(do, v), z), delta, dlse)
+    ds = cap_gradient(dbias, capped, options.soft_cap)
+    return over_keys(ds, k), over_queries(ds, q), dv, dbias
+
+
+def block_tangent(scores, lse, ds, dv):
     """What a block of keys adds to μ, and to dO but for −μ O."""
+    _, v, _, s, z = scores
+    p = weights(s, lse)
     pz = drop(p, z)
     weighted = over_keys(pz * ds, v) + over_keys(pz, dv)
     return jnp.sum(p * ds, -1), weighted
+
+
+def finish_tangent(o, lse, mu, weighted, sinks, dsinks):
+    """dO and dL from the sums over all keys."""
+    if sinks is not None:
+        mu = mu + sink_weights(sinks, lse) * dsinks
+    return weighted - mu[..., None] * o.astype(mu.dtype), mu
 
 
 def sum_to(x, shape):
@@ -240,16 +274,7 @@ def visible(options, masking, rows, columns):
     conditions = [condition[:, None, None] for condition in conditions]
     if masking.mask is not None:
         conditions.append(masking.mask)
-    return _all(conditions)
-
-
-def _all(conditions):
-    if not conditions:
-        return None
-    result = conditions[0]
-    for condition in conditions[1:]:
-        result = result & condition
-    return result
+    return reduce(jnp.logical_and, conditions) if conditions else None
 
 
 def key_range(options, masking, first_row, last_row):

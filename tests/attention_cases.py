@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rnnattn import attention, blockwise, scores
-from rnnattn.scores import accumulator
+from rnnattn.precision import accumulator
 
 # Small problems run for microseconds and compile for seconds.
 QUICK = {"xla_backend_optimization_level": 0}

@@ -20,16 +20,23 @@ LIBRARY = {"jax", "jaxlib", "jaxtyping", "numpy"} | {
 # What a module of the library may import besides; the primitives import none of each other.
 ALLOWED = {
     "__init__": {"rnnattn"},
-    "attention": {"rnnattn.blockwise", "rnnattn.dense", "rnnattn.scores", "tokamax"},
+    "attention": {
+        "rnnattn.blockwise",
+        "rnnattn.dense",
+        "rnnattn.precision",
+        "rnnattn.scores",
+        "tokamax",
+    },
     "blockwise": {"rnnattn.scores"},
-    "cell": set(),
-    "chunked": {"rnnattn.cell"},
+    "cell": {"rnnattn.precision"},
+    "chunked": {"rnnattn.cell", "rnnattn.precision"},
     "dense": {"rnnattn.scores"},
-    "patches": set(),
+    "patches": {"rnnattn.precision"},
     "position": set(),
-    "recurrent": {"rnnattn.cell", "rnnattn.chunked"},
+    "precision": set(),
+    "recurrent": {"rnnattn.cell", "rnnattn.chunked", "rnnattn.precision"},
     "reference": {"rnnattn.attention", "rnnattn.cell", "rnnattn.position", "rnnattn.recurrent"},
-    "scores": set(),
+    "scores": {"rnnattn.precision"},
     "interop": {"rnnattn.cell"},
     "nn": {
         "flax",
@@ -37,6 +44,7 @@ ALLOWED = {
         "rnnattn.cell",
         "rnnattn.patches",
         "rnnattn.position",
+        "rnnattn.precision",
         "rnnattn.recurrent",
     },
 }

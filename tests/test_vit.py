@@ -231,9 +231,9 @@ def test_an_optimizer_moves_every_weight():
         assert "['key']['bias']" in name or not np.array_equal(before, after), name
 
 
-def test_dropout_is_for_training_only():
-    options = {"dropout_rate": 0.2, "attention_dropout_rate": 0.2, "drop_path_rate": 0.2}
-    model, plain = make(**options, depth=2), make(depth=2)
+@pytest.mark.parametrize("option", ["dropout_rate", "attention_dropout_rate", "drop_path_rate"])
+def test_dropout_is_for_training_only(option):
+    model, plain = make(**{option: 0.5}, depth=2), make(depth=2)
     images = images_of(*BASE)
     expected = apply(plain, images)
     np.testing.assert_array_equal(apply(model, images), expected)

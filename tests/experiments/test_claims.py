@@ -19,7 +19,17 @@ from experiments import (
     softmax_saturation,
     subspace_projection,
 )
-from experiments.claims import Claim, Estimate, Evidence, equal, judge, measured
+from experiments.claims import (
+    Claim,
+    Estimate,
+    Evidence,
+    above,
+    below,
+    equal,
+    judge,
+    known,
+    measured,
+)
 from experiments.config import UsageError
 
 YES = measured("", 1.0, Estimate(1.1, 0.9, 1.3), 2.0)
@@ -53,6 +63,18 @@ TINY: dict[Any, dict[str, Any]] = {
         (equal("", 0, 1e-13, 1e-12), "supported"),
         (equal("", 0, 1e-11, 1e-12), "contradicted"),
         (equal("", 3, 3, 0.0), "supported"),
+        (above("", 0, Estimate(0.2, 0.1, 0.3)), "supported"),
+        (above("", 0, Estimate(0.2, -0.1, 0.5)), "undecided"),
+        (above("", 0, Estimate(-0.2, -0.5, 0.1)), "undecided"),
+        (above("", 0, Estimate(-0.2, -0.3, -0.1)), "contradicted"),
+        (above("", 0, Estimate(0.2, 0.0, 0.4)), "undecided"),
+        (above("", 0, known(math.nan)), "undecided"),
+        (above("", math.nan, known(1)), "undecided"),
+        (below("", 1, known(0.9)), "supported"),
+        (below("", 1, known(1)), "undecided"),
+        (below("", 1, known(1.1)), "contradicted"),
+        (below("", 1, known(0.9, 0.2)), "undecided"),
+        (below("", 1, Estimate(2.0, 1.5, math.inf)), "contradicted"),
     ],
 )
 def test_evidence_is_judged_by_prediction_rival_and_width(evidence, status):
@@ -75,6 +97,10 @@ def test_evidence_is_judged_by_prediction_rival_and_width(evidence, status):
         ([YES], {"beyond": [YES]}, "undecided"),
         ([YES], {"printed": [NO], "beyond": [NO]}, "holds as corrected"),
         ([CANNOT_TELL], {"beyond": [NO]}, "undecided"),
+        ([YES, above("", 0, known(1)), below("", 0, known(-1))], {}, "holds"),
+        ([YES, above("", 0, known(-1))], {}, "fails"),
+        ([YES, below("", 0, known(1))], {}, "fails"),
+        ([YES], {"printed": [above("", 0, known(-1))]}, "holds as corrected"),
     ],
 )
 def test_the_verdict_follows_from_the_evidence(right, others, verdict):
@@ -92,6 +118,13 @@ def test_a_claim_as_a_table_has_its_headline_and_all_evidence():
     assert table["verdict"] == "holds as corrected"
     assert [table["predicted"], table["measured"], table["interval"]] == [1.0, 1.1, [0.9, 1.3]]
     assert [e["group"] for e in table["evidence"]] == ["right", "right", "printed"]
+    assert table["relation"] == "="
+
+
+def test_an_inequality_as_a_table_has_the_bound_and_not_the_measurement_as_prediction():
+    table = Claim("V6", "x", "", (above("gain", 0, Estimate(0.2, 0.1, 0.3)),)).table()
+    assert [table[key] for key in ("relation", "predicted", "measured")] == [">", 0.0, 0.2]
+    assert table["evidence"][0]["relation"] == ">" and table["evidence"][0]["rival"] is None
 
 
 def coverage(interval, truth: float, draws: int = 2000) -> float:

@@ -167,6 +167,20 @@ def test_what_is_infinite_is_null():
     assert report.entry(row, Path("report"))["interval"] == [None, None]
 
 
+def test_an_inequality_is_shown_as_one(tmp_path):
+    gain = claims.above("gain", 0, claims.Estimate(0.2, 0.1, 0.3))
+    cost = claims.below("cost", 1, claims.known(0.5))
+    claim = claims.Claim("V3", "x", "", (gain, cost))
+    report.write([report.Row("V3", claim, experiment="x", config={})], tmp_path, full=False)
+    page = (tmp_path / report.PAGE).read_text()
+    # the headline, and each measurement
+    shown = re.findall(r'data-label="predicted">\s*(.*?)\s*</td>', page)
+    assert [html.unescape(text) for text in shown] == [">\xa00", ">\xa00", "<\xa01"]
+    (entry,) = json.loads((tmp_path / report.DATA).read_text())["claims"]
+    assert (entry["relation"], entry["predicted"]) == (">", 0)
+    assert [e["relation"] for e in entry["evidence"]] == [">", "<"]
+
+
 def readme_rows() -> dict[str, tuple]:
     section = README.read_text().split(report.START)[1].split(report.END)[0]
     row = re.compile(r"\| (\w\d) \| .* \| ([^|]+) \| (?:\[`(\w+)`\]\(.*\)|not yet) \|")

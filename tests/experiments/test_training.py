@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from experiments.cost import step_cost
 from experiments.training import TrainConfig, compare, fit, make_optimizer, make_schedule
 
 
@@ -81,6 +82,26 @@ def test_the_step_is_traced_once():
 
     train(counted, ones, steps=20)
     assert len(traces) == 1
+
+
+def test_runs_with_the_same_loss_and_optimiser_share_one_compiled_step():
+    params, key, optimizer = jnp.zeros(5, jnp.float32), jax.random.key(0), optax.sgd(0.1)
+    batch = np.ones(5, np.float32)
+    rest: dict[str, Any] = dict(steps=2, log_every=2, evaluate_every=2, evaluations={}, final={})
+    first = lambda: step_cost(square, params, optimizer, batch, key)
+    compilations = []
+    listener = lambda event, *_, **__: compilations.append(event) if "compile" in event else None
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        first()
+        assert compilations  # the listener hears
+        compilations.clear()
+        first()
+        fit(square, params, optimizer, lambda step: batch, key, **rest)
+        compare({"a": square, "b": square}, params, optimizer, lambda step: batch, key, steps=2)
+        assert not compilations
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
 
 
 @pytest.mark.parametrize("log_every", [1, 4, 100])
