@@ -71,6 +71,8 @@ class Options:
     """Name of the run; without one, the run is named by the time."""
     output: Path = Path("outputs")
     """Folder that runs are kept in, as OUTPUT/CONFIG/NAME."""
+    quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """A size of seconds: the experiment's own defaults in place of the file's values."""
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Replace the run of that name."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -149,6 +151,8 @@ def _options(path: Path, experiment: str, config: Any, arguments: Sequence[str])
 def _run(path: Path, arguments: Sequence[str]) -> int:
     experiment, config = read(path, {name: e.Config for name, e in EXPERIMENTS.items()})
     options = _options(path, experiment, config, arguments)
+    if options.quick:
+        options = _options(path, experiment, type(config)(), arguments)
     table = to_table(experiment, options.config)
     fields = {key: value for key, value in table.items() if key != "experiment"}
     config = check(type(config), fields, f"{path}, with the options given")
@@ -178,15 +182,17 @@ def _run(path: Path, arguments: Sequence[str]) -> int:
 
 def _report(command: Report) -> int:
     sizes = report.sizes(EXPERIMENTS, CONFIGS, full=command.full)
-    rows = report.measure(EXPERIMENTS, sizes, command.output)
+    findings = report.measure(EXPERIMENTS, sizes, command.output)
     folder = command.output / "report"
-    report.write(rows, folder, full=command.full)
+    report.write(findings, folder, full=command.full)
     if command.readme:
-        report.update_readme(ROOT / "README.md", rows)
-    for row in rows:
-        print(f"{row.id:4} {row.verdict}: {row.error or row.title}")
+        report.update_readme(ROOT / "README.md", findings.rows)
+    for row in findings.rows:
+        print(f"{row.id:4} {row.verdict}: {row.title}")
+    for error in findings.errors:
+        print(error)
     print(folder / report.PAGE)
-    return int(any(row.error for row in rows))
+    return int(bool(findings.errors))
 
 
 def _list() -> int:

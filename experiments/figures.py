@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 # Okabe and Ito's palette
 BLACK, BLUE, ORANGE, GREEN, RED = "#000000", "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -253,15 +254,31 @@ def phases_by_cost(axes: Axes, methods: Any, phases: Any, accuracy: Any, flops: 
             flops[chosen] / 1e12, accuracy[chosen], marker, color=colour, markersize=8,
             markeredgewidth=2 if marker in "x+" else 0,
         )  # fmt: skip
-    for method, compute, height in zip(
-        methods[phases == "tuned"], flops[phases == "tuned"], accuracy[phases == "tuned"],
-        strict=True,
-    ):  # fmt: skip
-        axes.annotate(
-            method, (compute / 1e12, height), (5, 4), textcoords="offset points", fontsize=8
-        )
+    tuned = phases == "tuned"
+    _name_beside(axes, methods[tuned], flops[tuned] / 1e12, accuracy[tuned])
     axes.set(xlabel="operations of training (TFLOP, by XLA)", ylabel="test accuracy", xscale="log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3, which="both")
+
+
+def _name_beside(axes: Axes, names: Any, x: Any, y: Any) -> None:
+    """Write each point's name right of the axes, as high as it is where that leaves room."""
+    order = np.argsort(y)
+    low, high = axes.get_ylim()
+    heights = (y[order] - low) / (high - low)
+    step = 0.055  # of the axes' height: a line of text
+    for n in range(1, len(heights)):
+        heights[n] = max(heights[n], heights[n - 1] + step)
+    heights -= max(heights[-1] - 1, 0)
+    for n in range(len(heights) - 2, -1, -1):
+        heights[n] = min(heights[n], heights[n + 1] - step)
+    for n, height in zip(order, heights, strict=True):
+        axes.annotate(
+            names[n], (x[n], y[n]), (1.03, height), textcoords="axes fraction", va="center",
+            fontsize=8, arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.6},
+        )  # fmt: skip
 
 
 def before_and_after(

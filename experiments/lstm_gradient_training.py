@@ -34,6 +34,8 @@ from experiments.training import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+BESIDE = "lstm_gradient"
+
 LABELS = {"loss": "mean squared error"}
 """What the metrics are, on an axis."""
 

@@ -1,9 +1,10 @@
 """The reproduction report: every claim of the notes, tested, on one page.
 
 An experiment with `CLAIMS` and `claims` (see `experiments.claims`) is in the report without further
-ado; its config is `configs/<its name>.toml`. A run is kept as `<output>/<name>/report-<key>`, where
-the key is a hash of its config, of every source file that it imports and of the versions that it
-ran with: as long as that stays the same the result is used again.
+ado, and so is one that says `BESIDE = "<such an experiment>"`: its figure stands beside that one's.
+The config is `configs/<name>.toml`. A run is kept as `<output>/<name>/report-<key>`, where the key
+is a hash of its config, of every source file that it imports and of the versions that it ran with:
+as long as that stays the same the result is used again.
 
     <output>/report/index.html    the page, which needs no network
     <output>/report/report.json   the same for machines
@@ -20,8 +21,9 @@ import math
 import shutil
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import tomli_w
@@ -54,19 +56,25 @@ class Size(NamedTuple):
     """In `configs/`, or None if the config is not that of a file."""
 
 
+class Study(NamedTuple):
+    """An experiment of the report, as it ran."""
+
+    experiment: str
+    config: Mapping[str, Any]
+    config_path: str | None
+    folder: Path | None = None
+    seconds: float | None = None
+    error: str = ""
+    """In a line; empty if it ran."""
+    trace: str = ""
+
+
 class Row(NamedTuple):
     """What the report has to say of one claim."""
 
     id: str
     claim: Claim | None = None
-    error: str = ""
-    """Of the experiment, in a line; empty if it ran."""
-    trace: str = ""
-    experiment: str = ""
-    config: Mapping[str, Any] | None = None
-    config_path: str | None = None
-    folder: Path | None = None
-    seconds: float | None = None
+    study: Study | None = None
 
     @property
     def title(self) -> str:
@@ -76,11 +84,37 @@ class Row(NamedTuple):
     def verdict(self) -> Verdict:
         return self.claim.verdict if self.claim else "undecided"
 
+    @property
+    def experiment(self) -> str:
+        return self.study.experiment if self.study else ""
+
+    @property
+    def error(self) -> str:
+        return self.study.error if self.study else ""
+
+
+class Findings(NamedTuple):
+    """One row for each claim of the notes, and by experiment the one whose figure stands beside."""
+
+    rows: Sequence[Row]
+    beside: Mapping[str, Study] = MappingProxyType({})
+
+    @property
+    def errors(self) -> list[str]:
+        """The experiments that failed, with what they said."""
+        studies = [*(row.study for row in self.rows), *self.beside.values()]
+        failed = {study.experiment: study.error for study in studies if study and study.error}
+        return [f"{name}: {error}" for name, error in failed.items()]
+
 
 def sizes(experiments: Mapping[str, Any], configs: Path, *, full: bool) -> dict[str, Size]:
-    """The config of every experiment that serves claims: its file's if `full`, else its default."""
+    """The config of every experiment of the report: its file's if `full`, else its default."""
     types = {name: module.Config for name, module in experiments.items()}
-    serving = [name for name, module in experiments.items() if hasattr(module, "CLAIMS")]
+    serving = [
+        name
+        for name, module in experiments.items()
+        if hasattr(module, "CLAIMS") or hasattr(module, "BESIDE")
+    ]
     if not full:
         return {name: Size(types[name](), None) for name in serving}
     paths = {name: configs / f"{name}.toml" for name in serving}
@@ -90,40 +124,45 @@ def sizes(experiments: Mapping[str, Any], configs: Path, *, full: bool) -> dict[
     }
 
 
-def measure(experiments: Mapping[str, Any], sizes: Mapping[str, Size], output: Path) -> list[Row]:
-    """Run each experiment that has no result yet, and judge; one row for each claim of the notes.
+def measure(experiments: Mapping[str, Any], sizes: Mapping[str, Size], output: Path) -> Findings:
+    """Run each experiment that has no result yet, and judge.
 
     An experiment that fails has its error in the rows of its claims, and the others go on.
     """
     rows: dict[str, Row] = {}
+    beside: dict[str, Study] = {}
     with _progress() as progress:
         task = progress.add_task("", total=len(sizes))
         for name, size in sizes.items():
             progress.update(task, description=name)
-            rows |= {row.id: row for row in _rows(name, experiments[name], size, output)}
+            module = experiments[name]
+            study, claims = _study(name, module, size, output)
+            for id_ in getattr(module, "CLAIMS", ()):
+                rows[id_] = Row(id_, claims.get(id_), study)
+            if hasattr(module, "BESIDE"):
+                beside[module.BESIDE] = study
             progress.advance(task)
         progress.update(task, description="done")
-    return [rows.get(id_, Row(id_)) for id_ in TITLES]
+    return Findings([rows.get(id_, Row(id_)) for id_ in TITLES], beside)
 
 
-def _rows(name: str, module: Any, size: Size, output: Path) -> Iterator[Row]:
-    table = to_table(name, size.config)
-    about: dict[str, Any] = {"experiment": name, "config": table, "config_path": size.path}
+def _study(name: str, module: Any, size: Size, output: Path) -> tuple[Study, dict[str, Claim]]:
+    """The experiment as it ran, and what it says of the claims that it serves."""
+    study = Study(name, to_table(name, size.config), size.path)
+    claims: dict[str, Claim] = {}
     try:
         folder = _run(name, module, size.config, output)
         result = runs.read_result(folder, module.Result)
-        found = {claim.id: claim for claim in module.claims(size.config, result)}
-        missing = set(module.CLAIMS) ^ set(found)
-        if missing:
-            raise ValueError(f"{name}: CLAIMS and claims() differ in {', '.join(sorted(missing))}")
+        if hasattr(module, "CLAIMS"):
+            claims = {claim.id: claim for claim in module.claims(size.config, result)}
+            differing = set(module.CLAIMS) ^ set(claims)
+            if differing:
+                listed = ", ".join(sorted(differing))
+                raise ValueError(f"{name}: CLAIMS and claims() differ in {listed}")
     except Exception as error:
         line = f"{type(error).__name__}: {error}".splitlines()[0]
-        trace = traceback.format_exc()
-        yield from (Row(id_, error=line, trace=trace, **about) for id_ in module.CLAIMS)
-        return
-    seconds = result.scores["wall_seconds"]
-    for id_ in module.CLAIMS:
-        yield Row(id_, found[id_], folder=folder, seconds=seconds, **about)
+        return study._replace(error=line, trace=traceback.format_exc()), {}
+    return study._replace(folder=folder, seconds=result.scores["wall_seconds"]), claims
 
 
 def _run(name: str, module: Any, config: Any, output: Path) -> Path:
@@ -191,25 +230,27 @@ def _progress() -> Progress:
     )  # fmt: skip
 
 
-def write(rows: Sequence[Row], folder: Path, *, full: bool) -> None:
+def write(findings: Findings, folder: Path, *, full: bool) -> None:
     """Write the page, the data, the figures and the configs."""
     for name in ("figures", "configs"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    for row in rows:
-        if row.config is not None:
-            text = tomli_w.dumps(row.config)
-            (folder / "configs" / f"{row.experiment}.toml").write_text(text, encoding="utf-8")
-        if row.folder is not None:
-            shutil.copyfile(row.folder / runs.FIGURE, folder / _figure(row))
+    for study in (*(row.study for row in findings.rows), *findings.beside.values()):
+        if study is None:
+            continue
+        text = tomli_w.dumps(study.config)
+        (folder / "configs" / f"{study.experiment}.toml").write_text(text, encoding="utf-8")
+        if study.folder is not None:
+            shutil.copyfile(study.folder / runs.FIGURE, folder / _figure(study))
     data = {
         "size": "full" if full else "quick",
         "family_level": FAMILY_LEVEL,
         **runs.surroundings(),
-        "claims": [entry(row, folder) for row in rows],
+        "claims": [entry(row, folder) for row in findings.rows],
+        "beside": {name: _about(study, folder) for name, study in findings.beside.items()},
     }
     text = json.dumps(data, indent=2, allow_nan=False, ensure_ascii=False)
     (folder / DATA).write_text(text + "\n", encoding="utf-8")
-    (folder / PAGE).write_text(page(rows, data), encoding="utf-8")
+    (folder / PAGE).write_text(page(findings, data), encoding="utf-8")
 
 
 def entry(row: Row, folder: Path) -> dict[str, Any]:
@@ -227,23 +268,26 @@ def entry(row: Row, folder: Path) -> dict[str, Any]:
     }
     if row.claim:
         table |= row.claim.table()
-    config = row.config_path
-    if config is None and row.config is not None:
-        config = f"{folder.as_posix()}/configs/{row.experiment}.toml"
-    return _finite(
-        table
-        | {
-            "figure": _figure(row) if row.folder else None,
-            "experiment": row.experiment or None,
-            "config": config,
-            "command": f"python -m experiments run {config}" if config else None,
-            "seconds": row.seconds,
-            "error": row.error or None,
-        }
-    )
+    return _finite(table | _about(row.study, folder))
 
 
-def page(rows: Sequence[Row], data: Mapping[str, Any]) -> str:
+def _about(study: Study | None, folder: Path) -> dict[str, Any]:
+    """How a figure or a verdict came about, as JSON."""
+    if study is None:
+        names = ("experiment", "figure", "config", "command", "seconds", "error")
+        return dict.fromkeys(names)
+    config = study.config_path or f"{folder.as_posix()}/configs/{study.experiment}.toml"
+    return {
+        "experiment": study.experiment,
+        "figure": _figure(study) if study.folder else None,
+        "config": config,
+        "command": f"python -m experiments run {config}",
+        "seconds": study.seconds,
+        "error": study.error or None,
+    }
+
+
+def page(findings: Findings, data: Mapping[str, Any]) -> str:
     """The page, from the template beside this file."""
     import jinja2
 
@@ -256,10 +300,15 @@ def page(rows: Sequence[Row], data: Mapping[str, Any]) -> str:
     )
     environment.filters |= {"number": number, "math": typeset, "heading": heading}
     experiments: dict[str, list[dict[str, Any]]] = {}
-    for row, table in zip(rows, data["claims"], strict=True):
-        experiments.setdefault(row.experiment, []).append(table | {"trace": row.trace})
+    for row, table in zip(findings.rows, data["claims"], strict=True):
+        trace = row.study.trace if row.study else ""
+        experiments.setdefault(row.experiment, []).append(table | {"trace": trace})
+    beside = {
+        name: data["beside"][name] | {"trace": study.trace}
+        for name, study in findings.beside.items()
+    }
     return environment.get_template("report.html.jinja").render(
-        data=data, experiments=experiments, signs=SIGNS
+        data=data, experiments=experiments, beside=beside, signs=SIGNS
     )
 
 
@@ -317,8 +366,8 @@ def update_readme(path: Path, rows: Sequence[Row]) -> None:
     path.write_text(before + table + after, encoding="utf-8")
 
 
-def _figure(row: Row) -> str:
-    return f"figures/{row.experiment}.png"
+def _figure(study: Study) -> str:
+    return f"figures/{study.experiment}.png"
 
 
 def _finite(value: Any) -> Any:

@@ -8,7 +8,7 @@ the whole images from the start, with as many operations in all, and with as man
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,23 +17,31 @@ import optax
 from flax import nnx
 
 import rnnattn
-from experiments.claims import Claim, Evidence, above, below, equal, known, mean_interval, share
+from experiments import resolution_verdicts
+from experiments.claims import Claim
 from experiments.config import Count, Positive, Seed, UsageError
 from experiments.cost import Row, count, step_cost, table
 from experiments.digits import Digits, digits_batch
 from experiments.images import DataConfig, load_images
-from experiments.training import Loss, Record, TrainConfig, fit, ignore, make_optimizer
+from experiments.resolution_moves import (
+    MOVES,
+    Method,
+    Network,
+    configs_of,
+    make_networks,
+    move,
+    shrink,
+)
+from experiments.training import Record, TrainConfig, fit, ignore, make_optimizer
 from experiments.vit import (
     ViTConfig,
     attention_received,
     build,
     check_model,
     functional,
-    loss_of,
     position_similarity,
     read,
 )
-from rnnattn.nn import ViT, load_weights
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,19 +53,6 @@ LABELS: dict[str, str] = {}
 
 PHASES = ("small", "moved", "tuned", "equal compute", "equal steps")
 """Trained on small images and read on them; moved; tuned; and trained on whole images alone."""
-
-Method = Literal["learned", "sincos2d", "rope2d", "crop", "pad", "conv", "kernel"]
-
-MOVES = {
-    "learned": "learned grid, interpolated",
-    "sincos2d": "2-D sinusoids, stretched",
-    "rope2d": "2-D rotary, stretched",
-    "crop": "cropped to the small size",
-    "pad": "padded small images, masked",
-    "conv": "convolutional stem",
-    "kernel": "patch kernel, resized",
-}
-"""The ways from small images to large ones."""
 
 SHOWN = 3
 """Test images whose attention is kept."""
@@ -122,17 +117,6 @@ class Result(NamedTuple):
     scores: dict[str, Any]
 
 
-class Network(NamedTuple):
-    """A model whatever its weights, and how it takes its images."""
-
-    config: ViTConfig
-    size: tuple[int, int]
-    """Of the images that its positions refer to."""
-    model: ViT
-    apply: Callable[..., Any]
-    loss: Loss
-
-
 class Training(NamedTuple):
     """What a model has been through: its parameters, and what they cost."""
 
@@ -141,68 +125,6 @@ class Training(NamedTuple):
     flops: float
     peak_bytes: float
     seconds: float
-
-
-def shrink(images: np.ndarray) -> np.ndarray:
-    """Images (B, rows, columns) at half their size: the mean of each 2 × 2 pixels."""
-    B, rows, columns = images.shape
-    return images.reshape(B, rows // 2, 2, columns // 2, 2).mean(axis=(2, 4), dtype=images.dtype)
-
-
-def make_network(
-    config: ViTConfig, size: tuple[int, int], fit_to: tuple[int, int] | None = None
-) -> Network:
-    """The network whose positions refer to images of `size`.
-
-    Args:
-        fit_to: all images are cropped and padded to it, and the padding is masked.
-    """
-    model = build(config, size)
-    _, plain = functional(model)
-
-    def apply(params, images, key=None, **options):
-        if fit_to is None:
-            return plain(params, images, key, **options)
-        fitted, valid = rnnattn.crop_and_pad(images[..., None], fit_to)
-        return plain(params, fitted[..., 0], key, valid=valid, **options)
-
-    return Network(config, size, model, apply, loss_of(apply))
-
-
-def make_networks(config: Config, size: tuple[int, int]) -> dict[str, tuple[Network, Network]]:
-    """By method, the networks for small images and for whole ones of `size`."""
-    half = (size[0] // 2, size[1] // 2)
-    # methods that share a network share its training and its compiled steps
-    network = cache(make_network)
-    networks: dict[str, tuple[Network, Network]] = {}
-    for method in config.methods:
-        small, whole = _configs(config, method)
-        if method == "pad":
-            both = network(whole, size, fit_to=size)
-            networks[method] = both, both
-        elif method == "crop":
-            networks[method] = network(small, half), network(small, half, fit_to=half)
-        else:
-            # the stem's grid, and what sinusoids and rotations are stretched to, stay those of
-            # small images
-            own = size if method in ("learned", "kernel") else half
-            networks[method] = network(small, half), network(whole, own)
-    return networks
-
-
-def move(method: str, small: Network, whole: Network, params: Any) -> Any:
-    """The parameters of the network for small images, for that of whole ones."""
-    tree = nnx.to_pure_dict(params)
-    if method == "kernel":
-        kernel = tree["stem"]["kernel"]
-        tree["stem"]["kernel"] = rnnattn.resize_patch_kernel(kernel, whole.model.patch_size)
-    if method == "learned":
-        old, new = (network.model.grid(network.size) for network in (small, whole))
-        position, prefix = tree["position"], small.model.prefix
-        tree["position"] = rnnattn.resample_grid(position, old, new, prefix_tokens=prefix)
-    model = nnx.clone(whole.model)
-    load_weights(model, tree)
-    return functional(model)[0]
 
 
 def check(config: Config) -> None:
@@ -214,24 +136,15 @@ def check(config: Config) -> None:
     if "learned" not in config.methods:
         raise UsageError('--methods: "learned" is needed: the others are compared with it')
     for method in config.methods:
-        small, whole = _configs(config, method)
+        small, whole = configs_of(config.model, method)
         check_model(small, (size[0] // 2, size[1] // 2))
         check_model(whole, size)
-
-
-def _configs(config: Config, method: str) -> tuple[ViTConfig, ViTConfig]:
-    """The model for small images, and that for whole ones."""
-    position = method if method in ("sincos2d", "rope2d") else "learned"
-    stem = "conv" if method == "conv" else "patch"
-    small = replace(config.model, position=position, stem=stem)  # type: ignore[arg-type]
-    larger = 2 * small.patch_size if method == "kernel" else small.patch_size
-    return small, replace(small, patch_size=larger)
 
 
 def run(config: Config, log: Callable[[Record], None] = ignore) -> Result:
     """Train and move everything with each seed, and count what it cost."""
     size = load_images(config.data, config.seed, "float32")[0].images.shape[1:]
-    networks = make_networks(config, size)
+    networks = make_networks(config.model, config.methods, size)
     # a step is compiled once for all seeds if its optimiser is one object
     optimizer_of = cache(make_optimizer)
     studies = [
@@ -272,9 +185,13 @@ def run(config: Config, log: Callable[[Record], None] = ignore) -> Result:
         verdicts="",
         scores=_scores(keys, rows),
     )
-    judged = claims(config, result)
-    lines = [f"{c.id}  {c.verdict}: {c.title}\n    {c.criterion}\n" + _lines(c) for c in judged]
-    return result._replace(verdicts="\n".join(lines))
+    words = map(resolution_verdicts.in_words, claims(config, result))
+    return result._replace(verdicts="\n".join(words))
+
+
+def claims(config: Config, result: Result) -> tuple[Claim, ...]:
+    """What the study says of V1 to V6."""
+    return resolution_verdicts.claims(result)
 
 
 class Outcome(NamedTuple):
@@ -432,171 +349,6 @@ def _scores(keys: list[tuple[str, str]], rows: list[Row]) -> dict[str, Any]:
         costs = {"flops": row.flops, "peak_bytes": row.peak_bytes, "train_seconds": row.seconds}
         scores |= {f"{name}_{what}": value for what, value in costs.items() if np.isfinite(value)}
     return scores
-
-
-# ---- claims -----------------------------------------------------------------------------------
-
-
-def claims(config: Config, result: Result) -> tuple[Claim, ...]:
-    """What the study says of V1 to V6."""
-    return (
-        _patches_are_tokens(result),
-        _count_changes(result),
-        _low_then_high(result),
-        _positions_must_fit(result),
-        _against_interpolation(result, "V5", ("pad", "crop"), _padding(result)),
-        _against_interpolation(result, "V6", ("conv",), ()),
-    )
-
-
-def _at(result: Result, array: np.ndarray, method: str, phase: str) -> Any:
-    """What the array has in that row; NaN if the way was not tried."""
-    rows = np.flatnonzero((result.methods == method) & (result.phases == phase))
-    return array[rows[0]] if rows.size else np.full(array.shape[1:], np.nan)[()]
-
-
-def _gain(
-    result: Result, name: str, row: tuple[str, str], other: tuple[str, str], intervals: int
-) -> Evidence:
-    """That `row` reads more digits than `other`."""
-    correct = result.correct.astype(float)
-    gains = (_at(result, correct, *row) - _at(result, correct, *other)).ravel()
-    return above(name, 0, mean_interval(gains, share(intervals)))
-
-
-PAIRED = (
-    "Differences are between the same test images, of all seeds; the intervals are over images, "
-    "given these trainings, and the spread over seeds is in the table."
-)
-
-
-def _patches_are_tokens(result: Result) -> Claim:
-    small, whole, patch = (int(n) for n in result.sizes)
-    tokens = {small: "small", whole: "tuned"}
-    counts = [
-        equal(
-            f"tokens of {n} × {n} pixels in patches of {patch} × {patch}",
-            (n / patch) ** 2,
-            _at(result, result.tokens, "learned", phase),
-            0.0,
-        )
-        for n, phase in tokens.items()
-    ]
-    values = _at(result, result.patch_values, "learned", "small")
-    return Claim(
-        "V1",
-        r"N = \frac{\text{rows}}{P} \cdot \frac{\text{columns}}{P},"
-        r"\quad \text{tokens} \in \mathbb{R}^{N \times P^2 C}",
-        "The model counts (side / P)² tokens of P² C values in images of either size.",
-        (*counts, equal("values of a patch", patch**2, values, 0.0)),
-    )
-
-
-def _count_changes(result: Result) -> Claim:
-    area = float((result.sizes[1] / result.sizes[0]) ** 2)
-
-    def ratio(array: np.ndarray, method: str) -> float:
-        small, tuned = (_at(result, array, method, phase) for phase in ("small", "tuned"))
-        return float(tuned / small)
-
-    of_patch = ratio(result.patch_values, "learned")
-    return Claim(
-        "V2",
-        r"N \propto \text{rows} \cdot \text{columns} \text{ at fixed } P",
-        "At a fixed patch size the number of tokens grows as the area of the image, and the patch "
-        "does not change; with a resized kernel it is the other way round.",
-        (
-            equal("tokens, whole images over small", area, ratio(result.tokens, "learned"), 0, 1),
-            equal("values of a patch, whole images over small", 1, of_patch, 0),
-            equal("values of a patch, kernel resized", area, ratio(result.patch_values, "kernel"),
-                  0, 1),
-            equal("tokens, kernel resized", 1, ratio(result.tokens, "kernel"), 0),
-        ),
-        printed=(equal("values of a patch, said to change as well", area, of_patch, 0),),
-        note="One of the two changes, not both: the number, or with a resized kernel the size.",
-    )  # fmt: skip
-
-
-def _low_then_high(result: Result) -> Claim:
-    alone = (("learned", "small"), ("learned", "equal steps"))
-    steps = [_at(result, result.steps, *row).sum() for row in alone]
-    small, whole = (_at(result, result.flops, *row) for row in alone)
-    operations = float((small / steps[0]) / (whole / steps[1]))
-    small, whole = (_at(result, result.peak_bytes, *row) for row in alone)
-    memory = float(small / whole)
-    tuned = ("learned", "tuned")
-    return Claim(
-        "V3",
-        r"\text{train small, tune large} \geq \text{train large, at equal compute}",
-        "With a learned grid, training on small images and tuning on whole ones reads more test "
-        "digits than training on whole ones with as many operations, and more than the model of "
-        "small images reads on those; a step on small images takes fewer operations and less "
-        f"memory. {PAIRED}",
-        (
-            _gain(result, "gain over whole images at equal compute", tuned,
-                  ("learned", "equal compute"), 2),
-            _gain(result, "gain by tuning on whole images", tuned, ("learned", "small"), 2),
-            below("operations of a step, small images over whole", 1, known(operations)),
-            below("memory of a step, small images over whole", 1, known(memory)),
-        ),
-        note="It is the number of tokens that falls; of the parameters only the table of positions "
-        "does.",
-    )  # fmt: skip
-
-
-def _positions_must_fit(result: Result) -> Claim:
-    tuned = [
-        _gain(result, f"{MOVES[method]}: regained by tuning", (method, "tuned"),
-              (method, "moved"), 4)
-        for method in ("learned", "sincos2d", "rope2d")
-    ]  # fmt: skip
-    return Claim(
-        "V4",
-        r"p(\text{new grid}) \neq p(\text{old grid})",
-        "Moved without tuning, a model whose patches stay and whose positions are interpolated "
-        "reads fewer digits than before; with each scheme of positions tuning regains some. "
-        + PAIRED,
-        (
-            _gain(result, "lost by moving, learned grid", ("learned", "small"),
-                  ("learned", "moved"), 4),
-            *tuned,
-        ),
-        note="At a fixed patch size a patch also sees half as much of the digit: what is lost is "
-        "not of the positions alone. Resizing the patch kernel keeps both, and loses least.",
-    )  # fmt: skip
-
-
-def _padding(result: Result) -> tuple[Evidence, ...]:
-    effect = float(result.padding_effect)
-    return (equal("largest change of a logit by what the padding holds", 0.0, effect, 0.0),)
-
-
-def _against_interpolation(
-    result: Result, id: str, methods: tuple[str, ...], others: tuple[Evidence, ...]
-) -> Claim:
-    gains = tuple(
-        _gain(result, f"{MOVES[method]}: gain over the interpolated grid, both tuned",
-              (method, "tuned"), ("learned", "tuned"), len(methods))
-        for method in methods
-    )  # fmt: skip
-    invariant = " What the padding holds changes no logit." if others else ""
-    return Claim(
-        id,
-        r"\text{wanted size by this way} \geq \text{by interpolated positions}",
-        "After as many steps of tuning it reads more test digits than the interpolated grid."
-        f"{invariant} {PAIRED}",
-        (*gains, *others),
-    )
-
-
-def _lines(claim: Claim) -> str:
-    """The evidence of a claim, a line each."""
-    lines = [
-        f"    {e.name}: {e.measured:.4g} in [{e.low:.4g}, {e.high:.4g}], "
-        f"predicted {e.relation} {e.predicted:.4g}: {e.status}"
-        for e in (*claim.right, *claim.printed, *claim.beyond)
-    ]
-    return "\n".join(lines) + "\n"
 
 
 # ---- figure -----------------------------------------------------------------------------------

@@ -50,6 +50,14 @@ def test_without_a_difference_nothing_is_decided():
     assert {found[id_] for id_ in ("V3", "V4", "V5", "V6")} == {"undecided"}
 
 
+def test_what_the_seeds_do_not_agree_on_is_undecided():
+    study = result(READ, learned=-0.1)
+    # the padded model tuned with the second of two seeds reads as few digits as possible
+    correct = np.concatenate([study.correct, study.correct], axis=1)
+    correct[ROWS.index(("pad", "tuned")), 1] = False
+    assert verdicts(study._replace(correct=correct))["V5"] == "undecided"
+
+
 @pytest.mark.parametrize(
     "id_, wrong",
     [

@@ -1,5 +1,6 @@
 """Every config runs; what is wrong with a config, or a command, is said in one message."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,14 @@ def test_every_config_runs_at_a_tiny_size(path, tmp_path):
 def test_every_config_says_what_it_claims_and_how_to_run_it(path):
     assert claim(path)
     assert f"# python -m experiments run configs/{path.name}\n" in path.read_text()
+
+
+def test_quick_takes_the_defaults_of_the_experiment_for_the_values_of_the_file(tmp_path):
+    path = CONFIGS / "attention_averaging.toml"
+    options = ["--quick", "--betas", "1", "2", "--name", "x", "--output", str(tmp_path)]
+    assert main(["run", str(path), *options]) == 0
+    name, config = read(tmp_path / path.stem / "x" / CONFIG, TYPES)
+    assert config == replace(TYPES[name](), betas=(1.0, 2.0)) != read(path, TYPES)[1]
 
 
 def test_every_experiment_has_a_config():

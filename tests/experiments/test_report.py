@@ -24,6 +24,14 @@ AVERAGING = attention_averaging.Config(several_keys=(3,), betas=(1.0, 2.0, 12.0)
 PROJECTION = subspace_projection.Config(draws=2, width=5, rank=2)
 
 
+BESIDE = {
+    name: value
+    for name, value in vars(attention_averaging).items()
+    if name not in ("CLAIMS", "claims")
+} | {"BESIDE": "attention_averaging"}
+"""An experiment whose figure stands beside that of another."""
+
+
 def broken(config, log):
     raise RuntimeError("no luck <today>")
 
@@ -39,13 +47,14 @@ def written(tmp_path_factory) -> Path:
     experiments = {
         "attention_averaging": attention_averaging,
         "subspace_projection": module_like(subspace_projection, run=broken),
+        "beside": SimpleNamespace(**BESIDE),
     }
     sizes = {
         "attention_averaging": report.Size(AVERAGING, None),
         "subspace_projection": report.Size(PROJECTION, "configs/subspace_projection.toml"),
+        "beside": report.Size(AVERAGING, None),
     }
-    rows = report.measure(experiments, sizes, output)
-    report.write(rows, output / "report", full=False)
+    report.write(report.measure(experiments, sizes, output), output / "report", full=False)
     return output / "report"
 
 
@@ -67,6 +76,27 @@ def test_there_is_one_entry_for_each_claim_with_all_that_a_reader_needs(written,
     assert measured["interval"][0] <= measured["predicted"] <= measured["interval"][1]
     assert (written / measured["figure"]).is_file()
     assert measured["command"] == f"python -m experiments run {measured['config']}"
+
+
+def test_a_figure_that_no_claim_rests_on_stands_beside(written):
+    about = json.loads((written / report.DATA).read_text())["beside"]["attention_averaging"]
+    assert about["experiment"] == "beside" and (written / about["figure"]).is_file()
+    page = (written / report.PAGE).read_text()
+    section = page.split('<section id="attention_averaging">')[1].split("</section>")[0]
+    assert "figures/beside.png" in section and "Beside it" in section
+
+
+def test_an_experiment_beside_that_fails_is_told_and_loses_nothing(tmp_path):
+    experiments = {
+        "attention_averaging": attention_averaging,
+        "beside": SimpleNamespace(**BESIDE | {"run": broken}),
+    }
+    sizes = dict.fromkeys(experiments, report.Size(AVERAGING, None))
+    findings = report.measure(experiments, sizes, tmp_path)
+    assert findings.errors == ["beside: RuntimeError: no luck <today>"]
+    report.write(findings, tmp_path / "report", full=False)
+    page = (tmp_path / "report" / report.PAGE).read_text()
+    assert "no luck &lt;today&gt;" in page and "figures/attention_averaging.png" in page
 
 
 def test_the_command_of_a_row_runs(written, entries, tmp_path):
@@ -92,8 +122,8 @@ def test_a_failure_exits_with_one_at_the_end(tmp_path, monkeypatch, capsys):
 
 def test_claims_that_are_not_the_ones_announced_are_an_error(tmp_path):
     module = module_like(attention_averaging, CLAIMS=("A6", "A7"))
-    rows = report.measure({"x": module}, {"x": report.Size(AVERAGING, None)}, tmp_path)
-    assert [row.id for row in rows if "A7" in row.error] == ["A6", "A7"]
+    found = report.measure({"x": module}, {"x": report.Size(AVERAGING, None)}, tmp_path)
+    assert [row.id for row in found.rows if "A7" in row.error] == ["A6", "A7"]
 
 
 def test_a_result_is_used_again_until_config_or_code_change(tmp_path, monkeypatch):
@@ -107,9 +137,9 @@ def test_a_result_is_used_again_until_config_or_code_change(tmp_path, monkeypatc
 
     def measure(config=AVERAGING):
         sizes = {"attention_averaging": report.Size(config, None)}
-        rows = report.measure({"attention_averaging": module}, sizes, tmp_path)
+        rows = report.measure({"attention_averaging": module}, sizes, tmp_path).rows
         assert {row.id: row.verdict for row in rows}["A6"] == "holds"
-        return next(row.folder for row in rows if row.id == "A6")
+        return next(row.study.folder for row in rows if row.study and row.id == "A6")
 
     folder = measure()
     assert measure() == folder and len(count) == 1
@@ -141,7 +171,7 @@ def test_the_code_of_a_run_is_all_that_it_imports():
 @pytest.mark.parametrize("full", [False, True])
 def test_every_claim_is_served_once_and_has_a_config(full):
     sizes = report.sizes(EXPERIMENTS, CONFIGS, full=full)
-    assert sizes.keys() == SERVING.keys()
+    assert sizes.keys() == SERVING.keys() | {"lstm_gradient_training"}
     served = [id_ for module in SERVING.values() for id_ in module.CLAIMS]
     assert len(served) == len(set(served)) and set(served) <= set(TITLES)
 
@@ -171,7 +201,8 @@ def test_an_inequality_is_shown_as_one(tmp_path):
     gain = claims.above("gain", 0, claims.Estimate(0.2, 0.1, 0.3))
     cost = claims.below("cost", 1, claims.known(0.5))
     claim = claims.Claim("V3", "x", "", (gain, cost))
-    report.write([report.Row("V3", claim, experiment="x", config={})], tmp_path, full=False)
+    findings = report.Findings([report.Row("V3", claim, report.Study("x", {}, None))])
+    report.write(findings, tmp_path, full=False)
     page = (tmp_path / report.PAGE).read_text()
     # the headline, and each measurement
     shown = re.findall(r'data-label="predicted">\s*(.*?)\s*</td>', page)
@@ -215,7 +246,7 @@ def test_the_readme_is_changed_between_its_markers_alone(tmp_path):
     assert text.startswith(f"before\n{report.START}\n|") and text.endswith(f"{report.END}\nafter\n")
     assert "old" not in text and all(f"| {id_} |" in text for id_ in TITLES)
     with pytest.raises(UsageError, match="no verdict on A1"):
-        report.update_readme(file, [report.Row("A1", error="x")])
+        report.update_readme(file, [report.Row("A1", study=report.Study("x", {}, None, error="x"))])
     file.write_text("no markers")
     with pytest.raises(UsageError, match="markers"):
         report.update_readme(file, rows)
