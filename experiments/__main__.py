@@ -1,6 +1,7 @@
 """The command line: `python -m experiments run CONFIG`, `… report` and `… list`."""
 
 import dataclasses
+import logging
 import os
 import shlex
 import sys
@@ -33,6 +34,7 @@ from experiments import (
     vit_resolution,
 )
 from experiments.config import UsageError, check, claim, read, to_table
+from experiments.session import Stopped
 
 EXPERIMENTS: dict[str, Any] = {
     "attention_averaging": attention_averaging,
@@ -76,7 +78,7 @@ class Options:
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Replace the run of that name."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Go on with the run of that name (not possible yet)."""
+    """Go on with the run of that name from its last checkpoint; from the start if it has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +108,14 @@ class Report:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Do what the arguments ask; 0 if done, 1 if the run failed, 2 if it could not be asked for."""
+    """Do what the arguments ask.
+
+    Returns:
+        0 if done, 1 if the run failed, 2 if it could not be asked for, 75 if it was told to stop
+        and `--resume` goes on with it, 130 if it was interrupted with nothing to keep.
+    """
+    # Orbax warns at length of what is told here in a line
+    logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         if len(arguments) > 1 and arguments[0] == "run" and not arguments[1].startswith("-"):
             return _run(Path(arguments[1]), arguments[2:])
@@ -124,6 +133,13 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     except FloatingPointError as error:
         print(f"stopped: {error}; a lower --train.learning-rate may help", file=sys.stderr)
+        return 1
+    except Stopped as stopped:
+        print(f"{stopped}; --resume goes on from there", file=sys.stderr)
+        return 75
+    except OSError as error:
+        print(f"stopped: cannot write {error.filename or 'a file'}: {error.strerror or error}",
+              file=sys.stderr)  # fmt: skip
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -156,18 +172,25 @@ def _run(path: Path, arguments: Sequence[str]) -> int:
     table = to_table(experiment, options.config)
     fields = {key: value for key, value in table.items() if key != "experiment"}
     config = check(type(config), fields, f"{path}, with the options given")
-    if options.resume:
-        raise UsageError("--resume: runs cannot be resumed yet; nothing was changed")
-    if options.overwrite and options.name is None:
-        raise UsageError("--overwrite: needs the --name of the run to replace")
+    for option in ("overwrite", "resume"):
+        if getattr(options, option) and options.name is None:
+            raise UsageError(f"--{option}: needs the --name of the run")
+    if options.overwrite and options.resume:
+        raise UsageError("--resume: goes on with a run that --overwrite would remove; give one")
     module = EXPERIMENTS[experiment]
     if hasattr(module, "check"):
         module.check(config)
-    folder = runs.create(
-        options.output, runs.group_of(path), options.name, overwrite=options.overwrite
-    )
+    table = to_table(experiment, config)
+    output, group, name = options.output, runs.group_of(path), options.name
+    if options.resume:
+        folder = runs.reopen(output, group, name, table)
+        if runs.finished(folder):
+            print(f"{folder}: finished")
+            return 0
+    else:
+        folder = runs.create(output, group, name, overwrite=options.overwrite)
     command = shlex.join([*PROGRAM.split(), "run", str(path), *arguments])
-    runs.write_config(folder, to_table(experiment, config), command)
+    runs.write_config(folder, table, command)
     result = runs.record(module, config, folder)
     for name, text in runs.texts(result).items():
         print(f"---- {name}\n{text}\n----")

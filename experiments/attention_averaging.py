@@ -4,7 +4,6 @@ q = β(k_a + k_b):   c − ½(v_a + v_b) = δ (mean of the other values − ½(v
                     δ = (n−2) / (n−2 + 2e^β) ≤ ½ (n−2) e^{−β}
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -16,7 +15,7 @@ from pydantic import Field
 import rnnattn
 from experiments.claims import Claim, equal
 from experiments.config import Positive, Seed
-from experiments.training import Record, ignore
+from experiments.session import SILENT, Session
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,7 +62,7 @@ def left_over(beta: Any, keys: Any) -> Any:
     return (keys - 2) / (keys - 2 + 2 * np.exp(beta))
 
 
-def run(config: Config, log: Callable[[Record], None] = ignore) -> Result:
+def run(config: Config, session: Session = SILENT) -> Result:
     """Attend between two of n random orthonormal keys with queries of each length."""
     random = np.random.default_rng(config.seed)
     betas = np.array(config.betas)

@@ -9,7 +9,6 @@ in the direction of its key, but short, copies nothing.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -22,7 +21,7 @@ from scipy import special
 import rnnattn
 from experiments.claims import Claim, equal
 from experiments.config import Count, Positive, Seed
-from experiments.training import Record, ignore
+from experiments.session import SILENT, Session
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -87,7 +86,7 @@ def _attend(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np
     return np.asarray(out[:, 0, 0]), np.asarray(weights[:, 0, 0])
 
 
-def run(config: Config, log: Callable[[Record], None] = ignore) -> Result:
+def run(config: Config, session: Session = SILENT) -> Result:
     """Attend to random keys of every scale, and to keys whose margin is known."""
     random = np.random.default_rng(config.seed)
     n, draws = config.keys, config.draws

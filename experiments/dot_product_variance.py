@@ -10,7 +10,6 @@ standard deviation that falls like the 6/d that it has to resolve. Measured arra
 of (value, low, high).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -20,7 +19,7 @@ from scipy import stats
 
 from experiments.claims import Claim, Estimate, mean_interval, measured, share, variance_interval
 from experiments.config import Count, Seed
-from experiments.training import Record, ignore
+from experiments.session import SILENT, Session
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -76,7 +75,7 @@ def _samples(config: Config, width: int) -> int:
     return config.samples * min(16, max(1, 256 // width))
 
 
-def run(config: Config, log: Callable[[Record], None] = ignore) -> Result:
+def run(config: Config, session: Session = SILENT) -> Result:
     """Draw pairs of vectors of each width and take the moments of their products."""
     random = np.random.default_rng(config.seed)
     widths = np.array(config.widths)

@@ -36,7 +36,7 @@ from experiments.claims import (
     variance_interval,
 )
 from experiments.config import Positive, Seed, UsageError
-from experiments.training import Record, ignore
+from experiments.session import SILENT, Session
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -214,7 +214,7 @@ def check(config: Config) -> None:
         )
 
 
-def run(config: Config, log: Callable[[Record], None] = ignore) -> Result:
+def run(config: Config, session: Session = SILENT) -> Result:
     """Draw the noise, attend, and take the moments of the weight."""
     random = np.random.default_rng(config.seed)
     beta, keys = config.beta, config.keys

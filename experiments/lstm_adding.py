@@ -6,7 +6,6 @@ first half and at one of the second, and 0 elsewhere. Answering always 1, the me
 a mean squared error of their variance, 2/12 = 1/6.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, NamedTuple
@@ -19,7 +18,8 @@ from pydantic import Field
 
 from experiments.config import Count, Seed
 from experiments.lstm_readout import Gradient, ModelConfig, init_readout, read_out, train_readout
-from experiments.training import Loss, Record, TrainConfig, ignore
+from experiments.session import SILENT, Session
+from experiments.training import Loss, TrainConfig
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -97,7 +97,7 @@ def loss_under(gradient: Gradient) -> Loss:
     return loss
 
 
-def run(config: Config, log: Callable[[Record], None] = ignore) -> Result:
+def run(config: Config, session: Session = SILENT) -> Result:
     """Train on ever new sequences and test on others."""
     with jax.enable_x64(config.model.dtype == "float64"):
         keys = jax.random.split(jax.random.key(config.seed), 5)
@@ -116,7 +116,7 @@ def run(config: Config, log: Callable[[Record], None] = ignore) -> Result:
             model=config.model,
             train=config.train,
             compare_steps=config.compare_steps,
-            log=log,
+            session=session,
         )
         predictions = read_out(trained.params, test.x, config.model.gradient)[:, 0]
         curve = [record for record in trained.records if record["split"] == "train"]

@@ -3,7 +3,6 @@
 loss = -log softmax(answer)[label],   averaged over the batch
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -18,7 +17,8 @@ from experiments.cost import cost_scores, score_table, step_cost
 from experiments.digits import Digits, digits_batch
 from experiments.images import DataConfig, load_images
 from experiments.lstm_readout import Gradient, ModelConfig, init_readout, read_out, train_readout
-from experiments.training import Loss, Record, TrainConfig, ignore, make_optimizer
+from experiments.session import SILENT, Session
+from experiments.training import Loss, TrainConfig, make_optimizer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -76,7 +76,7 @@ def flops_of_sequence(config: ModelConfig, rows: int, columns: int) -> int:
     return 3 * rows * 2 * (columns + config.hidden_size) * 4 * config.hidden_size
 
 
-def run(config: Config, log: Callable[[Record], None] = ignore) -> Result:
+def run(config: Config, session: Session = SILENT) -> Result:
     """Train on the digits and read the test set."""
     with jax.enable_x64(config.model.dtype == "float64"):
         train, validation, test = load_images(config.data, config.seed, config.model.dtype)
@@ -96,7 +96,7 @@ def run(config: Config, log: Callable[[Record], None] = ignore) -> Result:
             model=config.model,
             train=config.train,
             compare_steps=config.compare_steps,
-            log=log,
+            session=session,
         )
         loss, optimizer = loss_under(config.model.gradient), make_optimizer(config.train)
         cost = step_cost(loss, params, optimizer, batch(0), train_key)

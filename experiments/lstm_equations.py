@@ -20,7 +20,7 @@ from jax.experimental import rnn
 import rnnattn
 from experiments.claims import Claim, equal
 from experiments.config import Count, Positive, Seed
-from experiments.training import Record, ignore
+from experiments.session import SILENT, Session
 from rnnattn import LSTMParams, LSTMState
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def jax_run(params: LSTMParams, x: jax.Array, state: LSTMState) -> np.ndarray:
     return np.swapaxes(np.array(states), 0, 1)
 
 
-def run(config: Config, log: Callable[[Record], None] = ignore) -> Result:
+def run(config: Config, session: Session = SILENT) -> Result:
     """Run the equations three times."""
     T, B, D, H = config.length, config.batch_size, config.input_size, config.hidden_size
     rng = np.random.default_rng(config.seed)

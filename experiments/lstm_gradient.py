@@ -35,7 +35,7 @@ from experiments.lstm_variants import (
     run_steps,
     true_gradient,
 )
-from experiments.training import Record, ignore
+from experiments.session import SILENT, Session
 from rnnattn import LSTMParams, LSTMState
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ def left_out(true: Steps, found: Steps, steps: Steps) -> np.ndarray:
 # ---- the experiment ----------------------------------------------------------------------------
 
 
-def run(config: Config, log: Callable[[Record], None] = ignore) -> Result:
+def run(config: Config, session: Session = SILENT) -> Result:
     """Measure every gradient at every T."""
     errors, noise, angles = [], [], []
     with jax.enable_x64(True):

@@ -8,7 +8,7 @@ the right one, as a cosine, is measured at the first step.
 
 import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -21,13 +21,12 @@ from experiments.config import Count, Seed
 from experiments.lstm_adding import CONSTANT_MSE, DataConfig, Sums, draw_sums
 from experiments.lstm_readout import ModelConfig, ReadoutParams, init_readout
 from experiments.lstm_variants import GRADIENTS, Terms, last_output
+from experiments.session import SILENT, Session
 from experiments.training import (
     Loss,
-    Record,
     TrainConfig,
     Trained,
     fit,
-    ignore,
     make_optimizer,
 )
 
@@ -109,6 +108,8 @@ def _train(
     batch: Callable[[int], Sums],
     test: Sums,
     key: PRNGKeyArray,
+    session: Session,
+    name: str,
 ) -> Trained:
     """The records are those of the training loss, and at last that of the test set."""
     loss = loss_under(terms)
@@ -118,25 +119,27 @@ def _train(
         make_optimizer(config.train),
         batch,
         key,
-        steps=config.train.steps,
-        log_every=config.train.log_every,
-        evaluate_every=config.train.evaluate_every,
+        config.train,
         evaluations={},
         final={"test": lambda params: {"loss": loss(params, test, key)[0]}},
-        log=ignore,
+        session=session,
+        name=name,
     )
 
 
-def run(config: Config, log: Callable[[Record], None] = ignore) -> Result:
+def run(config: Config, session: Session = SILENT) -> Result:
     """Train with each gradient, several times."""
     curves, test_losses, cosines = [], [], []
-    for key in jax.random.split(jax.random.key(config.seed), config.runs):
+    # the records get the gradient's name before they are logged
+    quiet = replace(session, log=SILENT.log)
+    for n, key in enumerate(jax.random.split(jax.random.key(config.seed), config.runs)):
         params, batch, test = _start(config, key)
         cosines.append(cosines_of(params, batch(0)))
         for name, terms in GRADIENTS.items():
-            trained = _train(config, terms, params, batch, test, key)
+            name_of_run = f"run {n}, {name}"
+            trained = _train(config, terms, params, batch, test, key, quiet, name_of_run)
             for record in trained.records:
-                log(record | {"gradient": name})
+                session.log(record | {"gradient": name})
             *curve, last = trained.records
             curves.append([record["loss"] for record in curve])
             test_losses.append(float(last["loss"]))

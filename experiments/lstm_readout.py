@@ -16,9 +16,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 import rnnattn
 import rnnattn.reference
 from experiments.config import Count
+from experiments.session import Session
 from experiments.training import (
     Loss,
-    Record,
     TrainConfig,
     Trained,
     compare,
@@ -80,7 +80,7 @@ def train_readout(
     model: ModelConfig,
     train: TrainConfig,
     compare_steps: int,
-    log: Callable[[Record], None],
+    session: Session,
 ) -> tuple[Trained, dict[str, float]]:
     """Train the model, evaluate it on `held_out`, and set the two gradients side by side.
 
@@ -110,12 +110,10 @@ def train_readout(
         optimizer,
         batch,
         key,
-        steps=train.steps,
-        log_every=train.log_every,
-        evaluate_every=train.evaluate_every,
+        train,
         evaluations=evaluations,
         final=final,
-        log=log,
+        session=session,
     )
     scores = final_scores(trained)
     if compare_steps:

@@ -10,7 +10,7 @@ Axes: B batch, T time, V characters, E width of their embedding, H hidden width.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -26,15 +26,14 @@ import rnnattn
 import rnnattn.reference
 from experiments.config import Count, Fraction, Seed
 from experiments.lstm_readout import Gradient, ModelConfig
+from experiments.session import SILENT, Session
 from experiments.text import Text, Windows, entropies, load_text, text_windows
 from experiments.training import (
     Loss,
-    Record,
     TrainConfig,
     compare,
     final_scores,
     fit,
-    ignore,
     make_optimizer,
 )
 
@@ -206,7 +205,7 @@ def check(config: Config) -> None:
     _load(config)
 
 
-def run(config: Config, log: Callable[[Record], None] = ignore) -> Result:
+def run(config: Config, session: Session = SILENT) -> Result:
     """Train on the first part of the text, read the rest, and write some more."""
     text, gradient = _load(config), config.model.gradient
     with jax.enable_x64(config.model.dtype == "float64"):
@@ -231,13 +230,11 @@ def run(config: Config, log: Callable[[Record], None] = ignore) -> Result:
             optimizer,
             batch,
             train_key,
+            config.train,
             carry=carry,
-            steps=config.train.steps,
-            log_every=config.train.log_every,
-            evaluate_every=config.train.evaluate_every,
             evaluations={"validation": reading(text.validation)},
             final={"test": reading(text.test)},
-            log=log,
+            session=session,
         )
         scores = _with_baselines(text, final_scores(trained))
         if config.compare_steps:

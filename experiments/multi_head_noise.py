@@ -12,7 +12,6 @@ Measured arrays have a last axis of (value, low, high).
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, NamedTuple
@@ -42,7 +41,7 @@ from experiments.key_noise import (
     stretched_keys,
     weight_of_first,
 )
-from experiments.training import Record, ignore
+from experiments.session import SILENT, Session
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -134,7 +133,7 @@ def predicted_specialised(gamma: np.ndarray, beta: float, keys: int) -> np.ndarr
     return (looking_for_a + looking_for_b) / 2
 
 
-def run(config: Config, log: Callable[[Record], None] = ignore) -> Result:
+def run(config: Config, session: Session = SILENT) -> Result:
     """Draw the noise, attend with each kind of heads, and take the variance of their mean."""
     random = np.random.default_rng(config.seed)
     beta, keys = config.beta, config.keys

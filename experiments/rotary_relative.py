@@ -24,7 +24,7 @@ from pydantic import Field
 import rnnattn
 from experiments.claims import Claim, Evidence, equal
 from experiments.config import Positive, Seed
-from experiments.training import Record, ignore
+from experiments.session import SILENT, Session
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -126,7 +126,7 @@ def gradient_errors(config: Config) -> np.ndarray:
     return np.array([np.max(np.abs(a - true)) for a in found])
 
 
-def run(config: Config, log: Callable[[Record], None] = ignore) -> Result:
+def run(config: Config, session: Session = SILENT) -> Result:
     """Take products all along the line of positions."""
     d, base = config.dim, config.base
     q, k = np.random.default_rng(config.seed).normal(size=(2, d))

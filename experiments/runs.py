@@ -1,18 +1,21 @@
 """A run's folder, `<output>/<config's name>/<run's name>/`, and what it holds.
 
     config.toml    the resolved config, which runs again as it stands
+    checkpoints/   of its training, see `experiments.checkpoints`
     metrics.jsonl  one line for each logged step
     summary.json   final scores, times, versions and machine
     result.npz     the arrays that the figure is drawn from
     <name>.txt     each text of the result, if it has any
     curves.png      of the metrics, if any are logged
-    figure.png
+    figure.png     written last: a run that has one is finished
 
 Every key of the metrics and the summary that depends on the clock ends in `_seconds` or
 `_per_second`; the rest is the same when the run is repeated.
 """
 
+import dataclasses
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -20,18 +23,21 @@ import platform
 import re
 import shutil
 import time
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import numpy as np
 import tomli_w
 
 from experiments.config import UsageError
+from experiments.session import Session
 
 CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
+CHECKPOINTS = "checkpoints"
 RESULT, CURVES, FIGURE = "result.npz", "curves.png", "figure.png"
 
 
@@ -70,22 +76,72 @@ def create(output: Path, group: str, name: str | None, *, overwrite: bool = Fals
         raise UsageError(f"--output: cannot write {error.filename}: {error.strerror}") from None
 
 
+def reopen(output: Path, group: str, name: str, table: Mapping[str, Any]) -> Path:
+    """The folder of a run that is to go on with the config `table`; a new one if there is none.
+
+    Raises:
+        UsageError: if it is the run of another config, with a line for each key that differs.
+    """
+    folder = output / group / name
+    if not os.path.lexists(folder):
+        return create(output, group, name)
+    if not folder.is_dir():
+        raise UsageError(f"--resume: {folder} is in the way, and no folder")
+    if not (folder / CONFIG).is_file():
+        # stopped before anything was kept
+        return folder
+    try:
+        kept = tomllib.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"--resume: {folder / CONFIG} cannot be read: {error}") from None
+    if lines := list(_differences(kept, table)):
+        raise UsageError("\n".join(f"--resume: {folder / CONFIG}: {line}" for line in lines))
+    return folder
+
+
+def _differences(
+    kept: Mapping[str, Any], table: Mapping[str, Any], group: str = ""
+) -> Iterator[str]:
+    """A line for each key of two configs that differs."""
+    for key in sorted(kept.keys() | table.keys()):
+        before, now = kept.get(key), table.get(key)
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            yield from _differences(before, now, f"{group}{key}.")
+        elif json.dumps(before, default=str) != json.dumps(now, default=str):
+            yield f"{group}{key} was {json.dumps(before)} and would be {json.dumps(now)}"
+
+
+def finished(folder: Path) -> bool:
+    return (folder / FIGURE).is_file()
+
+
 def write_config(folder: Path, table: Mapping[str, Any], command: str) -> None:
     """Keep the resolved config, headed by the command that it came from."""
     header = f"# The resolved config of: {command}\n"
-    (folder / CONFIG).write_text(header + tomli_w.dumps(table), encoding="utf-8")
+    whole = folder / f"{CONFIG}.new"
+    whole.write_text(header + tomli_w.dumps(table), encoding="utf-8")
+    whole.replace(folder / CONFIG)
 
 
 @contextmanager
 def metrics_log(folder: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """A function that appends a record to the run's metrics, at once."""
-    with (folder / METRICS).open("w", encoding="utf-8") as lines:
+    """A function that appends a record to the run's metrics, at once.
+
+    What an earlier process wrote stays until the first record: by then a run that goes on has read
+    its checkpoint, which holds the records before it.
+    """
+    with ExitStack() as files:
+        lines: list[TextIO] = []
 
         def log(record: Mapping[str, Any]) -> None:
-            lines.write(json.dumps(record, allow_nan=False) + "\n")
-            lines.flush()
+            if not lines:
+                lines.append(files.enter_context((folder / METRICS).open("w", encoding="utf-8")))
+            lines[0].write(json.dumps(record, allow_nan=False) + "\n")
+            lines[0].flush()
 
         yield log
+        if not lines:
+            (folder / METRICS).write_bytes(b"")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -117,7 +173,8 @@ def record(module: Any, config: Any, folder: Path) -> Any:
     """Run the experiment, and leave in the folder what it logs, what comes of it, and figures."""
     clock = time.perf_counter()
     with metrics_log(folder) as log:
-        result = module.run(config, log)
+        session = Session(log, folder / CHECKPOINTS, hash_of(config))
+        result = module.run(config, session)
     summary = {"wall_seconds": time.perf_counter() - clock, "seed": config.seed}
     write_result(folder, result, summary | surroundings())
 
@@ -127,6 +184,12 @@ def record(module: Any, config: Any, folder: Path) -> Any:
         curves(read_metrics(folder), module.LABELS).savefig(folder / CURVES)
     module.plot(read_result(folder, module.Result)).savefig(folder / FIGURE)
     return result
+
+
+def hash_of(config: Any) -> str:
+    """Of what a config says."""
+    text = json.dumps(dataclasses.asdict(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def texts(result: Any) -> dict[str, str]:

@@ -23,7 +23,7 @@ from pydantic import Field
 import rnnattn
 from experiments.claims import Claim, Evidence, equal
 from experiments.config import Count, Positive, Seed, UsageError
-from experiments.training import Record, ignore
+from experiments.session import SILENT, Session
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -120,7 +120,7 @@ def frequencies_of(sinusoids: Callable[[np.ndarray], np.ndarray], reach: float) 
     return frequencies
 
 
-def run(config: Config, log: Callable[[Record], None] = ignore) -> Result:
+def run(config: Config, session: Session = SILENT) -> Result:
     """Shift sinusoids by every k, and measure how far they land from where they should."""
     d, base = config.dim, config.base
     m = np.arange(1, d // 2 + 1)

@@ -16,7 +16,6 @@ of (value, low, high); the axis before it is the width, and the first is (unscal
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -38,7 +37,7 @@ from experiments.claims import (
     share_interval,
 )
 from experiments.config import Seed, UsageError
-from experiments.training import Record, ignore
+from experiments.session import SILENT, Session
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -130,7 +129,7 @@ def _complement(p: np.ndarray) -> np.ndarray:
     return others.sum(axis=2)
 
 
-def run(config: Config, log: Callable[[Record], None] = ignore) -> Result:
+def run(config: Config, session: Session = SILENT) -> Result:
     """Draw queries and keys of each width, attend both ways, and describe the distributions."""
     random = np.random.default_rng(config.seed)
     widths, keys = np.array(config.widths), config.keys

@@ -11,7 +11,6 @@ Errors are relative, in the Euclidean norm. Coordinates are compared with v_a af
 with zeros, as only vectors of one length can be.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -20,7 +19,7 @@ from pydantic import Field
 
 from experiments.claims import Claim, equal
 from experiments.config import Count, Seed, UsageError
-from experiments.training import Record, ignore
+from experiments.session import SILENT, Session
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,7 +72,7 @@ def check(config: Config) -> None:
         raise UsageError(f"width: should be more than twice the rank, got {config.width}")
 
 
-def run(config: Config, log: Callable[[Record], None] = ignore) -> Result:
+def run(config: Config, session: Session = SILENT) -> Result:
     """Draw subspaces and values, and take their sums apart."""
     random = np.random.default_rng(config.seed)
     rank, width = config.rank, config.width

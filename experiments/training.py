@@ -22,12 +22,12 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray, PyTree
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from experiments.checkpoints import Progress as Kept, Record
 from experiments.config import Count, Fraction, NonNegative, Positive
+from experiments.session import SILENT, Session, Stopped, deferred_signals
 
 Metrics = Mapping[str, Float[Array, ""]]
 Loss = Callable[..., tuple[Float[Array, ""], Any]]
-Record = dict[str, int | float | str]
-"""One line of metrics: `step` (how many are done), `split`, and values by name."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,12 @@ class TrainConfig:
     """Steps between two lines of training metrics, which are means over those steps."""
     evaluate_every: Count = 10
     """Steps between two evaluations on held-out data."""
+    checkpoint_every: Count = 500
+    """Steps between two checkpoints, from which --resume goes on; there is one at the end, too."""
+    checkpoints_kept: Count = 2
+    """The newest so many are kept."""
+    not_finite: Literal["stop", "skip"] = "stop"
+    """What is done at a step whose loss or gradient is not finite."""
 
 
 class TrainState(NamedTuple):
@@ -71,10 +77,6 @@ class Trained(NamedTuple):
     records: list[Record]
     compile_seconds: float
     train_seconds: float
-
-
-def ignore(record: Record) -> None:
-    """Log nothing."""
 
 
 def make_schedule(config: TrainConfig) -> optax.Schedule:
@@ -104,15 +106,16 @@ def start(
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), carry)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1), static_argnames="skip")
 def train_step(
     loss: Loss, optimizer: optax.GradientTransformation, state: TrainState, batch: Any,
-    key: PRNGKeyArray,
+    key: PRNGKeyArray, *, skip: bool,
 ) -> tuple[TrainState, Metrics]:  # fmt: skip
     """One step of the optimiser: the next state and the batch's metrics.
 
-    It is compiled once for all runs with the same loss and optimiser: the same objects, as JAX
-    tells functions apart by identity.
+    With `skip`, a loss or a gradient that is not finite changes nothing but the number of the step,
+    and the metrics say whether the step was `skipped`. It is compiled once for all runs with the
+    same loss and optimiser: the same objects, as JAX tells functions apart by identity.
     """
     key = jax.random.fold_in(key, state.step)
     gradient = jax.value_and_grad(loss, has_aux=True)
@@ -126,10 +129,13 @@ def train_step(
         updates, moments = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         norm = optax.tree.norm(grads)
-    return (
-        TrainState(state.step + 1, params, moments, carry),
-        {"loss": value, **metrics, "gradient_norm": norm},
-    )
+    after = TrainState(state.step, params, moments, carry)
+    metrics = {"loss": value, **metrics, "gradient_norm": norm}
+    if skip:
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
+        metrics["skipped"] = jnp.logical_not(finite).astype(value.dtype)
+    return after._replace(step=state.step + 1), metrics
 
 
 def fit(
@@ -138,63 +144,90 @@ def fit(
     optimizer: optax.GradientTransformation,
     batch: Callable[[int], Any],
     key: PRNGKeyArray,
+    config: TrainConfig,
     *,
     carry: PyTree = None,
-    steps: int,
-    log_every: int,
-    evaluate_every: int,
     evaluations: Mapping[str, Callable[[Any], Metrics]],
     final: Mapping[str, Callable[[Any], Metrics]],
-    log: Callable[[Record], None] = ignore,
+    session: Session = SILENT,
+    name: str = "",
 ) -> Trained:
-    """Train for `steps` steps, logging means of the metrics and evaluations on the way.
+    """Train, logging means of the metrics and evaluations on the way.
 
-    The device is waited for at the logged steps only. Compilation happens once, beforehand.
+    The device is waited for at the logged steps only. Compilation happens once, beforehand. If the
+    session has a checkpoint of this training, it goes on from there: all that it returns and logs,
+    times apart, is what it would have been without the interruption.
 
     Args:
         carry: what the loss is given at the first step, if it has one.
         evaluations: by the name of a split, metrics of the parameters on it; also after the end.
         final: the same, but after the end only.
-        log: is given each record as it comes.
+        session: is given each record as it comes, and keeps the checkpoints.
+        name: of this training, if the session has several.
 
     Raises:
         FloatingPointError: if a metric is not finite, naming the first such step and the metric.
+        Stopped: after a checkpoint, if the process was asked to stop.
     """
     state = start(params, optimizer, carry)
-    clock = time.perf_counter()
-    advance = train_step.lower(loss, optimizer, state, batch(0), key).compile()
-    evaluate, conclude = (
-        {split: jax.jit(f).lower(params).compile() for split, f in functions.items()}
-        for functions in (evaluations, final)
-    )
-    compile_seconds = time.perf_counter() - clock
+    steps, skip = config.steps, config.not_finite == "skip"
+    with session.checkpoints(name, config.checkpoints_kept) as checkpoints:
+        done, state, kept = (checkpoints and checkpoints.load(state, key)) or (
+            0, state, Kept([], [], 0.0)
+        )  # fmt: skip
+        records: list[Record] = []
+        window: list[Any] = list(kept.window)
 
-    records: list[Record] = []
-    window: list[Metrics] = []
+        def emit(record: Record) -> None:
+            records.append(record)
+            session.log(record)
 
-    def emit(step: int, split: str, values: Mapping[str, float]) -> None:
-        records.append({"step": step, "split": split, **values})
-        log(records[-1])
+        for record in kept.records:
+            emit(record)
+        if done == steps:
+            return Trained(state.params, records, 0.0, kept.seconds)
 
-    clock = since = time.perf_counter()
-    with _progress() as progress:
-        bar = progress.add_task("training", total=steps, values="")
-        for step in range(1, steps + 1):
-            state, metrics = advance(state, batch(step - 1), key)
-            window.append(metrics)
-            if step % log_every == 0 or step == steps:
-                values = _mean(window, step)
-                speed = len(window) / (time.perf_counter() - since)
-                emit(step, "train", values | {"steps_per_second": speed})
-                progress.update(bar, completed=step, values=_brief(values, speed))
-                window, since = [], time.perf_counter()
-            if step % evaluate_every == 0 or step == steps:
-                paused = time.perf_counter()
-                due = evaluate | conclude if step == steps else evaluate
-                for split, f in due.items():
-                    emit(step, split, _mean([f(state.params)], step, f"{split} "))
-                since += time.perf_counter() - paused
-    return Trained(state.params, records, compile_seconds, time.perf_counter() - clock)
+        clock = time.perf_counter()
+        step_of = train_step.lower(loss, optimizer, state, batch(0), key, skip=skip)
+        advance = step_of.compile()
+        evaluate, conclude = (
+            {split: jax.jit(f).lower(params).compile() for split, f in functions.items()}
+            for functions in (evaluations, final)
+        )
+        compile_seconds = time.perf_counter() - clock
+
+        clock = since = time.perf_counter()
+        with _progress() as progress, deferred_signals(checkpoints is not None) as stop:
+            bar = progress.add_task("training", total=steps, completed=done, values="")
+            for step in range(done + 1, steps + 1):
+                state, metrics = advance(state, batch(step - 1), key)
+                window.append(metrics)
+                if step % config.log_every == 0 or step == steps:
+                    values = _mean(window, step)
+                    speed = len(window) / (time.perf_counter() - since)
+                    emit({"step": step, "split": "train", **values, "steps_per_second": speed})
+                    progress.update(bar, completed=step, values=_brief(values, speed))
+                    window, since = [], time.perf_counter()
+                if step % config.evaluate_every == 0 or step == steps:
+                    paused = time.perf_counter()
+                    due = evaluate | conclude if step == steps else evaluate
+                    for split, f in due.items():
+                        values = _mean([f(state.params)], step, f"{split} ")
+                        emit({"step": step, "split": split, **values})
+                    since += time.perf_counter() - paused
+                last = step == steps or stop.requested
+                if checkpoints and (last or step % config.checkpoint_every == 0):
+                    window = _finite(window, step)
+                    seconds = kept.seconds + time.perf_counter() - clock
+                    checkpoints.save(step, state, key, Kept(records.copy(), window.copy(), seconds))
+                if stop.requested:
+                    break
+        if checkpoints:
+            checkpoints.wait()
+        if stop.requested:
+            raise Stopped(f"stopped after step {step} of {steps}")
+    seconds = kept.seconds + time.perf_counter() - clock
+    return Trained(state.params, records, compile_seconds, seconds)
 
 
 def final_scores(trained: Trained) -> dict[str, float]:
@@ -227,7 +260,7 @@ def compare(
     """
     first = start(params, optimizer, carry)
     compiled = {
-        name: train_step.lower(loss, optimizer, first, batch(0), key).compile()
+        name: train_step.lower(loss, optimizer, first, batch(0), key, skip=False).compile()
         for name, loss in losses.items()
     }
     states = dict.fromkeys(losses, first)
@@ -247,19 +280,36 @@ def compare(
     return medians | {f"{'_'.join(losses)}_loss_difference": difference}
 
 
-def _mean(window: list[Metrics], last: int, split: str = "") -> dict[str, float]:
-    """Means over the window of metrics that ends with step `last`, which are all finite."""
+def _finite(window: list[Any], last: int, split: str = "") -> list[dict[str, float]]:
+    """The numbers of a window of metrics that ends with step `last`.
+
+    Raises:
+        FloatingPointError: if one of a step that was not skipped is not finite.
+    """
     fetched = jax.device_get(window)
-    # a compiled function returns its metrics sorted by name; the loss is to be named first
-    names = sorted(fetched[0], key=lambda name: name != "loss")
     for step, metrics in enumerate(fetched, start=last - len(fetched) + 1):
-        for name in names:
-            if not np.isfinite(metrics[name]):
+        # a compiled function returns its metrics sorted by name; the loss is to be named first
+        for name in sorted(metrics, key=lambda name: name != "loss"):
+            if not np.isfinite(metrics[name]) and not metrics.get("skipped"):
                 raise FloatingPointError(f"step {step}: {split}{name} is {metrics[name]}")
-    return {
-        name: float(np.mean([metrics[name] for metrics in fetched], dtype=np.float64))
-        for name in names
-    }
+    return [{name: float(value) for name, value in metrics.items()} for metrics in fetched]
+
+
+def _mean(window: list[Any], last: int, split: str = "") -> dict[str, float]:
+    """Means over a window of metrics that ends with step `last`, of the steps not skipped.
+
+    Raises:
+        FloatingPointError: if one is not finite, or if every step was skipped.
+    """
+    numbers = _finite(window, last, split)
+    taken = [metrics for metrics in numbers if not metrics.get("skipped")]
+    if not taken:
+        raise FloatingPointError(f"step {last}: the last {len(window)} steps were all skipped")
+    names = sorted(taken[0], key=lambda name: name != "loss")
+    means = {name: float(np.mean([metrics[name] for metrics in taken])) for name in names}
+    if "skipped" in means:
+        means["skipped"] = len(numbers) - len(taken)
+    return means
 
 
 def _progress() -> Progress:

@@ -1,6 +1,5 @@
 """A vision transformer reads handwritten digits: 8 × 8 pixels of scikit-learn's, or MNIST's."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,12 +12,11 @@ from experiments.config import Seed
 from experiments.cost import cost_scores, score_table, step_cost
 from experiments.digits import Digits, digits_batch
 from experiments.images import DataConfig, load_images
+from experiments.session import SILENT, Session
 from experiments.training import (
-    Record,
     TrainConfig,
     final_scores,
     fit,
-    ignore,
     make_optimizer,
 )
 from experiments.vit import (
@@ -76,7 +74,7 @@ def check(config: Config) -> None:
     check_model(config.model, train.images.shape[1:])
 
 
-def run(config: Config, log: Callable[[Record], None] = ignore) -> Result:
+def run(config: Config, session: Session = SILENT) -> Result:
     """Train on the digits and read the test set."""
     train, validation, test = load_images(config.data, config.seed, "float32")
     size = train.images.shape[1:]
@@ -94,12 +92,10 @@ def run(config: Config, log: Callable[[Record], None] = ignore) -> Result:
         optimizer,
         batch,
         key,
-        steps=config.train.steps,
-        log_every=config.train.log_every,
-        evaluate_every=config.train.evaluate_every,
+        config.train,
         evaluations={"validation": evaluation(apply, validation)},
         final={"test": evaluation(apply, test)},
-        log=log,
+        session=session,
     )
     scores = final_scores(trained)
     cost = step_cost(loss, params, optimizer, batch(0), key)

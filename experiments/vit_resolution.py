@@ -32,7 +32,8 @@ from experiments.resolution_moves import (
     move,
     shrink,
 )
-from experiments.training import Record, TrainConfig, fit, ignore, make_optimizer
+from experiments.session import SILENT, Session
+from experiments.training import TrainConfig, fit, make_optimizer
 from experiments.vit import (
     ViTConfig,
     attention_received,
@@ -141,14 +142,14 @@ def check(config: Config) -> None:
         check_model(whole, size)
 
 
-def run(config: Config, log: Callable[[Record], None] = ignore) -> Result:
+def run(config: Config, session: Session = SILENT) -> Result:
     """Train and move everything with each seed, and count what it cost."""
     size = load_images(config.data, config.seed, "float32")[0].images.shape[1:]
     networks = make_networks(config.model, config.methods, size)
     # a step is compiled once for all seeds if its optimiser is one object
     optimizer_of = cache(make_optimizer)
     studies = [
-        _study(config, networks, optimizer_of, config.seed + n, log) for n in range(config.runs)
+        _study(config, networks, optimizer_of, config.seed + n, session) for n in range(config.runs)
     ]
     first = studies[0]
     keys = list(first)
@@ -208,7 +209,7 @@ def _study(
     networks: dict[str, tuple[Network, Network]],
     optimizer_of: Callable[[TrainConfig], optax.GradientTransformation],
     seed: int,
-    log: Callable[[Record], None],
+    session: Session,
 ) -> dict[tuple[str, str], Outcome]:
     """Everything with one seed, by method and phase."""
     data, _, test = load_images(config.data, seed, "float32")
@@ -226,8 +227,16 @@ def _study(
         params, _ = functional(build(network.config, network.size, seed))
         return Training(params, (0, 0), 0.0, 0.0, 0.0)
 
-    def train(network: Network, before: Training, steps: int, small: bool, rate: float) -> Training:
-        optimizer = optimizer_of(replace(config.train, steps=steps, learning_rate=rate))
+    # the study logs what each training comes to
+    quiet = replace(session, log=SILENT.log)
+
+    def train(
+        name: str, network: Network, before: Training, steps: int, small: bool, rate: float
+    ) -> Training:
+        plan = replace(
+            config.train, steps=steps, learning_rate=rate, log_every=steps, evaluate_every=steps
+        )
+        optimizer = optimizer_of(plan)
         batch, start = batch_of(small), before.params
         cost = step_cost(network.loss, start, optimizer, batch(0), key)
         trained = fit(
@@ -236,11 +245,11 @@ def _study(
             optimizer,
             batch,
             key,
-            steps=steps,
-            log_every=steps,
-            evaluate_every=steps,
+            plan,
             evaluations={},
             final={},
+            session=quiet,
+            name=f"seed {seed}, {name}",
         )
         return Training(
             trained.params,
@@ -258,7 +267,7 @@ def _study(
             lambda p: network.apply(p, images[:1], capture=True)[1].embedded, training.params
         ).shape[1] - network.model.prefix  # fmt: skip
         outcomes[method, phase] = Outcome(network, training, correct, tokens)
-        log(
+        session.log(
             {
                 "step": sum(training.steps),
                 "split": "test",
@@ -272,12 +281,18 @@ def _study(
     rate, steps = config.train.learning_rate, config.train.steps
     for method, (small, whole) in networks.items():
         same = [o for o in outcomes.values() if o.network is small and o.training.steps[1] == 0]
-        before = same[0].training if same else train(small, initial(small), steps, True, rate)
+        before = (
+            same[0].training
+            if same
+            else train(f"{method}, small", small, initial(small), steps, True, rate)
+        )
         keep(method, "small", small, before, True)
         params = move(method, small, whole, before.params)
         keep(method, "moved", whole, before._replace(params=params), False)
         start = before._replace(params=params)
-        tuned = train(whole, start, config.tune_steps, False, config.tune_learning_rate)
+        tuned = train(
+            f"{method}, tuned", whole, start, config.tune_steps, False, config.tune_learning_rate
+        )
         keep(method, "tuned", whole, tuned, False)
         if method not in ("crop", "pad"):
             for phase in ("equal compute", "equal steps"):
@@ -285,7 +300,8 @@ def _study(
                 if phase == "equal compute":
                     of_step = (tuned.flops - before.flops) / config.tune_steps
                     total = max(1, round(tuned.flops / of_step))
-                keep(method, phase, whole, train(whole, initial(whole), total, False, rate), False)
+                trained = train(f"{method}, {phase}", whole, initial(whole), total, False, rate)
+                keep(method, phase, whole, trained, False)
     return outcomes
 
 

@@ -12,6 +12,7 @@ from experiments import lstm_equations, lstm_gradient, lstm_gradient_training, l
 from experiments.lstm_adding import DataConfig
 from experiments.lstm_gradient import LIBRARY, METHODS, NO_CARRY, PRINTED, QUANTITIES, RIGHT
 from experiments.lstm_variants import GRADIENTS
+from experiments.session import Session
 from experiments.training import TrainConfig
 from tests.lstm_cases import assert_close, relative_error
 
@@ -160,7 +161,7 @@ def test_every_gradient_trains_from_the_same_start():
         train=TrainConfig(steps=6, batch_size=4, log_every=2, evaluate_every=6),
     )
     records: list = []
-    result = lstm_gradient_training.run(config, records.append)
+    result = lstm_gradient_training.run(config, Session(records.append))
     assert result.losses.shape == (4, 1, 3)
     assert result.test_losses.shape == result.cosines.shape == (4, 1)
     np.testing.assert_allclose(result.cosines[-1], 1, rtol=1e-5)

@@ -9,6 +9,7 @@ import pytest
 from experiments import lstm_adding, lstm_digits
 from experiments.digits import digits_batch, split_digits
 from experiments.lstm_readout import ModelConfig
+from experiments.session import Session
 from experiments.training import TrainConfig
 
 
@@ -23,7 +24,7 @@ def test_hand_and_autodiff_gradients_give_the_same_losses(task, dtype, steps, rt
             train=TrainConfig(steps=steps, log_every=1, evaluate_every=steps),
         )
         records: list = []
-        scores = task.run(config, records.append).scores
+        scores = task.run(config, Session(records.append)).scores
         assert "hand_step_seconds" not in scores
         losses[gradient] = [r["loss"] for r in records if r["split"] == "train"]
     assert len(losses["hand"]) == steps

@@ -1,5 +1,6 @@
 """The training loop, with models of one line."""
 
+from dataclasses import fields
 from typing import Any
 
 import jax
@@ -21,11 +22,13 @@ def noisy(params, batch, key):
 
 
 def train(loss, batch, key=0, **changes):
-    options: dict[str, Any] = (
-        dict(steps=7, log_every=3, evaluate_every=4, evaluations={}, final={}) | changes
-    )
+    options: dict[str, Any] = dict(evaluations={}, final={}) | changes
+    names = {field.name for field in fields(TrainConfig)} & options.keys()
+    settings: dict[str, Any] = dict(steps=7, log_every=3, evaluate_every=4)
+    settings |= {name: options.pop(name) for name in names}
     params = jnp.array([4.0, 3.0], jnp.float32)
-    return fit(loss, params, optax.sgd(0.1), batch, jax.random.key(key), **options)
+    config = TrainConfig(**settings)
+    return fit(loss, params, optax.sgd(0.1), batch, jax.random.key(key), config, **options)
 
 
 def ones(step):
@@ -87,7 +90,8 @@ def test_the_step_is_traced_once():
 def test_runs_with_the_same_loss_and_optimiser_share_one_compiled_step():
     params, key, optimizer = jnp.zeros(5, jnp.float32), jax.random.key(0), optax.sgd(0.1)
     batch = np.ones(5, np.float32)
-    rest: dict[str, Any] = dict(steps=2, log_every=2, evaluate_every=2, evaluations={}, final={})
+    config = TrainConfig(steps=2, log_every=2, evaluate_every=2)
+    rest: dict[str, Any] = dict(evaluations={}, final={})
     first = lambda: step_cost(square, params, optimizer, batch, key)
     compilations = []
     listener = lambda event, *_, **__: compilations.append(event) if "compile" in event else None
@@ -97,7 +101,7 @@ def test_runs_with_the_same_loss_and_optimiser_share_one_compiled_step():
         assert compilations  # the listener hears
         compilations.clear()
         first()
-        fit(square, params, optimizer, lambda step: batch, key, **rest)
+        fit(square, params, optimizer, lambda step: batch, key, config, **rest)
         compare({"a": square, "b": square}, params, optimizer, lambda step: batch, key, steps=2)
         assert not compilations
     finally:

@@ -1,0 +1,153 @@
+"""Checkpoints of a training, from which it goes on after any interruption as if there was none.
+
+A checkpoint is a folder `<step>` with the state of the training as arrays and the rest as JSON.
+Orbax writes it aside and renames it when it is whole, so that a process that is killed leaves the
+ones before it, and nothing that looks like one.
+
+Reading is strict. Orbax would cast an array of another dtype; here whatever is missing, left over
+or of another shape or dtype is an error that names it.
+"""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import PRNGKeyArray, PyTree
+
+from experiments.config import UsageError
+
+Record = dict[str, int | float | str]
+"""One line of metrics: `step` (how many are done), `split`, and values by name."""
+
+
+class Progress(NamedTuple):
+    """What of a training is no array."""
+
+    records: list[Record]
+    """All so far."""
+    window: list[dict[str, float]]
+    """Metrics of the steps since the last record."""
+    seconds: float
+    """Spent on training, by however many processes."""
+
+
+class Checkpoints:
+    """Those of one training, the newest few, in a folder of their own."""
+
+    def __init__(self, folder: Path, kept: int, config_hash: str) -> None:
+        # a second to import, and not needed by runs that keep none
+        from orbax.checkpoint import v1 as ocp
+
+        self._config_hash = config_hash
+        self._pending: Any = None
+        self._orbax = ocp.training.Checkpointer(
+            folder.absolute(),
+            preservation_policy=ocp.training.preservation_policies.LatestN(kept),
+            cleanup_tmp_directories=True,
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._orbax.close()
+
+    def save(self, step: int, state: PyTree, key: PRNGKeyArray, progress: Progress) -> None:
+        """Begin to write the state after `step`; what goes wrong is raised by the next call.
+
+        It is written while training goes on: nothing of what is given may be changed afterwards.
+        """
+        self.wait()
+        self._pending = self._orbax.save_checkpointables_async(
+            step,
+            {"state": _with_key(state, key)},
+            custom_metadata={"config_hash": self._config_hash, **progress._asdict()},
+            # one of this step that could not be read is in the way
+            overwrite=True,
+            force=True,
+        )
+
+    def wait(self) -> None:
+        """Until what was begun is written.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def load(self, state: PyTree, key: PRNGKeyArray) -> tuple[int, PyTree, Progress] | None:
+        """The newest that can be read: the steps done, the state, and the rest; None if there is
+        none.
+
+        Args:
+            state, key: what the state and the key have to be like; the key has to be the same.
+
+        Raises:
+            UsageError: if it is of another config or not like `state`, or if none can be read.
+        """
+        found = list(reversed(self._orbax.checkpoints))
+        wanted = jax.tree.map(_abstract, _with_key(state, key))
+        for checkpoint in found:
+            try:
+                metadata = self._orbax.checkpointables_metadata(checkpoint.step)
+                kept, has = dict(metadata.custom_metadata), metadata.metadata["state"]
+                config_hash, progress = kept.pop("config_hash"), Progress(**kept)
+                if not _leaves(has):
+                    raise ValueError("its arrays are damaged")
+                if config_hash == self._config_hash and not differences(has, wanted):
+                    loaded = self._orbax.load_checkpointables(checkpoint.step, {"state": wanted})
+            # there is no one class of errors for all that can be wrong with a file
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}".splitlines()[0][:80]
+                print(f"{checkpoint.path}: cannot be read, so it is not used ({reason})",
+                      file=sys.stderr)  # fmt: skip
+                continue
+            if config_hash != self._config_hash:
+                raise UsageError(f"{checkpoint.path}: is a checkpoint of another config")
+            if differing := differences(has, wanted):
+                raise UsageError("\n".join(f"{checkpoint.path}: {line}" for line in differing))
+            state = loaded["state"]["training"]
+            return checkpoint.step, state, progress
+        if found:
+            raise UsageError(
+                f"{self._orbax.directory}: none of its checkpoints can be read; --overwrite the "
+                "run to start anew"
+            )
+        return None
+
+
+def differences(has: PyTree, wanted: PyTree) -> list[str]:
+    """What is missing, left over, or of another shape or dtype, a line for each, by path."""
+    found, expected = _leaves(has), _leaves(wanted)
+    lines = [f"{path}: missing" for path in expected.keys() - found.keys()]
+    lines += [f"{path}: not expected" for path in found.keys() - expected.keys()]
+    for path in found.keys() & expected.keys():
+        a, b = found[path], expected[path]
+        if (tuple(a.shape), a.dtype) != (tuple(b.shape), b.dtype):
+            lines.append(f"{path}: expected {_describe(b)}, got {_describe(a)}")
+    return sorted(lines)
+
+
+def _leaves(tree: PyTree) -> Mapping[str, Any]:
+    """Leaves by path; Orbax' metadata have dictionaries where the state has named tuples."""
+    pairs, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {
+        "/".join(jax.tree_util.keystr((part,), simple=True) for part in path): leaf
+        for path, leaf in pairs
+    }
+
+
+def _describe(leaf: Any) -> str:
+    return f"{leaf.dtype}{list(leaf.shape)}"
+
+
+def _abstract(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+
+def _with_key(state: PyTree, key: PRNGKeyArray) -> dict[str, PyTree]:
+    return {"training": state, "key": jax.random.key_data(key)}

@@ -1,0 +1,307 @@
+"""A run goes on after any interruption as if there was none, and keeps what is good whatever
+happens to it.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments.__main__ import CONFIGS, main
+from experiments.checkpoints import Checkpoints, Progress
+from experiments.config import UsageError
+from experiments.session import Session, Stopped, deferred_signals
+from experiments.training import TrainConfig, fit
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+ADDING = str(CONFIGS / "lstm_adding.toml")
+STEPS = 300
+OPTIONS = (
+    f"--train.steps {STEPS} --train.batch-size 4 --train.log-every 7 --train.evaluate-every 50"
+    " --train.checkpoint-every 20 --model.hidden-size 4 --data.length 10 --data.held-out 8"
+    " --compare-steps 0"
+).split()
+
+
+def timeless(record: dict) -> dict:
+    return {k: v for k, v in record.items() if not k.endswith(("_seconds", "_per_second"))}
+
+
+def kept(folder: Path) -> list[Any]:
+    """All that a run leaves, times apart."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    summary = json.loads((folder / "summary.json").read_text())
+    return [
+        *(timeless(json.loads(line)) for line in lines),
+        timeless(summary),
+        (folder / "result.npz").read_bytes(),
+    ]
+
+
+def command(output: Path, *options: str, name: str = "x") -> list[str]:
+    run = [sys.executable, "-m", "experiments", "run", ADDING, *OPTIONS]
+    return [*run, "--output", str(output), "--name", name, *options]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run without interruption."""
+    output = tmp_path_factory.mktemp("whole")
+    assert main(["run", *command(output)[4:]]) == 0
+    return output / "lstm_adding" / "x"
+
+
+def interrupt(output: Path, number: int, lines: int) -> subprocess.CompletedProcess:
+    """Start or go on with the run, and send the signal once it has logged so many lines."""
+    metrics = output / "lstm_adding" / "x" / "metrics.jsonl"
+    process = subprocess.Popen(
+        command(output, "--resume"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    while process.poll() is None:
+        if metrics.is_file() and len(metrics.read_bytes().splitlines()) >= lines:
+            process.send_signal(number)
+            break
+        time.sleep(0.002)
+    out, err = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_was_not(whole, tmp_path):
+    for lines in np.sort(np.random.default_rng(0).integers(1, 40, 3)):
+        killed = interrupt(tmp_path, signal.SIGKILL, int(lines))
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+    done = subprocess.run(command(tmp_path, "--resume"), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert kept(tmp_path / "lstm_adding" / "x") == kept(whole)
+
+
+def test_a_run_that_is_told_to_stop_keeps_what_it_has_and_says_so(whole, tmp_path):
+    stopped = interrupt(tmp_path, signal.SIGTERM, 10)
+    assert stopped.returncode == 75
+    assert stopped.stderr.count("\n") == 1 and "--resume" in stopped.stderr
+    folder = tmp_path / "lstm_adding" / "x"
+    # of the step that it stopped after, which is none of those that are due
+    newest = max(int(path.name) for path in (folder / "checkpoints").iterdir())
+    assert f"step {newest} of {STEPS}" in stopped.stderr
+    assert main(["run", *command(tmp_path, "--resume")[4:]]) == 0
+    assert kept(folder) == kept(whole)
+
+
+def test_a_finished_run_stays_as_it_is(whole, capsys):
+    state = lambda: {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in whole.rglob("*")}
+    before = state()
+    assert main(["run", *command(whole.parent.parent, "--resume")[4:]]) == 0
+    assert "finished" in capsys.readouterr().out
+    assert state() == before
+
+
+def test_another_config_is_an_error_that_names_what_differs(whole, capsys):
+    options = ["--resume", "--train.learning-rate", "0.5"]
+    assert main(["run", *command(whole.parent.parent, *options)[4:]]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "train.learning_rate" in message and "0.5" in message
+
+
+@pytest.mark.parametrize("options", [["--resume"], ["--overwrite"]])
+def test_going_on_or_replacing_needs_a_name(options, tmp_path, capsys):
+    assert main(["run", ADDING, "--output", str(tmp_path / "new"), *options]) == 2
+    message = capsys.readouterr().err
+    assert "--name" in message and message.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+# ---- what can happen to the files ------------------------------------------------------------
+
+
+def copy_cut_off(whole: Path, output: Path) -> Path:
+    """The run as it is when it is killed between the last checkpoint and the result."""
+    folder = output / "lstm_adding" / "x"
+    shutil.copytree(whole, folder)
+    for name in ("figure.png", "curves.png", "summary.json", "result.npz"):
+        (folder / name).unlink()
+    return folder
+
+
+def test_metrics_whose_last_line_is_cut_are_written_again(whole, tmp_path):
+    folder = copy_cut_off(whole, tmp_path)
+    metrics = folder / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes()[:-9])
+    assert main(["run", *command(tmp_path, "--resume")[4:]]) == 0
+    assert kept(folder) == kept(whole)
+
+
+def damage(step: Path, how: str) -> None:
+    largest = max((step / "state" / "d").iterdir(), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    if how == "truncated":
+        content = content[: len(content) // 2]
+    elif how == "garbled":
+        content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+    elif how == "without metadata":
+        (step / "_CHECKPOINT_METADATA").unlink()
+    largest.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("how", ["truncated", "garbled", "without metadata"])
+def test_a_damaged_checkpoint_is_said_to_be_and_the_one_before_it_is_used(
+    how, whole, tmp_path, capsys
+):
+    folder = copy_cut_off(whole, tmp_path)
+    damage(folder / "checkpoints" / str(STEPS), how)
+    assert main(["run", *command(tmp_path, "--resume")[4:]]) == 0
+    assert f"checkpoints/{STEPS}: cannot be read" in capsys.readouterr().err
+    assert kept(folder) == kept(whole)
+
+
+def test_without_a_checkpoint_that_can_be_read_nothing_is_overwritten(whole, tmp_path, capsys):
+    folder = copy_cut_off(whole, tmp_path)
+    for step in (folder / "checkpoints").iterdir():
+        damage(step, "truncated")
+    metrics = (folder / "metrics.jsonl").read_bytes()
+    assert main(["run", *command(tmp_path, "--resume")[4:]]) == 2
+    assert "none of its checkpoints can be read" in capsys.readouterr().err
+    assert (folder / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_a_full_disk_stops_the_run_with_a_message(tmp_path, capsys):
+    folder = tmp_path / "lstm_adding" / "x"
+    folder.mkdir(parents=True)
+    # every write to it fails, as on a full disk
+    (folder / "metrics.jsonl").symlink_to("/dev/full")
+    assert main(["run", *command(tmp_path, "--resume")[4:]]) == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "No space left" in message
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_ones_before_it(whole, tmp_path):
+    folder = copy_cut_off(whole, tmp_path)
+    shutil.rmtree(folder / "checkpoints" / str(STEPS))
+    before = sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+    # no file may grow beyond 2 KiB
+    limited = f'trap "" XFSZ; ulimit -f 2; exec {shlex.join(command(tmp_path, "--resume"))}'
+    done = subprocess.run(["bash", "-c", limited], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "stopped" in done.stderr
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir() if p.name.isdigit()) == before
+
+
+# ---- training, in this process --------------------------------------------------------------
+
+
+def square(params, batch, key):
+    noise = jax.random.normal(key, params.shape, params.dtype)
+    return jnp.sum((params - batch + noise) ** 2), {}
+
+
+def train(folder: Path | None, batch: Callable = lambda step: np.ones(2, np.float32), **changes):
+    settings: dict[str, Any] = dict(steps=9, log_every=4, checkpoint_every=3, evaluate_every=5)
+    records: list[dict] = []
+    params = jnp.array([4.0, 3.0], jnp.float32)
+    trained = fit(
+        square, params, optax.adam(0.1), batch, jax.random.key(0),
+        TrainConfig(**settings | changes), evaluations={"a": lambda p: {"first": p[0]}}, final={},
+        session=Session(records.append, folder, "hash"),
+    )  # fmt: skip
+    assert records == trained.records
+    return trained
+
+
+def fails_at(fatal: int) -> Callable:
+    def batch(step):
+        if step == fatal:
+            raise RuntimeError("no luck")
+        return np.ones(2, np.float32)
+
+    return batch
+
+
+@pytest.mark.parametrize("fatal", [2, 3, 5, 8])
+def test_training_goes_on_from_between_two_records(fatal, tmp_path):
+    expected = train(None)
+    with pytest.raises(RuntimeError, match="no luck"):
+        train(tmp_path, fails_at(fatal))
+    found = train(tmp_path)
+    np.testing.assert_array_equal(found.params, expected.params)
+    assert [timeless(r) for r in found.records] == [timeless(r) for r in expected.records]
+
+
+def test_the_newest_checkpoints_are_kept(tmp_path):
+    train(tmp_path, checkpoints_kept=2, checkpoint_every=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["8", "9"]
+
+
+def test_a_stop_is_heard_after_a_step_and_loses_nothing(tmp_path):
+    def batch(step):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return np.ones(2, np.float32)
+
+    with pytest.raises(Stopped, match="step 5 of 9"):
+        train(tmp_path, batch)
+    np.testing.assert_array_equal(train(tmp_path).params, train(None).params)
+
+
+def test_the_second_signal_is_not_deferred():
+    with deferred_signals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+
+def nan_at(*steps: int) -> Callable:
+    return lambda step: np.full(2, np.nan if step in steps else 1, np.float32)
+
+
+def test_a_loss_that_is_not_finite_is_named_and_the_last_good_checkpoint_stays(tmp_path):
+    with pytest.raises(FloatingPointError, match="step 8: loss is nan"):
+        train(tmp_path, nan_at(7))
+    assert "9" not in {path.name for path in tmp_path.iterdir()}
+    np.testing.assert_array_equal(train(tmp_path).params, train(None).params)
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted_if_asked_for():
+    trained = train(None, nan_at(1, 2), not_finite="skip")
+    assert [r["skipped"] for r in trained.records if r["split"] == "train"] == [2, 0, 0]
+    assert all(np.isfinite(r["loss"]) for r in trained.records if "loss" in r)
+    assert np.all(np.isfinite(trained.params))
+    with pytest.raises(FloatingPointError, match="all skipped"):
+        train(None, nan_at(*range(9)), not_finite="skip")
+
+
+@pytest.mark.parametrize(
+    "change, line",
+    [
+        (lambda s: s | {"more": s["a"]}, "training/more: missing"),
+        (lambda s: {"a": s["a"]}, "training/b: not expected"),
+        (lambda s: s | {"a": s["a"][:1]}, r"training/a: expected float32\[1\], got float32\[2\]"),
+        (lambda s: s | {"b": s["b"].astype(jnp.float16)}, r"expected float16\[\], got float32\[\]"),
+    ],
+)
+def test_a_leaf_that_differs_is_an_error_that_names_it(change, line, tmp_path):
+    state = {"a": jnp.zeros(2, jnp.float32), "b": jnp.zeros((), jnp.float32)}
+    key = jax.random.key(0)
+    with Checkpoints(tmp_path, 2, "hash") as checkpoints:
+        checkpoints.save(1, state, key, Progress([], [], 0.0))
+        checkpoints.wait()
+        with pytest.raises(UsageError, match=line):
+            checkpoints.load(change(state), key)
+    with Checkpoints(tmp_path, 2, "other") as checkpoints:
+        with pytest.raises(UsageError, match="another config"):
+            checkpoints.load(state, key)
