@@ -8,13 +8,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import tyro
 
 from experiments import (
     attention_averaging,
     attention_copying,
+    compare,
     dot_product_variance,
     key_noise,
     lstm_adding,
@@ -55,6 +56,7 @@ EXPERIMENTS: dict[str, Any] = {
     "vit_digits": vit_digits,
     "vit_resolution": vit_resolution,
 }
+CONFIG_TYPES = {name: experiment.Config for name, experiment in EXPERIMENTS.items()}
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
 PROGRAM = "python -m experiments"
@@ -107,6 +109,34 @@ class Report:
     """Folder that runs are kept in; the page goes to OUTPUT/report."""
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """Run a config with every combination of some values, and set the runs side by side.
+
+    Runs that are finished stay as they are, and those that were interrupted go on. One that fails
+    does not stop the others.
+    """
+
+    path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
+    """A TOML file, as configs/lstm_digits.toml."""
+    grid: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE,VALUE…")]
+    """Keys of the config with their values, as train.learning_rate=1e-3,3e-3 seed=0,1,2."""
+    quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """The experiment's own defaults in place of the file's values."""
+    output: Path = Path("outputs")
+    """Folder that runs are kept in, as OUTPUT/CONFIG-sweep/RUN."""
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Set finished runs of one experiment side by side."""
+
+    folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN RUN …")]
+    """Their folders."""
+    output: Path = Path("outputs/compare.png")
+    """Where the figure goes."""
+
+
 def main(arguments: Sequence[str]) -> int:
     """Do what the arguments ask.
 
@@ -120,14 +150,18 @@ def main(arguments: Sequence[str]) -> int:
         if len(arguments) > 1 and arguments[0] == "run" and not arguments[1].startswith("-"):
             return _run(Path(arguments[1]), arguments[2:])
         command = tyro.cli(
-            Run | Report | List,
+            Run | Report | List | Sweep | Compare,
             args=arguments,
             prog=PROGRAM,
             description="Sequence models with hand-derived gradients, trained from config files.",
         )
         if isinstance(command, Run):
             raise UsageError(f"run: the config comes first: {PROGRAM} run {command.path} ...")
-        return _report(command) if isinstance(command, Report) else _list()
+        if isinstance(command, Report):
+            return _report(command)
+        if isinstance(command, Sweep):
+            return _sweep(command)
+        return _compare(command) if isinstance(command, Compare) else _list()
     except UsageError as error:
         print(error, file=sys.stderr)
         return 2
@@ -164,8 +198,18 @@ def _options(path: Path, experiment: str, config: Any, arguments: Sequence[str])
     )
 
 
-def _run(path: Path, arguments: Sequence[str]) -> int:
-    experiment, config = read(path, {name: e.Config for name, e in EXPERIMENTS.items()})
+class Study(NamedTuple):
+    """A run as it was asked for, checked."""
+
+    path: Path
+    arguments: Sequence[str]
+    experiment: str
+    config: Any
+    options: Any
+
+
+def _prepare(path: Path, arguments: Sequence[str]) -> Study:
+    experiment, config = read(path, CONFIG_TYPES)
     options = _options(path, experiment, config, arguments)
     if options.quick:
         options = _options(path, experiment, type(config)(), arguments)
@@ -180,27 +224,40 @@ def _run(path: Path, arguments: Sequence[str]) -> int:
     module = EXPERIMENTS[experiment]
     if hasattr(module, "check"):
         module.check(config)
-    table = to_table(experiment, config)
-    output, group, name = options.output, runs.group_of(path), options.name
-    if options.resume:
-        folder = runs.reopen(output, group, name, table)
-        if runs.finished(folder):
-            print(f"{folder}: finished")
-            return 0
-    else:
-        folder = runs.create(output, group, name, overwrite=options.overwrite)
-    command = shlex.join([*PROGRAM.split(), "run", str(path), *arguments])
-    runs.write_config(folder, table, command)
-    result = runs.record(module, config, folder)
+    return Study(path, arguments, experiment, config, options)
+
+
+def _run(path: Path, arguments: Sequence[str]) -> int:
+    study = _prepare(path, arguments)
+    folder, result = _execute(study, runs.group_of(path))
+    if result is None:
+        print(f"{folder}: finished")
+        return 0
     for name, text in runs.texts(result).items():
         print(f"---- {name}\n{text}\n----")
     for name, value in result.scores.items():
         print(f"{name:32} {value if isinstance(value, str) else format(value, '.6g')}")
+    module = EXPERIMENTS[study.experiment]
     if hasattr(module, "claims"):
-        for each in module.claims(config, runs.read_result(folder, module.Result)):
+        for each in module.claims(study.config, runs.read_result(folder, module.Result)):
             print(f"{each.id:4} {each.verdict}: {each.title}")
     print(folder)
     return 0
+
+
+def _execute(study: Study, group: str) -> tuple[Path, Any]:
+    """The folder of the run, and what came of it; None if it was finished before."""
+    path, arguments, experiment, config, options = study
+    table = to_table(experiment, config)
+    if options.resume:
+        folder = runs.reopen(options.output, group, options.name, table)
+        if runs.finished(folder):
+            return folder, None
+    else:
+        folder = runs.create(options.output, group, options.name, overwrite=options.overwrite)
+    command = shlex.join([*PROGRAM.split(), "run", str(path), *arguments])
+    runs.write_config(folder, table, command)
+    return folder, runs.record(EXPERIMENTS[experiment], config, folder)
 
 
 def _report(command: Report) -> int:
@@ -216,6 +273,61 @@ def _report(command: Report) -> int:
         print(error)
     print(folder / report.PAGE)
     return int(bool(findings.errors))
+
+
+def _sweep(command: Sweep) -> int:
+    grid = compare.parse_grid(command.grid)
+    group = f"{runs.group_of(command.path)}-sweep"
+    each = {compare.name_of(values): values for values in compare.combinations(grid)}
+    common = ["--quick"] if command.quick else []
+    asked = {name: [*compare.options_of(values), *common] for name, values in each.items()}
+    # what is wrong with any is said before the first begins
+    prepared = {name: _prepare(command.path, options) for name, options in asked.items()}
+    (experiment,) = {study.experiment for study in prepared.values()}
+    failed: dict[str, str] = {}
+    for name, study in prepared.items():
+        options = study.options
+        study = study._replace(
+            options=dataclasses.replace(options, name=name, output=command.output, resume=True)
+        )
+        try:
+            _execute(study, group)
+        except (UsageError, FloatingPointError) as error:
+            failed[name] = str(error)
+            print(f"{name}: {error}", file=sys.stderr)
+    folder = command.output / group
+    found = {
+        name: compare.read_run(folder / name, CONFIG_TYPES) for name in each if name not in failed
+    }
+    rows, labels = compare.repetitions(found, each), EXPERIMENTS[experiment].LABELS
+    table = compare.score_table(rows, labels)
+    table += "".join(f"\n{name}: failed: {error}\n" for name, error in failed.items())
+    (folder / "sweep.md").write_text(table, encoding="utf-8")
+    compare.sweep_figure(rows, labels).savefig(folder / "sweep.png")
+    print(table + f"\n{folder}")
+    return int(bool(failed))
+
+
+def _compare(command: Compare) -> int:
+    found = [compare.read_run(folder, CONFIG_TYPES) for folder in command.folders]
+    experiments = sorted({run.experiment for run in found})
+    if len(experiments) != 1:
+        raise UsageError(f"compare: runs of one experiment only, got {', '.join(experiments)}")
+    labels = EXPERIMENTS[experiments[0]].LABELS
+    if not labels:
+        raise UsageError(f"compare: {experiments[0]} logs no metrics to compare")
+    # the names of folders may be the same where the folders above differ
+    names = [run.name for run in found]
+    if len(set(names)) < len(names):
+        found = [
+            run._replace(name=str(folder))
+            for run, folder in zip(found, command.folders, strict=True)
+        ]
+    print(compare.score_table({run.name: [run] for run in found}, labels))
+    command.output.parent.mkdir(parents=True, exist_ok=True)
+    compare.curves(found, labels).savefig(command.output)
+    print(command.output)
+    return 0
 
 
 def _list() -> int:

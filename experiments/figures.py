@@ -1,5 +1,6 @@
 """Figures: pure functions of results, in one palette that colour-blind readers can tell apart."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,6 +35,51 @@ def curves(records: Sequence[dict[str, Any]], labels: Mapping[str, str]) -> Figu
         axes.set(xlabel="optimiser step", ylabel=labels[name])
         axes.grid(alpha=0.3)
         axes.legend()
+    return figure
+
+
+def overlaid_curves(
+    runs: Mapping[str, Sequence[dict[str, Any]]], labels: Mapping[str, str]
+) -> Figure:
+    """The metrics that have a label by step, a colour for each run, a line for each split."""
+    names = list(labels)
+    figure = new_figure(5.5 * len(names), 4.4)
+    colours = itertools.cycle((BLUE, ORANGE, GREEN, RED, BLACK))
+    of_runs = dict(zip(runs, colours, strict=False))
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for run, records in runs.items():
+            for split, line in {"train": "-", "validation": "--"}.items():
+                points = [
+                    (r["step"], r[name]) for r in records if r["split"] == split and name in r
+                ]
+                if points:
+                    x, y = zip(*points, strict=True)
+                    label = run if split == "train" else None
+                    axes.plot(x, y, color=of_runs[run], linestyle=line, label=label)
+        if name == "loss":
+            axes.set_yscale("log")
+        axes.set(xlabel="optimiser step", ylabel=labels[name])
+        axes.grid(alpha=0.3)
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 3), fontsize=8)
+    figure.suptitle("solid: training; dashed: validation", fontsize=10)
+    return figure
+
+
+def scores_by_row(scores: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """For each score, a panel: by row its mean, and a dot for each run."""
+    rows = list(next(iter(scores.values()), {}))
+    figure = new_figure(5.5 * max(len(scores), 1), 1.6 + 0.4 * len(rows))
+    panels = figure.subplots(1, max(len(scores), 1), squeeze=False, sharey=True)[0]
+    for axes, (label, of_rows) in zip(panels, scores.items(), strict=False):
+        for y, row in enumerate(rows):
+            values = of_rows[row]
+            axes.plot(values, np.full(len(values), y), ".", color=BLACK, markersize=5)
+            if len(values):
+                axes.plot(values.mean(), y, "o", color=BLUE, markersize=8, markerfacecolor="none")
+        axes.set_yticks(range(len(rows)), rows, fontsize=8)
+        axes.set(xlabel=f"{label}, test (circle: mean)", ylim=(len(rows) - 0.5, -0.5))
+        axes.grid(alpha=0.3)
     return figure
 
 

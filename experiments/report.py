@@ -166,7 +166,10 @@ def _study(name: str, module: Any, size: Size, output: Path) -> tuple[Study, dic
 
 
 def _run(name: str, module: Any, config: Any, output: Path) -> Path:
-    """The folder of the experiment's run with this config and this code, made if it is missing."""
+    """The folder of the experiment's run with this config and this code, run if it is missing.
+
+    One that was cut off goes on from its checkpoints.
+    """
     key = run_key(name, module, config)
     folder = output / name / f"report-{key}"
     # the figure is written last: a run without one was cut off
@@ -174,8 +177,9 @@ def _run(name: str, module: Any, config: Any, output: Path) -> Path:
         return folder
     if hasattr(module, "check"):
         module.check(config)
-    folder = runs.create(output, name, folder.name, overwrite=True)
-    runs.write_config(folder, to_table(name, config), "python -m experiments report")
+    table = to_table(name, config)
+    folder = runs.reopen(output, name, folder.name, table)
+    runs.write_config(folder, table, "python -m experiments report")
     # training shows its own progress on a terminal: here there is one display, ours
     with contextlib.redirect_stdout(io.StringIO()):
         runs.record(module, config, folder)
