@@ -34,6 +34,7 @@ from experiments import (
     vit_digits,
     vit_resolution,
 )
+from experiments.checkpoints import read_params
 from experiments.config import UsageError, check, claim, read, to_table
 from experiments.session import Stopped
 
@@ -137,6 +138,18 @@ class Compare:
     """Where the figure goes."""
 
 
+@dataclass(frozen=True)
+class Export:
+    """Write the parameters of a run as a safetensors file, which `rnnattn.interop` reads."""
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """The run's folder."""
+    output: Path = Path("params.safetensors")
+    """The file."""
+    training: str = ""
+    """Which of the run's trainings, by its folder in checkpoints/, if it has several."""
+
+
 def main(arguments: Sequence[str]) -> int:
     """Do what the arguments ask.
 
@@ -150,7 +163,7 @@ def main(arguments: Sequence[str]) -> int:
         if len(arguments) > 1 and arguments[0] == "run" and not arguments[1].startswith("-"):
             return _run(Path(arguments[1]), arguments[2:])
         command = tyro.cli(
-            Run | Report | List | Sweep | Compare,
+            Run | Report | List | Sweep | Compare | Export,
             args=arguments,
             prog=PROGRAM,
             description="Sequence models with hand-derived gradients, trained from config files.",
@@ -161,6 +174,8 @@ def main(arguments: Sequence[str]) -> int:
             return _report(command)
         if isinstance(command, Sweep):
             return _sweep(command)
+        if isinstance(command, Export):
+            return _export(command)
         return _compare(command) if isinstance(command, Compare) else _list()
     except UsageError as error:
         print(error, file=sys.stderr)
@@ -326,6 +341,17 @@ def _compare(command: Compare) -> int:
     print(compare.score_table({run.name: [run] for run in found}, labels))
     command.output.parent.mkdir(parents=True, exist_ok=True)
     compare.curves(found, labels).savefig(command.output)
+    print(command.output)
+    return 0
+
+
+def _export(command: Export) -> int:
+    from rnnattn.interop import write_safetensors
+
+    if not (command.folder / runs.CONFIG).is_file():
+        raise UsageError(f"{command.folder}: is not the folder of a run")
+    params = read_params(command.folder / runs.CHECKPOINTS / command.training)
+    write_safetensors(command.output, params)
     print(command.output)
     return 0
 

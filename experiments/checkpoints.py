@@ -102,9 +102,7 @@ class Checkpoints:
                     loaded = self._orbax.load_checkpointables(checkpoint.step, {"state": wanted})
             # there is no one class of errors for all that can be wrong with a file
             except Exception as error:
-                reason = f"{type(error).__name__}: {error}".splitlines()[0][:80]
-                print(f"{checkpoint.path}: cannot be read, so it is not used ({reason})",
-                      file=sys.stderr)  # fmt: skip
+                _warn(checkpoint.path, error)
                 continue
             if config_hash != self._config_hash:
                 raise UsageError(f"{checkpoint.path}: is a checkpoint of another config")
@@ -118,6 +116,39 @@ class Checkpoints:
                 "run to start anew"
             )
         return None
+
+
+def read_params(folder: Path) -> PyTree:
+    """The parameters of the newest checkpoint, in dictionaries.
+
+    Raises:
+        UsageError: if there is none that can be read.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder of checkpoints")
+    with ocp.training.Checkpointer(folder.absolute()) as checkpointer:
+        for checkpoint in reversed(checkpointer.checkpoints):
+            try:
+                metadata = checkpointer.checkpointables_metadata(checkpoint.step)
+                wanted = jax.tree.map(_on_first_device, metadata.metadata["state"])
+                loaded = checkpointer.load_checkpointables(checkpoint.step, {"state": wanted})
+            except Exception as error:
+                _warn(checkpoint.path, error)
+                continue
+            return loaded["state"]["training"]["params"]
+    raise UsageError(f"{folder}: holds no checkpoint that can be read")
+
+
+def _on_first_device(leaf: Any) -> jax.ShapeDtypeStruct:
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+
+
+def _warn(path: Any, error: Exception) -> None:
+    reason = f"{type(error).__name__}: {error}".splitlines()[0][:80]
+    print(f"{path}: cannot be read, so it is not used ({reason})", file=sys.stderr)
 
 
 def differences(has: PyTree, wanted: PyTree) -> list[str]:

@@ -28,12 +28,15 @@ timm's `vision_transformer.py`, which names what google-research's `vision_trans
 `big_vision` store.
 """
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from rnnattn.cell import LSTMParams
 
@@ -447,6 +450,71 @@ def vit_to_google(
     names = _google_names(depth, form)
     leading = lambda ours, array: array[None] if ours in ("cls", "position") else array
     return {names[ours]: np.array(leading(ours, array)) for ours, array in arrays.items()}
+
+
+def write_safetensors(path: str | os.PathLike, params: PyTree) -> None:
+    """Any tree of arrays as a file of named arrays, which holds no code; needs safetensors.
+
+    A leaf is named by its way from the root: `lstm.w_x`, `layers.0.b`.
+
+    Args:
+        path: of the file, which is replaced if it is there.
+        params: dictionaries, lists, (named) tuples or registered nodes of arrays.
+    Raises:
+        OSError: the file cannot be written.
+    Example:
+        >>> import tempfile, rnnattn
+        >>> params = rnnattn.init_lstm(jax.random.key(0), 3, 4)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_safetensors(f"{folder}/lstm.safetensors", params)
+        ...     again = read_safetensors(f"{folder}/lstm.safetensors", params)
+        >>> bool(jnp.all(again.w_h == params.w_h))
+        True
+    """
+    from safetensors.flax import save
+
+    content = save(_named(params))
+    # whole or not at all
+    whole = Path(path).with_name(f".{Path(path).name}.new")
+    whole.write_bytes(content)
+    whole.replace(path)
+
+
+def read_safetensors(path: str | os.PathLike, like: PyTree) -> PyTree:
+    """The tree that `write_safetensors` wrote; needs safetensors.
+
+    Args:
+        like: a tree of the same structure, of arrays or `jax.ShapeDtypeStruct`.
+    Raises:
+        ValueError: an array is missing, left over or of another shape or dtype than `like` has, by
+            name; or the file is none of the kind.
+        OSError: the file cannot be read.
+    Example: see `write_safetensors`.
+    """
+    from safetensors import SafetensorError
+    from safetensors.flax import load
+
+    try:
+        found = load(Path(path).read_bytes())
+    except SafetensorError as error:
+        raise ValueError(f"read_safetensors: {path}: no such file of arrays: {error}") from None
+    expected = _named(like)
+    wrong = [f"`{name}` is missing" for name in expected.keys() - found.keys()]
+    wrong += [f"`{name}` is not expected" for name in found.keys() - expected.keys()]
+    for name in expected.keys() & found.keys():
+        want, got = (f"{x.dtype}{list(x.shape)}" for x in (expected[name], found[name]))
+        if want != got:
+            wrong.append(f"`{name}`: expected {want}, got {got}")
+    if wrong:
+        raise ValueError(f"read_safetensors: {path}: {'; '.join(sorted(wrong))}")
+    return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in expected])
+
+
+def _named(tree):
+    """The leaves by name, in their order."""
+    pairs, _ = jax.tree_util.tree_flatten_with_path(tree)
+    name = lambda path: ".".join(jax.tree_util.keystr((key,), simple=True) for key in path)
+    return {name(path): leaf for path, leaf in pairs}
 
 
 def _vit_axes(depth, has_cls):

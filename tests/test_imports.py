@@ -37,7 +37,7 @@ ALLOWED = {
     "recurrent": {"rnnattn.cell", "rnnattn.chunked", "rnnattn.precision"},
     "reference": {"rnnattn.attention", "rnnattn.cell", "rnnattn.position", "rnnattn.recurrent"},
     "scores": {"rnnattn.precision"},
-    "interop": {"rnnattn.cell"},
+    "interop": {"os", "pathlib", "rnnattn.cell", "safetensors"},
     "nn": {
         "flax",
         "rnnattn.attention",

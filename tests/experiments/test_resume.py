@@ -21,10 +21,12 @@ import optax
 import pytest
 
 from experiments.__main__ import CONFIGS, main
-from experiments.checkpoints import Checkpoints, Progress
+from experiments.checkpoints import Checkpoints, Progress, read_params
 from experiments.config import UsageError
+from experiments.lstm_readout import ModelConfig, init_readout
 from experiments.session import Session, Stopped, deferred_signals
 from experiments.training import TrainConfig, fit
+from rnnattn.interop import read_safetensors
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ADDING = str(CONFIGS / "lstm_adding.toml")
@@ -122,6 +124,23 @@ def test_going_on_or_replacing_needs_a_name(options, tmp_path, capsys):
     message = capsys.readouterr().err
     assert "--name" in message and message.count("\n") == 1
     assert not (tmp_path / "new").exists()
+
+
+def test_parameters_are_exported_and_read_back(whole, tmp_path):
+    file = tmp_path / "params.safetensors"
+    assert main(["export", str(whole), "--output", str(file)]) == 0
+    like = init_readout(jax.random.key(1), 2, 1, ModelConfig(hidden_size=4))
+    params = read_safetensors(file, like)
+    kept = read_params(whole / "checkpoints")
+    np.testing.assert_array_equal(params.lstm.w_h, kept["lstm"]["w_h"])
+    with pytest.raises(ValueError, match=r"`b`: expected float32\[2\], got float32\[1\]"):
+        read_safetensors(file, like._replace(b=jnp.zeros(2, jnp.float32)))
+
+
+@pytest.mark.parametrize("folder, part", [("", "not the folder of a run"), ("x", "not the folder")])
+def test_without_a_run_there_is_nothing_to_export(folder, part, tmp_path, capsys):
+    assert main(["export", str(tmp_path / folder)]) == 2
+    assert part in capsys.readouterr().err
 
 
 # ---- what can happen to the files ------------------------------------------------------------
