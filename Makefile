@@ -8,6 +8,7 @@ EXTRAS ?= test
 
 comma := ,
 venv := .venv/bin
+native := setup.py $(wildcard rnnattn/_native/*)
 
 .PHONY: run test lint types format clean
 
@@ -33,13 +34,13 @@ format: .venv/installed-test
 	$(PYTHON) -m venv .venv
 	touch $@
 
-.venv/installed-experiments: .venv/python pyproject.toml
+.venv/installed-experiments: .venv/python pyproject.toml $(native)
 	$(venv)/python -m pip install --quiet --disable-pip-version-check --editable '.[experiments]'
 	touch $@
 
-.venv/installed-$(subst $(comma),-,$(EXTRAS)): .venv/python pyproject.toml
+.venv/installed-$(subst $(comma),-,$(EXTRAS)): .venv/python pyproject.toml $(native)
 	$(venv)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build dist *.egg-info rnnattn/*.so .pytest_cache .mypy_cache .ruff_cache

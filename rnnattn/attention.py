@@ -18,10 +18,12 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 import rnnattn.blockwise as blockwise
 import rnnattn.dense as dense
+import rnnattn.native as native
+import rnnattn.native_attention as native_attention
 from rnnattn.precision import accumulator
 from rnnattn.scores import Masking, Operands, Options, dropout_keys, hide
 
-Implementation = Literal["dense", "blockwise", "xla", "cudnn", "tokamax"]
+Implementation = Literal["dense", "blockwise", "xla", "native", "cudnn", "tokamax"]
 
 # Measured on a CPU: benchmarks/README.md.
 _DENSE_LOGITS = 2**16  # of one head
@@ -76,9 +78,11 @@ def dot_product_attention(
         local_window_size: the keys (left, right) of a query's position that it sees, besides the
             one at it; None for all of a side, one number for both.
         implementation: "dense" (all logits at once), "blockwise" (memory linear in T + S), "xla"
-            (the better of the two); "cudnn" and "tokamax" hand the call over to `jax.nn` and to
-            tokamax, for what they can serve, with their own gradients and rules for rows that see
-            nothing; None chooses, today as "xla": blockwise from 2¹⁶ logits for each head on.
+            (the better of the two, blockwise from 2¹⁶ logits for each head on), "native" (kernels
+            for a CPU, see `rnnattn.native`; float32, no dropout); "cudnn" and "tokamax" hand the
+            call over to `jax.nn` and to tokamax, for what they can serve, with their own gradients
+            and rules for rows that see nothing; None chooses: "native" on a CPU where it can serve,
+            else "xla".
         return_residual: also return the log-sum-exp L, (B, T, N), in float32 for 16-bit inputs.
         query_offset: a number or (B,): query t stands at position t + offset among the keys. A
             cache's length while decoding; S − T aligns the last query with the last key.
@@ -214,10 +218,19 @@ class _Schedule(NamedTuple):
 
     forward: Callable
     backward: Callable
+    hides: bool = False  # what no query can reach by itself
 
 
 _DENSE = _Schedule(dense.forward, dense.backward)
 _BLOCKWISE = _Schedule(blockwise.forward, blockwise.backward)
+
+# The kernels, and the XLA schedule for where they do not serve.
+_NATIVE = {
+    xla: _Schedule(
+        partial(native_attention.forward, xla), partial(native_attention.backward, xla), hides=True
+    )
+    for xla in (_DENSE, _BLOCKWISE)
+}
 
 
 def _forward(schedule, options, operands, masking):
@@ -299,6 +312,10 @@ def _call(function, rule, arrays, settings):
         ours = "None, 'xla', 'dense' or 'blockwise'"
         _require(function, rule is _attend, "implementation", ours, repr(settings.implementation))
         return _hand_over(arrays, settings)
+    if settings.implementation == "native" and (unserved := _unserved(arrays, settings)):
+        raise ValueError(
+            f"{function}: `implementation='native'` cannot serve {' or '.join(unserved)}; 'xla' can"
+        )
     if settings.return_weights:
         rule = _forward_with_weights
     far = lambda side: side is None or side >= _FAR
@@ -320,7 +337,23 @@ def _schedule(arrays, settings):
         return _DENSE
     if settings.implementation == "blockwise":
         return _BLOCKWISE
-    return _DENSE if T * S < _DENSE_LOGITS else _BLOCKWISE
+    xla = _DENSE if T * S < _DENSE_LOGITS else _BLOCKWISE
+    # Where they serve, the kernels take 1/3 to 1 of XLA's time at all sizes measured, but for the
+    # gradient of one query per head, up to 1.5 (benchmarks/README.md).
+    wanted = settings.implementation is None and not _unserved(arrays, settings)
+    return _NATIVE[xla] if wanted or settings.implementation == "native" else xla
+
+
+def _unserved(arrays, settings):
+    """What of a call the native kernels cannot serve."""
+    unserved = {
+        f"the dtype {arrays.query.dtype.name}": arrays.query.dtype != jnp.float32,
+        "dropout": settings.dropout_rate > 0,
+        "an array without elements": 0 in (arrays.query.size, arrays.value.size),
+    }
+    if not native.status().available:
+        unserved = {f"this installation ({native.status().reason})": True}
+    return [what for what, holds in unserved.items() if holds]
 
 
 def _window(size):
@@ -338,9 +371,11 @@ def _run(rule, schedule, options, arrays):
         arrays = _with_batch(arrays)
     B, T, N, _ = arrays.query.shape
     operands, masking = _problem(options, arrays)
+    if not schedule.hides:
+        operands = hide(options, operands, masking)
     o, lse, *weights = rule(schedule, options, operands, masking)
-    o = jnp.moveaxis(o.reshape(B, N, T, o.shape[-1]), 1, 2)
-    lse = jnp.moveaxis(lse.reshape(B, N, T), 1, 2)
+    o = jnp.moveaxis(o, 3, 1).reshape(B, T, N, o.shape[-1])
+    lse = jnp.moveaxis(lse, 3, 1).reshape(B, T, N)
     weights = [w.reshape(B, N, *w.shape[3:]) for w in weights]
     results = (o, lse, *weights)
     return results if batched else tuple(x[0] for x in results)
@@ -380,7 +415,8 @@ def _problem(options, arrays):
         return x.reshape(1, *((M, G) if x.size == N else (1, 1)), 1)
 
     scale = of_heads(K**-0.5 if arrays.scale is None else arrays.scale)[..., None]
-    query = heads(arrays.query).reshape(B, M, G, T, K)
+    # Axes apart before they are moved: what the native kernels move back then cancels out.
+    query = jnp.moveaxis(arrays.query.reshape(B, T, M, G, K), 1, 3)
     key = arrays.dropout_key if options.dropout_rate > 0 else None
     operands = Operands(
         query=(scale * query.astype(wide)).astype(query.dtype),
@@ -398,7 +434,7 @@ def _problem(options, arrays):
         key_segments=ids(arrays.key_value_segment_ids),
         dropout_keys=None if key is None else dropout_keys(key, B, M, G),
     )
-    return hide(options, operands, masking), masking
+    return operands, masking
 
 
 # ------------------------------------------------------------------------------- other libraries

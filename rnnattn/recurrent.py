@@ -1,7 +1,8 @@
 """The LSTM: over one step, a sequence, two directions and a stack of layers.
 
-The equations and their gradient are in `rnnattn.cell`, the schedule that runs them over time in
-`rnnattn.chunked`; here are the arguments, their checks, and what is built of sequences.
+The equations and their gradient are in `rnnattn.cell`, the schedules that run them over time in
+`rnnattn.chunked` and `rnnattn.native_lstm`; here are the arguments, their checks, and what is built
+of sequences.
 
 Axes: B batch, T time, D input width, H hidden width, R width of h (H without a projection).
 """
@@ -15,8 +16,10 @@ import jax.numpy as jnp
 from jax.experimental import rnn
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+import rnnattn.chunked as chunked
+import rnnattn.native_lstm as native_lstm
 from rnnattn.cell import LSTMParams, LSTMState, Variant
-from rnnattn.chunked import Schedule, Steps, sequence
+from rnnattn.chunked import Schedule, Steps
 from rnnattn.precision import accumulator
 
 
@@ -108,7 +111,8 @@ def lstm_step(
     _check_state("lstm_step", params, state, x.shape[0])
     _check_clip("lstm_step", clip)
     schedule = Schedule(False, "gates", Variant(clip, coupled))
-    _, state = _run(schedule, True, params, x[None], state, None, None)
+    native = not native_lstm.unserved(params, x, schedule.variant)
+    _, state = _run(schedule, native, True, params, x[None], state, None, None)
     return state
 
 
@@ -124,7 +128,7 @@ def lstm(
     clip: float | None = None,
     coupled: bool = False,
     residuals: Literal["gates", "states"] | int = "states",
-    implementation: Literal["xla", "cudnn"] | None = None,
+    implementation: Literal["xla", "native", "cudnn"] | None = None,
 ) -> tuple[Float[Array, "... R"], LSTMState]:
     """The hidden state after every step of `x`, and the state after the last one (L1, L2).
 
@@ -146,10 +150,12 @@ def lstm(
             each step), "states" (c of each step) or n (the state every n steps); what is not kept
             is computed again. The gradient is the same. Temporary memory of the gradient at T 4096,
             B 8, D = H = 256 in float32: 210 MiB, 84 MiB, and 13 MiB for n = 64; the plain twin
-            takes 516 (`python benchmarks/lstm.py --memory`).
-        implementation: "xla"; "cudnn", on an NVIDIA GPU, for float32 without a variant, resets or
-            `reverse`, and lengths of at least 1 (its gradient is cuDNN's own, of first order); or
-            None, which chooses, today always "xla".
+            takes 516 (`python benchmarks/lstm.py --memory`). "gates" is the fastest.
+        implementation: "xla"; "native", the kernels of `rnnattn.native` on a CPU (and "xla"
+            elsewhere), for float32 without a variant; "cudnn", on an NVIDIA GPU, for float32
+            without a variant, resets or `reverse`, and lengths of at least 1 (its gradient is
+            cuDNN's own, of first order); or None, which is "native" where that serves, and "xla"
+            where not.
     Returns:
         y (B, T, R), or (T, B, R) with `time_major`, in the dtype of x, and the final state. For
         16-bit inputs c is float32, so that a sequence cut in two and chained equals one run.
@@ -174,15 +180,23 @@ def lstm(
             "lstm: `residuals` must be 'gates', 'states' or a number of steps of at least 1, "
             f"got {residuals!r}"
         )
-    if implementation not in (None, "xla", "cudnn"):
+    if implementation not in (None, "xla", "native", "cudnn"):
         raise ValueError(
-            f"lstm: `implementation` must be None, 'xla' or 'cudnn', got {implementation!r}"
+            "lstm: `implementation` must be None, 'xla', 'native' or 'cudnn', "
+            f"got {implementation!r}"
         )
     if implementation == "cudnn":
         _check_cudnn(params, x, clip is not None or coupled, resets, reverse)
         return _run_cudnn(time_major, params, x, state, lengths)
-    schedule = Schedule(reverse, residuals, Variant(clip, coupled))
-    return _run(schedule, time_major, params, x, state, lengths, resets)
+    variant = Variant(clip, coupled)
+    unserved = [] if implementation == "xla" else native_lstm.unserved(params, x, variant)
+    if implementation == "native" and unserved:
+        raise ValueError(
+            f"lstm: `implementation='native'` cannot serve {' or '.join(unserved)}; 'xla' can"
+        )
+    native = implementation != "xla" and not unserved
+    schedule = Schedule(reverse, residuals, variant)
+    return _run(schedule, native, time_major, params, x, state, lengths, resets)
 
 
 def bidirectional_lstm(
@@ -319,13 +333,14 @@ def _steps(x, lengths, resets, reverse):
     return Steps(x, valid, resets)
 
 
-@partial(jax.jit, static_argnames=("schedule", "time_major"))
-def _run(schedule, time_major, params, x, state, lengths, resets):
+@partial(jax.jit, static_argnames=("schedule", "native", "time_major"))
+def _run(schedule, native, time_major, params, x, state, lengths, resets):
     """`lstm` after its arguments are checked."""
     if not time_major:
         x = jnp.swapaxes(x, 0, 1)
         resets = None if resets is None else jnp.swapaxes(resets, 0, 1)
     state = _full_state(params, state, x.shape[1])
+    sequence = (native_lstm if native else chunked).sequence
     y, state = sequence(schedule, params, state, _steps(x, lengths, resets, schedule.reverse))
     return (y if time_major else jnp.swapaxes(y, 0, 1)), state
 

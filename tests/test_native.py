@@ -1,0 +1,349 @@
+"""The native schedule of attention: against the reference in float64, for every instruction set
+that runs here, and that it is there where it should be and nowhere else.
+
+Blocks of the kernels are of 256 keys and 96 queries, so some sizes are a little over these.
+"""
+
+from functools import partial
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from rnnattn import attention, dot_product_attention, native, reference
+from rnnattn.attention import dot_product_attention_jvp
+from tests.attention_cases import (
+    Sizes,
+    assert_same,
+    cotangents_for,
+    first_order,
+    like,
+    make_case,
+    outputs,
+    quick,
+    second_order,
+    value_and_gradients,
+)
+from tests.test_attention import VARIANTS, _filled, drawn
+
+examples = partial(settings, deadline=None, derandomize=True)
+SETS = list(native._load()[1])
+NATIVE: dict[str, Any] = {"implementation": "native"}
+TOLERANCE = 1e-5
+
+pytestmark = pytest.mark.skipif(not SETS, reason=f"no kernels: {native.status().reason}")
+
+
+def narrow(case):
+    """The case in float32."""
+    return case._replace(floats=jax.tree.map(lambda x: x.astype(jnp.float32), case.floats))
+
+
+def wide(tree):
+    return jax.tree.map(lambda x: x.astype(jnp.float64), tree)
+
+
+def assert_native_is_right(case, **options):
+    """Outputs and gradients, in float32 against float64."""
+    case = narrow(case)
+    actual = value_and_gradients(case, dot_product_attention, **NATIVE, **options)
+    expect = first_order(reference.dot_product_attention, **case.options)
+    expected = expect(wide(case.floats), case.others, wide(cotangents_for(case)))
+    assert_same(actual, expected, TOLERANCE)
+
+
+def set_how(monkeypatch, **how):
+    for name, value in how.items():
+        monkeypatch.setattr(native, name, value)
+    cast(Any, attention._run).clear_cache()
+
+
+@pytest.fixture(params=SETS)
+def instruction_set(request, monkeypatch):
+    set_how(monkeypatch, _instruction_set=request.param)
+    yield request.param
+    cast(Any, attention._run).clear_cache()
+
+
+# ---- the numbers ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "dropout"])
+def test_every_feature_with_every_other(variant, instruction_set):
+    options = make_case(**VARIANTS[variant]).options
+    expect = first_order(reference.dot_product_attention, **options)
+    run = first_order(dot_product_attention, **options, **NATIVE)
+
+    @examples(max_examples=15)
+    @given(drawn)
+    def check(draw):
+        case = narrow(_filled(variant, draw))
+        actual = run(case.floats, case.others, cotangents_for(case))
+        expected = expect(wide(case.floats), case.others, wide(cotangents_for(case)))
+        assert_same(actual, expected, TOLERANCE)
+
+    check()
+
+
+def _of_all_kinds(sizes, **rest):
+    B, T, S, N, *_ = sizes
+    rng = np.random.default_rng(2)
+    ids = lambda size: jnp.asarray(np.sort(rng.integers(0, 3, (B, size))), jnp.int32)
+    return make_case(
+        sizes,
+        bias=(1, N, T, S),
+        mask=(B, 1, 1, S),
+        sinks=True,
+        query_segment_ids=ids(T),
+        key_value_segment_ids=ids(S),
+        query_seq_lengths=jnp.asarray(rng.integers(T // 2, T + 1, B), jnp.int32),
+        **rest,
+    )
+
+
+SIZES = {
+    "one of all": Sizes(1, 1, 1, 1, 1, 1, 1),
+    "some blocks": Sizes(1, 293, 521, 2, 1, 16, 33),
+    "a step of decoding": Sizes(2, 1, 300, 6, 2, 8, 8),
+    "few queries of many heads": Sizes(1, 13, 258, 18, 2, 5, 1),
+    "wide heads": Sizes(1, 97, 257, 1, 1, 130, 67),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes(name, instruction_set):
+    assert_native_is_right(make_case(SIZES[name], is_causal=name == "some blocks", query_offset=9))
+
+
+def test_several_blocks_of_everything(instruction_set):
+    sizes = Sizes(2, 203, 530, 4, 2, 7, 9)
+    assert_native_is_right(
+        _of_all_kinds(sizes, local_window_size=(150, 40), query_offset=jnp.array([0, 320]))
+    )
+
+
+BIASES = [(1, 1, 1, 1), (3, 1, 70, 1), (1, 1, 1, 300), (3, 4, 70, 300), (1, 4, 70, 300)]
+
+
+@pytest.mark.parametrize("shape", BIASES, ids=str)
+def test_the_gradient_of_a_bias_that_is_shared(shape):
+    sizes = Sizes(3, 70, 300, 4, 2, 4, 4)
+    assert_native_is_right(make_case(sizes, bias=shape, logits_soft_cap=1.5, is_causal=True))
+
+
+def test_any_number_of_threads_gives_the_same_bits(monkeypatch):
+    """Also where the keys of one head are shared out, and with a bias that heads share."""
+    for case in (
+        make_case(Sizes(1, 290, 1100, 2, 1, 32, 32), bias=(1, 1, 290, 1100), is_causal=True),
+        make_case(Sizes(3, 200, 300, 4, 4, 16, 16), bias=(1, 1, 200, 1), mask=(200, 300)),
+    ):
+        results = []
+        for threads in (1, 0):
+            set_how(monkeypatch, _threads=threads)
+            results.append(value_and_gradients(narrow(case), dot_product_attention, **NATIVE))
+        jax.tree.map(np.testing.assert_array_equal, *results)
+
+
+# ---- NaN and infinity -------------------------------------------------------------------------
+
+
+def test_what_is_hidden_may_be_nan(instruction_set):
+    """By lengths, the mask, segments or the window; it gets a gradient of zero."""
+    case = narrow(
+        make_case(
+            Sizes(2, 120, 300, 4, 2, 5, 6),
+            mask=(2, 1, 1, 300),
+            is_causal=True,
+            query_offset=100,
+            query_seq_lengths=jnp.array([100, 120]),
+            key_value_seq_lengths=jnp.array([150, 210]),
+            query_segment_ids=jnp.zeros((2, 120), int),
+            key_value_segment_ids=jnp.zeros((2, 300), int).at[:, 50:60].set(1),
+        )
+    )
+    mask = case.others["mask"].at[:, 0, 0, 20:40].set(False)
+    case.others["mask"] = mask
+    t, s = np.arange(120), np.arange(300)
+    queries, keys = (
+        np.asarray(case.others[f"{of}_seq_lengths"])[:, None] for of in ("query", "key_value")
+    )
+    hidden = ~np.asarray(mask)[:, 0, 0] | (s >= keys) | (s >= 50) & (s < 60) | (s >= 220)
+    rows = t >= queries
+    spoiled = {
+        "query": jnp.where(rows[..., None, None], jnp.nan, case.floats["query"]),
+        "key": jnp.where(hidden[..., None, None], jnp.nan, case.floats["key"]),
+        "value": jnp.where(hidden[..., None, None], jnp.inf, case.floats["value"]),
+    }
+    expected = value_and_gradients(case, dot_product_attention, implementation="dense")
+    actual = value_and_gradients(case._replace(floats=spoiled), dot_product_attention, **NATIVE)
+    assert_same(actual, expected, TOLERANCE)
+    assert not np.any(np.asarray(actual[1]["key"])[hidden])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_what_is_seen_spoils_what_it_spoils_in_xla(name, bad):
+    case = narrow(make_case(Sizes(1, 5, 9, 1, 1, 3, 3), is_causal=True, query_offset=2))
+    floats = case.floats | {name: case.floats[name].at[0, 3, 0, 1].set(bad)}
+    finite = lambda implementation: jax.tree.map(
+        lambda x: np.isfinite(x).astype(int),
+        outputs(case._replace(floats=floats), dot_product_attention, implementation=implementation),
+    )
+    # What XLA spoils besides, in rows that do not see it, is no part of the promise.
+    ours, xla = finite("native"), finite("dense")
+    jax.tree.map(lambda a, b: np.testing.assert_array_less(b - 1, a), ours, xla)
+    assert not ours[0].all()
+
+
+# ---- transformations --------------------------------------------------------------------------
+
+
+def test_second_derivatives_are_those_of_the_xla_schedule():
+    case = narrow(make_case(Sizes(), bias=(3, 1, 7, 10), is_causal=True, query_offset=2))
+    arguments = (case.floats, case.others, cotangents_for(case), like(case.floats, seed=5))
+    options = case.options
+    expected = second_order(reference.dot_product_attention, **options)(*wide(arguments))
+    for function in (dot_product_attention, dot_product_attention_jvp):
+        actual = second_order(function, **options, **NATIVE)(*arguments)
+        assert_same(actual, expected, TOLERANCE)
+
+
+@pytest.mark.parametrize("batched", [("query",), ("bias", "mask"), ("sinks", "value")], ids=str)
+def test_vmap(batched):
+    """As one after another: the axis is joined with the batch, but for sinks."""
+    case = narrow(make_case(Sizes(), bias=(1, 4, 1, 10), mask=(3, 1, 7, 10), sinks=True))
+    arrays = {**case.floats, **case.others}
+    cotangents = cotangents_for(case)
+    several = {n: jnp.stack([arrays[n], jnp.roll(arrays[n], 1, -1)], -1) for n in batched}
+
+    def run(several):
+        floats = {n: several.get(n, x) for n, x in case.floats.items()}
+        others = {n: several.get(n, x) for n, x in case.others.items()}
+        call = lambda floats: dot_product_attention(
+            **floats, **others, return_residual=True, **NATIVE
+        )
+        results, pullback = jax.vjp(call, floats)
+        return results, pullback(cotangents)[0]
+
+    program = jax.jit(jax.vmap(run, -1))
+    actual = program(several)
+    for i in range(2):
+        one = quick(run)({n: x[..., i] for n, x in several.items()})
+        assert_same(jax.tree.map(lambda x, i=i: x[i], actual), one, TOLERANCE)
+    joined = "rnnattn.attention_backward" in program.lower(several).as_text()
+    assert joined == ("sinks" not in batched)
+
+
+def test_programs_for_a_cpu_call_the_kernels_and_exported_ones_do_not():
+    q = jax.ShapeDtypeStruct((1, 512, 2, 8), jnp.float32)
+    loss = lambda q: jnp.sum(dot_product_attention(q, q, q, is_causal=True))
+    for function in (loss, jax.grad(loss)):
+        assert "rnnattn.attention" in jax.jit(function).lower(q).as_text()
+        for platforms in (("cpu",), ("cpu", "cuda", "tpu")):
+            exported = jax.export.export(jax.jit(function), platforms=platforms)(q)
+            assert "rnnattn.attention_" not in exported.mlir_module()
+    foreign = jax.jit(loss).trace(q).lower(lowering_platforms=("cuda",))
+    assert "rnnattn.attention" not in foreign.as_text()
+
+
+# ---- what it cannot serve, and where it is not -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("case", "why"),
+    [
+        (make_case(), "the dtype float64"),
+        (make_case(dtype=jnp.bfloat16), "the dtype bfloat16"),
+        (make_case(dtype=jnp.float32, dropout_rate=0.1, dropout_key=jax.random.key(0)), "drop"),
+        (make_case(Sizes(V=0), dtype=jnp.float32), "an array without elements"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_what_it_cannot_serve_is_an_error_and_left_to_xla(case, why):
+    run = lambda **how: dot_product_attention(**case.floats, **case.others, **case.options, **how)
+    with pytest.raises(ValueError, match=rf"'native'` cannot serve .*{why}"):
+        run(**NATIVE)
+    jax.eval_shape(run)
+
+
+def test_a_bias_of_another_dtype_is_served():
+    case = narrow(make_case(bias=(1, 4, 7, 10)))
+    case.floats["bias"] = case.floats["bias"].astype(jnp.bfloat16)
+    _, gradient = value_and_gradients(case, dot_product_attention, **NATIVE)
+    assert gradient["bias"].dtype == jnp.bfloat16
+
+
+def test_wrong_shapes_are_errors_of_the_call():
+    f32, shape = np.float32, jax.ShapeDtypeStruct
+    absent = [np.zeros(0, t) for t in (f32, np.bool_)]
+    integers = [np.zeros(0, np.int32)] * 4
+    q, k, v = np.ones((1, 4, 1, 1, 3), f32), np.ones((1, 5, 1, 3), f32), np.ones((1, 5, 1, 2), f32)
+    results = [shape((1, 4, 1, 1, 2), f32), shape((1, 1, 1, 4), f32)]
+
+    def call(q=q, k=k, v=v, offset=(0,), results=results, **attributes):
+        arguments = (q, k, v, *absent, np.asarray(offset, np.int32), *integers, np.zeros(0, f32))
+        options = {
+            "is_causal": False,
+            "left": np.int64(-1),
+            "right": np.int64(-1),
+            "soft_cap": f32(0),
+            **native.how(),
+            **attributes,
+        }
+        return jax.ffi.ffi_call("rnnattn.attention_forward.v1", results)(*arguments, **options)
+
+    np.testing.assert_allclose(call()[0], np.ones((1, 4, 1, 1, 2)))
+    for wrong, name in (
+        ({"k": np.ones((1, 5, 1, 4), f32)}, "key"),
+        ({"k": np.ones((1, 6, 1, 3), f32)}, "value"),
+        ({"v": np.ones((1, 5, 2, 2), f32)}, "value"),
+        ({"q": np.ones((1, 1, 4, 3), f32)}, "query"),
+        ({"q": np.ones((1, 4, 1, 1, 3), np.int32)}, "query"),
+        ({"q": np.ones((1, 0, 1, 1, 3), f32)}, "query"),
+        ({"offset": (0, 0)}, "offset"),
+        ({"results": [results[0], shape((1, 1, 1, 5), f32)]}, "lse"),
+        ({"instruction_set": np.int64(7)}, "instruction_set"),
+    ):
+        with pytest.raises(Exception, match=f"rnnattn: {name}"):
+            jax.block_until_ready(call(**wrong))
+
+
+@pytest.fixture
+def fresh():
+    """`status` as in a new process, in the test and after it."""
+    native._load.cache_clear()
+    yield
+    native._load.cache_clear()
+
+
+def test_status_and_the_environment_variable(monkeypatch, fresh):
+    monkeypatch.delenv("RNNATTN_NATIVE", raising=False)
+    assert native.status() == (True, SETS[0], None)
+    for name in SETS:
+        native._load.cache_clear()
+        monkeypatch.setenv("RNNATTN_NATIVE", name)
+        assert native.status() == (True, name, None)
+    native._load.cache_clear()
+    monkeypatch.setenv("RNNATTN_NATIVE", "sse")
+    with pytest.raises(ValueError, match=rf"RNNATTN_NATIVE: expected one of '{SETS[0]}'.*'sse'"):
+        native.status()
+    native._load.cache_clear()
+    monkeypatch.setenv("RNNATTN_NATIVE", "off")
+    assert native.status() == (False, None, "RNNATTN_NATIVE is 'off'")
+    case = narrow(make_case())
+    with pytest.raises(ValueError, match=r"cannot serve this installation .*'off'"):
+        outputs(case, dot_product_attention, **NATIVE)
+    outputs(case, dot_product_attention)
+
+
+def test_without_the_extension(monkeypatch, fresh):
+    def missing(name):
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr(native, "import_module", missing)
+    assert native.status().available is False
+    assert "No module named 'rnnattn._kernels'" in (native.status().reason or "")
+    outputs(narrow(make_case()), dot_product_attention)

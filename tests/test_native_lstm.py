@@ -1,0 +1,278 @@
+"""The native schedule of the LSTM: against the plain twin in float64, for every instruction set
+that runs here, and that it is there where it should be and nowhere else.
+
+Tiles of the kernels are of 16, 8 or 4 hidden units and up to 6 rows, so some sizes are a little
+over these, and some chunks shorter than the sequence.
+"""
+
+from functools import cache, partial
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rnnattn import LSTMState, init_lstm, lstm, lstm_step, native, recurrent, reference
+from tests.lstm_cases import Case, assert_close, make_case, relative_error, value_and_gradients
+
+SETS = list(native._load()[1])
+TOLERANCE = 1e-5
+
+pytestmark = pytest.mark.skipif(not SETS, reason=f"no kernels: {native.status().reason}")
+
+native_lstm = partial(lstm, implementation="native")
+
+
+def narrow(tree):
+    return jax.tree.map(lambda a: a.astype(jnp.float32), tree)
+
+
+def wide(tree):
+    return jax.tree.map(lambda a: a.astype(jnp.float64), tree)
+
+
+def set_how(monkeypatch, **how):
+    for name, value in how.items():
+        monkeypatch.setattr(native, name, value)
+    cast(Any, recurrent._run).clear_cache()
+
+
+@pytest.fixture(params=SETS)
+def instruction_set(request, monkeypatch):
+    set_how(monkeypatch, _instruction_set=request.param)
+    yield request.param
+    cast(Any, recurrent._run).clear_cache()
+
+
+def scaled_case(T, B, D, H) -> Case:
+    """In float32, with pre-activations of size 1 whatever the widths."""
+    case = make_case(T, B, D, H)
+    w_x, w_h, b = case.params[:3]
+    params = case.params._replace(w_x=2 * w_x / D**0.5, w_h=2 * w_h / H**0.5, b=b)
+    return narrow(case._replace(params=params))
+
+
+def masks(T, B, names):
+    """Lengths with 0 and T among them, and resets; in padding as well."""
+    rng = np.random.default_rng(1)
+    lengths = jnp.asarray([T, 0, *rng.integers(1, T + 1, size=max(B - 2, 0))][:B], jnp.int32)
+    all_masks = {"lengths": lengths, "resets": jnp.asarray(rng.random((B, T)) < 0.3)}
+    return {name: all_masks[name] for name in names}
+
+
+def with_nan_in_padding(case, lengths):
+    is_padding = (
+        jnp.arange(case.x.shape[1], dtype=jnp.int32)[None, :, None] >= lengths[:, None, None]
+    )
+    return case._replace(x=jnp.where(is_padding, jnp.nan, case.x))
+
+
+# ---- the numbers ------------------------------------------------------------------------------
+
+PROBLEMS = [
+    ((7, 3, 2, 4), (), False),
+    ((1, 1, 1, 1), (), True),
+    ((9, 1, 1, 17), ("lengths", "resets"), False),
+    ((9, 2, 5, 1), ("resets",), True),
+    ((5, 13, 17, 33), ("lengths", "resets"), True),
+    ((70, 9, 1, 16), ("lengths",), False),
+    ((300, 4, 3, 8), ("lengths", "resets"), False),
+    ((3, 14, 40, 70), ("resets",), False),
+]
+
+
+@cache
+def problem(shape, names, reverse):
+    """A case, the options of a call, and what must come out."""
+    case = scaled_case(*shape)
+    options = {"reverse": reverse, **masks(shape[0], shape[1], names)}
+    expected = value_and_gradients(partial(reference.lstm, **options), wide(case))
+    if "lengths" in names:
+        case = with_nan_in_padding(case, options["lengths"])
+    return case, options, expected
+
+
+@pytest.mark.parametrize("shape, names, reverse", PROBLEMS)
+@pytest.mark.parametrize("residuals", ["gates", "states", 4])
+def test_value_and_gradients_match_the_plain_twin(shape, names, reverse, residuals):
+    case, options, expected = problem(shape, names, reverse)
+    actual = value_and_gradients(partial(native_lstm, residuals=residuals, **options), case)
+    assert_close(actual, expected, TOLERANCE)
+
+
+@pytest.mark.parametrize("shape, names, reverse", PROBLEMS[2:])
+def test_every_instruction_set_matches_the_plain_twin(shape, names, reverse, instruction_set):
+    case, options, expected = problem(shape, names, reverse)
+    residuals = 5 if shape[0] > 5 else "states"
+    actual = value_and_gradients(partial(native_lstm, residuals=residuals, **options), case)
+    assert_close(actual, expected, TOLERANCE)
+
+
+@pytest.mark.parametrize("B", [1, 2, 40])
+def test_a_step_matches_the_plain_twin(B, instruction_set):
+    case = scaled_case(1, B, 3, 150)
+    case = case._replace(x=case.x[:, 0], cotangents=case.cotangents[1])
+    expected = value_and_gradients(reference.lstm_step, wide(case))
+    assert "rnnattn.lstm" in jax.jit(lstm_step).lower(*case[:3]).as_text()
+    assert_close(value_and_gradients(lstm_step, case), expected, TOLERANCE)
+
+
+def test_errors_are_no_larger_than_on_xla():
+    case = scaled_case(60, 8, 16, 64)
+    truth = value_and_gradients(reference.lstm, wide(case))
+    error = lambda how: relative_error(value_and_gradients(partial(lstm, **how), case), truth)
+    assert error({"implementation": "native"}) <= 2 * error({"implementation": "xla"})
+
+
+def test_any_number_of_threads_gives_the_same_bits(monkeypatch):
+    """Rows alone, in tiles of every height, and a product that is split over the threads."""
+    problems = {(6, 1, 5, 40): 3, (6, 17, 5, 40): "gates", (2, 23, 90, 80): "states"}
+    for shape, residuals in problems.items():
+        case, options = scaled_case(*shape), masks(shape[0], shape[1], ("lengths", "resets"))
+        run = partial(native_lstm, residuals=residuals, **options)
+        results = []
+        for threads in (1, 2, 0):
+            set_how(monkeypatch, _threads=threads)
+            results.append(value_and_gradients(run, case))
+        for other in results[1:]:
+            jax.tree.map(np.testing.assert_array_equal, results[0], other)
+
+
+def test_saturated_gates_and_infinite_inputs_behave_as_on_xla():
+    params, x = narrow(init_lstm(jax.random.key(0), 2, 20)), jnp.ones((4, 6, 2), jnp.float32)
+    x = x.at[0].set(1e30).at[1].set(-1e30).at[2, 3].set(jnp.inf).at[3, 2].set(jnp.nan)
+    run = lambda how: lstm(params, x, implementation=how)
+    assert_close_with_nan = partial(np.testing.assert_allclose, rtol=0, atol=1e-5)
+    jax.tree.map(assert_close_with_nan, run("native"), run("xla"))
+
+
+# ---- transformations --------------------------------------------------------------------------
+
+
+def second_order(function, case):
+    """A gradient of a gradient, with respect to the weights and x."""
+
+    def norm(params, x):
+        loss = lambda *leaves: jnp.sum(function(*leaves, case.state)[0] ** 3)
+        gradients = jax.grad(loss, (0, 1))(params, x)
+        return sum(jnp.sum(g**2) for g in jax.tree.leaves(gradients))
+
+    return jax.jit(jax.grad(norm, (0, 1)))(case.params, case.x)
+
+
+@cache
+def second_order_problem(reverse):
+    case, options = scaled_case(5, 3, 2, 3), masks(5, 3, ("lengths", "resets"))
+    options["reverse"] = reverse
+    return case, options, second_order(partial(reference.lstm, **options), wide(case))
+
+
+@pytest.mark.parametrize("residuals, reverse", [("gates", True), ("states", False), (2, True)])
+def test_second_derivatives_match_the_plain_twin(residuals, reverse):
+    case, options, expected = second_order_problem(reverse)
+    actual = second_order(partial(native_lstm, residuals=residuals, **options), case)
+    assert_close(actual, expected, 10 * TOLERANCE)
+
+
+VMAPS = {
+    "the batch": ((None, 0, None, None), True),
+    "the batch, its lengths and state": ((None, 0, 0, 0), True),
+    "the weights": ((0, 0, None, None), False),
+}
+
+
+@pytest.mark.parametrize("what", VMAPS)
+def test_vmap_matches_one_call_for_each(what):
+    """The axis joins the batch, but for one of weights, which is left to XLA."""
+    axes, is_native = VMAPS[what]
+    case = scaled_case(4, 3, 2, 5)
+    lengths = jnp.asarray([4, 0, 2], jnp.int32)
+    shared = (case.params, case.x, lengths, case.state)
+    stack = lambda a: jnp.stack([a, (a / 2).astype(a.dtype)])
+    mapped = lambda tree, axis: tree if axis is None else jax.tree.map(stack, tree)
+    arguments = [mapped(tree, axis) for tree, axis in zip(shared, axes, strict=True)]
+
+    def run(how, params, x, lengths, state):
+        return lstm(params, x, state, lengths=lengths, implementation=how)
+
+    def loss(how, params, x, lengths, state):
+        results = jax.vmap(partial(run, how), axes)(params, x, lengths, state)
+        return sum(jnp.sum(jnp.sin(a)) for a in jax.tree.leaves(results))
+
+    both = [
+        jax.jit(
+            lambda *arguments, how=how: (
+                jax.vmap(partial(run, how), axes)(*arguments),
+                jax.grad(partial(loss, how), (0, 1, 3))(*arguments),
+            )
+        )
+        for how in ("native", "xla")
+    ]
+    assert_close(both[0](*arguments), both[1](*arguments), TOLERANCE)
+    text = jax.jit(jax.vmap(partial(run, "native"), axes)).lower(*arguments).as_text()
+    assert ("rnnattn.lstm_forward" in text) == is_native
+
+
+def test_programs_for_a_cpu_call_the_kernels_and_exported_ones_do_not():
+    params = narrow(init_lstm(jax.random.key(0), 3, 5))
+    x = jax.ShapeDtypeStruct((2, 4, 3), jnp.float32)
+    loss = lambda params, x: jnp.sum(lstm(params, x)[0])
+    for function in (loss, jax.grad(loss)):
+        assert "rnnattn.lstm" in jax.jit(function).lower(params, x).as_text()
+        for platforms in (("cpu",), ("cpu", "cuda", "tpu")):
+            exported = jax.export.export(jax.jit(function), platforms=platforms)(params, x)
+            assert "rnnattn.lstm_" not in exported.mlir_module()
+    foreign = jax.jit(loss).trace(params, x).lower(lowering_platforms=("cuda",))
+    assert "rnnattn.lstm" not in foreign.as_text()
+
+
+# ---- what it cannot serve ---------------------------------------------------------------------
+
+UNSERVED: dict[str, tuple[Case, dict[str, Any]]] = {
+    "the dtype float64": (make_case(2, 2, 2, 2), {}),
+    "the dtype bfloat16": (make_case(2, 2, 2, 2, dtype=jnp.bfloat16), {}),
+    "peephole weights": (narrow(make_case(2, 2, 2, 2, peephole=True)), {}),
+    "a projection": (narrow(make_case(2, 2, 2, 2, 3)), {}),
+    "`clip` or `coupled`": (narrow(make_case(2, 2, 2, 2)), {"coupled": True}),
+    "an array without elements": (narrow(make_case(0, 2, 2, 2)), {}),
+}
+
+
+@pytest.mark.parametrize("why", UNSERVED)
+def test_what_it_cannot_serve_is_an_error_and_left_to_xla(why):
+    case, options = UNSERVED[why]
+    run = lambda **how: lstm(case.params, case.x, **options, **how)
+    with pytest.raises(ValueError, match=f"'native'` cannot serve .*{why}"):
+        run(implementation="native")
+    jax.eval_shape(run)
+
+
+@pytest.mark.parametrize("wrong", ["x", "w_x", "b", "c", "valid", "y"])
+def test_a_kernel_refuses_a_wrong_shape(wrong):
+    T, B, D, H = 3, 2, 4, 5
+    shapes = {"x": (T, B, D), "w_x": (D, 4 * H), "w_h": (H, 4 * H), "b": (4 * H,)}
+    shapes |= {"h": (B, H), "c": (B, H), "valid": (T, B), "fresh": (0,), "y": (T, B, H)}
+    shapes[wrong] = (*shapes[wrong][:-1], shapes[wrong][-1] + 1)
+    result = lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    results = [result(s) for s in (shapes.pop("y"), (B, H), (B, H), *[(0,)] * 4)]
+    flags = ("valid", "fresh")
+    arrays = [jnp.ones(s, bool if name in flags else jnp.float32) for name, s in shapes.items()]
+    call = jax.ffi.ffi_call("rnnattn.lstm_forward.v1", results)
+    options = {"reverse": False, "interval": np.int64(0), **native.how()}
+    named = {"x": "w_x"}.get(wrong, wrong)  # the width of x is what w_x is held against
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"rnnattn: {named}: another shape"):
+        jax.block_until_ready(jax.jit(partial(call, **options))(*arrays))
+
+
+def test_a_kernel_refuses_another_dtype():
+    case = make_case(2, 2, 2, 2)
+    state = LSTMState(*narrow(case.state))
+    results = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((2, 2, 2), (2, 2), (2, 2))]
+    results += [jax.ShapeDtypeStruct((0,), jnp.float32)] * 4
+    call = jax.ffi.ffi_call("rnnattn.lstm_forward.v1", results)
+    no_masks = [jnp.zeros(0, bool)] * 2
+    options = {"reverse": False, "interval": np.int64(0), **native.how()}
+    run = jax.jit(partial(call, **options))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="rnnattn: x: another dtype"):
+        jax.block_until_ready(run(case.x, *narrow(case.params)[:3], *state, *no_masks))
