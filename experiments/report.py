@@ -189,7 +189,8 @@ def _run(name: str, module: Any, config: Any, output: Path) -> Path:
 def run_key(name: str, module: Any, config: Any) -> str:
     """A hash of all that decides a result: config, sources and versions."""
     digest = hashlib.sha256(tomli_w.dumps(to_table(name, config)).encode())
-    for path in sources(Path(module.__file__)):
+    kernels = sorted((ROOT / "rnnattn" / "_native").glob("*"))
+    for path in [*sources(Path(module.__file__)), *kernels]:
         digest.update(f"\0{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     digest.update(json.dumps(runs.surroundings()["versions"], sort_keys=True).encode())
     return digest.hexdigest()[:12]

@@ -70,7 +70,8 @@ def create(output: Path, group: str, name: str | None, *, overwrite: bool = Fals
         if name is None or not os.path.lexists(output / group / name):
             raise UsageError(f"--output: {error.filename} is in the way, and no folder") from None
         raise UsageError(
-            f"--name: {output / group / name} exists; choose another name, or --overwrite it"
+            f"--name: {output / group / name} exists; --resume it, --overwrite it, or choose "
+            "another name"
         ) from None
     except OSError as error:
         raise UsageError(f"--output: cannot write {error.filename}: {error.strerror}") from None

@@ -1062,7 +1062,7 @@ def _bad_calls() -> dict[str, Any]:
         lambda: inspect.unwrap(update_cache)(cache, key, value)
     )
     i32, ids = jnp.int32, jnp.zeros((2, 3), jnp.int32)
-    implementations = "('dense', 'blockwise', 'xla', 'cudnn', 'tokamax')"
+    implementations = "('dense', 'blockwise', 'xla', 'native', 'cudnn', 'tokamax')"
     window = "`local_window_size` must be None, an int of at least 0, or a pair of them, None for "
     return {
         "dot_product_attention: `query` must be of shape (B, T, N, K) or (T, N, K), got (4, 6)": (

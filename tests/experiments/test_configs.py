@@ -7,7 +7,7 @@ import pytest
 
 from experiments.__main__ import CONFIGS, EXPERIMENTS, main
 from experiments.config import claim, read, to_table
-from experiments.runs import CONFIG, CURVES, FIGURE, METRICS, RESULT, SUMMARY
+from experiments.runs import CHECKPOINTS, CONFIG, CURVES, FIGURE, METRICS, RESULT, SUMMARY
 
 TINY_TRAINING = (
     "--train.steps 4 --train.batch-size 4 --train.log-every 2 --train.evaluate-every 2"
@@ -51,6 +51,7 @@ TEXTS = {
     "vit_mnist": {"table.txt"},
     "vit_resolution": {"table.txt", "verdicts.txt"},
 }
+TRAINING = {name for name, options in TINY.items() if "--train.steps" in options}
 TYPES = {name: experiment.Config for name, experiment in EXPERIMENTS.items()}
 
 
@@ -67,6 +68,8 @@ def test_every_config_runs_at_a_tiny_size(path, tmp_path):
     # what logs nothing has no curves
     curves = {CURVES} if EXPERIMENTS[read(path, TYPES)[0]].LABELS else set()
     files = {CONFIG, METRICS, SUMMARY, RESULT, FIGURE} | curves | TEXTS.get(path.stem, set())
+    if path.stem in TRAINING:
+        files.add(CHECKPOINTS)
     assert {file.name for file in folder.iterdir()} == files
 
 

@@ -162,7 +162,7 @@ def test_the_code_of_a_run_is_all_that_it_imports():
              report.sources(Path(attention_averaging.__file__))}  # fmt: skip
     assert {
         "experiments/attention_averaging.py", "experiments/claims.py", "experiments/figures.py",
-        "experiments/training.py", "rnnattn/__init__.py", "rnnattn/attention.py",
+        "experiments/session.py", "rnnattn/__init__.py", "rnnattn/attention.py",
         "rnnattn/dense.py", "rnnattn/scores.py",
     } <= names  # fmt: skip
     assert not names & {"experiments/report.py", "experiments/__main__.py"}
@@ -306,6 +306,6 @@ def test_a_browser_shows_the_page_whole(written, tmp_path, width):
     seen = json.loads(html.unescape(match[1]))
     assert seen["width"] == width
     assert seen["errors"] == [] and seen["dead"] == 0 and seen["math"]
-    assert seen["images"] == seen["loaded"] == 1
+    assert seen["images"] == seen["loaded"] == 2
     assert seen["claims"] == list(TITLES)
     assert seen["wide"] <= 0, "the page is wider than the window"
