@@ -5,6 +5,7 @@ import matplotlib
 import pytest
 
 matplotlib.use("Agg")
+jax.config.update("jax_num_cpu_devices", 8)  # what runs on several is tested on the CPU
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -75,8 +75,8 @@ class _Gradient(NamedTuple):
 
 
 def _outer(x, dz):
-    """Σ xᵀ dz over the leading axes."""
-    return x.reshape(-1, x.shape[-1]).T.astype(dz.dtype) @ dz.reshape(-1, dz.shape[-1])
+    """Σ xᵀ dz over time and batch, without one axis made of both: B may lie on several devices."""
+    return jnp.tensordot(x.astype(dz.dtype), dz, ((0, 1), (0, 1)))
 
 
 def _chunk_length(residuals, steps, H):

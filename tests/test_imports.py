@@ -36,6 +36,12 @@ ALLOWED = {
     "native": {"os", "rnnattn._kernels"},
     "native_attention": {"rnnattn.native", "rnnattn.scores"},
     "native_lstm": {"rnnattn.cell", "rnnattn.chunked", "rnnattn.native"},
+    "parallel": {
+        "rnnattn.attention",
+        "rnnattn.blockwise",
+        "rnnattn.precision",
+        "rnnattn.scores",
+    },
     "patches": {"rnnattn.precision"},
     "position": set(),
     "precision": set(),
