@@ -132,6 +132,8 @@ def ring_attention(
         _require("ring_attention", not outside, names, expected, "one that is given")
         ring, exchanged = _ring(axis_name, lax.axis_size(axis_name), layout, options)
         _check_parts(arrays, layout, ring)
+        T, S = (x.shape[1] * ring.devices for x in (arrays.query, arrays.key))
+        ring = ring._replace(stops=_stops(ring, options, T, S))
         out, lse = _attend_to_parts(ring, exchanged, options, arrays)
         return (out, lse) if return_residual else out
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
@@ -430,6 +432,7 @@ class _Axes(NamedTuple):
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _run(mesh, axes, ring, exchanged, options, arrays):
     """O and L, in the layout of the arguments."""
+    ring = ring._replace(stops=_stops(ring, options, arrays.query.shape[1], arrays.key.shape[1]))
     given = {name: x for name, x in arrays._asdict().items() if x is not None}
     del given["query_offset"]
     specs = {name: _spec(axes, name, x) for name, x in given.items()}
@@ -444,8 +447,6 @@ def _run(mesh, axes, ring, exchanged, options, arrays):
 
 def _attend_to_parts(ring, exchanged, options, arrays):
     """O and L of what one device holds."""
-    whole = (x.shape[1] * ring.devices for x in (arrays.query, arrays.key))
-    ring = ring._replace(stops=_stops(ring, options, *whole))
     if exchanged:
         to = lambda x: None if x is None else _to_zigzag(ring, x)
         arrays = arrays._replace(**{name: to(getattr(arrays, name)) for name in _IN_ORDER})
