@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, PyTree
 
 from experiments.config import UsageError
@@ -87,7 +88,8 @@ class Checkpoints:
             state, key: what the state and the key have to be like; the key has to be the same.
 
         Raises:
-            UsageError: if it is of another config or not like `state`, or if none can be read.
+            UsageError: if it is of another config or key, or not like `state`, or if none can be
+                read.
         """
         found = list(reversed(self._orbax.checkpoints))
         wanted = jax.tree.map(_abstract, _with_key(state, key))
@@ -108,8 +110,9 @@ class Checkpoints:
                 raise UsageError(f"{checkpoint.path}: is a checkpoint of another config")
             if differing := differences(has, wanted):
                 raise UsageError("\n".join(f"{checkpoint.path}: {line}" for line in differing))
-            state = loaded["state"]["training"]
-            return checkpoint.step, state, progress
+            if not jnp.array_equal(loaded["state"]["key"], jax.random.key_data(key)):
+                raise UsageError(f"{checkpoint.path}: is a checkpoint of another random key")
+            return checkpoint.step, loaded["state"]["training"], progress
         if found:
             raise UsageError(
                 f"{self._orbax.directory}: none of its checkpoints can be read; --overwrite the "

@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ SILENT = Session()
 class Stop:
     """Whether the process has been asked to stop."""
 
-    requested: bool = field(default=False)
+    requested: bool = False
 
 
 @contextmanager

@@ -318,16 +318,19 @@ def _call(function, rule, arrays, settings):
         )
     if settings.return_weights:
         rule = _forward_with_weights
-    far = lambda side: side is None or side >= _FAR
-    left, right = (None if far(side) else side for side in _window(settings.local_window_size))
-    window = None if left is None and right is None else (left, right)
-    options = Options(
-        bool(settings.is_causal), window, settings.logits_soft_cap, settings.dropout_rate
-    )
-    results = _run(rule, _schedule(arrays, settings), options, arrays)
+    results = _run(rule, _schedule(arrays, settings), _options(settings), arrays)
     wanted = (True, settings.return_residual, settings.return_weights)
     results = [result for result, want in zip(results, wanted, strict=False) if want]
     return results[0] if len(results) == 1 else tuple(results)
+
+
+def _options(settings):
+    far = lambda side: side is None or side >= _FAR
+    left, right = (None if far(side) else side for side in _window(settings.local_window_size))
+    window = None if left is None and right is None else (left, right)
+    return Options(
+        bool(settings.is_causal), window, settings.logits_soft_cap, settings.dropout_rate
+    )
 
 
 def _schedule(arrays, settings):

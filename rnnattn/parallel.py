@@ -37,7 +37,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
 
 import rnnattn.blockwise as blockwise
-from rnnattn.attention import _FAR, _Arrays, _check, _problem, _require, _Settings, _window
+from rnnattn.attention import _Arrays, _check, _options, _problem, _require, _Settings
 from rnnattn.precision import accumulator
 from rnnattn.scores import Masking, Operands, Options, hide, key_range, weights
 
@@ -505,13 +505,6 @@ def _swapped(ring, a, b):
 
 
 # ------------------------------------------------------------------------------------------- checks
-
-
-def _options(settings):
-    far = lambda side: side is None or side >= _FAR
-    left, right = (None if far(side) else side for side in _window(settings.local_window_size))
-    window = None if left is None and right is None else (left, right)
-    return Options(bool(settings.is_causal), window, settings.logits_soft_cap)
 
 
 def _check_mesh(mesh, axes):

@@ -330,6 +330,8 @@ def test_a_leaf_that_differs_is_an_error_that_names_it(change, line, tmp_path):
         checkpoints.wait()
         with pytest.raises(UsageError, match=line):
             checkpoints.load(change(state), key)
+        with pytest.raises(UsageError, match="another random key"):
+            checkpoints.load(state, jax.random.key(1))
     with Checkpoints(tmp_path, 2, "other") as checkpoints:
         with pytest.raises(UsageError, match="another config"):
             checkpoints.load(state, key)
