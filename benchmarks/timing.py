@@ -266,8 +266,13 @@ def report(
         results[name] = study.measure()
         study.show(results[name])
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(results, indent=1) + "\n")
+        write(args.output, results)
+
+
+def write(path: Path, results: Mapping[str, Any]) -> None:
+    """Keep the results as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 # ---- the machine ------------------------------------------------------------------------------

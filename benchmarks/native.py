@@ -1,0 +1,266 @@
+"""The native kernels on a CPU: streaming, the rate of arithmetic, both cores, and their cost.
+
+    python benchmarks/native.py --output benchmarks/results/NAME.json
+
+How fast they are against peers, shape by shape, is for `lstm.py` and `attention.py`.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import rnnattn
+from benchmarks import attention, lstm, timing
+from rnnattn import interop, native
+
+PACKAGES = ["jax", "jaxlib", "numpy", "torch"]
+
+
+# ---- one row, step by step ---------------------------------------------------------------------
+
+
+def measure_streaming(rounds, D=256, H=256, T=256) -> dict[str, Any]:
+    """`lstm_step` in a jitted loop over one row's steps; torch's LSTMCell in a loop of Python."""
+    params, x, _ = lstm.make_problem(T, 1, D, H, dtype="float32")
+    zeros = jnp.zeros((1, H))
+
+    def loop(implementation):
+        def run(params, x):
+            step = lambda state, x: (rnnattn.lstm_step(params, x, state), None)
+            if implementation == "xla":
+                one = lambda x: x[:, None]  # `lstm` of one step, as `lstm_step` has no choice
+                step = lambda state, x: (
+                    rnnattn.lstm(params, one(x), state, implementation="xla")[1],
+                    None,
+                )
+            return jax.lax.scan(step, rnnattn.LSTMState(zeros, zeros), x)[0]
+
+        return timing.compiled(run, params, x)
+
+    programs = {"ours": loop(None), "ours, xla": loop("xla")}
+    try:
+        programs["torch"] = _cell_of_torch(params, x)
+    except ImportError as error:
+        print(f"  without torch: {error}")
+    h = [np.asarray(program.call()[0]) for program in programs.values()]
+    for other in h[1:]:
+        np.testing.assert_allclose(other, h[0], atol=1e-4)
+    times = timing.measure(programs, rounds)
+    return {
+        "shape": (1, D, H),
+        "microseconds": {name: 1e6 * float(np.median(t)) / T for name, t in times.items()},
+        "ratio": {
+            name: timing.ratio(times[name], times["ours"])._asdict()
+            for name in times
+            if name != "ours"
+        },
+    }
+
+
+def _cell_of_torch(params, x) -> timing.Program:
+    import torch
+
+    timing.prepare_torch(torch)
+    cell = torch.nn.LSTMCell(x.shape[-1], params.w_h.shape[0])
+    weights = interop.lstm_to_torch(params)
+    cell.load_state_dict(
+        {key.removesuffix("_l0"): torch.tensor(np.asarray(value)) for key, value in weights.items()}
+    )
+    steps = torch.tensor(np.asarray(x))
+    zeros = torch.zeros(1, params.w_h.shape[0])
+
+    def run():
+        state = (zeros, zeros)
+        with torch.no_grad():
+            for step in steps:
+                state = cell(step, state)
+        return state
+
+    return timing.Program(run)
+
+
+def print_streaming(streaming):
+    print(f"\none row, step by step, (B, D, H) = {streaming['shape']}: time / ours")
+    for name, r in streaming["ratio"].items():
+        print(
+            f"  {name:<12}{timing.show_ratio(r)}   {streaming['microseconds'][name]:.1f} µs a step,"
+            f" ours {streaming['microseconds']['ours']:.1f}"
+        )
+
+
+# ---- the rate of arithmetic --------------------------------------------------------------------
+
+
+def measure_rates(rounds, size=2048) -> dict[str, Any]:
+    """GFLOP/s of training, and of a matrix product in the same rounds.
+
+    "Needed" counts the products that any gradient needs; "done", those that the default of `lstm`
+    and that of attention compute again as well.
+    """
+    matrix = jax.random.normal(jax.random.key(0), (size, size), jnp.float32)
+    product = timing.compiled(jnp.matmul, matrix, matrix)
+    cases: dict[str, tuple[Callable[[], timing.Program], float, float]] = {}
+    for T, B, D, H in ((64, 64, 256, 512), (32, 256, 512, 512)):
+        one = 2.0 * T * B * (D + H) * 4 * H
+        problem = lstm.make_problem(T, B, D, H, dtype="float32")
+        name = f"lstm ({T}, {B}, {D}, {H})"
+        cases[name] = (lambda p=problem: lstm.ours(p)["training"], 3 * one, 4 * one)
+        gates = lambda p=problem: lstm.ours_gates(p)["training"]
+        cases[f"{name}, gates"] = (gates, 3 * one, 3 * one)
+    for causal in (False, True):
+        shape = attention.Shape(1, 4096, 8, 64, causal)
+        one = 2.0 * shape.logits * shape.K * (0.5 if causal else 1.0)
+        program = lambda s=shape: attention.ours(attention.make_problem(s, dtype="float32"))
+        cases[f"attention ({shape})"] = (lambda p=program: p()["gradient"], 6 * one, 7 * one)
+    rows = {}
+    for name, (make, needed, done) in cases.items():
+        times = timing.measure({"product": product, name: make()}, rounds)
+        rate = 2.0 * size**3 / np.array(times["product"])
+        share = lambda flops, rate=rate, t=times[name]: float(np.median(flops / np.array(t) / rate))
+        rows[name] = {
+            "milliseconds": 1e3 * float(np.median(times[name])),
+            "product_gflops": float(np.median(rate)) / 1e9,
+            "share_needed": share(needed),
+            "share_done": share(done),
+        }
+    return rows
+
+
+def print_rates(rates):
+    print(
+        "\nrate of arithmetic over that of a matrix product; of what is needed, and of what is done"
+    )
+    for name, row in rates.items():
+        print(
+            f"  {name:<34}{row['milliseconds']:9.1f} ms   needed {row['share_needed']:.2f}"
+            f"   done {row['share_done']:.2f}   (product {row['product_gflops']:.0f} GFLOP/s)"
+        )
+
+
+# ---- cores -------------------------------------------------------------------------------------
+
+
+def measure_cores(rounds, T=8192) -> dict[str, Any]:
+    """One thread's time over that of all, of the gradient of attention with one head and sequence.
+
+    A thread that waits for another may be busy waiting, so the time of processors says nothing.
+    """
+    shape = attention.Shape(1, T, 1, 64)
+    problem = attention.make_problem(shape, dtype="float32")
+    programs = {"ours": attention.ours(problem)["gradient"]}
+    with mock.patch.object(native, "_threads", 1):
+        jax.clear_caches()
+        programs["ours, one thread"] = attention.ours(problem)["gradient"]
+    try:
+        programs |= _threads_of_torch(problem)
+    except ImportError as error:
+        print(f"  without torch: {error}")
+    times = timing.measure(programs, rounds)
+    speed_up = {
+        name: timing.ratio(times[f"{name}, one thread"], times[name])._asdict()
+        for name in ("ours", "torch")
+        if name in times
+    }
+    return {"shape": shape, "speed_up": speed_up} | {
+        "milliseconds": {name: 1e3 * float(np.median(t)) for name, t in times.items()}
+    }
+
+
+def _threads_of_torch(problem) -> dict[str, timing.Program]:
+    import torch
+
+    gradient = attention.torch(problem)["gradient"].call
+
+    def with_threads(number):
+        def call():
+            torch.set_num_threads(number)
+            return gradient()
+
+        return timing.Program(call)
+
+    return {"torch": with_threads(timing.cores()), "torch, one thread": with_threads(1)}
+
+
+def print_cores(cores):
+    print(f"\none thread's time / all threads', gradient of attention ({cores['shape']})")
+    for name, speed_up in cores["speed_up"].items():
+        print(f"  {name:<12}{timing.show_ratio(speed_up)}   {cores['milliseconds'][name]:.1f} ms")
+
+
+# ---- what they cost ----------------------------------------------------------------------------
+
+
+def measure_cost(rounds) -> dict[str, Any]:
+    """Milliseconds that the kernels add to `import rnnattn` and take at their first use; megabytes."""
+    imports, loads = [], []
+    for _ in range(rounds):
+        log = _python("-X", "importtime", "-c", "import rnnattn").stderr
+        own = re.findall(r"import time:\s+(\d+) \|\s+\d+ \|\s+rnnattn\.native\w*$", log, re.M)
+        imports.append(sum(map(int, own)) / 1e3)
+        code = (
+            "import time, rnnattn.native, jax; jax.devices(); t = time.perf_counter();"
+            "rnnattn.native.status(); print(1e3 * (time.perf_counter() - t))"
+        )
+        loads.append(float(_python("-c", code).stdout))
+    import rnnattn._kernels as kernels
+
+    return {
+        "import_milliseconds": float(np.median(imports)),
+        "first_use_milliseconds": float(np.median(loads)),
+        "megabytes": Path(kernels.__file__).stat().st_size / 1e6,
+    }
+
+
+def _python(*arguments):
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, check=True, cwd=Path.cwd()
+    )
+
+
+def print_cost(cost):
+    print(
+        f"\nimport rnnattn: {cost['import_milliseconds']:.1f} ms for the modules of the kernels;"
+        f" first use {cost['first_use_milliseconds']:.1f} ms; extension {cost['megabytes']:.2f} MB"
+    )
+
+
+STUDIES: dict[str, tuple[Callable[[int], Any], Callable[[Any], None]]] = {
+    "streaming": (measure_streaming, print_streaming),
+    "rates": (measure_rates, print_rates),
+    "cores": (measure_cores, print_cores),
+    "cost": (measure_cost, print_cost),
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES))
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--output", type=Path, help="a JSON file for the results")
+    args = parser.parse_args()
+    status = native.status()
+    if not status.available:
+        sys.exit(f"there are no native kernels here: {status.reason}")
+    print(f"instruction set: {status.instruction_set}")
+    results: dict[str, Any] = {"machine": timing.machine(PACKAGES)}
+    for name in args.studies:
+        measure, show = STUDIES[name]
+        results[name] = measure(args.rounds)
+        show(results[name])
+    if args.output:
+        timing.write(args.output, results)
+
+
+if __name__ == "__main__":
+    main()
