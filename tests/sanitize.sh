@@ -18,4 +18,5 @@ export CXXFLAGS="$CFLAGS" LDFLAGS="-fsanitize=address,undefined"
 "$python" setup.py --quiet build_ext --inplace
 # jaxlib and Python leak on purpose, and were not built with sanitizers.
 export ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(${CC:-gcc} -print-file-name=libasan.so) $(${CC:-gcc} -print-file-name=libubsan.so) $(${CC:-gcc} -print-file-name=libstdc++.so)"
-exec "$python" -m pytest -n 0 "${@:-tests/test_native.py}"
+[ $# -gt 0 ] || set -- tests/test_native.py tests/test_native_lstm.py
+exec "$python" -m pytest -n 0 "$@"
