@@ -202,7 +202,7 @@ def print_cores(cores):
 
 
 def measure_cost(rounds) -> dict[str, Any]:
-    """Milliseconds that the kernels add to `import rnnattn` and take at their first use; megabytes."""
+    """What the kernels add to `import rnnattn` and take at first use, and the extension's size."""
     imports, loads = [], []
     for _ in range(rounds):
         log = _python("-X", "importtime", "-c", "import rnnattn").stderr

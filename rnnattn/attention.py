@@ -20,7 +20,7 @@ import rnnattn.blockwise as blockwise
 import rnnattn.dense as dense
 import rnnattn.native as native
 import rnnattn.native_attention as native_attention
-from rnnattn.precision import accumulator
+from rnnattn.precision import accumulator, varying_together
 from rnnattn.scores import Masking, Operands, Options, dropout_keys, hide
 
 Implementation = Literal["dense", "blockwise", "xla", "native", "cudnn", "tokamax"]
@@ -369,6 +369,7 @@ def _window(size):
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _run(rule, schedule, options, arrays):
     """O, L and what else `rule` returns, in the layout of the arguments."""
+    arrays = varying_together(arrays)
     batched = arrays.query.ndim == 4
     if not batched:
         arrays = _with_batch(arrays)

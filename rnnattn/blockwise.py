@@ -220,8 +220,8 @@ def _forward(options, operands, masking, head=None):
         return jax.tree.map(put, results, block), None
 
     running = jax.eval_shape(lambda: nothing_seen(operands, grid.queries.size))
-    o = jnp.zeros(running.weighted.shape, operands.value.dtype)
-    results = (o, jnp.zeros(running.peak.shape, running.peak.dtype))
+    o = jnp.zeros_like(operands.value, shape=running.weighted.shape)
+    results = (o, jnp.zeros_like(operands.value, running.peak.dtype, shape=running.peak.shape))
     return lax.scan(query_block, results, grid.blocks())[0]
 
 
@@ -254,7 +254,7 @@ def _backward(options, operands, masking, kept, cotangents, dbias, head=None):
 
         dq, dk, dv, dbias = gradient
         band = grid.band(dbias, i)
-        start = (jnp.zeros(of_i.query.shape, dq.dtype), dk, dv, band)
+        start = (jnp.zeros_like(of_i.query, dq.dtype), dk, dv, band)
         first, past = key_blocks(i)
         block, dk, dv, band = lax.fori_loop(first, past, key_block, start)
         dq = grid.queries.add(dq, block, i, 3)
@@ -262,7 +262,7 @@ def _backward(options, operands, masking, kept, cotangents, dbias, head=None):
         return (dq, dk, dv, dbias), None
 
     q, k, v, *_ = operands
-    zeros = lambda x: jnp.zeros(x.shape, kept[1].dtype)
+    zeros = lambda x: jnp.zeros_like(x, kept[1].dtype)
     return lax.scan(query_block, (zeros(q), zeros(k), zeros(v), dbias), grid.blocks())[0]
 
 
@@ -359,7 +359,7 @@ def _tangent(options, operands, masking, o, lse, doperands):
             skip = lambda tangent, _: tangent
             return lax.cond((first <= j) & (j < past), visit, skip, tangent, j), None
 
-        start = (jnp.zeros(lse_i.shape, lse.dtype), jnp.zeros(o_i.shape, lse.dtype))
+        start = (jnp.zeros_like(lse_i), jnp.zeros_like(o_i, lse.dtype))
         blocks = jnp.arange(grid.keys.count, dtype=jnp.int32)
         sums, _ = lax.scan(key_block, start, blocks)
         do, dlse = finish_tangent(o_i, lse_i, *sums, operands.sinks, doperands.sinks)
@@ -380,7 +380,7 @@ def backward(options, operands, masking, o, lse, do, dlse):
         masking,
         (o, lse),
         (do, dlse),
-        None if bias is None else jnp.zeros(bias.shape, lse.dtype),
+        None if bias is None else jnp.zeros_like(bias, lse.dtype),
         cpu=partial(_backward_by_head, options),
         default=partial(_backward, options),
     )

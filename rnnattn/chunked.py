@@ -251,7 +251,7 @@ def _sequence_bwd(schedule, residuals, cotangents):
         carry, dx = _chunk_backward(schedule, params, halved, carry, steps, dy, trace, start)
         return carry, (dx, ())
 
-    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, dtype), params)
+    zeros = jax.tree.map(lambda w: jnp.zeros_like(w, dtype), params)
     dparams = _Gradient(jnp.concatenate([zeros.w_x, zeros.w_h]), *zeros[2:])
     carry = (dparams, jax.tree.map(lambda d: d.astype(dtype), dstate))
     length = _chunk_length(schedule.residuals, steps, params.w_h.shape[1] // 4)

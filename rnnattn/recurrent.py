@@ -20,7 +20,7 @@ import rnnattn.chunked as chunked
 import rnnattn.native_lstm as native_lstm
 from rnnattn.cell import LSTMParams, LSTMState, Variant
 from rnnattn.chunked import Schedule, Steps
-from rnnattn.precision import accumulator
+from rnnattn.precision import accumulator, varying_together
 
 
 def init_lstm(
@@ -313,8 +313,8 @@ def _full_state(params, state, B):
     """The initial state in the dtypes the steps carry; None is zeros."""
     H, dtype = params.w_h.shape[1] // 4, params.b.dtype
     if state is None:
-        h = jnp.zeros((B, params.w_h.shape[0]), dtype)
-        return LSTMState(h, jnp.zeros((B, H), accumulator(dtype)))
+        zeros = lambda width, dtype: jnp.zeros_like(params.b, dtype, shape=(B, width))
+        return LSTMState(zeros(params.w_h.shape[0], dtype), zeros(H, accumulator(dtype)))
     return LSTMState(jnp.asarray(state.h), jnp.asarray(state.c, accumulator(dtype)))
 
 
@@ -336,6 +336,7 @@ def _steps(x, lengths, resets, reverse):
 @partial(jax.jit, static_argnames=("schedule", "native", "time_major"))
 def _run(schedule, native, time_major, params, x, state, lengths, resets):
     """`lstm` after its arguments are checked."""
+    params, x, state, lengths, resets = varying_together((params, x, state, lengths, resets))
     if not time_major:
         x = jnp.swapaxes(x, 0, 1)
         resets = None if resets is None else jnp.swapaxes(resets, 0, 1)

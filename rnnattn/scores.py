@@ -145,11 +145,12 @@ def nothing_seen(operands, rows):
     """Where the softmax of `rows` queries begins: a sink counts as a key without a value."""
     B, M, G = operands.query.shape[:3]
     wide = accumulator(operands.query.dtype)
-    weighted = jnp.zeros((B, M, G, rows, operands.value.shape[-1]), wide)
+    shape = (B, M, G, rows)
+    weighted = jnp.zeros_like(operands.value, wide, shape=(*shape, operands.value.shape[-1]))
     if operands.sinks is None:
-        peak = jnp.full((B, M, G, rows), -jnp.inf, wide)
+        peak = jnp.full_like(operands.query, -jnp.inf, wide, shape=shape)
         return Running(peak, jnp.zeros_like(peak), weighted)
-    sinks = jnp.broadcast_to(operands.sinks.astype(wide), (B, M, G, rows))
+    sinks = jnp.broadcast_to(operands.sinks.astype(wide), shape)
     peak = lax.stop_gradient(sinks)
     return Running(peak, jnp.exp(sinks - _finite(peak)), weighted)
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
+from jax.sharding import AxisType, PartitionSpec as P
 
 from rnnattn import (
     KVCache,
@@ -1043,6 +1044,30 @@ def test_everything_exports_for_gpu_and_tpu(implementation):
                 jax.jit(inspect.unwrap(run)), platforms=("cpu", "cuda", "tpu")
             )
             export(case.floats, case.others, direction)
+
+
+@pytest.mark.parametrize("implementation", [*SCHEDULES, None])
+def test_the_batch_may_be_divided_by_shard_map(implementation, small_blocks):  # noqa: F811
+    """The bias and the sinks are the same on all devices, and so their gradient is the sum."""
+    case = make_case(
+        Sizes(4, 9, 9, 2, 1, 3, 2),
+        bias=(1, 2, 9, 9),
+        sinks=True,
+        key_value_seq_lengths=jnp.array([9, 3, 0, 7], jnp.int32),
+        is_causal=True,
+    )
+    of_rows = lambda name: P() if name in ("bias", "sinks", "scale") else P("b")
+    specs = [{name: of_rows(name) for name in arrays} for arrays in (case.floats, case.others)]
+    mesh = jax.make_mesh((2,), ("b",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    call = caller(dot_product_attention, **case.options, implementation=implementation)
+    divided = jax.shard_map(call, mesh=mesh, in_specs=tuple(specs), out_specs=P("b"))
+
+    def gradients(call):
+        return jax.jit(lambda *x: jax.vjp(lambda f: call(f, x[1]), x[0])[1](x[2]))(
+            case.floats, case.others, cotangents_for(case)
+        )
+
+    assert_same(gradients(divided), gradients(call))
 
 
 # ---- errors -----------------------------------------------------------------------------------

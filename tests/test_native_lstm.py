@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings, strategies as st
 
 from rnnattn import LSTMState, init_lstm, lstm, lstm_step, native, recurrent, reference
 from tests.lstm_cases import Case, assert_close, make_case, relative_error, value_and_gradients
@@ -105,6 +106,24 @@ def test_value_and_gradients_match_the_plain_twin(shape, names, reverse, residua
 def test_every_instruction_set_matches_the_plain_twin(shape, names, reverse, instruction_set):
     case, options, expected = problem(shape, names, reverse)
     residuals = 5 if shape[0] > 5 else "states"
+    actual = value_and_gradients(partial(native_lstm, residuals=residuals, **options), case)
+    assert_close(actual, expected, TOLERANCE)
+
+
+_size = st.one_of(st.just(1), st.integers(1, 9))
+
+
+@settings(deadline=None, derandomize=True, max_examples=5)
+@given(
+    st.tuples(_size, _size, _size, st.one_of(_size, st.integers(15, 35))),
+    st.sets(st.sampled_from(["lengths", "resets"])),
+    st.booleans(),
+    st.one_of(st.sampled_from(["gates", "states"]), _size),
+)
+def test_any_shape_and_options_match_the_plain_twin(shape, names, reverse, residuals):
+    case, options = scaled_case(*shape), masks(shape[0], shape[1], sorted(names))
+    options["reverse"] = reverse
+    expected = value_and_gradients(partial(reference.lstm, **options), wide(case))
     actual = value_and_gradients(partial(native_lstm, residuals=residuals, **options), case)
     assert_close(actual, expected, TOLERANCE)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import rnn
+from jax.sharding import AxisType, PartitionSpec as P
 from jax.test_util import check_grads
 
 import rnnattn
@@ -466,6 +467,26 @@ def test_everything_exports_for_gpu_and_tpu(dtype):
         for f in (function, jax.grad(function, argnums=(0, 1, 2))):
             platforms = ("cpu", "cuda", "tpu")
             jax.export.export(jax.jit(f), platforms=platforms)(params, x, state)
+
+
+@pytest.mark.parametrize("residuals", ["gates", "states", 2])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_the_batch_may_be_divided_by_shard_map(residuals, dtype):
+    """The parameters are the same on all devices, and so their gradient is the sum."""
+    case = make_case(5, 4, 3, 2, dtype=dtype)
+    lengths = jnp.array([5, 3, 0, 1], jnp.int32)
+    run = partial(lstm, residuals=residuals)
+    mesh = jax.make_mesh((2,), ("b",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    divided = jax.shard_map(
+        lambda params, x, lengths: run(params, x, lengths=lengths),
+        mesh=mesh,
+        in_specs=(P(), P("b"), P("b")),
+        out_specs=P("b"),
+    )
+    # from zeros, which the function makes itself
+    actual = value_and_gradients(lambda params, x, _: divided(params, x, lengths), case)
+    expected = value_and_gradients(lambda params, x, _: run(params, x, lengths=lengths), case)
+    assert_close(actual, expected, 1e-12 if dtype == jnp.float64 else 1e-5)
 
 
 # ---- parameters and errors --------------------------------------------------------------------

@@ -1,0 +1,164 @@
+"""Do the tests of the native kernels notice every sign and factor of their equations?
+
+    python tests/mutate_native.py [name of a function, or a part of it]
+
+As `tests/mutate.py`, for C++: each function that states an equation is changed in one place at a
+time (+ and − exchanged, a product made a sum, a comparison turned round, a mask dropped), the
+kernels are compiled anew in build/mutated, for the portable instruction set alone, and the tests
+that compare with the plain twins run until the first failure. It takes half a minute a change.
+Exits with 1 if one survives.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jaxlib
+
+ROOT = Path(__file__).resolve().parent.parent
+NATIVE = Path("rnnattn/_native")
+FUNCTIONS = {
+    "lstm.inc": [
+        "cell(const V",
+        "cell_gradient(const Gates",
+    ],
+    "attention.inc": [
+        "keys_of(const Attention",
+        "mask_outside(const Row",
+        "finish_logits(const Attention",
+        "weigh(const Block",
+        "row_sums(const AttentionBackward",
+        "logits_gradient(const Block",
+    ],
+}
+TESTS = {"lstm.inc": "tests/test_native_lstm.py", "attention.inc": "tests/test_native.py"}
+PLACE = r"(?:[bjrtW]|at|key|STRIDE|p\.[GMTV])\b"  # in an array: for the sanitizers
+CHANGES = [
+    (rf" \+ (?!{PLACE})", " - "),
+    (rf" - (?!{PLACE})", " + "),
+    (rf" \* (?!{PLACE})", " + "),
+    (r" \*= ", " += "),
+    (r" \+= ", " -= "),
+    (r" / (?=p\.)", " * "),
+    (r" < (?=static_cast<int32_t>|p\.)", " >= "),
+    (r" >= (?=static_cast<int32_t>)", " < "),
+    (r"&&", "||"),
+    (r"\bleast\(", "most("),
+    (r"(?<![a-z_])most\(", "least("),
+    (r"\bfma\((half|dm|f)\b", r"-fma(\1"),
+]
+SKIPPED = "for (", "static_cast<int>(", "const int rest"  # where loops end
+
+
+class Mutant(NamedTuple):
+    """A source file, changed in one place."""
+
+    file: str
+    line: int
+    before: str
+    after: str
+
+
+def mutants(part: str) -> Iterator[Mutant]:
+    for file, functions in FUNCTIONS.items():
+        lines = (ROOT / NATIVE / file).read_text().splitlines()
+        for function in functions:
+            if part not in function:
+                continue
+            (first,) = (
+                i
+                for i, line in enumerate(lines)
+                if function in line and not line.rstrip().endswith(";")
+            )
+            indent = len(lines[first]) - len(lines[first].lstrip())
+            last = next(i for i in range(first, len(lines)) if lines[i] == " " * indent + "}")
+            body = next(i for i in range(first, last) if lines[i].rstrip().endswith("{")) + 1
+            for i in range(body, last):
+                code = lines[i].split("//")[0]
+                if any(text in code for text in SKIPPED):
+                    continue
+                for pattern, replacement in CHANGES:
+                    for found in re.finditer(pattern, code):
+                        changed = found.expand(replacement)
+                        after = code[: found.start()] + changed + code[found.end() :]
+                        yield Mutant(file, i, code, after)
+
+
+def noticed(mutant: Mutant | None, folder: Path, tests: str) -> str | None:
+    """How the change is noticed; None if it is not."""
+    if mutant:
+        lines = (ROOT / NATIVE / mutant.file).read_text().splitlines()
+        lines[mutant.line] = mutant.after
+        (folder / NATIVE / mutant.file).write_text("\n".join(lines) + "\n")
+    try:
+        includes = [Path(jaxlib.__file__).parent / "include", sysconfig.get_paths()["include"]]
+        command = "g++ -shared -fPIC -std=c++17 -O1 -w -fvisibility=hidden".split()
+        command += [f"-I{path}" for path in includes]
+        command += [str(NATIVE / "baseline.cc"), "module.o", "none.o"]
+        command += ["-o", "rnnattn/_kernels.abi3.so"]
+        if subprocess.run(command, cwd=folder, capture_output=True).returncode:
+            return "the compiler"
+        which = "twin or feature or sizes or several_blocks or bias_that_is or hidden or spoils"
+        pytest = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", tests, "-k", which]
+        run = subprocess.run(pytest, cwd=folder, capture_output=True, text=True, env=_environment())
+        if run.returncode == 0:
+            return None
+        failed = re.search(r"^(FAILED|ERROR) \S*::(\S+)", run.stdout, re.M)
+        return failed[2] if failed else "a crash"
+    finally:
+        if mutant:
+            shutil.copy(ROOT / NATIVE / mutant.file, folder / NATIVE / mutant.file)
+
+
+def _environment():
+    return os.environ | {"RNNATTN_NATIVE": "baseline"}
+
+
+def prepare(folder: Path) -> None:
+    """A copy of what is needed, with the parts compiled that no change touches."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for name in ("rnnattn", "tests"):
+        ignored = shutil.ignore_patterns("*.so", "__pycache__")
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    for name in ("conftest.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder / name)
+    none = "".join(
+        f"const Kernels* {name}_kernels() {{ return nullptr; }}\n" for name in ("avx512", "avx2")
+    )
+    (folder / "none.cc").write_text(
+        f'#include "{NATIVE}/kernels.h"\nnamespace rnnattn {{\n{none}}}\n'
+    )
+    includes = [Path(jaxlib.__file__).parent / "include", sysconfig.get_paths()["include"]]
+    for source, object_file in ((NATIVE / "module.cc", "module.o"), ("none.cc", "none.o")):
+        command = "g++ -c -fPIC -std=c++17 -O1 -fvisibility=hidden".split()
+        command += [f"-I{path}" for path in includes]
+        subprocess.run([*command, str(source), "-o", object_file], cwd=folder, check=True)
+
+
+def main(part: str = "") -> int:
+    folder = ROOT / "build/mutated"
+    prepare(folder)
+    for tests in TESTS.values():
+        if error := noticed(None, folder, tests):
+            print(f"{tests} fails as it is: {error}")
+            return 1
+    survivors = count = 0
+    for mutant in mutants(part):
+        error = noticed(mutant, folder, TESTS[mutant.file])
+        survivors, count = survivors + (error is None), count + 1
+        change = f"{mutant.before.strip()}  →  {mutant.after.strip()}"
+        verdict = f"killed by {error}" if error else "SURVIVED"
+        print(f"{mutant.file}:{mutant.line + 1}: {change}  {verdict}", flush=True)
+    print(f"{count} mutants, {survivors} survived")
+    return int(survivors > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
