@@ -169,6 +169,7 @@ def torch(problem: Problem) -> timing.Programs:
 
 PEERS: dict[str, Callable[[Problem], timing.Programs]] = {
     "ours again": ours,
+    "ours, xla": partial(ours, implementation="xla"),
     "dense": partial(ours, implementation="dense"),
     "blockwise": partial(ours, implementation="blockwise"),
     "ours, jvp": ours_jvp,
@@ -177,7 +178,7 @@ PEERS: dict[str, Callable[[Problem], timing.Programs]] = {
     "tokamax": tokamax,
     "torch": torch,
 }
-DEFAULT_PEERS = ["ours again", "jax.nn", "cudnn", "tokamax", "torch"]
+DEFAULT_PEERS = ["ours again", "ours, xla", "jax.nn", "cudnn", "tokamax", "torch"]
 
 
 def outputs(programs: timing.Programs) -> dict[str, Any]:

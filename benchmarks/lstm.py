@@ -10,6 +10,7 @@ weights, from a cotangent of y that is an argument. On a GPU, torch runs on it t
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,13 +69,9 @@ def jax_programs(apply: Callable, weights: Any, x: jax.Array, dy: jax.Array) -> 
     }
 
 
-def ours(problem: Problem, residuals="states") -> timing.Programs:
-    apply = lambda params, x: rnnattn.lstm(params, x, time_major=True, residuals=residuals)
+def ours(problem: Problem, **options) -> timing.Programs:
+    apply = lambda params, x: rnnattn.lstm(params, x, time_major=True, **options)
     return jax_programs(apply, *problem)
-
-
-def ours_gates(problem: Problem) -> timing.Programs:
-    return ours(problem, "gates")
 
 
 def reference(problem: Problem) -> timing.Programs:
@@ -178,7 +175,8 @@ def torch(problem: Problem) -> timing.Programs:
 
 PEERS: dict[str, Callable[[Problem], timing.Programs]] = {
     "ours again": ours,
-    "ours, gates": ours_gates,
+    "ours, gates": partial(ours, residuals="gates"),
+    "ours, xla": partial(ours, implementation="xla"),
     "reference": reference,
     "flax": flax,
     "nnx": nnx,
@@ -186,7 +184,16 @@ PEERS: dict[str, Callable[[Problem], timing.Programs]] = {
     "torch": torch,
     "cudnn": cudnn,
 }
-DEFAULT_PEERS = ["ours again", "ours, gates", "reference", "flax", "haiku", "torch", "cudnn"]
+DEFAULT_PEERS = [
+    "ours again",
+    "ours, gates",
+    "ours, xla",
+    "reference",
+    "flax",
+    "haiku",
+    "torch",
+    "cudnn",
+]
 
 
 def outputs(programs: timing.Programs) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def measure_rates(rounds, size=2048) -> dict[str, Any]:
         problem = lstm.make_problem(T, B, D, H, dtype="float32")
         name = f"lstm ({T}, {B}, {D}, {H})"
         cases[name] = (lambda p=problem: lstm.ours(p)["training"], 3 * one, 4 * one)
-        gates = lambda p=problem: lstm.ours_gates(p)["training"]
+        gates = lambda p=problem: lstm.ours(p, residuals="gates")["training"]
         cases[f"{name}, gates"] = (gates, 3 * one, 3 * one)
     for causal in (False, True):
         shape = attention.Shape(1, 4096, 8, 64, causal)

@@ -137,7 +137,7 @@ def prepare(folder: Path) -> None:
     )
     includes = [Path(jaxlib.__file__).parent / "include", sysconfig.get_paths()["include"]]
     for source, object_file in ((NATIVE / "module.cc", "module.o"), ("none.cc", "none.o")):
-        command = "g++ -c -fPIC -std=c++17 -O1 -fvisibility=hidden".split()
+        command = "g++ -c -fPIC -std=c++17 -O1 -w -fvisibility=hidden".split()
         command += [f"-I{path}" for path in includes]
         subprocess.run([*command, str(source), "-o", object_file], cwd=folder, check=True)
 

@@ -78,7 +78,7 @@ PROBLEMS = [
     ((9, 2, 5, 1), ("resets",), True),
     ((5, 13, 17, 33), ("lengths", "resets"), True),
     ((70, 9, 1, 16), ("lengths",), False),
-    ((300, 4, 3, 8), ("lengths", "resets"), False),
+    ((600, 4, 3, 8), ("lengths", "resets"), False),
     ((3, 14, 40, 70), ("resets",), False),
 ]
 
