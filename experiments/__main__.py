@@ -24,6 +24,7 @@ from experiments import (
     lstm_gradient,
     lstm_gradient_training,
     lstm_text,
+    mesh,
     multi_head_noise,
     report,
     rotary_relative,
@@ -187,8 +188,8 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{stopped}; --resume goes on from there", file=sys.stderr)
         return 75
     except OSError as error:
-        print(f"stopped: cannot write {error.filename or 'a file'}: {error.strerror or error}",
-              file=sys.stderr)  # fmt: skip
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"stopped: {where}{error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -237,6 +238,8 @@ def _prepare(path: Path, arguments: Sequence[str]) -> Study:
     if options.overwrite and options.resume:
         raise UsageError("--resume: goes on with a run that --overwrite would remove; give one")
     module = EXPERIMENTS[experiment]
+    if hasattr(config, runs.WHERE):
+        mesh.check(config.parallel, config.train.batch_size)
     if hasattr(module, "check"):
         module.check(config)
     return Study(path, arguments, experiment, config, options)

@@ -33,12 +33,17 @@ import jax
 import numpy as np
 import tomli_w
 
+from experiments import mesh as meshes
 from experiments.config import UsageError
 from experiments.session import Session
 
 CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
 CHECKPOINTS = "checkpoints"
 RESULT, CURVES, FIGURE = "result.npz", "curves.png", "figure.png"
+
+WHERE = "parallel"
+"""The part of a config that says on which devices a run trains, and not what: a run may go on with
+another."""
 
 
 def group_of(config_path: Path) -> str:
@@ -81,7 +86,8 @@ def reopen(output: Path, group: str, name: str, table: Mapping[str, Any]) -> Pat
     """The folder of a run that is to go on with the config `table`; a new one if there is none.
 
     Raises:
-        UsageError: if it is the run of another config, with a line for each key that differs.
+        UsageError: if it is the run of another config, with a line for each key that differs and
+            does not only say where the run trains.
     """
     folder = output / group / name
     if not os.path.lexists(folder):
@@ -95,6 +101,8 @@ def reopen(output: Path, group: str, name: str, table: Mapping[str, Any]) -> Pat
         kept = tomllib.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"--resume: {folder / CONFIG} cannot be read: {error}") from None
+    for each in (kept, table := dict(table)):
+        each.pop(WHERE, None)
     if lines := list(_differences(kept, table)):
         raise UsageError("\n".join(f"--resume: {folder / CONFIG}: {line}" for line in lines))
     return folder
@@ -174,7 +182,8 @@ def record(module: Any, config: Any, folder: Path) -> Any:
     """Run the experiment, and leave in the folder what it logs, what comes of it, and figures."""
     clock = time.perf_counter()
     with metrics_log(folder) as log:
-        session = Session(log, folder / CHECKPOINTS, hash_of(config))
+        mesh = meshes.make_mesh(config.parallel) if hasattr(config, WHERE) else None
+        session = Session(log, folder / CHECKPOINTS, hash_of(config), mesh)
         result = module.run(config, session)
     summary = {"wall_seconds": time.perf_counter() - clock, "seed": config.seed}
     write_result(folder, result, summary | surroundings())
@@ -188,8 +197,10 @@ def record(module: Any, config: Any, folder: Path) -> Any:
 
 
 def hash_of(config: Any) -> str:
-    """Of what a config says."""
-    text = json.dumps(dataclasses.asdict(config), sort_keys=True)
+    """Of what a config says, but for where it trains."""
+    table = dataclasses.asdict(config)
+    table.pop(WHERE, None)
+    text = json.dumps(table, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from experiments.checkpoints import Checkpoints, Record
 
 
@@ -23,7 +25,7 @@ def _discard(record: Record) -> None:
 
 @dataclass(frozen=True)
 class Session:
-    """The default keeps nothing: neither records nor checkpoints."""
+    """The default keeps nothing, neither records nor checkpoints, and is for one device."""
 
     log: Callable[[Record], None] = _discard
     """Is given each record as it comes."""
@@ -31,6 +33,8 @@ class Session:
     """For the checkpoints of the experiment's trainings."""
     config_hash: str = ""
     """Of the config, which checkpoints have to agree with."""
+    mesh: Mesh | None = None
+    """The devices to train on; None for one."""
 
     @contextmanager
     def checkpoints(self, name: str, kept: int) -> Iterator[Checkpoints | None]:
