@@ -26,6 +26,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -33,9 +34,9 @@ import jax
 import numpy as np
 import tomli_w
 
-from experiments import mesh as meshes
+from experiments import mesh as meshes, processes
 from experiments.config import UsageError
-from experiments.session import Session
+from experiments.session import SILENT, Session
 
 CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
 CHECKPOINTS = "checkpoints"
@@ -181,10 +182,12 @@ def read_result(folder: Path, result: Any) -> Any:
 def record(module: Any, config: Any, folder: Path) -> Any:
     """Run the experiment, and leave in the folder what it logs, what comes of it, and figures."""
     clock = time.perf_counter()
+    mesh = meshes.make_mesh(config.parallel) if hasattr(config, WHERE) else None
+    session = Session(SILENT.log, folder / CHECKPOINTS, hash_of(config), mesh)
+    if not processes.is_first():
+        return module.run(config, session)
     with metrics_log(folder) as log:
-        mesh = meshes.make_mesh(config.parallel) if hasattr(config, WHERE) else None
-        session = Session(log, folder / CHECKPOINTS, hash_of(config), mesh)
-        result = module.run(config, session)
+        result = module.run(config, replace(session, log=log))
     summary = {"wall_seconds": time.perf_counter() - clock, "seed": config.seed}
     write_result(folder, result, summary | surroundings())
 

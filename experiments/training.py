@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray, PyTree
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from experiments import mesh as meshes
+from experiments import mesh as meshes, processes
 from experiments.checkpoints import Progress as Kept, Record
 from experiments.config import Count, Fraction, NonNegative, Positive
 from experiments.session import SILENT, Session, Stopped, deferred_signals
@@ -221,7 +221,8 @@ def fit(
             for step in range(done + 1, steps + 1):
                 state, metrics = advance(state, batch(step - 1), key)
                 window.append(metrics)
-                if step % config.log_every == 0 or step == steps:
+                logged = step % config.log_every == 0 or step == steps
+                if logged:
                     values = _mean(window, step)
                     speed = len(window) / (time.perf_counter() - since)
                     emit({"step": step, "split": "train", **values, "steps_per_second": speed})
@@ -234,16 +235,18 @@ def fit(
                         values = _mean([f(state.params)], step, f"{split} ")
                         emit({"step": step, "split": split, **values})
                     since += time.perf_counter() - paused
-                last = step == steps or stop.requested
+                # several processes, of which one may have been asked, agree where they wait anyway
+                stopping = (logged or processes.alone()) and processes.any_says(stop.requested)
+                last = step == steps or stopping
                 if checkpoints and (last or step % config.checkpoint_every == 0):
                     window = _finite(window, step)
                     seconds = kept.seconds + time.perf_counter() - clock
                     checkpoints.save(step, state, key, Kept(records.copy(), window.copy(), seconds))
-                if stop.requested:
+                if stopping:
                     break
         if checkpoints:
             checkpoints.wait()
-        if stop.requested:
+        if stopping:
             raise Stopped(f"stopped after step {step} of {steps}")
     seconds = kept.seconds + time.perf_counter() - clock
     return Trained(_gathered(state.params, mesh), records, compile_seconds, seconds)
@@ -358,7 +361,7 @@ def _progress() -> Progress:
         TextColumn("{task.fields[values]}"),
         TimeRemainingColumn(),
         console=Console(stderr=True),
-        disable=not (sys.stdout.isatty() and sys.stderr.isatty()),
+        disable=not (processes.is_first() and sys.stdout.isatty() and sys.stderr.isatty()),
     )
 
 

@@ -1,0 +1,110 @@
+"""Several processes, on one machine or on many, that train one model: each runs the same command.
+
+All of them compute; process 0 alone prints, and writes all that is no checkpoint. Checkpoints are
+written together, into a folder that all of them have to see.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from experiments.config import UsageError
+
+SILENCE = 30
+"""Seconds without a sign of life from one process after which the others end."""
+
+
+def join(
+    coordinator: str | None, processes: int | None, process: int | None, *, cluster: bool
+) -> None:
+    """Wait for the other processes, if there are any; before JAX looks for its devices.
+
+    Args:
+        coordinator: host and port of process 0.
+        cluster: the other three are known to the cluster that this runs on.
+
+    Raises:
+        UsageError: if that is not one way to find them, or if there is no such cluster.
+    """
+    given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
+    missing = [option for option, value in given.items() if value is None]
+    if cluster and len(missing) < len(given):
+        raise UsageError(f"--cluster: takes the place of {', '.join(given)}; give one or the other")
+    if not cluster and len(missing) == len(given):
+        return
+    if not cluster:
+        if missing:
+            raise UsageError(f"{', '.join(given)}: go together, got no {' and no '.join(missing)}")
+        assert coordinator is not None and processes is not None and process is not None
+        if not coordinator.rpartition(":")[2].isdigit():
+            raise UsageError(f"--coordinator: should be HOST:PORT, got {coordinator}")
+        if not 0 <= process < processes:
+            raise UsageError(
+                f"--process: should be from 0 to --processes - 1 = {processes - 1}, got {process}"
+            )
+    # what it would do with SIGTERM is done by the training loop
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            coordinator, processes, process, heartbeat_timeout_seconds=SILENCE
+        )
+    except ValueError as error:
+        raise UsageError(
+            f"--cluster: none was found that JAX knows ({error}); give {', '.join(given)}"
+        ) from None
+
+
+def alone() -> bool:
+    return not jax.distributed.is_initialized()
+
+
+def is_first() -> bool:
+    """Whether this is the process that prints and writes."""
+    return alone() or jax.process_index() == 0
+
+
+def of_first(act: Callable[[], bool]) -> bool:
+    """What `act` comes to, done by process 0 alone while the others wait.
+
+    Raises:
+        UsageError: if it failed, and this is another process.
+    """
+    if alone():
+        return act()
+    failed = -1
+    outcome = failed
+    try:
+        if is_first():
+            outcome = act()
+    finally:
+        outcome = int(multihost_utils.broadcast_one_to_all(np.int32(outcome)))
+    if outcome == failed:
+        raise UsageError(f"process {jax.process_index()}: process 0 could not begin")
+    return bool(outcome)
+
+
+def any_says(flag: bool) -> bool:
+    """Whether the flag is set in any process; all have to ask at once."""
+    return flag if alone() else bool(np.any(multihost_utils.process_allgather(np.bool_(flag))))
+
+
+@contextmanager
+def leaving() -> Iterator[None]:
+    """After a failure the process ends at once, and does not wait for the others to end, too."""
+    try:
+        yield
+    except BaseException as error:
+        code = error.code if isinstance(error, SystemExit) else 1
+        if alone() or code != 1:
+            raise
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
