@@ -20,11 +20,11 @@ ROOT = CONFIGS.parent
 COMMON = "--train.batch-size 8 --train.log-every 7 --train.evaluate-every 100 --name x".split()
 SIZES = {
     "lstm_adding": (
-        "--train.steps 400 --train.checkpoint-every 150 --model.hidden-size 16 --compare-steps 0"
+        "--train.steps 240 --train.checkpoint-every 100 --model.hidden-size 16 --compare-steps 0"
         " --data.length 6 --data.held-out 8 --parallel.data 2"
     ),
     "vit_digits": (
-        "--train.steps 300 --train.checkpoint-every 100 --model.width 32 --model.depth 1"
+        "--train.steps 200 --train.checkpoint-every 60 --model.width 32 --model.depth 1"
         " --model.num-heads 2 --model.patch-size 4 --model.position learned --parallel.fsdp 2"
     ),
 }
@@ -79,7 +79,7 @@ def steps_kept(folder: Path) -> list[int]:
 
 
 def test_a_signal_to_one_stops_both_which_go_on_as_if_it_had_not(tmp_path):
-    """With the numbers of one process that has both devices: of two summands the sum is the same."""
+    """To the numbers of one process that has both devices: two summands have one sum."""
     folder = tmp_path / "two" / "lstm_adding" / "x"
     arguments = command("lstm_adding", tmp_path / "two")
     processes = launch(arguments)
@@ -91,14 +91,14 @@ def test_a_signal_to_one_stops_both_which_go_on_as_if_it_had_not(tmp_path):
     (stopped,) = steps_kept(folder)[-1:]
     assert stopped % 7 == 0
     for _, out, err in ends:
-        assert out == "" and f"stopped after step {stopped} of 400" in err
+        assert out == "" and f"stopped after step {stopped} of 240" in err
 
     ends = outcomes(launch([*arguments, "--resume"]))
     assert [code for code, _, _ in ends] == [0, 0], ends
     assert "test_loss" in ends[0][1]
     assert ends[1][1:] == ("", "")
     assert finished(folder)
-    assert len(steps_kept(folder)) == 2 and steps_kept(folder)[-1] == 400
+    assert len(steps_kept(folder)) == 2 and steps_kept(folder)[-1] == 240
     assert json.loads((folder / "summary.json").read_text())["devices"] == 2
 
     assert main(command("lstm_adding", tmp_path / "one")) == 0
@@ -113,7 +113,7 @@ def test_a_signal_to_one_stops_both_which_go_on_as_if_it_had_not(tmp_path):
 def test_one_that_dies_ends_the_other_and_the_run_goes_on_without_it(tmp_path):
     folder = tmp_path / "two" / "vit_digits" / "x"
     processes = launch(command("vit_digits", tmp_path / "two"))
-    wait_for(lambda: (folder / "checkpoints" / "100").is_dir(), processes)
+    wait_for(lambda: (folder / "checkpoints" / "60").is_dir(), processes)
     processes[1].kill()
     died = time.monotonic()
     (code, _, message), (killed, _, _) = outcomes(processes)
