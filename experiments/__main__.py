@@ -85,6 +85,10 @@ class Options:
     """Replace the run of that name."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Go on with the run of that name from its last checkpoint; from the start if it has none."""
+    profile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Keep JAX's trace of the third step to the seventh in the run's folder."""
+    tensorboard: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Keep the metrics as event files, too."""
     coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
     """One of several processes, which all run this command: where process 0 listens."""
     processes: Count | None = None
@@ -255,8 +259,10 @@ def _prepare(path: Path, arguments: Sequence[str]) -> Study:
     several = options.cluster or options.processes is not None
     if several and options.name is None:
         raise UsageError("--processes, --cluster: need the --name of the run, the same for all")
-    if several and not hasattr(config, runs.WHERE):
-        raise UsageError(f"--processes, --cluster: {experiment} trains nothing to be shared")
+    if (several or options.profile) and not hasattr(config, runs.WHERE):
+        raise UsageError(
+            f"--profile, --processes, --cluster: are for what trains, which {experiment} does not"
+        )
     if options.overwrite and options.resume:
         raise UsageError("--resume: goes on with a run that --overwrite would remove; give one")
     processes.join(options.coordinator, options.processes, options.process, cluster=options.cluster)
@@ -308,7 +314,8 @@ def _execute(study: Study, group: str) -> tuple[Path, Any]:
 
     if not processes.of_first(begin):
         return folder, None
-    return folder, runs.record(EXPERIMENTS[experiment], config, folder)
+    asked = {name: getattr(options, name) for name in ("profile", "tensorboard")}
+    return folder, runs.record(EXPERIMENTS[experiment], config, folder, **asked)
 
 
 def _report(command: Report) -> int:

@@ -6,7 +6,9 @@
     summary.json   final scores, times, versions and machine
     result.npz     the arrays that the figure is drawn from
     <name>.txt     each text of the result, if it has any
-    curves.png      of the metrics, if any are logged
+    curves.png     of the metrics, if any are logged
+    profile/       if asked for: JAX's trace of a few steps
+    tensorboard/   if asked for: the metrics once more, as event files
     figure.png     written last: a run that has one is finished
 
 Every key of the metrics and the summary that depends on the clock ends in `_seconds` or
@@ -35,11 +37,13 @@ import numpy as np
 import tomli_w
 
 from experiments import mesh as meshes, processes
+from experiments.checkpoints import Record
 from experiments.config import UsageError
+from experiments.events import event_log
 from experiments.session import SILENT, Session
 
 CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, PROFILE, TENSORBOARD = "checkpoints", "profile", "tensorboard"
 RESULT, CURVES, FIGURE = "result.npz", "curves.png", "figure.png"
 
 WHERE = "parallel"
@@ -134,7 +138,7 @@ def write_config(folder: Path, table: Mapping[str, Any], command: str) -> None:
 
 
 @contextmanager
-def metrics_log(folder: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+def metrics_log(folder: Path) -> Iterator[Callable[[Record], None]]:
     """A function that appends a record to the run's metrics, at once.
 
     What an earlier process wrote stays until the first record: by then a run that goes on has read
@@ -143,7 +147,7 @@ def metrics_log(folder: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     with ExitStack() as files:
         lines: list[TextIO] = []
 
-        def log(record: Mapping[str, Any]) -> None:
+        def log(record: Record) -> None:
             if not lines:
                 lines.append(files.enter_context((folder / METRICS).open("w", encoding="utf-8")))
             lines[0].write(json.dumps(record, allow_nan=False) + "\n")
@@ -179,15 +183,26 @@ def read_result(folder: Path, result: Any) -> Any:
         return result(**arrays, **found, scores=summary)
 
 
-def record(module: Any, config: Any, folder: Path) -> Any:
+def record(
+    module: Any, config: Any, folder: Path, *, profile: bool = False, tensorboard: bool = False
+) -> Any:
     """Run the experiment, and leave in the folder what it logs, what comes of it, and figures."""
     clock = time.perf_counter()
     mesh = meshes.make_mesh(config.parallel) if hasattr(config, WHERE) else None
     session = Session(SILENT.log, folder / CHECKPOINTS, hash_of(config), mesh)
     if not processes.is_first():
         return module.run(config, session)
-    with metrics_log(folder) as log:
-        result = module.run(config, replace(session, log=log))
+    with ExitStack() as files:
+        logs = [files.enter_context(metrics_log(folder))]
+        if tensorboard:
+            logs.append(files.enter_context(event_log(folder / TENSORBOARD)))
+
+        def log(record: Record) -> None:
+            for each in logs:
+                each(record)
+
+        traces = folder / PROFILE if profile else None
+        result = module.run(config, replace(session, log=log, profile=traces))
     summary = {"wall_seconds": time.perf_counter() - clock, "seed": config.seed}
     write_result(folder, result, summary | surroundings())
 

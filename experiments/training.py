@@ -218,7 +218,8 @@ def fit(
         clock = since = time.perf_counter()
         with _progress() as progress, deferred_signals(checkpoints is not None) as stop:
             bar = progress.add_task("training", total=steps, completed=done, values="")
-            for step in range(done + 1, steps + 1):
+            left, wait = range(done + 1, steps + 1), lambda: jax.block_until_ready(state)
+            for step in session.profiled(name, left, wait):
                 state, metrics = advance(state, batch(step - 1), key)
                 window.append(metrics)
                 logged = step % config.log_every == 0 or step == steps

@@ -159,7 +159,10 @@ def test_processes_that_cannot_find_each_other_are_one_line(options, parts, tmp_
 
 @pytest.mark.parametrize(
     "config, name, part",
-    [("lstm_adding", [], "need the --name"), ("lstm_equations", ["--name", "x"], "trains nothing")],
+    [
+        ("lstm_adding", [], "need the --name"),
+        ("lstm_equations", ["--name", "x"], "are for what trains"),
+    ],
 )
 def test_what_several_processes_need_is_said(config, name, part, tmp_path, capsys):
     options = [*name, "--output", str(tmp_path / "x"), "--cluster"]
