@@ -266,6 +266,7 @@ def _prepare(path: Path, arguments: Sequence[str]) -> Study:
     if options.overwrite and options.resume:
         raise UsageError("--resume: goes on with a run that --overwrite would remove; give one")
     processes.join(options.coordinator, options.processes, options.process, cluster=options.cluster)
+    processes.check_same(dataclasses.replace(options, process=None))
     module = EXPERIMENTS[experiment]
     if hasattr(config, runs.WHERE):
         mesh.check(config.parallel, config.train.batch_size)

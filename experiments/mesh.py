@@ -6,7 +6,6 @@ parameters, moments               over the devices of `fsdp`, along the longest 
 numbers, keys                     on every device
 """
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,15 +41,11 @@ def check(config: ParallelConfig, batch_size: int) -> None:
     if wanted > there:
         hint = "; JAX_NUM_CPU_DEVICES sets their number on a CPU" * (jax.default_backend() == "cpu")
         raise UsageError(f"{named}: should be at most the number of devices, got {there}{hint}")
-    of_processes = Counter(device.process_index for device in jax.devices())
-    if len(of_processes) > 1 and wanted != there:
+    if jax.process_count() > 1 and wanted != there:
         raise UsageError(
-            f"{named}: should be the number of devices of all {len(of_processes)} processes, "
+            f"{named}: should be the number of devices of all {jax.process_count()} processes, "
             f"got {there}"
         )
-    if len(set(of_processes.values())) > 1:
-        numbers = ", ".join(str(number) for _, number in sorted(of_processes.items()))
-        raise UsageError(f"{named}: every process should have as many devices, got {numbers}")
     if batch_size % wanted:
         raise UsageError(f"train.batch_size: should be a multiple of {named}, got {batch_size}")
 

@@ -4,11 +4,15 @@ All of them compute; process 0 alone prints, and writes all that is no checkpoin
 written together, into a folder that all of them have to see.
 """
 
+import hashlib
 import os
+import socket
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,7 +34,8 @@ def join(
         cluster: the other three are known to the cluster that this runs on.
 
     Raises:
-        UsageError: if that is not one way to find them, or if there is no such cluster.
+        UsageError: if that is not one way to find them, if there is no such cluster, or if they do
+            not have as many devices each.
     """
     given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
     missing = [option for option, value in given.items() if value is None]
@@ -42,12 +47,19 @@ def join(
         if missing:
             raise UsageError(f"{', '.join(given)}: go together, got no {' and no '.join(missing)}")
         assert coordinator is not None and processes is not None and process is not None
-        if not coordinator.rpartition(":")[2].isdigit():
+        port = coordinator.rpartition(":")[2]
+        if not port.isdigit():
             raise UsageError(f"--coordinator: should be HOST:PORT, got {coordinator}")
         if not 0 <= process < processes:
             raise UsageError(
                 f"--process: should be from 0 to --processes - 1 = {processes - 1}, got {process}"
             )
+        if process == 0:
+            # JAX would crash
+            try:
+                socket.create_server(("", int(port))).close()
+            except OSError as error:
+                raise UsageError(f"--coordinator: cannot listen at {port}: {error}") from None
     # what it would do with SIGTERM is done by the training loop
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -58,6 +70,10 @@ def join(
         raise UsageError(
             f"--cluster: none was found that JAX knows ({error}); give {', '.join(given)}"
         ) from None
+    devices = Counter(device.process_index for device in jax.devices())
+    if len(set(devices.values())) > 1:
+        numbers = ", ".join(str(number) for _, number in sorted(devices.items()))
+        raise UsageError(f"--processes: all should have as many devices, got {numbers}")
 
 
 def alone() -> bool:
@@ -67,6 +83,20 @@ def alone() -> bool:
 def is_first() -> bool:
     """Whether this is the process that prints and writes."""
     return alone() or jax.process_index() == 0
+
+
+def check_same(asked: Any) -> None:
+    """Raise a `UsageError` in every process if they were not all asked for the same."""
+    if alone():
+        return
+    digest = hashlib.sha256(repr(asked).encode()).digest()
+    digests = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
+    others = [str(n) for n, each in enumerate(digests) if (each != digests[0]).any()]
+    if others:
+        raise UsageError(
+            f"--processes: all should be given the same config and options, but process "
+            f"{', '.join(others)} was given others than process 0"
+        )
 
 
 def of_first(act: Callable[[], bool]) -> bool:

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,19 +36,22 @@ def command(name: str, output: Path, *options: str) -> list[str]:
     return ["run", config, *COMMON, *SIZES[name].split(), "--output", str(output), *options]
 
 
-def launch(arguments: list[str], *, devices: tuple[int, int] = (1, 1)) -> list[subprocess.Popen]:
-    """Two processes, with so many devices each, that know of each other."""
+def launch(
+    arguments: list[str], *, devices: tuple[int, int] = (1, 1), others: Sequence[str] = ()
+) -> list[subprocess.Popen]:
+    """Two processes, with so many devices each, the second with `others` among its options."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
     together = ["--coordinator", coordinator, "--processes", "2"]
+    each = [[*together, "--process", "0"], [*together, "--process", "1", *others]]
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "experiments", *arguments, *together, "--process", str(index)],
+            [sys.executable, "-m", "experiments", *arguments, *options],
             cwd=ROOT, env=os.environ | {"JAX_NUM_CPU_DEVICES": str(number)}, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
-        for index, number in enumerate(devices)
+        for options, number in zip(each, devices, strict=True)
     ]  # fmt: skip
 
 
@@ -131,11 +135,14 @@ def test_one_that_dies_ends_the_other_and_the_run_goes_on_without_it(tmp_path):
             np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
 
 
-def test_devices_that_differ_in_number_are_an_error_in_both(tmp_path):
-    arguments = [*command("lstm_adding", tmp_path / "two"), "--parallel.data", "3"]
+def test_processes_that_do_not_fit_together_are_an_error_in_both(tmp_path):
+    arguments = command("lstm_adding", tmp_path / "two")
     for code, out, err in outcomes(launch(arguments, devices=(1, 2))):
         assert code == 2 and out == ""
-        assert "every process should have as many devices, got 1, 2" in err
+        assert "all should have as many devices, got 1, 2" in err
+    for code, out, err in outcomes(launch(arguments, others=["--seed", "1"])):
+        assert code == 2 and out == ""
+        assert "process 1 was given others than process 0" in err
     assert not (tmp_path / "two").exists()
 
 
@@ -171,10 +178,17 @@ def test_what_several_processes_need_is_said(config, name, part, tmp_path, capsy
     assert message.count("\n") == 1 and part in message
 
 
-def test_a_machine_that_is_of_no_cluster_says_so(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments", *command("lstm_adding", tmp_path / "x"), "--cluster"],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+def test_a_port_in_use_is_one_line(tmp_path, capsys):
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        first = f"--coordinator localhost:{port} --processes 2 --process 0".split()
+        assert main([*command("lstm_adding", tmp_path / "x"), *first]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and f"--coordinator: cannot listen at {port}" in message
+
+
+def test_a_machine_of_no_cluster_says_so():
+    run = [sys.executable, "-m", "experiments", *command("lstm_adding", Path("never")), "--cluster"]
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1 and "--cluster: none was found" in done.stderr
