@@ -5,10 +5,14 @@ Nothing runs: the step is compiled for eight devices of the CPU, and its HLO is 
 
 import argparse
 import re
+import sys
 from collections import defaultdict
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiments import lstm_text, mesh, vit
 from experiments.digits import Digits

@@ -6,6 +6,7 @@ written together, into a folder that all of them have to see.
 
 import hashlib
 import os
+import re
 import socket
 import sys
 import traceback
@@ -43,23 +44,10 @@ def join(
         raise UsageError(f"--cluster: takes the place of {', '.join(given)}; give one or the other")
     if not cluster and len(missing) == len(given):
         return
-    if not cluster:
-        if missing:
-            raise UsageError(f"{', '.join(given)}: go together, got no {' and no '.join(missing)}")
-        assert coordinator is not None and processes is not None and process is not None
-        port = coordinator.rpartition(":")[2]
-        if not port.isdigit():
-            raise UsageError(f"--coordinator: should be HOST:PORT, got {coordinator}")
-        if not 0 <= process < processes:
-            raise UsageError(
-                f"--process: should be from 0 to --processes - 1 = {processes - 1}, got {process}"
-            )
-        if process == 0:
-            # JAX would crash
-            try:
-                socket.create_server(("", int(port))).close()
-            except OSError as error:
-                raise UsageError(f"--coordinator: cannot listen at {port}: {error}") from None
+    if not cluster and missing:
+        raise UsageError(f"{', '.join(given)}: go together, got no {' and no '.join(missing)}")
+    if coordinator is not None and processes is not None and process is not None:
+        _check(coordinator, processes, process)
     # what it would do with SIGTERM is done by the training loop
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -76,7 +64,24 @@ def join(
         raise UsageError(f"--processes: all should have as many devices, got {numbers}")
 
 
+def _check(coordinator: str, processes: int, process: int) -> None:
+    found = re.fullmatch(r".+:(\d+)", coordinator)
+    if not found or int(found[1]) >= 2**16:
+        raise UsageError(f"--coordinator: should be HOST:PORT, got {coordinator}")
+    if not 0 <= process < processes:
+        raise UsageError(
+            f"--process: should be from 0 to --processes - 1 = {processes - 1}, got {process}"
+        )
+    if process == 0:
+        # JAX itself crashes where something else listens
+        try:
+            socket.create_server(("", int(found[1]))).close()
+        except OSError as error:
+            raise UsageError(f"--coordinator: cannot listen at {found[1]}: {error}") from None
+
+
 def alone() -> bool:
+    """Whether this is the only process."""
     return not jax.distributed.is_initialized()
 
 
@@ -131,10 +136,10 @@ def leaving() -> Iterator[None]:
         yield
     except BaseException as error:
         code = error.code if isinstance(error, SystemExit) else 1
-        if alone() or code != 1:
+        if alone() or code not in (1, 130):
             raise
         if not isinstance(error, SystemExit):
             traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)
+        os._exit(code)

@@ -152,6 +152,7 @@ def test_processes_that_do_not_fit_together_are_an_error_in_both(tmp_path):
         (["--processes", "2"], ["go together", "no --coordinator and no --process"]),
         ("--coordinator h:1 --processes 2 --process 2".split(), ["from 0 to", "= 1, got 2"]),
         ("--coordinator h --processes 2 --process 0".split(), ["HOST:PORT", "got h"]),
+        ("--coordinator h:70000 --processes 2 --process 0".split(), ["HOST:PORT", "got h:70000"]),
         (["--cluster", "--process", "0"], ["--cluster", "one or the other"]),
     ],
 )
