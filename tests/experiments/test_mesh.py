@@ -136,6 +136,8 @@ def test_only_parameters_are_gathered(model, data, fsdp):
     # that of a small one may be gathered, too, with what it was computed beside
     assert cut <= gathered and set(gathered) <= {tuple(sorted(x.shape)) for x in params}
     assert not re.search("all-to-all|collective-permute", hlo)
+    for x in jax.tree.leaves((batch, state.carry)):
+        assert x.ndim == 0 or x.addressable_data(0).shape[0] == ROWS // 8
     after, _ = step(state, batch, jax.random.key(KEY))
     for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
         assert new.sharding.is_equivalent_to(old.sharding, old.ndim)
