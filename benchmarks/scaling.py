@@ -4,6 +4,7 @@ Nothing runs: the step is compiled for eight devices of the CPU, and its HLO is 
 """
 
 import argparse
+import math
 import re
 import sys
 from collections import defaultdict
@@ -81,17 +82,13 @@ def results_of_collectives(hlo: str) -> dict[str, float]:
         elif op := re.search(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all)\(", line):
             sizes = re.findall(r"f32\[([\d,]*)\]", op[1])
             numbers = [[int(n) for n in size.split(",") if n] for size in sizes]
-            found.append((inside, op[2], sum(4 * _product(n) for n in numbers)))
+            found.append((inside, op[2], sum(4 * math.prod(n) for n in numbers)))
     for outer, body, turns in reversed(calls):
         times[body] = turns * times[outer]
     total: dict[str, float] = defaultdict(float)
     for where, kind, size in found:
         total[kind] += size * times[where]
     return total
-
-
-def _product(numbers: list[int]) -> int:
-    return numbers[0] * _product(numbers[1:]) if numbers else 1
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ parameters, moments               over the devices of `fsdp`, along the longest 
 numbers, keys                     on every device
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,11 +76,8 @@ def shares(tree: PyTree, mesh: Mesh) -> PyTree:
 
 
 def _share(shape: tuple[int, ...], devices: int) -> P:
-    size = 1
-    for n in shape:
-        size *= n
     divided = [axis for axis, n in enumerate(shape) if n % devices == 0]
-    if devices == 1 or size < WHOLE_BELOW or not divided:
+    if devices == 1 or math.prod(shape) < WHOLE_BELOW or not divided:
         return P()
     longest = max(divided, key=lambda axis: shape[axis])
     return P(*[None] * longest, FSDP)

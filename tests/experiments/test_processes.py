@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,23 +36,39 @@ def command(name: str, output: Path, *options: str) -> list[str]:
     return ["run", config, *COMMON, *SIZES[name].split(), "--output", str(output), *options]
 
 
-def launch(
+def launch(each: Iterable[tuple[list[str], dict[str, str]]]) -> list[subprocess.Popen]:
+    """A process for the arguments and the environment of each."""
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "experiments", *arguments],
+            cwd=ROOT, env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"} | environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for arguments, environment in each
+    ]  # fmt: skip
+
+
+def two(
     arguments: list[str], *, devices: tuple[int, int] = (1, 1), others: Sequence[str] = ()
 ) -> list[subprocess.Popen]:
-    """Two processes, with so many devices each, the second with `others` among its options."""
+    """Two with so many devices each, the second with `others` among its options."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
-    together = ["--coordinator", coordinator, "--processes", "2"]
-    each = [[*together, "--process", "0"], [*together, "--process", "1", *others]]
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "experiments", *arguments, *options],
-            cwd=ROOT, env=os.environ | {"JAX_NUM_CPU_DEVICES": str(number)}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )
-        for options, number in zip(each, devices, strict=True)
-    ]  # fmt: skip
+    together = [*arguments, "--coordinator", coordinator, "--processes", "2", "--process"]
+    count = [{"JAX_NUM_CPU_DEVICES": str(number)} for number in devices]
+    return launch(zip([[*together, "0"], [*together, "1", *others]], count, strict=True))
+
+
+def two_of_slurm(arguments: list[str]) -> list[subprocess.Popen]:
+    """Two that find each other by what Slurm would tell them."""
+    # the port follows from the number of the job
+    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost"}
+    job |= {"SLURM_NTASKS": "2"}
+    return launch(
+        ([*arguments, "--cluster"], job | {"SLURM_PROCID": index, "SLURM_LOCALID": index})
+        for index in "01"
+    )
 
 
 def wait_for(there, processes: list[subprocess.Popen]) -> None:
@@ -63,10 +79,15 @@ def wait_for(there, processes: list[subprocess.Popen]) -> None:
 def outcomes(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
     """Exit code, output and messages of each; of the output, what is not gloo's."""
     ends = []
-    for process in processes:
-        out, err = process.communicate(timeout=SILENCE + 60)
-        lines = [line for line in out.splitlines() if not line.startswith("[Gloo]")]
-        ends.append((process.returncode, "\n".join(lines), err))
+    try:
+        for process in processes:
+            out, err = process.communicate(timeout=SILENCE + 60)
+            lines = [line for line in out.splitlines() if not line.startswith("[Gloo]")]
+            ends.append((process.returncode, "\n".join(lines), err))
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
     return ends
 
 
@@ -86,7 +107,7 @@ def test_a_signal_to_one_stops_both_which_go_on_as_if_it_had_not(tmp_path):
     """To the numbers of one process that has both devices: two summands have one sum."""
     folder = tmp_path / "two" / "lstm_adding" / "x"
     arguments = command("lstm_adding", tmp_path / "two")
-    processes = launch(arguments)
+    processes = two(arguments)
     file = folder / "metrics.jsonl"
     wait_for(lambda: file.is_file() and file.read_bytes().count(b"\n") > 9, processes)
     processes[1].send_signal(signal.SIGTERM)
@@ -97,7 +118,7 @@ def test_a_signal_to_one_stops_both_which_go_on_as_if_it_had_not(tmp_path):
     for _, out, err in ends:
         assert out == "" and f"stopped after step {stopped} of 240" in err
 
-    ends = outcomes(launch([*arguments, "--resume"]))
+    ends = outcomes(two([*arguments, "--resume"]))
     assert [code for code, _, _ in ends] == [0, 0], ends
     assert "test_loss" in ends[0][1]
     assert ends[1][1:] == ("", "")
@@ -116,7 +137,7 @@ def test_a_signal_to_one_stops_both_which_go_on_as_if_it_had_not(tmp_path):
 
 def test_one_that_dies_ends_the_other_and_the_run_goes_on_without_it(tmp_path):
     folder = tmp_path / "two" / "vit_digits" / "x"
-    processes = launch(command("vit_digits", tmp_path / "two"))
+    processes = two_of_slurm(command("vit_digits", tmp_path / "two"))
     wait_for(lambda: (folder / "checkpoints" / "60").is_dir(), processes)
     processes[1].kill()
     died = time.monotonic()
@@ -137,10 +158,10 @@ def test_one_that_dies_ends_the_other_and_the_run_goes_on_without_it(tmp_path):
 
 def test_processes_that_do_not_fit_together_are_an_error_in_both(tmp_path):
     arguments = command("lstm_adding", tmp_path / "two")
-    for code, out, err in outcomes(launch(arguments, devices=(1, 2))):
+    for code, out, err in outcomes(two(arguments, devices=(1, 2))):
         assert code == 2 and out == ""
         assert "all should have as many devices, got 1, 2" in err
-    for code, out, err in outcomes(launch(arguments, others=["--seed", "1"])):
+    for code, out, err in outcomes(two(arguments, others=["--seed", "1"])):
         assert code == 2 and out == ""
         assert "process 1 was given others than process 0" in err
     assert not (tmp_path / "two").exists()
