@@ -25,7 +25,7 @@ SIZES = {
         " --data.length 6 --data.held-out 8 --parallel.data 2"
     ),
     "vit_digits": (
-        "--train.steps 200 --train.checkpoint-every 60 --model.width 32 --model.depth 1"
+        "--train.steps 200 --train.checkpoint-every 30 --model.width 32 --model.depth 1"
         " --model.num-heads 2 --model.patch-size 4 --model.position learned --parallel.fsdp 2"
     ),
 }
@@ -138,7 +138,7 @@ def test_a_signal_to_one_stops_both_which_go_on_as_if_it_had_not(tmp_path):
 def test_one_that_dies_ends_the_other_and_the_run_goes_on_without_it(tmp_path):
     folder = tmp_path / "two" / "vit_digits" / "x"
     processes = two_of_slurm(command("vit_digits", tmp_path / "two"))
-    wait_for(lambda: (folder / "checkpoints" / "60").is_dir(), processes)
+    wait_for(lambda: (folder / "checkpoints" / "30").is_dir(), processes)
     processes[1].kill()
     died = time.monotonic()
     (code, _, message), (killed, _, _) = outcomes(processes)
