@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import jax
 import tyro
 
 from experiments import (
@@ -24,7 +25,9 @@ from experiments import (
     lstm_gradient,
     lstm_gradient_training,
     lstm_text,
+    mesh,
     multi_head_noise,
+    processes,
     report,
     rotary_relative,
     runs,
@@ -35,7 +38,7 @@ from experiments import (
     vit_resolution,
 )
 from experiments.checkpoints import read_params
-from experiments.config import UsageError, check, claim, read, to_table
+from experiments.config import Count, UsageError, check, claim, read, to_table
 from experiments.session import Stopped
 
 EXPERIMENTS: dict[str, Any] = {
@@ -82,6 +85,18 @@ class Options:
     """Replace the run of that name."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Go on with the run of that name from its last checkpoint; from the start if it has none."""
+    profile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Keep JAX's trace of the third step to the seventh in the run's folder."""
+    tensorboard: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Keep the metrics as event files, too."""
+    coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
+    """One of several processes, which all run this command: where process 0 listens."""
+    processes: Count | None = None
+    """How many there are."""
+    process: int | None = None
+    """Which of them this is, from 0."""
+    cluster: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """In place of the three: what Slurm, Open MPI, Kubernetes or Cloud TPU say of this process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,8 +202,15 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{stopped}; --resume goes on from there", file=sys.stderr)
         return 75
     except OSError as error:
-        print(f"stopped: cannot write {error.filename or 'a file'}: {error.strerror or error}",
-              file=sys.stderr)  # fmt: skip
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"stopped: {where}{error.strerror or error}", file=sys.stderr)
+        return 1
+    except jax.errors.JaxRuntimeError as error:
+        if processes.alone():
+            raise
+        reason = str(error).splitlines()[0]
+        print(f"stopped: another process may have died ({reason}); --resume goes on from the last "
+              "checkpoint", file=sys.stderr)  # fmt: skip
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -234,9 +256,20 @@ def _prepare(path: Path, arguments: Sequence[str]) -> Study:
     for option in ("overwrite", "resume"):
         if getattr(options, option) and options.name is None:
             raise UsageError(f"--{option}: needs the --name of the run")
+    several = options.cluster or options.processes is not None
+    if several and options.name is None:
+        raise UsageError("--processes, --cluster: need the --name of the run, the same for all")
+    if (several or options.profile) and not hasattr(config, runs.WHERE):
+        raise UsageError(
+            f"--profile, --processes, --cluster: are for what trains, which {experiment} does not"
+        )
     if options.overwrite and options.resume:
         raise UsageError("--resume: goes on with a run that --overwrite would remove; give one")
+    processes.join(options.coordinator, options.processes, options.process, cluster=options.cluster)
+    processes.check_same(dataclasses.replace(options, process=None))
     module = EXPERIMENTS[experiment]
+    if hasattr(config, runs.WHERE):
+        mesh.check(config.parallel, config.train.batch_size)
     if hasattr(module, "check"):
         module.check(config)
     return Study(path, arguments, experiment, config, options)
@@ -245,6 +278,8 @@ def _prepare(path: Path, arguments: Sequence[str]) -> Study:
 def _run(path: Path, arguments: Sequence[str]) -> int:
     study = _prepare(path, arguments)
     folder, result = _execute(study, runs.group_of(path))
+    if not processes.is_first():
+        return 0
     if result is None:
         print(f"{folder}: finished")
         return 0
@@ -264,15 +299,24 @@ def _execute(study: Study, group: str) -> tuple[Path, Any]:
     """The folder of the run, and what came of it; None if it was finished before."""
     path, arguments, experiment, config, options = study
     table = to_table(experiment, config)
-    if options.resume:
-        folder = runs.reopen(options.output, group, options.name, table)
-        if runs.finished(folder):
-            return folder, None
-    else:
-        folder = runs.create(options.output, group, options.name, overwrite=options.overwrite)
-    command = shlex.join([*PROGRAM.split(), "run", str(path), *arguments])
-    runs.write_config(folder, table, command)
-    return folder, runs.record(EXPERIMENTS[experiment], config, folder)
+    folder: Path = options.output / group / (options.name or "")
+
+    def begin() -> bool:
+        nonlocal folder
+        if options.resume:
+            folder = runs.reopen(options.output, group, options.name, table)
+            if runs.finished(folder):
+                return False
+        else:
+            folder = runs.create(options.output, group, options.name, overwrite=options.overwrite)
+        command = shlex.join([*PROGRAM.split(), "run", str(path), *arguments])
+        runs.write_config(folder, table, command)
+        return True
+
+    if not processes.of_first(begin):
+        return folder, None
+    asked = {name: getattr(options, name) for name in ("profile", "tensorboard")}
+    return folder, runs.record(EXPERIMENTS[experiment], config, folder, **asked)
 
 
 def _report(command: Report) -> int:
@@ -366,4 +410,5 @@ def _list() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with processes.leaving():
+        sys.exit(main(sys.argv[1:]))

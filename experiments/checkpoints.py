@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, PyTree
 
+from experiments import processes
 from experiments.config import UsageError
 
 Record = dict[str, int | float | str]
@@ -52,8 +53,10 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self._orbax.close()
+    def __exit__(self, kind: type | None, *error: Any) -> None:
+        # a process that died would be waited for
+        if kind is not jax.errors.JaxRuntimeError or processes.alone():
+            self._orbax.close()
 
     def save(self, step: int, state: PyTree, key: PRNGKeyArray, progress: Progress) -> None:
         """Begin to write the state after `step`; what goes wrong is raised by the next call.

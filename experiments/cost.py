@@ -40,7 +40,8 @@ def step_cost(
 ) -> Cost:  # fmt: skip
     """What XLA says of the compiled step; NaN where a backend says nothing."""
     state = start(params, optimizer)
-    compiled = train_step.lower(loss, optimizer, state, batch, key, skip=False).compile()
+    lowered = train_step.lower(loss, optimizer, state, batch, key, skip=False, mesh=None)
+    compiled = lowered.compile()
     counted, memory = compiled.cost_analysis(), compiled.memory_analysis()
     counted = counted[0] if isinstance(counted, list) else counted or {}
     used = np.nan

@@ -18,6 +18,7 @@ from pydantic import Field
 
 from experiments.config import Count, Seed
 from experiments.lstm_readout import Gradient, ModelConfig, init_readout, read_out, train_readout
+from experiments.mesh import ParallelConfig
 from experiments.session import SILENT, Session
 from experiments.training import Loss, TrainConfig
 
@@ -55,6 +56,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
 class Sums(NamedTuple):

@@ -17,6 +17,7 @@ from experiments.cost import cost_scores, score_table, step_cost
 from experiments.digits import Digits, digits_batch
 from experiments.images import DataConfig, load_images
 from experiments.lstm_readout import Gradient, ModelConfig, init_readout, read_out, train_readout
+from experiments.mesh import ParallelConfig
 from experiments.session import SILENT, Session
 from experiments.training import Loss, TrainConfig, make_optimizer
 
@@ -39,6 +40,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
 class Result(NamedTuple):

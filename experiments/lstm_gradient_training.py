@@ -21,6 +21,7 @@ from experiments.config import Count, Seed
 from experiments.lstm_adding import CONSTANT_MSE, DataConfig, Sums, draw_sums
 from experiments.lstm_readout import ModelConfig, ReadoutParams, init_readout
 from experiments.lstm_variants import GRADIENTS, Terms, last_output
+from experiments.mesh import ParallelConfig
 from experiments.session import SILENT, Session
 from experiments.training import (
     Loss,
@@ -55,6 +56,7 @@ class Config:
             steps=500, batch_size=32, learning_rate=1e-2, log_every=20, evaluate_every=500
         )
     )
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
 class Result(NamedTuple):

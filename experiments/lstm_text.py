@@ -26,6 +26,7 @@ import rnnattn
 import rnnattn.reference
 from experiments.config import Count, Fraction, Seed
 from experiments.lstm_readout import Gradient, ModelConfig
+from experiments.mesh import ParallelConfig
 from experiments.session import SILENT, Session
 from experiments.text import Text, Windows, entropies, load_text, text_windows
 from experiments.training import (
@@ -87,6 +88,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: TextModelConfig = field(default_factory=TextModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
 class TextParams(NamedTuple):

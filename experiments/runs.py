@@ -6,7 +6,9 @@
     summary.json   final scores, times, versions and machine
     result.npz     the arrays that the figure is drawn from
     <name>.txt     each text of the result, if it has any
-    curves.png      of the metrics, if any are logged
+    curves.png     of the metrics, if any are logged
+    profile/       if asked for: JAX's trace of a few steps
+    tensorboard/   if asked for: the metrics once more, as event files
     figure.png     written last: a run that has one is finished
 
 Every key of the metrics and the summary that depends on the clock ends in `_seconds` or
@@ -26,6 +28,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -33,12 +36,19 @@ import jax
 import numpy as np
 import tomli_w
 
+from experiments import mesh as meshes, processes
+from experiments.checkpoints import Record
 from experiments.config import UsageError
-from experiments.session import Session
+from experiments.events import event_log
+from experiments.session import SILENT, Session
 
 CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, PROFILE, TENSORBOARD = "checkpoints", "profile", "tensorboard"
 RESULT, CURVES, FIGURE = "result.npz", "curves.png", "figure.png"
+
+WHERE = "parallel"
+"""The part of a config that says on which devices a run trains, and not what: a run may go on with
+another."""
 
 
 def group_of(config_path: Path) -> str:
@@ -81,7 +91,8 @@ def reopen(output: Path, group: str, name: str, table: Mapping[str, Any]) -> Pat
     """The folder of a run that is to go on with the config `table`; a new one if there is none.
 
     Raises:
-        UsageError: if it is the run of another config, with a line for each key that differs.
+        UsageError: if it is the run of another config, with a line for each key that differs and
+            does not only say where the run trains.
     """
     folder = output / group / name
     if not os.path.lexists(folder):
@@ -95,6 +106,8 @@ def reopen(output: Path, group: str, name: str, table: Mapping[str, Any]) -> Pat
         kept = tomllib.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"--resume: {folder / CONFIG} cannot be read: {error}") from None
+    for each in (kept, table := dict(table)):
+        each.pop(WHERE, None)
     if lines := list(_differences(kept, table)):
         raise UsageError("\n".join(f"--resume: {folder / CONFIG}: {line}" for line in lines))
     return folder
@@ -125,7 +138,7 @@ def write_config(folder: Path, table: Mapping[str, Any], command: str) -> None:
 
 
 @contextmanager
-def metrics_log(folder: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+def metrics_log(folder: Path) -> Iterator[Callable[[Record], None]]:
     """A function that appends a record to the run's metrics, at once.
 
     What an earlier process wrote stays until the first record: by then a run that goes on has read
@@ -134,7 +147,7 @@ def metrics_log(folder: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     with ExitStack() as files:
         lines: list[TextIO] = []
 
-        def log(record: Mapping[str, Any]) -> None:
+        def log(record: Record) -> None:
             if not lines:
                 lines.append(files.enter_context((folder / METRICS).open("w", encoding="utf-8")))
             lines[0].write(json.dumps(record, allow_nan=False) + "\n")
@@ -170,12 +183,26 @@ def read_result(folder: Path, result: Any) -> Any:
         return result(**arrays, **found, scores=summary)
 
 
-def record(module: Any, config: Any, folder: Path) -> Any:
+def record(
+    module: Any, config: Any, folder: Path, *, profile: bool = False, tensorboard: bool = False
+) -> Any:
     """Run the experiment, and leave in the folder what it logs, what comes of it, and figures."""
     clock = time.perf_counter()
-    with metrics_log(folder) as log:
-        session = Session(log, folder / CHECKPOINTS, hash_of(config))
-        result = module.run(config, session)
+    mesh = meshes.make_mesh(config.parallel) if hasattr(config, WHERE) else None
+    session = Session(SILENT.log, folder / CHECKPOINTS, hash_of(config), mesh)
+    if not processes.is_first():
+        return module.run(config, session)
+    with ExitStack() as files:
+        logs = [files.enter_context(metrics_log(folder))]
+        if tensorboard:
+            logs.append(files.enter_context(event_log(folder / TENSORBOARD)))
+
+        def log(record: Record) -> None:
+            for each in logs:
+                each(record)
+
+        traces = folder / PROFILE if profile else None
+        result = module.run(config, replace(session, log=log, profile=traces))
     summary = {"wall_seconds": time.perf_counter() - clock, "seed": config.seed}
     write_result(folder, result, summary | surroundings())
 
@@ -188,8 +215,10 @@ def record(module: Any, config: Any, folder: Path) -> Any:
 
 
 def hash_of(config: Any) -> str:
-    """Of what a config says."""
-    text = json.dumps(dataclasses.asdict(config), sort_keys=True)
+    """Of what a config says, but for where it trains."""
+    table = dataclasses.asdict(config)
+    table.pop(WHERE, None)
+    text = json.dumps(table, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

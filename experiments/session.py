@@ -10,7 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+from jax.sharding import Mesh
+
 from experiments.checkpoints import Checkpoints, Record
+
+PROFILED = slice(2, 7)
+"""The third step to the seventh: the first ones warm up."""
 
 
 class Stopped(Exception):
@@ -23,7 +29,7 @@ def _discard(record: Record) -> None:
 
 @dataclass(frozen=True)
 class Session:
-    """The default keeps nothing: neither records nor checkpoints."""
+    """The default keeps nothing, neither records nor checkpoints, and is for one device."""
 
     log: Callable[[Record], None] = _discard
     """Is given each record as it comes."""
@@ -31,6 +37,10 @@ class Session:
     """For the checkpoints of the experiment's trainings."""
     config_hash: str = ""
     """Of the config, which checkpoints have to agree with."""
+    mesh: Mesh | None = None
+    """The devices to train on; None for one."""
+    profile: Path | None = None
+    """For traces of a few steps of each training; None if there are to be none."""
 
     @contextmanager
     def checkpoints(self, name: str, kept: int) -> Iterator[Checkpoints | None]:
@@ -40,6 +50,25 @@ class Session:
             return
         with Checkpoints(self.folder / name, kept, self.config_hash) as checkpoints:
             yield checkpoints
+
+    def profiled(self, name: str, steps: range, wait: Callable[[], Any]) -> Iterator[int]:
+        """The steps of the training called `name`, a few of them under JAX's profiler.
+
+        Args:
+            wait: until the devices have done what they have been given.
+        """
+        if self.profile is None:
+            yield from steps
+            return
+        begin = min(PROFILED.start, len(steps) - 1)
+        yield from steps[:begin]
+        wait()
+        with jax.profiler.trace(self.profile / name):
+            for step in steps[begin : PROFILED.stop]:
+                with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                    yield step
+            wait()
+        yield from steps[PROFILED.stop :]
 
 
 SILENT = Session()

@@ -18,10 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32, PRNGKeyArray, PyTree
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from experiments import mesh as meshes, processes
 from experiments.checkpoints import Progress as Kept, Record
 from experiments.config import Count, Fraction, NonNegative, Positive
 from experiments.session import SILENT, Session, Stopped, deferred_signals
@@ -106,24 +108,35 @@ def start(
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), carry)
 
 
-@partial(jax.jit, static_argnums=(0, 1), static_argnames="skip")
+def shardings(state: TrainState, mesh: Mesh) -> TrainState:
+    """Where on the mesh each array of the state lies."""
+    shared = meshes.shares(state._replace(carry=None), mesh)
+    return shared._replace(carry=meshes.rows(state.carry, mesh))
+
+
+@partial(jax.jit, static_argnums=(0, 1), static_argnames=("skip", "mesh"))
 def train_step(
     loss: Loss, optimizer: optax.GradientTransformation, state: TrainState, batch: Any,
-    key: PRNGKeyArray, *, skip: bool,
+    key: PRNGKeyArray, *, skip: bool, mesh: Mesh | None,
 ) -> tuple[TrainState, Metrics]:  # fmt: skip
     """One step of the optimiser: the next state and the batch's metrics.
 
     With `skip`, a loss or a gradient that is not finite changes nothing but the number of the step,
-    and the metrics say whether the step was `skipped`. It is compiled once for all runs with the
-    same loss and optimiser: the same objects, as JAX tells functions apart by identity.
+    and the metrics say whether the step was `skipped`. With a mesh, the state comes out lying as it
+    came in. It is compiled once for all runs with the same loss and optimiser: the same objects, as
+    JAX tells functions apart by identity.
     """
     key = jax.random.fold_in(key, state.step)
     gradient = jax.value_and_grad(loss, has_aux=True)
+    params = state.params
+    if mesh is not None:
+        # each is put together once, not its parts exchanged wherever it is used
+        params = jax.lax.with_sharding_constraint(params, meshes.whole(mesh))
     if state.carry is None:
-        (value, metrics), grads = gradient(state.params, batch, key)
+        (value, metrics), grads = gradient(params, batch, key)
         carry = None
     else:
-        (value, (metrics, carry)), grads = gradient(state.params, batch, key, state.carry)
+        (value, (metrics, carry)), grads = gradient(params, batch, key, state.carry)
     # optax mixes its integer counts with floats, which strict promotion refuses
     with jax.numpy_dtype_promotion("standard"):
         updates, moments = optimizer.update(grads, state.optimizer, state.params)
@@ -135,7 +148,10 @@ def train_step(
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
         metrics["skipped"] = jnp.logical_not(finite).astype(value.dtype)
-    return after._replace(step=state.step + 1), metrics
+    after = after._replace(step=state.step + 1)
+    if mesh is not None:
+        after = jax.lax.with_sharding_constraint(after, shardings(after, mesh))
+    return after, metrics
 
 
 def fit(
@@ -156,13 +172,14 @@ def fit(
 
     The device is waited for at the logged steps only. Compilation happens once, beforehand. If the
     session has a checkpoint of this training, it goes on from there: all that it returns and logs,
-    times apart, is what it would have been without the interruption.
+    times apart, is what it would have been without the interruption. On a mesh, the batch of each
+    step is divided among the devices, and all of them evaluate; what is returned is on one device.
 
     Args:
         carry: what the loss is given at the first step, if it has one.
         evaluations: by the name of a split, metrics of the parameters on it; also after the end.
         final: the same, but after the end only.
-        session: is given each record as it comes, and keeps the checkpoints.
+        session: is given each record as it comes, keeps the checkpoints, and has the mesh.
         name: of this training, if the session has several.
 
     Raises:
@@ -170,7 +187,9 @@ def fit(
         Stopped: after a checkpoint, if the process was asked to stop.
     """
     state = start(params, optimizer, carry)
-    steps, skip = config.steps, config.not_finite == "skip"
+    steps, skip, mesh = config.steps, config.not_finite == "skip", session.mesh
+    if mesh is not None:
+        state, batch, key = _spread(state, batch, key, mesh)
     with session.checkpoints(name, config.checkpoints_kept) as checkpoints:
         done, state, kept = (checkpoints and checkpoints.load(state, key)) or (
             0, state, Kept([], [], 0.0)
@@ -185,13 +204,13 @@ def fit(
         for record in kept.records:
             emit(record)
         if done == steps:
-            return Trained(state.params, records, 0.0, kept.seconds)
+            return Trained(_gathered(state.params, mesh), records, 0.0, kept.seconds)
 
         clock = time.perf_counter()
-        step_of = train_step.lower(loss, optimizer, state, batch(0), key, skip=skip)
+        step_of = train_step.lower(loss, optimizer, state, batch(0), key, skip=skip, mesh=mesh)
         advance = step_of.compile()
         evaluate, conclude = (
-            {split: jax.jit(f).lower(params).compile() for split, f in functions.items()}
+            {split: jax.jit(f).lower(state.params).compile() for split, f in functions.items()}
             for functions in (evaluations, final)
         )
         compile_seconds = time.perf_counter() - clock
@@ -199,10 +218,12 @@ def fit(
         clock = since = time.perf_counter()
         with _progress() as progress, deferred_signals(checkpoints is not None) as stop:
             bar = progress.add_task("training", total=steps, completed=done, values="")
-            for step in range(done + 1, steps + 1):
+            left, wait = range(done + 1, steps + 1), lambda: jax.block_until_ready(state)
+            for step in session.profiled(name, left, wait):
                 state, metrics = advance(state, batch(step - 1), key)
                 window.append(metrics)
-                if step % config.log_every == 0 or step == steps:
+                logged = step % config.log_every == 0 or step == steps
+                if logged:
                     values = _mean(window, step)
                     speed = len(window) / (time.perf_counter() - since)
                     emit({"step": step, "split": "train", **values, "steps_per_second": speed})
@@ -215,19 +236,38 @@ def fit(
                         values = _mean([f(state.params)], step, f"{split} ")
                         emit({"step": step, "split": split, **values})
                     since += time.perf_counter() - paused
-                last = step == steps or stop.requested
+                # several processes, of which one may have been asked, agree where they wait anyway
+                stopping = (logged or processes.alone()) and processes.any_says(stop.requested)
+                last = step == steps or stopping
                 if checkpoints and (last or step % config.checkpoint_every == 0):
                     window = _finite(window, step)
                     seconds = kept.seconds + time.perf_counter() - clock
                     checkpoints.save(step, state, key, Kept(records.copy(), window.copy(), seconds))
-                if stop.requested:
+                if stopping:
                     break
         if checkpoints:
             checkpoints.wait()
-        if stop.requested:
+        if stopping:
             raise Stopped(f"stopped after step {step} of {steps}")
     seconds = kept.seconds + time.perf_counter() - clock
-    return Trained(state.params, records, compile_seconds, seconds)
+    return Trained(_gathered(state.params, mesh), records, compile_seconds, seconds)
+
+
+def _spread(
+    state: TrainState, batch: Callable[[int], Any], key: PRNGKeyArray, mesh: Mesh
+) -> tuple[TrainState, Callable[[int], Any], PRNGKeyArray]:
+    """What training begins with, and the batches to come, where they belong on the mesh."""
+
+    def divided(step: int) -> Any:
+        examples = batch(step)
+        return meshes.put(examples, meshes.rows(examples, mesh))
+
+    placed = meshes.put(state, shardings(state, mesh))
+    return placed, divided, meshes.put(key, meshes.whole(mesh))
+
+
+def _gathered(params: PyTree, mesh: Mesh | None) -> PyTree:
+    return params if mesh is None else meshes.take(params, mesh)
 
 
 def final_scores(trained: Trained) -> dict[str, float]:
@@ -260,7 +300,9 @@ def compare(
     """
     first = start(params, optimizer, carry)
     compiled = {
-        name: train_step.lower(loss, optimizer, first, batch(0), key, skip=False).compile()
+        name: train_step.lower(
+            loss, optimizer, first, batch(0), key, skip=False, mesh=None
+        ).compile()
         for name, loss in losses.items()
     }
     states = dict.fromkeys(losses, first)
@@ -320,7 +362,7 @@ def _progress() -> Progress:
         TextColumn("{task.fields[values]}"),
         TimeRemainingColumn(),
         console=Console(stderr=True),
-        disable=not (sys.stdout.isatty() and sys.stderr.isatty()),
+        disable=not (processes.is_first() and sys.stdout.isatty() and sys.stderr.isatty()),
     )
 
 

@@ -12,6 +12,7 @@ from experiments.config import Seed
 from experiments.cost import cost_scores, score_table, step_cost
 from experiments.digits import Digits, digits_batch
 from experiments.images import DataConfig, load_images
+from experiments.mesh import ParallelConfig
 from experiments.session import SILENT, Session
 from experiments.training import (
     TrainConfig,
@@ -50,6 +51,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: ViTConfig = field(default_factory=ViTConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
 class Result(NamedTuple):

@@ -23,6 +23,7 @@ from experiments.config import Count, Positive, Seed, UsageError
 from experiments.cost import Row, count, step_cost, table
 from experiments.digits import Digits, digits_batch
 from experiments.images import DataConfig, load_images
+from experiments.mesh import ParallelConfig
 from experiments.resolution_moves import (
     MOVES,
     Method,
@@ -80,6 +81,7 @@ class Config:
         default_factory=lambda: TrainConfig(steps=250, batch_size=32, learning_rate=4e-3)
     )
     """Training on small images, and on whole ones from the start."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
 class Result(NamedTuple):

@@ -9,8 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +215,40 @@ def test_a_full_disk_stops_the_run_with_a_message(tmp_path, capsys):
     assert main(["run", *command(tmp_path, "--resume")[4:]]) == 1
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and "No space left" in message
+
+
+@contextmanager
+def nothing_may_be_written_in(folder: Path) -> Iterator[None]:
+    """Nor by root, who has to be somebody else for that."""
+    user, mode = os.geteuid(), folder.stat().st_mode
+    folder.chmod(0o555)
+    try:
+        if user == 0:
+            os.seteuid(65534)
+        yield
+    finally:
+        os.seteuid(user)
+        folder.chmod(mode)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_folder_that_may_not_be_written_in_is_one_message(there, capsys):
+    # not below pytest's own, which nobody but its owner may enter
+    with tempfile.TemporaryDirectory() as name:
+        output = Path(name)
+        folder = output / "lstm_adding" / "x"
+        closed = output
+        if there:
+            folder.mkdir(parents=True)
+            closed = folder
+        output.chmod(0o755)
+        with nothing_may_be_written_in(closed):
+            code = main(["run", *command(output, *["--resume"] * there)[4:]])
+        assert list(closed.iterdir()) == []
+    message = capsys.readouterr().err
+    assert code == (1 if there else 2)
+    assert message.count("\n") == 1 and "Permission denied" in message and str(closed) in message
+    assert ("--output: cannot write" in message) == (not there)
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_ones_before_it(whole, tmp_path):

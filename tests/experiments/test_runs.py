@@ -1,14 +1,18 @@
 """A run keeps what it did, repeats itself, and is never overwritten unasked."""
 
+import gzip
 import json
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
+from tensorboardX.proto import event_pb2
 
 from experiments.__main__ import CONFIGS, main
+from experiments.events import event_log
 from experiments.runs import create
 from tests.experiments.test_configs import TINY
 
@@ -121,6 +125,63 @@ def test_an_output_that_is_no_folder_is_one_message(tmp_path, capsys):
             assert tiny(output, *name) == 2
             message = capsys.readouterr().err
             assert message.count("\n") == 1 and "--output" in message and str(blocked) in message
+
+
+# ---- for other programs to show ------------------------------------------------------------------
+
+
+def points(folder: Path) -> list[tuple[str, int, float]]:
+    """Curve, step and value of all that the event files hold."""
+    found = []
+    for file in folder.iterdir():
+        content = file.read_bytes()
+        while content:
+            # the length, its checksum, and as much with a checksum
+            size = int.from_bytes(content[:8], "little")
+            event = event_pb2.Event.FromString(content[12 : 12 + size])
+            content = content[16 + size :]
+            found += [(v.tag, event.step, v.simple_value) for v in event.summary.value]
+    return sorted(found)
+
+
+def test_a_trace_and_event_files_are_kept_if_asked_for_and_change_nothing(finished, tmp_path):
+    options = ["--name", "x", "--seed", "3", "--tensorboard"]
+    assert tiny(tmp_path, *options, "--profile") == 0
+    folder = tmp_path / "lstm_digits" / "x"
+    assert [timeless(r) for r in records(folder)] == [timeless(r) for r in records(finished)]
+    assert (folder / "result.npz").read_bytes() == (finished / "result.npz").read_bytes()
+
+    (trace,) = folder.glob("profile/**/*.trace.json.gz")
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    traced = [e["args"]["step_num"] for e in events if e.get("name") == "train"]
+    assert sorted(traced) == ["3", "4"]
+
+    expected = sorted(
+        (f"{record['split']}/{name}", record["step"], np.float32(value))
+        for record in records(folder)
+        for name, value in record.items()
+        if name not in ("step", "split")
+    )
+    assert points(folder / "tensorboard") == expected
+    # a run that goes on logs its records again, but has each of them once
+    (folder / "figure.png").unlink()
+    assert tiny(tmp_path, *options, "--resume") == 0
+    assert points(folder / "tensorboard") == expected
+
+
+def test_curves_of_several_trainings_are_told_apart(tmp_path):
+    with event_log(tmp_path) as log:
+        for method in ("a", "b"):
+            log({"step": 3, "split": "test", "method": method, "accuracy": 0.5})
+    assert points(tmp_path) == [("test/a/accuracy", 3, 0.5), ("test/b/accuracy", 3, 0.5)]
+
+
+def test_what_trains_nothing_has_no_trace(tmp_path, capsys):
+    config = str(CONFIGS / "lstm_equations.toml")
+    assert tiny(tmp_path / "x", "--profile", config=config) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "--profile" in message
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered")

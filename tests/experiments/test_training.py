@@ -1,5 +1,7 @@
 """The training loop, with models of one line."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -10,6 +12,8 @@ import optax
 import pytest
 
 from experiments.cost import step_cost
+from experiments.mesh import ParallelConfig, make_mesh
+from experiments.session import Session
 from experiments.training import TrainConfig, compare, fit, make_optimizer, make_schedule
 
 
@@ -87,25 +91,67 @@ def test_the_step_is_traced_once():
     assert len(traces) == 1
 
 
+@contextmanager
+def compilations() -> Iterator[list[str]]:
+    """What is compiled in the meantime."""
+    heard: list[str] = []
+
+    def listener(event, *_, **__):
+        if event == "/jax/core/compile/backend_compile_duration":
+            heard.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        yield heard
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+
+
+@pytest.mark.parametrize("data, fsdp", [(1, 1), (2, 2)])
+def test_a_run_compiles_its_step_and_its_evaluations_once_and_nothing_later(data, fsdp):
+    """Nor at the last step, which ends a window before its time, nor at any evaluation."""
+    params = jnp.ones((32, 32), jnp.float32)
+    session = Session(mesh=make_mesh(ParallelConfig(data, fsdp)))
+    config = TrainConfig(steps=7, log_every=3, evaluate_every=2, batch_size=4)
+    before_step = []
+
+    def loss(params, batch, key):
+        return jnp.mean((batch @ params) ** 2), {}
+
+    def batch(step):
+        before_step.append(len(compiled))
+        return np.full((4, 32), step, np.float32)
+
+    def run():
+        before_step.clear()
+        a, b, c = (lambda params, n=n: {"weight": params[0, n]} for n in range(3))
+        fit(loss, params, optax.adam(0.1), batch, jax.random.key(0), config,
+            evaluations={"a": a, "b": b}, final={"c": c}, session=session)  # fmt: skip
+
+    with compilations() as compiled:
+        run()
+        # what is compiled once for all runs, as the sums of a zero state, is there already
+        compiled.clear()
+        run()
+        to_lower, *steps = before_step
+        assert steps == [to_lower + 4] * 7
+        assert len(compiled) == 4
+
+
 def test_runs_with_the_same_loss_and_optimiser_share_one_compiled_step():
     params, key, optimizer = jnp.zeros(5, jnp.float32), jax.random.key(0), optax.sgd(0.1)
     batch = np.ones(5, np.float32)
     config = TrainConfig(steps=2, log_every=2, evaluate_every=2)
     rest: dict[str, Any] = dict(evaluations={}, final={})
     first = lambda: step_cost(square, params, optimizer, batch, key)
-    compilations = []
-    listener = lambda event, *_, **__: compilations.append(event) if "compile" in event else None
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    try:
+    with compilations() as compiled:
         first()
-        assert compilations  # the listener hears
-        compilations.clear()
+        assert compiled  # they are heard
+        compiled.clear()
         first()
         fit(square, params, optimizer, lambda step: batch, key, config, **rest)
         compare({"a": square, "b": square}, params, optimizer, lambda step: batch, key, steps=2)
-        assert not compilations
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listener)
+        assert not compiled
 
 
 @pytest.mark.parametrize("log_every", [1, 4, 100])
