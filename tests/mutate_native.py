@@ -104,7 +104,7 @@ def noticed(mutant: Mutant | None, folder: Path, tests: str) -> str | None:
         command += ["-o", "rnnattn/_kernels.abi3.so"]
         if subprocess.run(command, cwd=folder, capture_output=True).returncode:
             return "the compiler"
-        which = "twin or feature or sizes or several_blocks or bias_that_is or hidden or spoils"
+        which = "twin or feature or sizes or several_blocks or window_and or bias_that_is or hidden or spoils"
         pytest = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", tests, "-k", which]
         run = subprocess.run(pytest, cwd=folder, capture_output=True, text=True, env=_environment())
         if run.returncode == 0:

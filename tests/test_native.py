@@ -118,6 +118,12 @@ def test_sizes(name, instruction_set):
     assert_native_is_right(make_case(SIZES[name], is_causal=name == "some blocks", query_offset=9))
 
 
+@pytest.mark.parametrize("window", [(3, 0), (0, 4), (2, None)], ids=str)
+def test_a_window_and_nothing_else(window):
+    """What position alone hides is hidden without a look at each logit."""
+    assert_native_is_right(make_case(Sizes(1, 50, 70, 1, 1, 3, 2), local_window_size=window))
+
+
 def test_several_blocks_of_everything(instruction_set):
     sizes = Sizes(2, 203, 530, 4, 2, 7, 9)
     assert_native_is_right(
