@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import rnnattn
 from benchmarks import timing
-from rnnattn import attention, blockwise
+from rnnattn import attention, blockwise, native
 
 
 class Shape(NamedTuple):
@@ -215,20 +215,25 @@ def print_bars(rows):
         return
     window = [row for row in rows if row["shape"].window is not None]
     others = [row for row in rows if row["shape"].window is None]
-    long = [row for row in rows if row["shape"] == Shape(1, 4096, 8, 64, True)]
+    long = [row for row in rows if row["shape"].T >= 256]
+    longest = [row for row in rows if row["shape"] == Shape(1, 4096, 8, 64, True)]
     mean = timing.geometric_mean
-    medians = lambda rows, peer, kinds=KINDS: timing.medians(rows, peer, kinds)
-    bars: list[tuple[str, list[float], Callable[[list[float]], float], float]] = [
-        ("jax.nn, the least of all", medians(rows, "jax.nn"), min, 0.95),
-        ("jax.nn, mean", medians(others, "jax.nn"), mean, 1.8),
-        ("jax.nn, gradient, T 4096 causal", medians(long, "jax.nn", ["gradient"]), min, 4.0),
-        ("torch, mean forward", medians(others, "torch", ["forward"]), mean, 0.85),
-        ("torch, mean gradient", medians(others, "torch", ["gradient"]), mean, 0.7),
-        ("torch, the least with a window", medians(window, "torch"), min, 1.5),
+    medians = lambda rows, peer, *kinds: timing.medians(rows, peer, kinds or KINDS)
+    # the last two: at least so much on XLA, and with the native kernels
+    bars: list[tuple[str, list[float], Callable[[list[float]], float], float, float]] = [
+        ("jax.nn, the least of all", medians(rows, "jax.nn"), min, 0.95, 0.95),
+        ("jax.nn, mean", medians(others, "jax.nn"), mean, 1.8, 1.8),
+        ("jax.nn, gradient, T 4096 causal", medians(longest, "jax.nn", "gradient"), min, 4.0, 8.0),
+        ("torch, forward, least of T ≥ 256", medians(long, "torch", "forward"), min, 0.0, 1.0),
+        ("torch, gradient, least of T ≥ 256", medians(long, "torch", "gradient"), min, 0.0, 1.2),
+        ("torch, mean forward", medians(others, "torch", "forward"), mean, 0.85, 1.0),
+        ("torch, mean gradient", medians(others, "torch", "gradient"), mean, 0.7, 1.4),
+        ("torch, the least with a window", medians(window, "torch"), min, 1.5, 1.5),
     ]
     print("\nbars")
-    for name, ratios, of_all, least in bars:
-        if ratios:
+    for name, ratios, of_all, on_xla, natively in bars:
+        least = natively if native.status().available else on_xla
+        if ratios and least:
             value = of_all(ratios)
             print(f"  {name:<34}{value:6.2f}  ≥ {least:.2f}  {_met(value >= least)}")
 

@@ -1,9 +1,10 @@
 """How programs are timed against one another on a machine that is never quite still, and reported.
 
 All run in one process, in rounds, one sample of each program a round, so that a slow minute is
-slow for all; the order is rotated from round to round. A sample is preceded by an untimed call of
-the same program, since whoever runs after a program with its own threads is slowed by them, and
-repeats its call until 30 ms have passed. What counts is the ratio of two samples of one round: its
+slow for all; the order is drawn anew for each round. A sample is preceded by untimed calls of the
+same program for 10 ms, since whoever runs after a program whose threads wait actively is slowed by
+them (at calls of 2 ms by a quarter, where it always came after the same), and repeats its call
+until 30 ms have passed. What counts is the ratio of two samples of one round: its
 median over the rounds, with the quartiles. Compilation is timed apart.
 
 A benchmark names shapes and peers, and makes programs of one shape for each kind, "forward" say:
@@ -16,6 +17,7 @@ import json
 import math
 import os
 import platform
+import random
 import statistics
 import time
 import warnings
@@ -187,19 +189,19 @@ def measure(
     """The seconds per call of each program, one sample for each round."""
     for program in programs.values():
         program.call()
-    names = list(programs)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for first in range(rounds):
-        for k in range(len(names)):
-            name = names[(first + k) % len(names)]
-            times[name].append(_sample(programs[name].call, sample_seconds))
+    times: dict[str, list[float]] = {name: [] for name in programs}
+    order = random.Random(0)
+    for _ in range(rounds):
+        for name in order.sample(list(programs), len(programs)):
+            _repeat(programs[name].call, sample_seconds / 3)
+            times[name].append(_repeat(programs[name].call, sample_seconds))
     return times
 
 
-def _sample(call, sample_seconds):
-    call()
+def _repeat(call, seconds):
+    """The seconds per call, of as many as it takes."""
     calls, elapsed, start = 0, 0.0, time.perf_counter()
-    while elapsed < sample_seconds:
+    while elapsed < seconds:
         call()
         calls += 1
         elapsed = time.perf_counter() - start

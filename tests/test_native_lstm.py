@@ -5,6 +5,7 @@ Tiles of the kernels are of 16, 8 or 4 hidden units and up to 6 rows, so some si
 over these, and some chunks shorter than the sequence.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from typing import Any, cast
 
@@ -156,6 +157,18 @@ def test_any_number_of_threads_gives_the_same_bits(monkeypatch):
             results.append(value_and_gradients(run, case))
         for other in results[1:]:
             jax.tree.map(np.testing.assert_array_equal, results[0], other)
+
+
+def test_several_programs_at_once_give_the_same_bits():
+    """They share XLA's threads, and none waits for a place among them."""
+    cases = [scaled_case(9, B, 5, 40) for B in (3, 8, 16, 17)]
+    gradients = jax.jit(lambda case: value_and_gradients(native_lstm, case))
+    alone = list(map(gradients, cases))
+    with ThreadPoolExecutor(len(cases)) as pool:
+        together = pool.map(lambda case: [gradients(case) for _ in range(20)], cases)
+        for results, expected in zip(together, alone, strict=True):
+            for each in results:
+                jax.tree.map(np.testing.assert_array_equal, each, expected)
 
 
 def test_saturated_gates_and_infinite_inputs_behave_as_on_xla():
