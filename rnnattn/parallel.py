@@ -38,7 +38,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 import rnnattn.blockwise as blockwise
 from rnnattn.attention import _Arrays, _check, _options, _problem, _require, _Settings
-from rnnattn.precision import accumulator
+from rnnattn.precision import accumulator, varying_together
 from rnnattn.scores import Masking, Operands, Options, hide, key_range, weights
 
 # Its rule for tangents takes L for that of the keys at hand, here it is that of all keys.
@@ -67,10 +67,9 @@ def ring_attention(
 ) -> Any:
     """`rnnattn.dot_product_attention` with T and S spread over the devices of a mesh axis.
 
-    Within `jax.shard_map` over that axis (with `check_vma=False`), arrays are a device's parts, and
-    so is the result. Outside, shapes are those of the whole, and each device still only ever holds
-    its part. Lengths are always of the whole. Memory for each device falls as 1/D, and so does its
-    work.
+    Within `jax.shard_map` over that axis, arrays are a device's parts, and so is the result.
+    Outside, shapes are those of the whole, and each device still only ever holds its part. Lengths
+    are always of the whole. Memory for each device falls as 1/D, and so does its work.
 
     Args:
         query, key, value: as there. They are best placed by
@@ -350,7 +349,10 @@ def _forward(ring, options, operands, masking):
 
     q, k, v, *_ = operands
     wide, rows = accumulator(q.dtype), q.shape[:4]
-    seen = (jnp.zeros((*rows, v.shape[-1]), wide), jnp.full(rows, -jnp.inf, wide))
+    seen = (
+        jnp.zeros_like(v, wide, shape=(*rows, v.shape[-1])),
+        jnp.full_like(v, -jnp.inf, wide, shape=rows),
+    )
     (first, last), stops = ring.stops, ring.every_stop()
     held = ring.move(_Held(k, v, masking.key_segments), first)
     if last > first:
@@ -373,7 +375,7 @@ def _backward(ring, options, operands, masking, o, lse, do, dlse):
             ring.add(dv, d.value, b, 2),
         )
 
-    zeros = lambda x: jnp.zeros(x.shape, lse.dtype)
+    zeros = lambda x: jnp.zeros_like(x, lse.dtype)
     q, k, v, *_ = operands
 
     def visit(dq, held, stop):
@@ -438,15 +440,12 @@ def _run(mesh, axes, ring, exchanged, options, arrays):
     specs = {name: _spec(axes, name, x) for name, x in given.items()}
     part = lambda given: _attend_to_parts(ring, exchanged, options, _Arrays(**given))
     rows = _spec(axes, "query", arrays.query)
-    # Unchecked, since loops start from zeros, the same on all devices, and end with what is not.
-    attend = jax.shard_map(
-        part, mesh=mesh, in_specs=(specs,), out_specs=(rows, rows), check_vma=False
-    )
-    return attend(given)
+    return jax.shard_map(part, mesh=mesh, in_specs=(specs,), out_specs=(rows, rows))(given)
 
 
 def _attend_to_parts(ring, exchanged, options, arrays):
     """O and L of what one device holds."""
+    arrays = varying_together(arrays)
     if exchanged:
         to = lambda x: None if x is None else _to_zigzag(ring, x)
         arrays = arrays._replace(**{name: to(getattr(arrays, name)) for name in _IN_ORDER})

@@ -124,9 +124,7 @@ def test_within_shard_map_a_device_gives_its_parts(is_causal):
     def loss(attend, q, k, v):
         return jnp.sum(jnp.sin(attend(q, k, v)))
 
-    there = jax.shard_map(
-        ring, mesh=mesh, in_specs=P(None, "ring"), out_specs=P(None, "ring"), check_vma=False
-    )
+    there = jax.shard_map(ring, mesh=mesh, in_specs=P(None, "ring"), out_specs=P(None, "ring"))
     arrays = [case.floats[name] for name in ("query", "key", "value")]
     found = jax.jit(jax.value_and_grad(partial(loss, there), (0, 1, 2)))(*arrays)
     expected = jax.value_and_grad(partial(loss, partial(dot_product_attention, **case.options)),
@@ -134,7 +132,6 @@ def test_within_shard_map_a_device_gives_its_parts(is_causal):
     assert_same(found, expected)
     again = jax.shard_map(
         partial(ring, mesh=mesh), mesh=mesh, in_specs=P(None, "ring"), out_specs=P(None, "ring"),
-        check_vma=False,
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"None within `jax\.shard_map`"):
         again(*arrays)
