@@ -24,10 +24,8 @@ import jaxlib
 ROOT = Path(__file__).resolve().parent.parent
 NATIVE = Path("rnnattn/_native")
 FUNCTIONS = {
-    "lstm.inc": [
-        "cell(const V",
-        "cell_gradient(const Gates",
-    ],
+    "lstm_forward.inc": ["cell(const V"],
+    "lstm_gradient.inc": ["cell_gradient(const Gates"],
     "attention.inc": [
         "keys_of(const Attention",
         "mask_outside(const Row",
@@ -37,7 +35,11 @@ FUNCTIONS = {
         "logits_gradient(const Block",
     ],
 }
-TESTS = {"lstm.inc": "tests/test_native_lstm.py", "attention.inc": "tests/test_native.py"}
+TESTS = {
+    "lstm_forward.inc": "tests/test_native_lstm.py",
+    "lstm_gradient.inc": "tests/test_native_lstm.py",
+    "attention.inc": "tests/test_native.py",
+}
 PLACE = r"(?:[bjrtW]|at|key|STRIDE|p\.[GMTV])\b"  # in an array: for the sanitizers
 COMPARING = ["twin", "feature", "sizes", "several_blocks", "window_and", "bias_that_is", "hidden"]
 CHANGES = [
@@ -146,7 +148,7 @@ def prepare(folder: Path) -> None:
 def main(part: str = "") -> int:
     folder = ROOT / "build/mutated"
     prepare(folder)
-    for tests in TESTS.values():
+    for tests in dict.fromkeys(TESTS.values()):
         if error := noticed(None, folder, tests):
             print(f"{tests} fails as it is: {error}")
             return 1
