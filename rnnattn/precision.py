@@ -18,7 +18,7 @@ def varying_together(tree):
     zeros like one of these. The gradient of what did not vary is the sum over the axis.
     """
     leaves, structure = jax.tree.flatten(tree)
-    vary = [_axes_of(jax.typeof(x)) for x in leaves]
+    vary = [jax.typeof(x).manual_axis_type.varying for x in leaves]
     axes = frozenset().union(*vary)
     if not axes:
         return tree
@@ -27,9 +27,3 @@ def varying_together(tree):
         for x, own in zip(leaves, vary, strict=True)
     ]
     return jax.tree.unflatten(structure, together)
-
-
-def _axes_of(kind):
-    """The axes of the mesh over which an array of this type varies."""
-    # jax 0.10 calls `manual_axis_type.varying` what the versions around it call `vma`
-    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
