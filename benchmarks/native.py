@@ -35,20 +35,22 @@ def measure_streaming(rounds, D=256, H=256, T=256) -> dict[str, Any]:
     params, x, _ = lstm.make_problem(T, 1, D, H, dtype="float32")
     zeros = jnp.zeros((1, H))
 
-    def loop(implementation):
+    # `lstm_step` takes what is the faster; a step of `lstm` can be told
+    steps = {
+        "ours": lambda params, x, state: rnnattn.lstm_step(params, x, state),
+        "ours, xla": lambda params, x, state: rnnattn.lstm(
+            params, x[:, None], state, implementation="xla"
+        )[1],
+    }
+
+    def loop(step):
         def run(params, x):
-            step = lambda state, x: (rnnattn.lstm_step(params, x, state), None)
-            if implementation == "xla":
-                one = lambda x: x[:, None]  # `lstm` of one step, as `lstm_step` has no choice
-                step = lambda state, x: (
-                    rnnattn.lstm(params, one(x), state, implementation="xla")[1],
-                    None,
-                )
-            return jax.lax.scan(step, rnnattn.LSTMState(zeros, zeros), x)[0]
+            start = rnnattn.LSTMState(zeros, zeros)
+            return jax.lax.scan(lambda state, x: (step(params, x, state), None), start, x)[0]
 
         return timing.compiled(run, params, x)
 
-    programs = {"ours": loop(None), "ours, xla": loop("xla")}
+    programs = {name: loop(step) for name, step in steps.items()}
     try:
         programs["torch"] = _cell_of_torch(params, x)
     except ImportError as error:
@@ -110,22 +112,21 @@ def measure_rates(rounds, size=2048) -> dict[str, Any]:
     """
     matrix = jax.random.normal(jax.random.key(0), (size, size), jnp.float32)
     product = timing.compiled(jnp.matmul, matrix, matrix)
-    cases: dict[str, tuple[Callable[[], timing.Program], float, float]] = {}
+    cases: dict[str, tuple[timing.Program, float, float]] = {}
     for T, B, D, H in ((64, 64, 256, 512), (32, 256, 512, 512)):
         one = 2.0 * T * B * (D + H) * 4 * H
-        problem = lstm.make_problem(T, B, D, H, dtype="float32")
-        name = f"lstm ({T}, {B}, {D}, {H})"
-        cases[name] = (lambda p=problem: lstm.ours(p)["training"], 3 * one, 4 * one)
-        gates = lambda p=problem: lstm.ours(p, residuals="gates")["training"]
+        problem, name = lstm.make_problem(T, B, D, H, dtype="float32"), f"lstm ({T}, {B}, {D}, {H})"
+        cases[name] = (lstm.ours(problem)["training"], 3 * one, 4 * one)
+        gates = lstm.ours(problem, residuals="gates")["training"]
         cases[f"{name}, gates"] = (gates, 3 * one, 3 * one)
     for causal in (False, True):
         shape = attention.Shape(1, 4096, 8, 64, causal)
         one = 2.0 * shape.logits * shape.K * (0.5 if causal else 1.0)
-        program = lambda s=shape: attention.ours(attention.make_problem(s, dtype="float32"))
-        cases[f"attention ({shape})"] = (lambda p=program: p()["gradient"], 6 * one, 7 * one)
+        gradient = attention.ours(attention.make_problem(shape, dtype="float32"))["gradient"]
+        cases[f"attention ({shape})"] = (gradient, 6 * one, 7 * one)
     rows = {}
-    for name, (make, needed, done) in cases.items():
-        times = timing.measure({"product": product, name: make()}, rounds)
+    for name, (program, needed, done) in cases.items():
+        times = timing.measure({"product": product, name: program}, rounds)
         rate = 2.0 * size**3 / np.array(times["product"])
         share = lambda flops, rate=rate, t=times[name]: float(np.median(flops / np.array(t) / rate))
         rows[name] = {
@@ -223,9 +224,7 @@ def measure_cost(rounds) -> dict[str, Any]:
 
 
 def _python(*arguments):
-    return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, check=True, cwd=Path.cwd()
-    )
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True)
 
 
 def print_cost(cost):

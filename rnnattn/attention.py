@@ -341,8 +341,8 @@ def _schedule(arrays, settings):
     if settings.implementation == "blockwise":
         return _BLOCKWISE
     xla = _DENSE if T * S < _DENSE_LOGITS else _BLOCKWISE
-    # Where they serve, the kernels take 1/3 to 1 of XLA's time at all sizes measured, but for the
-    # gradient of one query per head, up to 1.5 (benchmarks/README.md).
+    # Where they serve, the kernels are the faster at all sizes measured, but for the gradient of
+    # one query per head (benchmarks/README.md, "When they run").
     wanted = settings.implementation is None and not _unserved(arrays, settings)
     return _NATIVE[xla] if wanted or settings.implementation == "native" else xla
 

@@ -3,10 +3,10 @@
     python tests/mutate_native.py [name of a function, or a part of it]
 
 As `tests/mutate.py`, for C++: each function that states an equation is changed in one place at a
-time (+ and − exchanged, a product made a sum, a comparison turned round, a mask dropped), the
-kernels are compiled anew in build/mutated, for the portable instruction set alone, and the tests
-that compare with the plain twins run until the first failure. It takes half a minute a change.
-Exits with 1 if one survives.
+time (+ and − exchanged, a product made a sum, a comparison turned round, the larger taken for the
+smaller), the kernels are compiled anew in build/mutated, for the portable instruction set alone,
+and the tests that compare with the plain twins run until the first failure. It takes some ten
+seconds a change. Exits with 1 if one survives.
 """
 
 import os
@@ -23,22 +23,22 @@ import jaxlib
 
 ROOT = Path(__file__).resolve().parent.parent
 NATIVE = Path("rnnattn/_native")
+LSTM, ATTENTION = "tests/test_native_lstm.py", "tests/test_native.py"
+# Functions by file, and the tests of each.
 FUNCTIONS = {
-    "lstm_forward.inc": ["cell(const V"],
-    "lstm_gradient.inc": ["cell_gradient(const Gates"],
-    "attention.inc": [
-        "keys_of(const Attention",
-        "mask_outside(const Row",
-        "finish_logits(const Attention",
-        "weigh(const Block",
-        "row_sums(const AttentionBackward",
-        "logits_gradient(const Block",
-    ],
-}
-TESTS = {
-    "lstm_forward.inc": "tests/test_native_lstm.py",
-    "lstm_gradient.inc": "tests/test_native_lstm.py",
-    "attention.inc": "tests/test_native.py",
+    "lstm_forward.inc": (LSTM, ["cell(const V"]),
+    "lstm_gradient.inc": (LSTM, ["cell_gradient(const Gates"]),
+    "attention.inc": (
+        ATTENTION,
+        [
+            "keys_of(const Attention",
+            "mask_outside(const Row",
+            "finish_logits(const Attention",
+            "weigh(const Block",
+            "row_sums(const AttentionBackward",
+            "logits_gradient(const Block",
+        ],
+    ),
 }
 PLACE = r"(?:[bjrtW]|at|key|STRIDE|p\.[GMTV])\b"  # in an array: for the sanitizers
 COMPARING = ["twin", "feature", "sizes", "several_blocks", "window_and", "bias_that_is", "hidden"]
@@ -69,7 +69,7 @@ class Mutant(NamedTuple):
 
 
 def mutants(part: str) -> Iterator[Mutant]:
-    for file, functions in FUNCTIONS.items():
+    for file, (_, functions) in FUNCTIONS.items():
         lines = (ROOT / NATIVE / file).read_text().splitlines()
         for function in functions:
             if part not in function:
@@ -100,16 +100,13 @@ def noticed(mutant: Mutant | None, folder: Path, tests: str) -> str | None:
         lines[mutant.line] = mutant.after
         (folder / NATIVE / mutant.file).write_text("\n".join(lines) + "\n")
     try:
-        includes = [Path(jaxlib.__file__).parent / "include", sysconfig.get_paths()["include"]]
-        command = "g++ -shared -fPIC -std=c++17 -O1 -w -fvisibility=hidden".split()
-        command += [f"-I{path}" for path in includes]
-        command += [str(NATIVE / "baseline.cc"), "module.o", "none.o"]
-        command += ["-o", "rnnattn/_kernels.abi3.so"]
-        if subprocess.run(command, cwd=folder, capture_output=True).returncode:
+        objects = [str(NATIVE / "baseline.cc"), "module.o", "none.o"]
+        if compiler(folder, "-shared", *objects, "-o", "rnnattn/_kernels.abi3.so").returncode:
             return "the compiler"
         which = " or ".join(COMPARING)
         pytest = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", tests, "-k", which]
-        run = subprocess.run(pytest, cwd=folder, capture_output=True, text=True, env=_environment())
+        environment = os.environ | {"RNNATTN_NATIVE": "baseline"}
+        run = subprocess.run(pytest, cwd=folder, capture_output=True, text=True, env=environment)
         if run.returncode == 0:
             return None
         failed = re.search(r"^(FAILED|ERROR) \S*::(\S+)", run.stdout, re.M)
@@ -119,8 +116,11 @@ def noticed(mutant: Mutant | None, folder: Path, tests: str) -> str | None:
             shutil.copy(ROOT / NATIVE / mutant.file, folder / NATIVE / mutant.file)
 
 
-def _environment():
-    return os.environ | {"RNNATTN_NATIVE": "baseline"}
+def compiler(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = "g++ -fPIC -std=c++17 -O1 -w -fvisibility=hidden".split()
+    includes = (Path(jaxlib.__file__).parent / "include", sysconfig.get_paths()["include"])
+    command += [f"-I{path}" for path in includes]
+    return subprocess.run([*command, *arguments], cwd=folder, capture_output=True, text=True)
 
 
 def prepare(folder: Path) -> None:
@@ -138,23 +138,20 @@ def prepare(folder: Path) -> None:
     (folder / "none.cc").write_text(
         f'#include "{NATIVE}/kernels.h"\nnamespace rnnattn {{\n{none}}}\n'
     )
-    includes = [Path(jaxlib.__file__).parent / "include", sysconfig.get_paths()["include"]]
     for source, object_file in ((NATIVE / "module.cc", "module.o"), ("none.cc", "none.o")):
-        command = "g++ -c -fPIC -std=c++17 -O1 -w -fvisibility=hidden".split()
-        command += [f"-I{path}" for path in includes]
-        subprocess.run([*command, str(source), "-o", object_file], cwd=folder, check=True)
+        compiler(folder, "-c", str(source), "-o", object_file).check_returncode()
 
 
 def main(part: str = "") -> int:
     folder = ROOT / "build/mutated"
     prepare(folder)
-    for tests in dict.fromkeys(TESTS.values()):
+    for tests in (LSTM, ATTENTION):
         if error := noticed(None, folder, tests):
             print(f"{tests} fails as it is: {error}")
             return 1
     survivors = count = 0
     for mutant in mutants(part):
-        error = noticed(mutant, folder, TESTS[mutant.file])
+        error = noticed(mutant, folder, FUNCTIONS[mutant.file][0])
         survivors, count = survivors + (error is None), count + 1
         change = f"{mutant.before.strip()}  →  {mutant.after.strip()}"
         verdict = f"killed by {error}" if error else "SURVIVED"
