@@ -1,6 +1,6 @@
 """The native schedule of attention on a CPU: the kernels of `rnnattn/_native/attention.inc`.
 
-Elsewhere (`rnnattn.native.dispatched`), and for derivatives beyond the first, a schedule on XLA
+Elsewhere, and for derivatives beyond the first (`rnnattn.native.dispatched`), a schedule on XLA
 runs, which is the first argument of `forward` and `backward`.
 """
 
@@ -16,16 +16,15 @@ from rnnattn.scores import Operands, hide, row_sums, sinks_gradient
 
 def forward(xla, options, operands, masking):
     """O and L; `xla` is the schedule for where the kernels do not serve."""
-    return _forward(xla, options, _in_float32(operands), masking)
+    return _forward((xla, options), _in_float32(operands), masking)
 
 
 def backward(xla, options, operands, masking, o, lse, do, dlse):
     """The gradient of the operands."""
     operands = _in_float32(operands)
-    dq, dk, dv, *rest = _backward(xla, options, operands, masking, o, lse, do, dlse)
-    dbias = rest[0] if rest else None
+    gradient = _backward((xla, options), operands, masking, o, lse, do, dlse)
     dsinks = sinks_gradient(operands.sinks, lse, row_sums(do, o), dlse)
-    return Operands(dq, dk, dv, dbias, dsinks)
+    return gradient._replace(sinks=dsinks)
 
 
 def _in_float32(operands):
@@ -33,42 +32,22 @@ def _in_float32(operands):
     return operands if bias is None else operands._replace(bias=bias.astype(jnp.float32))
 
 
-def _xla_forward(xla, options, operands, masking):
+# ------------------------------------------------------------------------------------------ on XLA
+
+
+def _forward_on_xla(static, operands, masking):
+    xla, options = static
     return xla.forward(options, hide(options, operands, masking), masking)
 
 
-def _xla_backward(xla, options, operands, masking, o, lse, do, dlse):
+def _backward_on_xla(static, operands, masking, o, lse, do, dlse):
+    """The gradient, but for that of the sinks."""
+    xla, options = static
     operands = hide(options, operands, masking)._replace(sinks=None)
-    gradient = xla.backward(options, operands, masking, o, lse, do, dlse)
-    return [x for x in gradient if x is not None]
+    return xla.backward(options, operands, masking, o, lse, do, dlse)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _forward(xla, options, operands, masking):
-    return tuple(_bind("forward", xla, options, operands, masking))
-
-
-@_forward.defjvp
-def _forward_jvp(xla, options, primals, tangents):
-    operands, masking = primals
-    twin = lambda operands: _xla_forward(xla, options, operands, masking)
-    return jax.jvp(twin, (operands,), (tangents[0],))
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _backward(xla, options, operands, masking, o, lse, do, dlse):
-    return _bind("backward", xla, options, operands, masking, o, lse, do, dlse)
-
-
-@_backward.defjvp
-def _backward_jvp(xla, options, primals, tangents):
-    operands, masking, *others = primals
-    doperands, _, *dothers = tangents
-    twin = lambda operands, *others: _xla_backward(xla, options, operands, masking, *others)
-    return jax.jvp(twin, (operands, *others), (doperands, *dothers))
-
-
-# -------------------------------------------------------------------------------------- the kernels
+# ---------------------------------------------------------------------------------- in the kernels
 
 
 def _rows_first(x):
@@ -81,112 +60,137 @@ def _keys_first(x):
     return jnp.moveaxis(x, 2, 1)
 
 
-def _native(kind, xla, options, operands, masking, *others):
-    """O and L, or dq, dk, dv and maybe dbias."""
-    q, k, v, bias, sinks = operands
-    given = lambda x, dtype: jnp.zeros(0, dtype) if x is None else x
+def _given(x, dtype=jnp.float32):
+    """An argument of a kernel; without elements where it is absent."""
+    return jnp.zeros(0, dtype) if x is None else x
+
+
+def _call(name, options, operands, masking, others, results):
+    """A kernel's results, given the operands, the masking and more."""
+    q, k, v, bias, _ = operands
     arguments = [_rows_first(q), _keys_first(k), _keys_first(v)]
-    arguments += [given(bias, jnp.float32), given(masking.mask, jnp.bool), masking.offset]
+    arguments += [_given(bias), _given(masking.mask, jnp.bool), masking.offset]
     integers = [masking.query_lengths, masking.key_lengths]
     integers += [masking.query_segments, masking.key_segments]
-    arguments += [given(x, jnp.int32) for x in integers]
-    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
-    (B, M, G, T, _), V = q.shape, v.shape[-1]
-    wants_dbias = bias is not None and options.bias_gradient
-    if kind == "forward":
-        arguments.append(given(sinks, jnp.float32))
-        results = [shape(B, T, M, G, V), shape(B, M, G, T)]
-    else:
-        o, lse, do, dlse = others
-        arguments += [_rows_first(o), lse, _rows_first(do), dlse]
-        results = [shape(*x.shape) for x in arguments[:3]]
-        results.append(shape(*bias.shape) if wants_dbias else shape(0))
+    arguments += [_given(x, jnp.int32) for x in integers]
     left, right = options.window or (None, None)
     side = lambda x: np.int64(-1 if x is None else x)
-    first, second, *rest = jax.ffi.ffi_call(f"rnnattn.attention_{kind}.v1", results)(
+    results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in results]
+    return jax.ffi.ffi_call(f"rnnattn.attention_{name}.v1", results)(
         *arguments,
+        *others,
         is_causal=options.is_causal,
         left=side(left),
         right=side(right),
         soft_cap=np.float32(options.soft_cap or 0),
         **native.how(),
     )
-    first = jnp.moveaxis(first, 1, 3)
-    if kind == "forward":
-        return [first, second]
-    dv, dbias = rest
-    gradient = [first, jnp.moveaxis(second, 1, 2), jnp.moveaxis(dv, 1, 2)]
-    return [*gradient, dbias] if wants_dbias else gradient
 
 
-def _xla(kind, xla, *arguments):
-    return list((_xla_forward if kind == "forward" else _xla_backward)(xla, *arguments))
+def _forward_natively(static, operands, masking):
+    _, options = static
+    (B, M, G, T, _), V = operands.query.shape, operands.value.shape[-1]
+    results = [(B, T, M, G, V), (B, M, G, T)]
+    o, lse = _call("forward", options, operands, masking, [_given(operands.sinks)], results)
+    return jnp.moveaxis(o, 1, 3), lse
 
 
-def _results(kind, options, operands):
+def _backward_natively(static, operands, masking, o, lse, do, dlse):
+    _, options = static
     q, k, v, bias, _ = operands
-    shapes = [q.shape, k.shape, v.shape]
-    if kind == "forward":
-        shapes = [(*q.shape[:4], v.shape[3]), q.shape[:4]]
-    elif bias is not None and options.bias_gradient:
-        shapes.append(bias.shape)
-    return [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    others = [_rows_first(o), lse, _rows_first(do), dlse]
+    wants_dbias = bias is not None and options.bias_gradient
+    results = [_rows_first(q).shape, _keys_first(k).shape, _keys_first(v).shape]
+    results.append(bias.shape if wants_dbias else (0,))
+    dq, dk, dv, dbias = _call("backward", options, operands, masking, others, results)
+    dk, dv = (jnp.moveaxis(x, 1, 2) for x in (dk, dv))
+    return Operands(jnp.moveaxis(dq, 1, 3), dk, dv, dbias if wants_dbias else None)
 
 
 # ------------------------------------------------------------------------------------ where it runs
 
 
-def _bind(kind, xla, options, *arguments):
-    leaves, tree = jax.tree.flatten(arguments)
-    return _dispatched(*leaves, kind=kind, xla=xla, options=options, tree=tree)
+def _like(x, shape=None):
+    return jax.ShapeDtypeStruct(x.shape if shape is None else shape, jnp.float32)
 
 
-def _run(run, *leaves, kind, xla, options, tree):
-    return run(kind, xla, options, *jax.tree.unflatten(tree, leaves))
+def _forward_results(static, operands, masking):
+    q = operands.query
+    return _like(q, (*q.shape[:4], operands.value.shape[3])), _like(q, q.shape[:4])
 
 
-def _shapes(*leaves, kind, xla, options, tree):
-    operands, *_ = jax.tree.unflatten(tree, leaves)
-    return _results(kind, options, operands)
+def _backward_results(static, operands, *_):
+    _, options = static
+    q, k, v, bias, _ = operands
+    wants_dbias = bias is not None and options.bias_gradient
+    return Operands(_like(q), _like(k), _like(v), _like(bias) if wants_dbias else None)
 
 
-def _batched(leaves, axes, *, kind, xla, options, tree):
-    """`vmap` joins its axis with the batch."""
-    (size,) = {x.shape[a] for x, a in zip(leaves, axes, strict=True) if a is not None}
-    front = lambda x, a: x if a is None else jnp.moveaxis(x, a, 0)
-    leaves = [front(x, a) for x, a in zip(leaves, axes, strict=True)]
-    arguments = jax.tree.unflatten(tree, leaves)
-    batched = jax.tree.unflatten(tree, [a is not None for a in axes])
-    operands, masking, *others = arguments
-    if batched[0].sinks:
-        run = partial(_run, _xla, kind=kind, xla=xla, options=options, tree=tree)
-        axes = [None if a is None else 0 for a in axes]
-        results = jax.vmap(run, axes)(*leaves)
-        return results, [0] * len(results)
-    rows = operands.query.shape[1 if batched[0].query else 0]
-    own_bias = kind == "backward" and options.bias_gradient
+# Fields of the operands and the masking that the rows of a batch may share.
+_SHARED = ("bias", "mask", "offset", "sinks")
 
-    def join(x, is_batched, own=True):
-        """(A, B, …) → (A B, …)."""
-        if x is None or (not is_batched and not own and x.shape[0] == 1):
+
+def _joined(trees, batched, size, rows, apart=()):
+    """The arguments with the axis of `vmap` joined to the batch, (A, B, …) → (A B, …).
+
+    What all rows share stays as it is, but for the fields named in `apart`.
+    """
+
+    def join(x, is_batched, shared=False):
+        if x is None or (shared and not is_batched and x.shape[0] == 1):
             return x
-        rest = x.shape[2:] if is_batched else x.shape[1:]
         x = x if is_batched else x[None]
-        return jnp.broadcast_to(x, (size, rows, *rest)).reshape(size * rows, *rest)
+        return jnp.broadcast_to(x, (size, rows, *x.shape[2:])).reshape(size * rows, *x.shape[2:])
 
-    shared = {"bias": own_bias, "mask": False, "offset": False, "sinks": False}
-    join_all = lambda x, b: type(x)(
-        **{n: join(getattr(x, n), getattr(b, n), shared.get(n, True)) for n in x._fields}
-    )
-    joined = [join_all(operands, batched[0]), join_all(masking, batched[1])]
-    joined += [join(x, b) for x, b in zip(others, batched[2:], strict=True)]
-    results = _bind(kind, xla, options, *joined)
-    results = [x.reshape(size, rows, *x.shape[1:]) for x in results]
-    if len(results) == 4 and operands.bias.shape[1 if batched[0].bias else 0] < rows:
-        results[3] = jnp.sum(results[3], 1, keepdims=True)
-    return results, [0] * len(results)
+    def join_fields(tree, batched):
+        fields = zip(tree._fields, tree, batched, strict=True)
+        shared = [name for name in _SHARED if name not in apart]
+        return type(tree)(*(join(x, b, name in shared) for name, x, b in fields))
+
+    (operands, masking, *others), (of_operands, of_masking, *of_others) = trees, batched
+    joined = [join_fields(operands, of_operands), join_fields(masking, of_masking)]
+    return [*joined, *map(join, others, of_others)]
 
 
-_dispatched = native.dispatched(
-    "rnnattn_attention", partial(_run, _native), partial(_run, _xla), _shapes, _batched
+def _over_axis(run, on_xla, apart, static, trees, batched, size):
+    """The results of all rows; sinks of their own for each are left to XLA."""
+    operands, of_operands = trees[0], batched[0]
+    if of_operands.sinks:
+        axes = jax.tree.map(lambda b: 0 if b else None, batched)
+        return jax.vmap(partial(on_xla, static), axes)(*trees)
+    rows = operands.query.shape[1 if of_operands.query else 0]
+    results = run(static, *_joined(trees, batched, size, rows, apart))
+    return jax.tree.map(lambda x: x.reshape(size, rows, *x.shape[1:]), results)
+
+
+def _forward_over_axis(static, trees, batched, size):
+    return _over_axis(_forward, _forward_on_xla, (), static, trees, batched, size), 0
+
+
+def _backward_over_axis(static, trees, batched, size):
+    _, options = static
+    apart = ("bias",) if options.bias_gradient else ()
+    gradient = _over_axis(_backward, _backward_on_xla, apart, static, trees, batched, size)
+    if gradient.bias is not None:
+        bias = trees[0].bias
+        shared = bias.shape[1 if batched[0].bias else 0] == 1
+        gradient = gradient._replace(
+            bias=jnp.sum(gradient.bias, 1, keepdims=True) if shared else gradient.bias
+        )
+    return gradient, 0
+
+
+_forward = native.dispatched(
+    "rnnattn_attention",
+    _forward_natively,
+    _forward_on_xla,
+    _forward_results,
+    _forward_over_axis,
+)
+_backward = native.dispatched(
+    "rnnattn_attention_gradient",
+    _backward_natively,
+    _backward_on_xla,
+    _backward_results,
+    _backward_over_axis,
 )

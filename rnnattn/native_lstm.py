@@ -6,7 +6,7 @@ the gradient: y with c and a of every step, or with c alone, or the state before
 """
 
 from functools import partial
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,12 +46,12 @@ def unserved(params, x, variant):
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def sequence(schedule, params, state, steps):
     """`rnnattn.chunked.sequence`."""
-    y, state, _ = _forward(schedule, False, params, state, steps)
+    y, state, _ = _forward((schedule, False), params, state, steps)
     return y, state
 
 
 def _sequence_fwd(schedule, params, state, steps):
-    y, final, kept = _forward(schedule, True, params, state, steps)
+    y, final, kept = _forward((schedule, True), params, state, steps)
     seen = None if isinstance(schedule.residuals, int) else y
     return (y, final), (params, state, steps, seen, kept)
 
@@ -64,49 +64,12 @@ def _sequence_bwd(schedule, residuals, cotangents):
 sequence.defvjp(_sequence_fwd, _sequence_bwd)
 
 
-# ---- the two directions, wherever they run ----------------------------------------------------
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _forward(schedule, keeps, params, state, steps):
-    """y, the final state, and what is kept for the gradient."""
-    y, h, c, *kept = _bind(_dispatched_forward, (schedule, keeps), params, state, steps)
-    return y, LSTMState(h, c), _kept(schedule, kept)
-
-
-@_forward.defjvp
-def _forward_jvp(schedule, keeps, primals, tangents):
-    return jax.jvp(partial(_forward_on_xla, schedule, keeps), primals, tangents)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _backward(schedule, params, state, steps, y, kept, cotangents):
-    """dparams, dstate and dx."""
-    options = (schedule, True)
-    dx, *dparams, dh, dc = _bind(
-        _dispatched_backward, options, params, state, steps, y, kept, cotangents
-    )
-    return LSTMParams(*dparams), LSTMState(dh, dc), dx
-
-
-@_backward.defjvp
-def _backward_jvp(schedule, primals, tangents):
-    return jax.jvp(partial(_backward_on_xla, schedule), primals, tangents)
-
-
-def _kept(schedule, arrays):
-    """`_Kept` of what there is of c, a, h and c before the chunks."""
-    if not arrays:
-        return _Kept(None, None, None)
-    if isinstance(schedule.residuals, int):
-        return _Kept(None, None, LSTMState(*arrays))
-    return _Kept(arrays[0], arrays[1] if schedule.residuals == "gates" else None, None)
-
-
 # ---- on XLA -----------------------------------------------------------------------------------
 
 
-def _forward_on_xla(schedule, keeps, params, state, steps):
+def _forward_on_xla(static, params, state, steps):
+    """y, the final state, and what is kept for the gradient, if anything is."""
+    schedule, keeps = static
     keep = {"gates": "ca", "states": "c"}.get(schedule.residuals, "") if keeps else ""
     final, trace, starts = chunked._forward(schedule, params, state, steps, keep)
     if keeps and isinstance(schedule.residuals, int):
@@ -115,6 +78,7 @@ def _forward_on_xla(schedule, keeps, params, state, steps):
 
 
 def _backward_on_xla(schedule, params, state, steps, y, kept, cotangents):
+    """dparams, dstate and dx."""
     starts = kept.starts or _starts(schedule, params, state, steps, y, kept.c)
     residuals = params, steps, chunked._Trace(y, kept.c, kept.a), starts
     dparams, dstate, dsteps = chunked._sequence_bwd(schedule, residuals, cotangents)
@@ -142,19 +106,20 @@ def _starts(schedule, params, state, steps, y, c):
 _ABSENT = (0,)  # the shape of what is not there
 
 
-def _call(name, schedule, results, *arrays, interval):
-    """A kernel's results, given the weights, the sequence and more; None for what is absent."""
+def _call(name, schedule, results, arrays, interval):
+    """A kernel's results in the tree of their shapes, given the arguments; None where absent."""
     params, state, steps, *others = arrays
     given = lambda x, dtype: jnp.zeros(_ABSENT, dtype) if x is None else x
+    shapes = [jax.ShapeDtypeStruct(_ABSENT, jnp.float32) if x is None else x for x in results]
     masks = [given(mask, jnp.bool) for mask in (steps.valid, steps.fresh)]
-    call = jax.ffi.ffi_call(f"rnnattn.lstm_{name}.v1", results)
-    return call(
+    made = jax.ffi.ffi_call(f"rnnattn.lstm_{name}.v1", shapes)(
         *(steps.x, *params[:3], *state, *masks),
         *(given(x, jnp.float32) for x in others),
         reverse=schedule.reverse,
         interval=np.int64(interval),
         **native.how(),
     )
+    return [None if like is None else x for x, like in zip(made, results, strict=True)]
 
 
 def _interval(schedule, keeps, T):
@@ -162,104 +127,84 @@ def _interval(schedule, keeps, T):
     return min(schedule.residuals, T) if keeps and isinstance(schedule.residuals, int) else 0
 
 
-def _forward_results(schedule, keeps, params, state, steps):
-    """The shapes of y, h, c, and of c and a of every step, h and c before the chunks."""
+def _forward_results(static, params, state, steps):
+    schedule, keeps = static
     (T, B, _), H = steps.x.shape, params.w_h.shape[0]
     n = _interval(schedule, keeps, T)
-    c = (T, B, H) if keeps and not n else _ABSENT
-    a = (T, B, 4 * H) if keeps and schedule.residuals == "gates" else _ABSENT
-    starts = ((T - 1) // n + 1, B, H) if n else _ABSENT
-    return [(T, B, H), (B, H), (B, H), c, a, starts, starts]
+    array = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
+    c = array(T, B, H) if keeps and not n else None
+    a = array(T, B, 4 * H) if keeps and schedule.residuals == "gates" else None
+    starts = LSTMState(*[array((T - 1) // n + 1, B, H)] * 2) if n else None
+    return array(T, B, H), LSTMState(*[array(B, H)] * 2), _Kept(c, a, starts)
 
 
-def _forward_natively(schedule, keeps, params, state, steps):
-    shapes = _forward_results(schedule, keeps, params, state, steps)
-    results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    n = _interval(schedule, keeps, steps.x.shape[0])
-    results = _call("forward", schedule, results, params, state, steps, interval=n)
-    return [x for x in results if x.shape != _ABSENT]
+def _forward_natively(static, *arrays):
+    schedule, keeps = static
+    y, final, (c, a, starts) = _forward_results(static, *arrays)
+    results = [y, *final, c, a, *(starts or (None, None))]
+    interval = _interval(schedule, keeps, y.shape[0])
+    y, h_last, c_last, c, a, *states = _call("forward", schedule, results, arrays, interval)
+    kept = _Kept(c, a, starts and LSTMState(*states))
+    return y, LSTMState(h_last, c_last), kept
 
 
-def _backward_results(schedule, keeps, params, state, steps, *_):
-    """The shapes of dx, dw_x, dw_h, db, dh and dc."""
-    return [x.shape for x in (steps.x, *params[:3], *state)]
+def _backward_results(schedule, params, state, steps, *_):
+    like = lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32)
+    return jax.tree.map(like, (params, state, steps.x))
 
 
-def _backward_natively(schedule, keeps, params, state, steps, y, kept, cotangents):
-    shapes = _backward_results(schedule, keeps, params, state, steps)
-    results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    dy, dstate = cotangents
-    others = (y, kept.c, kept.a, *(kept.starts or (None, None)), dy, *dstate)
-    n = _interval(schedule, keeps, steps.x.shape[0])
-    return _call("backward", schedule, results, params, state, steps, *others, interval=n)
+def _backward_natively(schedule, params, state, steps, y, kept, cotangents):
+    dparams, dstate, dx = _backward_results(schedule, params, state, steps)
+    dy, dlast = cotangents
+    others = (y, kept.c, kept.a, *(kept.starts or (None, None)), dy, *dlast)
+    results, arrays = [dx, *dparams[:3], *dstate], (params, state, steps, *others)
+    interval = _interval(schedule, True, steps.x.shape[0])
+    dx, *dparams, dh, dc = _call("backward", schedule, results, arrays, interval)
+    return LSTMParams(*dparams), LSTMState(dh, dc), dx
 
 
 # ---- where it runs ----------------------------------------------------------------------------
 
 
-def _bind(call, options, *arguments):
-    leaves, tree = jax.tree.flatten(arguments)
-    return call(*leaves, options=options, tree=tree)
+def _over_axis_on_xla(on_xla, static, trees, batched):
+    axes = jax.tree.map(lambda b: 0 if b else None, tuple(batched))
+    return jax.vmap(partial(on_xla, static), axes)(*trees), 0
 
 
-def _run(function, *leaves, options, tree):
-    return jax.tree.leaves(function(*options, *jax.tree.unflatten(tree, leaves)))
-
-
-def _shapes(results, *leaves, options, tree):
-    shapes = results(*options, *jax.tree.unflatten(tree, leaves))
-    return [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes if s != _ABSENT]
-
-
-def _gradient_on_xla(schedule, keeps, *arguments):
-    dparams, dstate, dx = _backward_on_xla(schedule, *arguments)
-    return dx, dparams, dstate
-
-
-def _vmap_on_xla(function, leaves, axes, **how):
-    results = jax.vmap(partial(_run, function, **how), axes)(*leaves)
-    return results, [0] * len(results)
-
-
-def _forward_batched(leaves, axes, *, options, tree):
+def _forward_over_axis(static, trees, batched, size):
     """`vmap` joins its axis with the batch, if the weights are shared."""
-    batched = jax.tree.unflatten(tree, [axis is not None for axis in axes])
     if any(jax.tree.leaves(batched[0])):
-        return _vmap_on_xla(_forward_on_xla, leaves, axes, options=options, tree=tree)
-    (size,) = {x.shape[a] for x, a in zip(leaves, axes, strict=True) if a is not None}
-    arguments = jax.tree.unflatten(tree, leaves)
-    places = jax.tree.unflatten(tree, axes)
+        return _over_axis_on_xla(_forward_on_xla, static, trees, batched)
+    params, state, steps = trees
+    _, of_state, of_steps = batched
+    rows = steps.x.shape[2 if of_steps.x else 1]
 
-    def join(x, axis, at):
+    def join(at, x, is_batched):
         """(…, B, …) → (…, A B, …), B standing `at`."""
-        x = jnp.moveaxis(x, axis, at) if axis is not None else jnp.expand_dims(x, at)
-        x = jnp.broadcast_to(x, (*x.shape[:at], size, *x.shape[at + 1 :]))
-        return x.reshape(*x.shape[:at], -1, *x.shape[at + 2 :])
+        x = jnp.moveaxis(x, 0, at) if is_batched else jnp.expand_dims(x, at)
+        rest = x.shape[at + 2 :]
+        x = jnp.broadcast_to(x, (*x.shape[:at], size, rows, *rest))
+        return x.reshape(*x.shape[:at], size * rows, *rest)
 
-    params, state, steps = arguments
-    _, state_axes, steps_axes = places
-    state = LSTMState(*(join(x, a, 0) for x, a in zip(state, state_axes, strict=True)))
-    present = lambda x, axis: None if x is None else join(x, axis, 1)
-    x, valid, fresh = map(present, steps, steps_axes)
-    results = _bind(
-        _dispatched_forward, options, params, state, Steps(cast(Array, x), valid, fresh)
-    )
-    split = lambda x, at: x.reshape(*x.shape[:at], size, -1, *x.shape[at + 1 :])
-    at = [0 if x.ndim == 2 else 1 for x in results]  # (B, H) of the final state, (T, B, …)
-    return [split(x, i) for x, i in zip(results, at, strict=True)], at
+    state = jax.tree.map(partial(join, 0), state, of_state)
+    steps = jax.tree.map(partial(join, 1), steps, of_steps)
+    results = _forward(static, params, state, steps)
+    axes = jax.tree.map(lambda x: x.ndim - 2, results)  # (B, H) or (T, B, …)
+    split = lambda x, at: x.reshape(*x.shape[:at], size, rows, *x.shape[at + 1 :])
+    return jax.tree.map(split, results, axes), axes
 
 
-_dispatched_forward = native.dispatched(
-    "rnnattn_lstm",
-    partial(_run, _forward_natively),
-    partial(_run, _forward_on_xla),
-    partial(_shapes, _forward_results),
-    _forward_batched,
+def _backward_over_axis(schedule, trees, batched, size):
+    return _over_axis_on_xla(_backward_on_xla, schedule, trees, batched)
+
+
+_forward = native.dispatched(
+    "rnnattn_lstm", _forward_natively, _forward_on_xla, _forward_results, _forward_over_axis
 )
-_dispatched_backward = native.dispatched(
+_backward = native.dispatched(
     "rnnattn_lstm_gradient",
-    partial(_run, _backward_natively),
-    partial(_run, _gradient_on_xla),
-    partial(_shapes, _backward_results),
-    partial(_vmap_on_xla, _gradient_on_xla),
+    _backward_natively,
+    _backward_on_xla,
+    _backward_results,
+    _backward_over_axis,
 )
