@@ -21,7 +21,7 @@ import rnnattn.dense as dense
 import rnnattn.native as native
 import rnnattn.native_attention as native_attention
 from rnnattn.precision import accumulator, varying_together
-from rnnattn.scores import Masking, Operands, Options, dropout_keys, hide
+from rnnattn.scores import Masking, Operands, Options, dropout_keys, hide, hide_results
 
 Implementation = Literal["dense", "blockwise", "xla", "native", "cudnn", "tokamax"]
 
@@ -252,20 +252,28 @@ def _attend(schedule, options, operands, masking):
 
 
 def _attend_fwd(schedule, options, operands, masking):
-    """Keeps operands, O and L, and whether the bias is differentiated: () says so, None not."""
-    bias_gradient = () if operands.bias is not None and operands.bias.perturbed else None
+    """Keeps operands, O and L, and which of bias and scale is differentiated: () if it is.
+
+    O is that of the accumulator: rounded to 16 bits, Δ would lose what sets it apart from dP.
+    """
+    said = lambda x: () if x is not None and x.perturbed else None
+    wanted = (said(operands.bias), said(operands.scale))
     operands, masking = jax.tree.map(lambda x: x.value, (operands, masking))
     o, lse = _forward(schedule, options, operands, masking)
-    return (o, lse), (operands, masking, o, lse, bias_gradient)
+    return (o, lse), (operands, masking, o, lse, wanted)
 
 
 def _attend_bwd(schedule, options, residuals, cotangents):
     """The gradient from the log-sum-exp: the equations of `rnnattn.scores`."""
-    *kept, bias_gradient = residuals
-    options = options._replace(bias_gradient=bias_gradient is not None)
+    *kept, wanted = residuals
+    wants_bias, wants_scale = (said is not None for said in wanted)
+    options = options._replace(bias_gradient=wants_bias, scale_gradient=wants_scale)
     full = lambda d: jnp.zeros(d.shape, d.dtype) if isinstance(d, SymbolicZero) else d
-    gradient = schedule.backward(options, *kept, *map(full, cotangents))
-    like = kept[0]._replace(bias=None if bias_gradient is None else kept[0].bias)
+    do, dlse = map(full, cotangents)
+    do = do.astype(kept[0].value.dtype)  # which it had
+    gradient = schedule.backward(options, *kept, do, dlse)
+    absent = {name: None for name, d in gradient._asdict().items() if d is None}
+    like = kept[0]._replace(**absent)
     return jax.tree.map(lambda d, x: d.astype(x.dtype), gradient, like), None
 
 
@@ -318,7 +326,8 @@ def _call(function, rule, arrays, settings):
         )
     if settings.return_weights:
         rule = _forward_with_weights
-    results = _run(rule, _schedule(arrays, settings), _options(settings), arrays)
+    schedule = _DENSE if rule is _plain else _schedule(arrays, settings)
+    results = _run(rule, schedule, _options(settings), arrays)
     wanted = (True, settings.return_residual, settings.return_weights)
     results = [result for result, want in zip(results, wanted, strict=False) if want]
     return results[0] if len(results) == 1 else tuple(results)
@@ -378,7 +387,9 @@ def _run(rule, schedule, options, arrays):
     if not schedule.hides:
         operands = hide(options, operands, masking)
     o, lse, *weights = rule(schedule, options, operands, masking)
-    o = jnp.moveaxis(o, 3, 1).reshape(B, T, N, o.shape[-1])
+    if not schedule.hides:
+        o, lse = hide_results(options, operands, masking, o, lse)
+    o = jnp.moveaxis(o, 3, 1).reshape(B, T, N, o.shape[-1]).astype(arrays.value.dtype)
     lse = jnp.moveaxis(lse, 3, 1).reshape(B, T, N)
     weights = [w.reshape(B, N, *w.shape[3:]) for w in weights]
     results = (o, lse, *weights)
@@ -423,9 +434,10 @@ def _problem(options, arrays):
     query = jnp.moveaxis(arrays.query.reshape(B, T, M, G, K), 1, 3)
     key = arrays.dropout_key if options.dropout_rate > 0 else None
     operands = Operands(
-        query=(scale * query.astype(wide)).astype(query.dtype),
+        query=query,
         key=heads(arrays.key),
         value=heads(arrays.value),
+        scale=scale,
         bias=of_logits(arrays.bias),
         sinks=None if arrays.sinks is None else of_heads(arrays.sinks),
     )

@@ -216,17 +216,17 @@ def _forward(options, operands, masking, head=None):
         start = nothing_seen(of_i, grid.queries.block)
         first, past = key_blocks(i)
         block = normalise(lax.fori_loop(first, past, key_block, start))
-        put = lambda x, block: grid.queries.put(x, block.astype(x.dtype), i, 3)
+        put = lambda x, block: grid.queries.put(x, block, i, 3)
         return jax.tree.map(put, results, block), None
 
     running = jax.eval_shape(lambda: nothing_seen(operands, grid.queries.size))
-    o = jnp.zeros_like(operands.value, shape=running.weighted.shape)
-    results = (o, jnp.zeros_like(operands.value, running.peak.dtype, shape=running.peak.shape))
+    zeros = lambda x: jnp.zeros_like(operands.value, x.dtype, shape=x.shape)
+    results = (zeros(running.weighted), zeros(running.peak))
     return lax.scan(query_block, results, grid.blocks())[0]
 
 
 def _backward(options, operands, masking, kept, cotangents, dbias, head=None):
-    """dq, dk, dv, and `dbias` grown by its part, in the accumulator's dtype."""
+    """dq, dk, dv, dscale, and `dbias` grown by its part, in the accumulator's dtype."""
     grid = _grid(operands, _BACKWARD_BLOCK, head)
     key_blocks = _key_blocks(options, grid, masking)
     per_row = (*kept, *cotangents)
@@ -240,30 +240,33 @@ def _backward(options, operands, masking, kept, cotangents, dbias, head=None):
             lse = jnp.where(first_time[None, None, None], lse, -jnp.inf)
 
         def key_block(j, gradient):
-            dq, dk, dv, dbias = gradient
+            dq, dk, dv, dscale, dbias = gradient
             scores = _scores(options, grid, of_i, masking_i, i, j)
-            dq_block, dk_block, dv_block, ds = block_gradient(
-                options, of_i.query, scores, lse, delta, do, dlse
-            )
-            dk = grid.keys.add(dk, dk_block, j, 2)
-            dv = grid.keys.add(dv, dv_block, j, 2)
+            added = block_gradient(options, operands.scale, scores, lse, delta, do, dlse)
+            dk = grid.keys.add(dk, added.key, j, 2)
+            dv = grid.keys.add(dv, added.value, j, 2)
+            if dscale is not None:
+                dscale = dscale + added.scale
             if dbias is not None:
+                ds = added.bias
                 shared = [1 if n == 1 else m for n, m in zip(dbias.shape, ds.shape, strict=True)]
                 dbias = grid.keys.add(dbias, sum_to(ds, shared), j, 4)
-            return dq + dq_block, dk, dv, dbias
+            return dq + added.query, dk, dv, dscale, dbias
 
-        dq, dk, dv, dbias = gradient
+        dq, dk, dv, dscale, dbias = gradient
         band = grid.band(dbias, i)
-        start = (jnp.zeros_like(of_i.query, dq.dtype), dk, dv, band)
+        start = (jnp.zeros_like(of_i.query, dq.dtype), dk, dv, dscale, band)
         first, past = key_blocks(i)
-        block, dk, dv, band = lax.fori_loop(first, past, key_block, start)
+        block, dk, dv, dscale, band = lax.fori_loop(first, past, key_block, start)
         dq = grid.queries.add(dq, block, i, 3)
         dbias = None if dbias is None else grid.put_band(dbias, band, i)
-        return (dq, dk, dv, dbias), None
+        return (dq, dk, dv, dscale, dbias), None
 
-    q, k, v, *_ = operands
+    q, k, v, scale, *_ = operands
     zeros = lambda x: jnp.zeros_like(x, kept[1].dtype)
-    return lax.scan(query_block, (zeros(q), zeros(k), zeros(v), dbias), grid.blocks())[0]
+    dscale = zeros(scale) if options.scale_gradient else None
+    start = (zeros(q), zeros(k), zeros(v), dscale, dbias)
+    return lax.scan(query_block, start, grid.blocks())[0]
 
 
 def _head(operands, masking, b, m):
@@ -308,8 +311,9 @@ def _backward_by_head(options, operands, masking, kept, cotangents, dbias):
         )
         return dbias, gradient
 
-    dbias, gradient = _by_head(run, operands, dbias)
-    return *gradient, dbias
+    dbias, (dq, dk, dv, dscale) = _by_head(run, operands, dbias)
+    dscale = None if dscale is None else sum_to(dscale, operands.scale.shape)
+    return dq, dk, dv, dscale, dbias
 
 
 # ------------------------------------------------------------------------ the rules of all orders
@@ -335,6 +339,8 @@ def _forward_jvp(options, primals, tangents):
 
 def _tangent(options, operands, masking, o, lse, doperands):
     """dO and dL, linear in `doperands`: no block's weights are kept, here or for the transpose."""
+    # what the transpose adds up block by block is wide, too
+    operands, doperands = jax.tree.map(lambda x: x.astype(lse.dtype), (operands, doperands))
     rows = max(int((_TANGENT_LOGITS / (o.shape[0] * o.shape[1])) ** 0.5), _LEAST_TANGENT_BLOCK)
     grid = _grid(operands, (rows, rows))
     key_blocks = _key_blocks(options, grid, masking)
@@ -359,11 +365,10 @@ def _tangent(options, operands, masking, o, lse, doperands):
             skip = lambda tangent, _: tangent
             return lax.cond((first <= j) & (j < past), visit, skip, tangent, j), None
 
-        start = (jnp.zeros_like(lse_i), jnp.zeros_like(o_i, lse.dtype))
+        start = (jnp.zeros_like(lse_i), jnp.zeros_like(o_i))
         blocks = jnp.arange(grid.keys.count, dtype=jnp.int32)
         sums, _ = lax.scan(key_block, start, blocks)
-        do, dlse = finish_tangent(o_i, lse_i, *sums, operands.sinks, doperands.sinks)
-        return None, (do.astype(o.dtype), dlse)
+        return None, finish_tangent(o_i, lse_i, *sums, operands.sinks, doperands.sinks)
 
     # Checkpointed, and no array of all rows is carried: either would be kept for every block
     # where the transpose of this is differentiated in reverse.
@@ -375,7 +380,7 @@ def _tangent(options, operands, masking, o, lse, doperands):
 def backward(options, operands, masking, o, lse, do, dlse):
     """The gradient of the operands, in the accumulator's dtype."""
     bias = operands.bias if options.bias_gradient else None
-    dq, dk, dv, dbias = lax.platform_dependent(
+    dq, dk, dv, dscale, dbias = lax.platform_dependent(
         operands,
         masking,
         (o, lse),
@@ -385,7 +390,7 @@ def backward(options, operands, masking, o, lse, do, dlse):
         default=partial(_backward, options),
     )
     dsinks = sinks_gradient(operands.sinks, lse, row_sums(do, o), dlse)
-    return Operands(dq, dk, dv, dbias, dsinks)
+    return Operands(dq, dk, dv, dscale, dbias, dsinks)
 
 
 @backward.defjvp
@@ -404,6 +409,6 @@ def _backward_jvp(options, primals, tangents):
     arguments = (operands, do, dlse)
     gradient = backward(options, *primals)
     _, tangent = jax.jvp(transpose, arguments, (doperands, ddo, ddlse))
-    if gradient.bias is None:
-        tangent = tangent._replace(bias=None)
+    absent = {name: None for name, d in gradient._asdict().items() if d is None}
+    tangent = tangent._replace(**absent)
     return gradient, jax.tree.map(lambda t, g: t.astype(g.dtype), tangent, gradient)

@@ -147,7 +147,6 @@ def _chunk_backward(schedule, params, halved, carry, steps, dy, trace, start):
     dparams, dstate = carry
     dtype = dstate.c.dtype
     peephole, projection = params.peephole, params.projection
-    x = where(steps.valid, steps.x, 0)
 
     if trace.c is None:
         _, trace = _chunk_forward(schedule, halved, start, steps, keep="ca")
@@ -155,13 +154,16 @@ def _chunk_backward(schedule, params, halved, carry, steps, dy, trace, start):
     c_prev = _before(trace.c, start.c, schedule.reverse)
     if steps.fresh is not None:
         h_prev, c_prev = where(steps.fresh, 0, h_prev), where(steps.fresh, 0, c_prev)
+    # NaN in a step that does not count meets a dz of zero
+    x, c, h_prev, c_prev = (where(steps.valid, z, 0) for z in (steps.x, trace.c, h_prev, c_prev))
     xh = jnp.concatenate([x, h_prev], axis=-1)
-    a = trace.a
-    if a is None:
+    if trace.a is not None:
+        a = where(steps.valid, trace.a, 0)
+    else:
         a = dot(xh, jnp.concatenate([halved.w_x, halved.w_h])) + halved.b[None, None]
         if peephole is not None:
-            a = a + peephole_terms(halved.peephole, c_prev, trace.c)
-    slopes, m = slopes_of(a, c_prev, trace.c, schedule.variant)
+            a = a + peephole_terms(halved.peephole, c_prev, c)
+    slopes, m = slopes_of(a, c_prev, c, schedule.variant)
 
     w_x, w_h = params.w_x.astype(dtype), params.w_h.astype(dtype)
     if projection is not None:
@@ -192,7 +194,7 @@ def _chunk_backward(schedule, params, halved, carry, steps, dy, trace, start):
         projection=dparams.projection,
     )
     if peephole is not None:
-        dp = peephole_gradient(dz, c_prev, trace.c)
+        dp = peephole_gradient(dz, c_prev, c)
         grown = grown._replace(peephole=dparams.peephole + dp)
     if projection is not None:
         grown = grown._replace(projection=dparams.projection + _outer(m, dh))
@@ -225,6 +227,40 @@ def _forward(schedule, params, state, steps, keep):
     return state, trace, starts
 
 
+def gradient_of_read(backward, schedule, steps, cotangents, kept):
+    """`backward` of the steps that the loss reads, if resets set these apart from others.
+
+    Nothing comes back to the others, but 0 × NaN is NaN: they are run like those past a length.
+    """
+    if steps.fresh is None:
+        return backward(schedule, steps, cotangents, kept)
+    return _of_read(backward, schedule, steps, cotangents, kept)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _of_read(backward, schedule, steps, cotangents, kept):
+    dy, dstate = cotangents
+    comes_back = lambda d: jnp.any(d != 0, -1)
+    valid = jnp.ones_like(steps.fresh) if steps.valid is None else steps.valid
+
+    def step(after, inputs):
+        dy, valid, fresh = inputs
+        read = after | (valid & dy)
+        return read & ~fresh, read
+
+    last = comes_back(dstate.h) | comes_back(dstate.c)
+    inputs = (comes_back(dy), valid, steps.fresh)
+    _, read = lax.scan(step, last, inputs, reverse=not schedule.reverse)
+    return backward(schedule, steps._replace(valid=valid & read), cotangents, kept)
+
+
+@_of_read.defjvp
+def _of_read_jvp(backward, schedule, primals, tangents):
+    # what comes back to a step may be zero, and still change
+    _, tangent = jax.jvp(partial(backward, schedule), primals, tangents)
+    return _of_read(backward, schedule, *primals), tangent
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def sequence(schedule, params, state, steps):
     """(y, final state) of a time-major sequence."""
@@ -240,8 +276,13 @@ def _sequence_fwd(schedule, params, state, steps):
 
 
 def _sequence_bwd(schedule, residuals, cotangents):
+    params, steps, *kept = residuals
+    return gradient_of_read(_backward, schedule, steps, cotangents, (params, *kept))
+
+
+def _backward(schedule, steps, cotangents, kept):
     """L3 to L8, chunk by chunk against the direction of running; see `cell_gradient`."""
-    params, steps, trace, starts = residuals
+    params, trace, starts = kept
     dy, dstate = cotangents
     dtype = accumulator(steps.x.dtype)
     halved = halve_params(params)

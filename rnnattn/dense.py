@@ -13,6 +13,7 @@ from rnnattn.scores import (
     keep,
     normalise,
     nothing_seen,
+    of_seeing,
     row_sums,
     score,
     see,
@@ -32,7 +33,7 @@ def _scores(options, operands, masking):
 
 def _attend(operands, scores):
     o, lse = normalise(see(nothing_seen(operands, scores.s.shape[3]), scores))
-    return o.astype(scores.value.dtype), lse
+    return of_seeing(scores.sees, o), lse
 
 
 def forward(options, operands, masking):
@@ -50,7 +51,9 @@ def forward_with_weights(options, operands, masking):
 def backward(options, operands, masking, o, lse, do, dlse):
     """The gradient of the operands, in the accumulator's dtype."""
     scores, delta = _scores(options, operands, masking), row_sums(do, o)
-    dq, dk, dv, dbias = block_gradient(options, operands.query, scores, lse, delta, do, dlse)
+    gradient = block_gradient(options, operands.scale, scores, lse, delta, do, dlse)
     wanted = operands.bias is not None and options.bias_gradient
-    dbias = sum_to(dbias, operands.bias.shape) if wanted else None
-    return Operands(dq, dk, dv, dbias, sinks_gradient(operands.sinks, lse, delta, dlse))
+    dbias = sum_to(gradient.bias, operands.bias.shape) if wanted else None
+    dq, dk, dv, dscale, _ = gradient
+    dsinks = sinks_gradient(operands.sinks, lse, delta, dlse)
+    return Operands(dq, dk, dv, dscale, dbias, dsinks)

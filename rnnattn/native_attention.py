@@ -5,13 +5,23 @@ runs, which is the first argument of `forward` and `backward`.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import rnnattn.native as native
-from rnnattn.scores import Operands, hide, row_sums, sinks_gradient
+from rnnattn.scores import (
+    Operands,
+    hide,
+    hide_results,
+    of_seeing,
+    queries_reached,
+    row_sums,
+    sinks_gradient,
+    sum_to,
+)
 
 
 def forward(xla, options, operands, masking):
@@ -37,13 +47,16 @@ def _in_float32(operands):
 
 def _forward_on_xla(static, operands, masking):
     xla, options = static
-    return xla.forward(options, hide(options, operands, masking), masking)
+    results = xla.forward(options, hide(options, operands, masking), masking)
+    return hide_results(options, operands, masking, *results)
 
 
 def _backward_on_xla(static, operands, masking, o, lse, do, dlse):
     """The gradient, but for that of the sinks."""
     xla, options = static
     operands = hide(options, operands, masking)._replace(sinks=None)
+    sees = queries_reached(options, masking, o.shape[3], operands.key.shape[2])
+    do, dlse = (of_seeing(sees, x) for x in (do, dlse))
     return xla.backward(options, operands, masking, o, lse, do, dlse)
 
 
@@ -67,8 +80,8 @@ def _given(x, dtype=jnp.float32):
 
 def _call(name, options, operands, masking, others, results):
     """A kernel's results, given the operands, the masking and more."""
-    q, k, v, bias, _ = operands
-    arguments = [_rows_first(q), _keys_first(k), _keys_first(v)]
+    q, k, v, scale, bias, _ = operands
+    arguments = [_rows_first(scale * q), _keys_first(k), _keys_first(v)]
     arguments += [_given(bias), _given(masking.mask, jnp.bool), masking.offset]
     integers = [masking.query_lengths, masking.key_lengths]
     integers += [masking.query_segments, masking.key_segments]
@@ -97,20 +110,25 @@ def _forward_natively(static, operands, masking):
 
 def _backward_natively(static, operands, masking, o, lse, do, dlse):
     _, options = static
-    q, k, v, bias, _ = operands
+    q, k, v, scale, bias, _ = operands
     others = [_rows_first(o), lse, _rows_first(do), dlse]
     wants_dbias = bias is not None and options.bias_gradient
     results = [_rows_first(q).shape, _keys_first(k).shape, _keys_first(v).shape]
     results.append(bias.shape if wants_dbias else (0,))
     dq, dk, dv, dbias = _call("backward", options, operands, masking, others, results)
+    dq = jnp.moveaxis(dq, 1, 3)  # of the query times the scale
     dk, dv = (jnp.moveaxis(x, 1, 2) for x in (dk, dv))
-    return Operands(jnp.moveaxis(dq, 1, 3), dk, dv, dbias if wants_dbias else None)
+    dscale = None
+    if options.scale_gradient:
+        # a query that sees nothing, and may be NaN, has a gradient of zero
+        dscale = sum_to(jnp.where(dq == 0, 0, q * dq), scale.shape)
+    return Operands(scale * dq, dk, dv, dscale, dbias if wants_dbias else None)
 
 
 # ------------------------------------------------------------------------------------ where it runs
 
 
-def _like(x, shape=None):
+def _like(x, shape=None) -> Any:
     return jax.ShapeDtypeStruct(x.shape if shape is None else shape, jnp.float32)
 
 
@@ -121,13 +139,14 @@ def _forward_results(static, operands, masking):
 
 def _backward_results(static, operands, *_):
     _, options = static
-    q, k, v, bias, _ = operands
-    wants_dbias = bias is not None and options.bias_gradient
-    return Operands(_like(q), _like(k), _like(v), _like(bias) if wants_dbias else None)
+    q, k, v, scale, bias, _ = operands
+    dscale = _like(scale) if options.scale_gradient else None
+    dbias = _like(bias) if bias is not None and options.bias_gradient else None
+    return Operands(_like(q), _like(k), _like(v), dscale, dbias)
 
 
 # Fields of the operands and the masking that the rows of a batch may share.
-_SHARED = ("bias", "mask", "offset", "sinks")
+_SHARED = ("scale", "bias", "mask", "offset", "sinks")
 
 
 def _joined(trees, batched, size, rows, apart=()):
@@ -168,16 +187,21 @@ def _forward_over_axis(static, trees, batched, size):
 
 
 def _backward_over_axis(static, trees, batched, size):
+    """Scale and bias have a gradient for each row, which is summed where the rows share them."""
     _, options = static
-    apart = ("bias",) if options.bias_gradient else ()
+    apart = ("scale",) * options.scale_gradient + ("bias",) * options.bias_gradient
     gradient = _over_axis(_backward, _backward_on_xla, apart, static, trees, batched, size)
-    if gradient.bias is not None:
-        bias = trees[0].bias
-        shared = bias.shape[1 if batched[0].bias else 0] == 1
-        gradient = gradient._replace(
-            bias=jnp.sum(gradient.bias, 1, keepdims=True) if shared else gradient.bias
-        )
-    return gradient, 0
+
+    def shared(d, x, is_batched):
+        if d is None or d.shape[1] == x.shape[1 if is_batched else 0]:
+            return d
+        return jnp.sum(d, 1, keepdims=True)
+
+    scale, bias = (
+        shared(*(getattr(tree, name) for tree in (gradient, trees[0], batched[0])))
+        for name in ("scale", "bias")
+    )
+    return gradient._replace(scale=scale, bias=bias), 0
 
 
 _forward = native.dispatched(

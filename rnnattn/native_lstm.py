@@ -6,7 +6,7 @@ the gradient: y with c and a of every step, or with c alone, or the state before
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,8 +57,15 @@ def _sequence_fwd(schedule, params, state, steps):
 
 
 def _sequence_bwd(schedule, residuals, cotangents):
-    dparams, dstate, dx = _backward(schedule, *residuals, cotangents)
+    params, state, steps, *kept = residuals
+    kept = (params, state, *kept)
+    dparams, dstate, dx = chunked.gradient_of_read(_gradient, schedule, steps, cotangents, kept)
     return dparams, dstate, Steps(dx, None, None)
+
+
+def _gradient(schedule, steps, cotangents, kept):
+    params, state, y, kept = kept
+    return _backward(schedule, params, state, steps, y, kept, cotangents)
 
 
 sequence.defvjp(_sequence_fwd, _sequence_bwd)
@@ -80,8 +87,10 @@ def _forward_on_xla(static, params, state, steps):
 def _backward_on_xla(schedule, params, state, steps, y, kept, cotangents):
     """dparams, dstate and dx."""
     starts = kept.starts or _starts(schedule, params, state, steps, y, kept.c)
-    residuals = params, steps, chunked._Trace(y, kept.c, kept.a), starts
-    dparams, dstate, dsteps = chunked._sequence_bwd(schedule, residuals, cotangents)
+    trace = chunked._Trace(y, kept.c, kept.a)
+    dparams, dstate, dsteps = chunked._backward(
+        schedule, steps, cotangents, (params, trace, starts)
+    )
     return dparams, dstate, dsteps.x
 
 
@@ -131,11 +140,11 @@ def _forward_results(static, params, state, steps):
     schedule, keeps = static
     (T, B, _), H = steps.x.shape, params.w_h.shape[0]
     n = _interval(schedule, keeps, T)
-    array = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
+    array: Any = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
     c = array(T, B, H) if keeps and not n else None
     a = array(T, B, 4 * H) if keeps and schedule.residuals == "gates" else None
-    starts = LSTMState(*[array((T - 1) // n + 1, B, H)] * 2) if n else None
-    return array(T, B, H), LSTMState(*[array(B, H)] * 2), _Kept(c, a, starts)
+    state = lambda *sizes: LSTMState(array(*sizes, B, H), array(*sizes, B, H))
+    return array(T, B, H), state(), _Kept(c, a, state((T - 1) // n + 1) if n else None)
 
 
 def _forward_natively(static, *arrays):

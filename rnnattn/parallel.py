@@ -33,13 +33,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
 
 import rnnattn.blockwise as blockwise
 from rnnattn.attention import _Arrays, _check, _options, _problem, _require, _Settings
 from rnnattn.precision import accumulator, varying_together
-from rnnattn.scores import Masking, Operands, Options, hide, key_range, weights
+from rnnattn.scores import Masking, Operands, Options, hide, of_seeing, reached, weights
 
 # Its rule for tangents takes L for that of the keys at hand, here it is that of all keys.
 _backward_of_block = blockwise.backward.__wrapped__  # type: ignore[attr-defined]
@@ -91,8 +92,7 @@ def ring_attention(
             query_segment_ids, key_value_segment_ids, logits_soft_cap: as there.
     Returns:
         The output (B, T, N, V), placed as the query should be, and L (B, T, N) after it with
-        `return_residual`. 16-bit inputs are summed and merged in float32; what one stop of the
-        ring adds to the output is rounded to 16 bits once.
+        `return_residual`. 16-bit inputs are summed and merged in float32.
     Raises:
         ValueError: a shape, dtype or option is off, the mesh has no such axis, or its devices do
             not divide what is cut along it (twice the devices, where a device takes two chunks);
@@ -259,16 +259,10 @@ def _stops(ring, options, T, S):
     offset = t * places[:, None, :, None] - s * places[None, :, None, :]
     with jax.ensure_compile_time_eval():
         offsets = Masking(jnp.asarray(offset.reshape(-1), jnp.int32))
-        reached = np.asarray(_reached(options, offsets, t, s)).reshape(offset.shape)
-    device, home = np.nonzero(reached.any((2, 3)))
+        busy = np.asarray(reached(options, offsets, 0, t - 1, s)).reshape(offset.shape)
+    device, home = np.nonzero(busy.any((2, 3)))
     first, last = (int(n) for n in ((device - home).min(initial=D), (device - home).max(initial=0)))
     return (min(first, last), last) if last - first < D else (0, D - 1)
-
-
-def _reached(options, masking, T, S):
-    """Whether positions and lengths leave any of S keys to any of T queries, for each batch row."""
-    first, past = key_range(options, masking, 0, T - 1)
-    return jnp.maximum(first, 0) < jnp.minimum(past, S)
 
 
 class _Held(NamedTuple):
@@ -308,11 +302,13 @@ def _over_pairs(ring, options, problem, stop, attend, carry):
                 ring.cut(operands.query, a, 3),
                 ring.cut(operands.key, b, 2),
                 ring.cut(operands.value, b, 2),
+                operands.scale,
             )
             return attend(carry, hide(options, chunks, of_pair), of_pair, a, b)
 
-        reached = _reached(options, of_pair, T // ring.chunks, S // ring.chunks)
-        return lax.cond(jnp.any(reached), see, lambda carry: carry, carry), None
+        last_row, keys = T // ring.chunks - 1, S // ring.chunks
+        some = jnp.any(reached(options, of_pair, 0, last_row, keys))
+        return lax.cond(some, see, lambda carry: carry, carry), None
 
     return lax.scan(pair, carry, ring.pairs())[0]
 
@@ -327,7 +323,7 @@ def _merge(o, lse, o_more, lse_more):
     """O and L over the keys of both, which have none in common."""
     both = jnp.logaddexp(lse, lse_more)
     share = lambda lse: weights(lse[..., None], both)
-    return share(lse) * o + share(lse_more) * o_more.astype(o.dtype), both
+    return share(lse) * o + share(lse_more) * o_more, both
 
 
 def _forward(ring, options, operands, masking):
@@ -358,44 +354,46 @@ def _forward(ring, options, operands, masking):
     if last > first:
         (seen, held), _ = lax.scan(step, (seen, held), stops[:-1])
     o, lse = visit(seen, held, stops[-1])
-    return o.astype(v.dtype), lse
+    return o, lse
 
 
 def _backward(ring, options, operands, masking, o, lse, do, dlse):
     """The gradient of a device's operands, in the accumulator's dtype."""
-    per_row = (o, lse, do, dlse)
+    seeing = lse > -jnp.inf
+    per_row = (o, lse, of_seeing(seeing, do), of_seeing(seeing, dlse))
 
     def attend(gradient, operands, masking, a, b):
-        dq, dk, dv = gradient
+        (dq, dscale), dk, dv = gradient
         of_a = (ring.cut(x, a, 3) for x in per_row)
         d = _backward_of_block(options, operands, masking, *of_a)
-        return (
-            ring.add(dq, d.query, a, 3),
-            ring.add(dk, d.key, b, 2),
-            ring.add(dv, d.value, b, 2),
-        )
+        dscale = None if dscale is None else dscale + d.scale
+        dq, dk = ring.add(dq, d.query, a, 3), ring.add(dk, d.key, b, 2)
+        return (dq, dscale), dk, ring.add(dv, d.value, b, 2)
 
     zeros = lambda x: jnp.zeros_like(x, lse.dtype)
-    q, k, v, *_ = operands
+    q, k, v, scale, *_ = operands
 
-    def visit(dq, held, stop):
-        """dq, and what this stop adds to dk and dv, for which theirs need not have arrived."""
-        start, there = (dq, zeros(k), zeros(v)), _holding(operands, masking, held)
-        dq, *added = _over_pairs(ring, options, there, stop, attend, start)
-        return dq, added
+    def visit(home, held, stop):
+        """`home`, dq and dscale, after this stop, and what it adds to dk and dv, wherever these
+        are on their way."""
+        start, there = (home, zeros(k), zeros(v)), _holding(operands, masking, held)
+        home, *added = _over_pairs(ring, options, there, stop, attend, start)
+        return home, added
 
     def step(carry, stop):
-        dq, held, dheld = carry
+        home, held, dheld = carry
         coming, dheld = ring.move(held), ring.move(dheld)
-        dq, added = visit(dq, held, stop)
-        return (dq, coming, jax.tree.map(jnp.add, dheld, added)), None
+        home, added = visit(home, held, stop)
+        return (home, coming, jax.tree.map(jnp.add, dheld, added)), None
 
     (first, last), stops = ring.stops, ring.every_stop()
     held = ring.move(_Held(k, v, masking.key_segments), first)
-    dq, dheld = visit(zeros(q), held, stops[0])
+    home = (zeros(q), zeros(scale) if options.scale_gradient else None)
+    home, dheld = visit(home, held, stops[0])
     if last > first:
-        (dq, _, dheld), _ = lax.scan(step, (dq, ring.move(held), dheld), stops[1:])
-    return Operands(dq, *ring.move(dheld, -last))
+        (home, _, dheld), _ = lax.scan(step, (home, ring.move(held), dheld), stops[1:])
+    (dq, dscale), (dk, dv) = home, ring.move(dheld, -last)
+    return Operands(dq, dk, dv, dscale)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -405,19 +403,27 @@ def _attend(ring, options, operands, masking):
 
 
 def _attend_fwd(ring, options, operands, masking):
-    """Keeps the device's operands, O and L."""
+    """Keeps the device's operands, O and L, and whether scale is differentiated: () says so."""
+    wanted = () if operands.scale.perturbed else None
+    operands, masking = jax.tree.map(lambda x: x.value, (operands, masking))
     o, lse = _forward(ring, options, operands, masking)
-    return (o, lse), (operands, masking, o, lse)
+    return (o, lse), (operands, masking, o, lse, wanted)
 
 
 def _attend_bwd(ring, options, residuals, cotangents):
     """dq = Σ dS k at home; dk = Σ dSᵀ q and dv = Σ Pᵀ dO on their way round."""
-    operands = residuals[0]
-    gradient = _backward(ring, options, *residuals, *cotangents)
-    return jax.tree.map(lambda d, x: d.astype(x.dtype), gradient, operands), None
+    *kept, wanted = residuals
+    options = options._replace(scale_gradient=wanted is not None)
+    full = lambda d: jnp.zeros(d.shape, d.dtype) if isinstance(d, SymbolicZero) else d
+    operands, masking, o, lse = kept
+    do, dlse = map(full, cotangents)
+    do = do.astype(operands.value.dtype)  # which it had
+    gradient = _backward(ring, options, operands, masking, o, lse, do, dlse)
+    like = operands if wanted is not None else operands._replace(scale=None)
+    return jax.tree.map(lambda d, x: d.astype(x.dtype), gradient, like), None
 
 
-_attend.defvjp(_attend_fwd, _attend_bwd)
+_attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
 
 
 # ---------------------------------------------------------------------- from the whole to the parts
@@ -458,8 +464,9 @@ def _attend_to_parts(ring, exchanged, options, arrays):
         key_lengths=lengths(arrays.key_value_seq_lengths),
     )
     B, T, N, _ = arrays.query.shape
-    results = _attend(ring, options, operands, masking)
-    results = [jnp.moveaxis(x.reshape(B, N, T, *x.shape[4:]), 1, 2) for x in results]
+    o, lse = _attend(ring, options, operands, masking)
+    rows = lambda x: jnp.moveaxis(x.reshape(B, N, T, *x.shape[4:]), 1, 2)
+    results = rows(o.astype(arrays.value.dtype)), rows(lse)
     return tuple(_from_zigzag(ring, x) if exchanged else x for x in results)
 
 

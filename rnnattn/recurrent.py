@@ -309,6 +309,11 @@ def _drop(key, x, rate, shared_axis):
     return jnp.where(keep, x / (1 - rate), 0)
 
 
+def _as_given(final, state):
+    """The final state in the dtypes of the initial one, so that a loop can carry it."""
+    return final if state is None else jax.tree.map(lambda x, s: x.astype(s.dtype), final, state)
+
+
 def _full_state(params, state, B):
     """The initial state in the dtypes the steps carry; None is zeros."""
     H, dtype = params.w_h.shape[1] // 4, params.b.dtype
@@ -340,10 +345,10 @@ def _run(schedule, native, time_major, params, x, state, lengths, resets):
     if not time_major:
         x = jnp.swapaxes(x, 0, 1)
         resets = None if resets is None else jnp.swapaxes(resets, 0, 1)
-    state = _full_state(params, state, x.shape[1])
     sequence = (native_lstm if native else chunked).sequence
-    y, state = sequence(schedule, params, state, _steps(x, lengths, resets, schedule.reverse))
-    return (y if time_major else jnp.swapaxes(y, 0, 1)), state
+    steps = _steps(x, lengths, resets, schedule.reverse)
+    y, final = sequence(schedule, params, _full_state(params, state, x.shape[1]), steps)
+    return (y if time_major else jnp.swapaxes(y, 0, 1)), _as_given(final, state)
 
 
 @partial(jax.jit, static_argnames="time_major")

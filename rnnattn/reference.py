@@ -16,6 +16,7 @@ from rnnattn.attention import _call, _plain, _sorted
 from rnnattn.cell import LSTMParams, LSTMState, Variant, advance, dot, halve_params, where
 from rnnattn.position import Scaling, _Options, _rope, _rope_2d, _rope_mixed, _rotate_plain
 from rnnattn.recurrent import (
+    _as_given,
     _both_directions,
     _check_array,
     _check_sequence,
@@ -64,7 +65,7 @@ def lstm(
 
     steps = _steps(x, lengths, resets, reverse)
     final, y = lax.scan(step, _full_state(params, state, x.shape[1]), steps, reverse=reverse)
-    return (y if time_major else jnp.swapaxes(y, 0, 1)), final
+    return (y if time_major else jnp.swapaxes(y, 0, 1)), _as_given(final, state)
 
 
 def lstm_step(

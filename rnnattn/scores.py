@@ -1,23 +1,28 @@
 """The equations of dot-product attention and of its gradient: one block, no loop.
 
-    s = q kᵀ                  q already scaled
+    s = scale · q kᵀ
     s ← c tanh(s / c)         with a soft cap c
     s ← s + bias              −∞ where masked
     L = log(Σ eˢ + e^sink)    over the keys a query may see
     P = e^(s − L)             O = (P ∘ Z) v                                             (A1, A3)
 
-Z is 1, or keep / (1 − rate) with dropout. A row that may see no key has P = 0 and O = 0. The
-gradient, with dO and dL what comes back to O and L, and Δ = Σ dO ∘ O over a row:
+Z is 1, or keep / (1 − rate) with dropout. A row that may see no key has P = 0 and O = 0, and L is
+−∞, or its sink. The gradient, with dO and dL what comes back to O and L, and Δ = Σ dO ∘ O over a
+row:
 
     dv = (P ∘ Z)ᵀ dO          dP = Z ∘ (dO vᵀ)
     dS = P ∘ (dP − Δ + dL)    dbias = dS            dsink = Σ e^(sink − L) (dL − Δ)
-    dS ← dS (1 − (s / c)²)    s the capped logits
+    dS ← dS (1 − (s / c)²)    s the capped logits                dscale = Σ dS ∘ q kᵀ
+    dS ← scale · dS
     dq = dS k                 dk = dSᵀ q
 
 The tangent, with ds that of the logits:
 
     μ = Σ P ∘ ds + e^(sink − L) dsink               dL = μ
     dO = (P ∘ Z ∘ ds) v + (P ∘ Z) dv − μ O
+
+0 × NaN is NaN, and so what meets nothing but weights of 0 is set to 0 first: queries that see no
+key, keys that no query sees, and what comes back to such queries.
 
 Axes: B batch, T queries, S keys, M key/value heads, G query heads to one of them, K head width, V
 value width. Head n of the N = M G query heads is (n // G, n % G).
@@ -47,6 +52,7 @@ class Options(NamedTuple):
     soft_cap: float | None = None
     dropout_rate: float = 0.0
     bias_gradient: bool = True  # that of a (T, S) bias is the one thing as large as the logits
+    scale_gradient: bool = True  # a pass over the logits
 
 
 class Operands(NamedTuple):
@@ -55,6 +61,7 @@ class Operands(NamedTuple):
     query: Float[Array, "B M G T K"]
     key: Float[Array, "B M S K"]
     value: Float[Array, "B M S V"]
+    scale: Float[Array, "#B #M #G 1 1"] | None  # wide; None only for a gradient nobody asked for
     bias: Float[Array, "#B #M #G #T #S"] | None = None
     sinks: Float[Array, "1 M G 1"] | None = None
 
@@ -78,9 +85,13 @@ def _rows(x):
 
 
 def _product(subscripts, a, b):
-    """Of b's dtype, summed in the accumulator's."""
+    """Summed in the accumulator's dtype.
+
+    Weights and gradients keep theirs, and 16-bit keys and values are brought to it: rounded to 16
+    bits, weights would no longer add up to 1, and gradients might leave float16's range.
+    """
     wide = accumulator(b.dtype)
-    return jnp.einsum(subscripts, a.astype(b.dtype), b, preferred_element_type=wide)
+    return jnp.einsum(subscripts, a, b.astype(a.dtype), preferred_element_type=wide)
 
 
 def against_keys(a, b):
@@ -100,9 +111,7 @@ def over_queries(p, a):
     return _product("bmrs,bmrc->bmsc", _rows(p), _rows(a))
 
 
-def logits(q, k, soft_cap):
-    """s before bias and masks."""
-    s = against_keys(q, k)
+def cap(s, soft_cap):
     return s if soft_cap is None else soft_cap * jnp.tanh(s / soft_cap)
 
 
@@ -115,17 +124,31 @@ def mask_logits(s, bias, visible):
 class Scores(NamedTuple):
     """What queries and keys make of one another before the softmax."""
 
-    key: Array  # what no query at hand may see is zero
+    query: Array  # of those that see no key at hand, zero
+    key: Array  # of those that no query at hand sees, zero; so are the values
     value: Array
+    sees: Array | None  # whether a query sees a key at hand; None if that was not looked for
+    product: Array  # q kᵀ
     capped: Array  # s before bias and masks
     s: Array
     z: Array | None
 
 
-def score(options, operands, masking, sees, z):
-    k, v = hide_unseen(masking, operands.key, operands.value, sees)
-    capped = logits(operands.query, k, options.soft_cap)
-    return Scores(k, v, capped, mask_logits(capped, operands.bias, sees), z)
+def score(options, operands, masking, visible, z):
+    q, k, v, scale, bias, _ = operands
+    sees = None
+    if masking.mask is not None or masking.query_segments is not None:
+        q, k, v, sees = hide_unseen(q, k, v, visible)
+    product = against_keys(q, k)
+    capped = cap(scale * product, options.soft_cap)
+    return Scores(q, k, v, sees, product, capped, mask_logits(capped, bias, visible), z)
+
+
+def of_seeing(sees, x):
+    """What of rows x (B, M, G, T, …) belongs to queries that see a key, and zero elsewhere."""
+    if sees is None:
+        return x
+    return jnp.where(jnp.expand_dims(sees, range(sees.ndim, x.ndim)), x, 0)
 
 
 class Running(NamedTuple):
@@ -157,7 +180,7 @@ def nothing_seen(operands, rows):
 
 def see(running, scores):
     """The softmax after further keys."""
-    _, v, _, s, z = scores
+    s, v, z = scores.s, scores.value, scores.z
     peak = jnp.maximum(running.peak, lax.stop_gradient(jnp.max(s, -1, initial=-jnp.inf)))
     p = jnp.exp(s - _finite(peak)[..., None])
     shrink = jnp.exp(running.peak - _finite(peak))
@@ -171,7 +194,7 @@ def see(running, scores):
 
 def normalise(running):
     """O and L."""
-    empty = running.total == 0
+    empty = running.peak == -jnp.inf
     total = jnp.where(empty, 1, running.total)
     lse = jnp.where(empty, -jnp.inf, _finite(running.peak) + jnp.log(total))
     return running.weighted / total[..., None], lse
@@ -208,35 +231,46 @@ def sink_weights(sinks, lse):
 
 
 def row_sums(do, o):
-    """Δ."""
-    wide = accumulator(o.dtype)
-    return jnp.sum(do.astype(wide) * o.astype(wide), -1)
+    """Δ. NaN that comes back to a query that sees nothing, whose O is 0, counts for nothing."""
+    do = do.astype(o.dtype)
+    return jnp.sum(jnp.where((o == 0) & ~jnp.isfinite(do), 0, do * o), -1)
 
 
-def block_gradient(options, q, scores, lse, delta, do, dlse):
-    """What a block of queries and keys adds to dq, dk and dv, and dS, its part of dbias."""
-    k, v, capped, s, z = scores
+class BlockGradient(NamedTuple):
+    """What a block of queries and keys adds to the gradient of the operands."""
+
+    query: Float[Array, "B M G T K"]
+    key: Float[Array, "B M S K"]
+    value: Float[Array, "B M S V"]
+    scale: Float[Array, "#B #M #G 1 1"] | None
+    bias: Float[Array, "B M G T S"]  # dS: not yet summed over what shares the bias
+
+
+def block_gradient(options, scale, scores, lse, delta, do, dlse):
+    q, k, v, sees, product, capped, s, z = scores
+    do, delta, dlse = (of_seeing(sees, x) for x in (do, delta, dlse))
     p = weights(s, lse)
     dv = over_queries(drop(p, z), do)
     dbias = logits_gradient(p, drop(against_keys(do, v), z), delta, dlse)
     ds = cap_gradient(dbias, capped, options.soft_cap)
-    return over_keys(ds, k), over_queries(ds, q), dv, dbias
+    dscale = sum_to(ds * product, scale.shape) if options.scale_gradient else None
+    ds = scale * ds
+    return BlockGradient(over_keys(ds, k), over_queries(ds, q), dv, dscale, dbias)
 
 
 def block_tangent(scores, lse, ds, dv):
     """What a block of keys adds to μ, and to dO but for −μ O."""
-    _, v, _, s, z = scores
-    p = weights(s, lse)
-    pz = drop(p, z)
-    weighted = over_keys(pz * ds, v) + over_keys(pz, dv)
-    return jnp.sum(p * ds, -1), weighted
+    p = weights(scores.s, lse)
+    pz = drop(p, scores.z)
+    weighted = over_keys(pz * ds, scores.value) + over_keys(pz, dv)
+    return jnp.sum(p * ds, -1), of_seeing(scores.sees, weighted)
 
 
 def finish_tangent(o, lse, mu, weighted, sinks, dsinks):
     """dO and dL from the sums over all keys."""
     if sinks is not None:
         mu = mu + sink_weights(sinks, lse) * dsinks
-    return weighted - mu[..., None] * o.astype(mu.dtype), mu
+    return weighted - mu[..., None] * o, mu
 
 
 def sum_to(x, shape):
@@ -299,28 +333,55 @@ def key_range(options, masking, first_row, last_row):
     return first, jnp.where(first_row <= last_row, past, jnp.iinfo(jnp.int32).min)
 
 
+def reached(options, masking, first_row, last_row, S):
+    """Whether positions and lengths leave any of S keys to any query of the rows, (B,)."""
+    first, past = key_range(options, masking, first_row, last_row)
+    return jnp.maximum(first, 0) < jnp.minimum(past, S)
+
+
+def queries_reached(options, masking, T, S):
+    """Whether positions and lengths leave a query a key, (B, 1, 1, T); None if surely all."""
+    if _unbounded(options, masking):
+        return None
+    rows = jnp.arange(T, dtype=jnp.int32)
+    of_row = jax.vmap(lambda t: reached(options, masking, t, t, S), out_axes=1)
+    return of_row(rows)[:, None, None]
+
+
+def _unbounded(options, masking):
+    lengths = (masking.query_lengths, masking.key_lengths)
+    return not options.is_causal and options.window is None and lengths == (None, None)
+
+
 def hide(options, operands, masking):
-    """Zero what no query can reach by position and length, so that a NaN there reaches nothing."""
+    """Zero what positions and lengths keep apart from all else, for NaN there to reach nothing."""
+    if _unbounded(options, masking):
+        return operands
     q, k, v = operands.query, operands.key, operands.value
     T, S = q.shape[3], k.shape[2]
-    if masking.query_lengths is not None:
-        within = jnp.arange(T, dtype=jnp.int32)[None] < masking.query_lengths[:, None]
-        q = jnp.where(within[:, None, None, :, None], q, 0)
-    bounded = options.is_causal or options.window or masking.query_lengths is not None
-    if bounded or masking.key_lengths is not None:
-        first, past = key_range(options, masking, 0, T - 1)
-        s = jnp.arange(S, dtype=jnp.int32)[None]
-        reached = ((s >= first[:, None]) & (s < past[:, None]))[:, None, :, None]
-        k, v = jnp.where(reached, k, 0), jnp.where(reached, v, 0)
-    return operands._replace(query=q, key=k, value=v)
+    q = of_seeing(queries_reached(options, masking, T, S), q)
+    first, past = key_range(options, masking, 0, T - 1)
+    s = jnp.arange(S, dtype=jnp.int32)[None]
+    seen = ((s >= first[:, None]) & (s < past[:, None]))[:, None, :, None]
+    return operands._replace(query=q, key=jnp.where(seen, k, 0), value=jnp.where(seen, v, 0))
 
 
-def hide_unseen(masking, k, v, visible):
-    """Zero the keys and values that mask and segments hide from every query at hand."""
-    if masking.mask is None and masking.query_segments is None:
-        return k, v
-    seen = jnp.any(visible, axis=(2, 3))[..., None]
-    return jnp.where(seen, k, 0), jnp.where(seen, v, 0)
+def hide_results(options, operands, masking, o, lse):
+    """O and L, constant where `hide` hides the query: what comes back to them reaches nothing."""
+    sees = queries_reached(options, masking, o.shape[3], operands.key.shape[2])
+    if sees is None:
+        return o, lse
+    of_none = -jnp.inf if operands.sinks is None else operands.sinks.astype(lse.dtype)
+    return of_seeing(sees, o), jnp.where(sees, lse, of_none)
+
+
+def hide_unseen(q, k, v, visible):
+    """Zero the queries that see no key at hand, and the keys and values that no query sees.
+
+    And whether a query sees one.
+    """
+    seen, sees = jnp.any(visible, (2, 3))[..., None], jnp.any(visible, 4)
+    return of_seeing(sees, q), jnp.where(seen, k, 0), jnp.where(seen, v, 0), sees
 
 
 # ---------------------------------------------------------------------------------------- dropout

@@ -722,7 +722,7 @@ def test_a_band_costs_its_width():
     size = 2**16
     query: Any = jax.ShapeDtypeStruct((1, 1, 1, size, 64), jnp.float32)
     key: Any = jax.ShapeDtypeStruct((1, 1, size, 64), jnp.float32)
-    operands = attention.Operands(query, key, key)
+    operands = attention.Operands(query, key, key, jnp.ones((1, 1, 1, 1, 1), jnp.float32))
     grid = blockwise._grid(operands, blockwise._FORWARD_BLOCK)
 
     def visited(options):
