@@ -251,22 +251,29 @@ def _attend(schedule, options, operands, masking):
     return _forward(schedule, options, operands, masking)
 
 
+def wanted(x):
+    """Whether an argument of a rule is differentiated, as the size of a residual, 0 or 1.
+
+    JAX may read the residuals of one trace by the tree of another's, which then has to be the same.
+    """
+    return jnp.zeros(int(x is not None and x.perturbed), jnp.bool)
+
+
 def _attend_fwd(schedule, options, operands, masking):
-    """Keeps operands, O and L, and which of bias and scale is differentiated: () if it is.
+    """Keeps operands, O and L, and which of bias and scale is differentiated: see `wanted`.
 
     O is that of the accumulator: rounded to 16 bits, Δ would lose what sets it apart from dP.
     """
-    said = lambda x: () if x is not None and x.perturbed else None
-    wanted = (said(operands.bias), said(operands.scale))
+    asked = (wanted(operands.bias), wanted(operands.scale))
     operands, masking = jax.tree.map(lambda x: x.value, (operands, masking))
     o, lse = _forward(schedule, options, operands, masking)
-    return (o, lse), (operands, masking, o, lse, wanted)
+    return (o, lse), (operands, masking, o, lse, asked)
 
 
 def _attend_bwd(schedule, options, residuals, cotangents):
     """The gradient from the log-sum-exp: the equations of `rnnattn.scores`."""
-    *kept, wanted = residuals
-    wants_bias, wants_scale = (said is not None for said in wanted)
+    *kept, asked = residuals
+    wants_bias, wants_scale = (flag.size > 0 for flag in asked)
     options = options._replace(bias_gradient=wants_bias, scale_gradient=wants_scale)
     full = lambda d: jnp.zeros(d.shape, d.dtype) if isinstance(d, SymbolicZero) else d
     do, dlse = map(full, cotangents)

@@ -38,7 +38,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
 
 import rnnattn.blockwise as blockwise
-from rnnattn.attention import _Arrays, _check, _options, _problem, _require, _Settings
+from rnnattn.attention import _Arrays, _check, _options, _problem, _require, _Settings, wanted
 from rnnattn.precision import accumulator, varying_together
 from rnnattn.scores import Masking, Operands, Options, hide, of_seeing, reached, weights
 
@@ -403,23 +403,23 @@ def _attend(ring, options, operands, masking):
 
 
 def _attend_fwd(ring, options, operands, masking):
-    """Keeps the device's operands, O and L, and whether scale is differentiated: () says so."""
-    wanted = () if operands.scale.perturbed else None
+    """Keeps the device's operands, O and L, and whether scale is differentiated."""
+    asked = wanted(operands.scale)
     operands, masking = jax.tree.map(lambda x: x.value, (operands, masking))
     o, lse = _forward(ring, options, operands, masking)
-    return (o, lse), (operands, masking, o, lse, wanted)
+    return (o, lse), (operands, masking, o, lse, asked)
 
 
 def _attend_bwd(ring, options, residuals, cotangents):
     """dq = Σ dS k at home; dk = Σ dSᵀ q and dv = Σ Pᵀ dO on their way round."""
-    *kept, wanted = residuals
-    options = options._replace(scale_gradient=wanted is not None)
+    *kept, asked = residuals
+    options = options._replace(scale_gradient=asked.size > 0)
     full = lambda d: jnp.zeros(d.shape, d.dtype) if isinstance(d, SymbolicZero) else d
     operands, masking, o, lse = kept
     do, dlse = map(full, cotangents)
     do = do.astype(operands.value.dtype)  # which it had
     gradient = _backward(ring, options, operands, masking, o, lse, do, dlse)
-    like = operands if wanted is not None else operands._replace(scale=None)
+    like = operands if options.scale_gradient else operands._replace(scale=None)
     return jax.tree.map(lambda d, x: d.astype(x.dtype), gradient, like), None
 
 

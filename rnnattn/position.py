@@ -455,7 +455,9 @@ _rotate = jax.custom_vjp(_rotate_plain, nondiff_argnums=(0, 1))
 
 
 def _rotate_fwd(interleaved, amplitude, x, angles):
-    kept = x.value if angles.perturbed else None  # constant angles do not need x
+    # Constant angles do not need x. Nor is it None then: JAX may read the residuals of one trace by
+    # the tree of another's.
+    kept = x.value if angles.perturbed else jnp.zeros(0, x.value.dtype)
     cos, sin = _circle(angles.value)
     cos, sin = amplitude * cos, amplitude * sin
     return _rotation(interleaved, x.value, cos, sin).astype(x.value.dtype), (kept, cos, sin)
@@ -465,7 +467,8 @@ def _rotate_bwd(interleaved, amplitude, residuals, dy):
     """dx = a R(−θ) dy      dθ = x₁ dx₂ − x₂ dx₁"""
     x, cos, sin = residuals
     dx = _rotation(interleaved, dy, cos, -sin)
-    dθ = None if x is None else _angle_gradient(interleaved, x, dx, cos.shape).astype(cos.dtype)
+    constant = x.ndim < dy.ndim
+    dθ = None if constant else _angle_gradient(interleaved, x, dx, cos.shape).astype(cos.dtype)
     return dx.astype(dy.dtype), dθ
 
 

@@ -235,3 +235,15 @@ def test_debug_nans_names_what_is_not_a_number(name):
             f(ARGUMENTS[name])
             with pytest.raises(FloatingPointError):
                 f(poison)
+
+
+@pytest.mark.parametrize("name", ["attention", "rope"])
+def test_a_gradient_is_that_whichever_was_asked_for_before(name):
+    """With respect to one argument after the other, round and round, as JAX caches its traces."""
+    f, arguments = functions(name, False), ARGUMENTS[name]
+    together = jax.grad(lambda a: total(f(a)))(arguments)
+    for wrap in (lambda f: f, jax.checkpoint, jax.jit):
+        for argument, expected in together.items():
+            of_one = lambda x, argument=argument: total(f({**arguments, argument: x}))
+            actual = jax.grad(wrap(of_one))(arguments[argument])
+            np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4, err_msg=argument)
