@@ -237,8 +237,8 @@ def gradient_of_read(backward, schedule, steps, cotangents, kept):
     return _of_read(backward, schedule, steps, cotangents, kept)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _of_read(backward, schedule, steps, cotangents, kept):
+def steps_read(schedule, steps, cotangents):
+    """Which valid steps something comes back to, from their output or from a step after them."""
     dy, dstate = cotangents
     comes_back = lambda d: jnp.any(d != 0, -1)
     valid = jnp.ones_like(steps.fresh) if steps.valid is None else steps.valid
@@ -251,7 +251,13 @@ def _of_read(backward, schedule, steps, cotangents, kept):
     last = comes_back(dstate.h) | comes_back(dstate.c)
     inputs = (comes_back(dy), valid, steps.fresh)
     _, read = lax.scan(step, last, inputs, reverse=not schedule.reverse)
-    return backward(schedule, steps._replace(valid=valid & read), cotangents, kept)
+    return valid & read
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _of_read(backward, schedule, steps, cotangents, kept):
+    read = steps_read(schedule, steps, cotangents)
+    return backward(schedule, steps._replace(valid=read), cotangents, kept)
 
 
 @_of_read.defjvp

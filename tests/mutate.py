@@ -166,9 +166,20 @@ def unchanged(function: Callable) -> Mutant:
 
 
 def _lstm_problem(
-    case, residuals, *, reverse=False, lengths=None, resets=None, clip=None, coupled=False
+    case,
+    residuals,
+    *,
+    reverse=False,
+    lengths=None,
+    resets=None,
+    clip=None,
+    coupled=False,
+    unread=None,
 ):
-    """A time-major case, run forwards. Not through `sequence`, whose compilations are kept."""
+    """A time-major case, run forwards. Not through `sequence`, whose compilations are kept.
+
+    The input of steps that the loss does not read, (T, B), is NaN for the rule alone.
+    """
     twin = partial(
         reference.lstm,
         lengths=lengths,
@@ -180,7 +191,8 @@ def _lstm_problem(
     )
     _, expected = value_and_gradients(twin, case)
     schedule = chunked.Schedule(reverse, residuals, chunked.Variant(clip, coupled))
-    steps = recurrent._steps(case.x, lengths, resets, reverse)
+    x = case.x if unread is None else jnp.where(unread[..., None], jnp.nan, case.x)
+    steps = recurrent._steps(x, lengths, resets, reverse)
     _, kept = chunked._sequence_fwd(schedule, case.params, case.state, steps)
 
     def run():
@@ -207,11 +219,20 @@ def lstm_problems() -> list[Problem]:
     padding = jnp.arange(T)[:, None] >= lengths[None, :]
     every = every._replace(x=jnp.where(padding[..., None], jnp.nan, every.x))
     options: Any = {"lengths": lengths, "resets": resets, "clip": 1.0}
+    # row 0 is read before its reset, row 1 behind it, row 2 in its final state alone
+    unread = jnp.array([[t >= 3, t < 2, t < 2] for t in range(T)])
+    read = _time_major(make_case(T, B, D, H))
+    dy, dstate = read.cotangents
+    dy = jnp.where(unread[..., None], 0, dy).at[:, 2].set(0)
+    dstate = jax.tree.map(lambda d: d.at[0].set(0), dstate)
+    read = read._replace(cotangents=(dy, dstate))
+    marks = jnp.zeros((T, B), bool).at[[3, 2, 2], [0, 1, 2]].set(True)
     with jax.disable_jit():
         return [
             _lstm_problem(every, 2, **options),
             _lstm_problem(every, "states", reverse=True, coupled=True, **options),
             _lstm_problem(_time_major(make_case(T, B, D, H)), "gates"),
+            _lstm_problem(read, "states", resets=marks, unread=unread),
         ]
 
 
@@ -289,7 +310,7 @@ def _in_small_blocks(function, *args):
 
 
 def _gradient_problem(case, backward, *, all_cotangents=True):
-    """The rule of `_attend`; all cotangents, or neither that of L nor a gradient of the bias."""
+    """The rule of `_attend`; with all cotangents, or none of L and of bias and scale no gradient."""
 
     def expected(operands, do, dlse):
         results, pullback = jax.vjp(case.twin, operands)
@@ -299,11 +320,12 @@ def _gradient_problem(case, backward, *, all_cotangents=True):
     results, gradient = _in_small_blocks(expected, case.operands, case.do, dlse)
     if not all_cotangents:
         dlse = SymbolicZero(jax.typeof(dlse))
-        gradient = gradient._replace(bias=None)
+        gradient = gradient._replace(bias=None, scale=None)
 
     def rule(operands, results, do):
         schedule = attention._Schedule(case.twin, backward)
-        residuals = (operands, case.masking, *results, () if all_cotangents else None)
+        asked = (jnp.zeros(int(all_cotangents), bool),) * 2
+        residuals = (operands, case.masking, *results, asked)
         return attention._attend_bwd(schedule, case.options, residuals, (do, dlse))[0]
 
     return Problem(lambda: _in_small_blocks(rule, case.operands, results, case.do), gradient)
@@ -326,7 +348,8 @@ def blockwise_problems() -> list[Problem]:
     def together(options, operands, masking, o, lse, do, dlse):
         dbias = jnp.zeros_like(operands.bias) if options.bias_gradient else None
         gradient = blockwise._backward(options, operands, masking, (o, lse), (do, dlse), dbias)
-        return scores.Operands(*gradient)
+        dq, dk, dv, dscale, dbias = gradient
+        return scores.Operands(dq, dk, dv, dscale, dbias)
 
     return [
         _gradient_problem(_everything(), lambda *args: blockwise.backward(*args)),
@@ -380,6 +403,7 @@ FUNCTIONS: dict[Callable, Callable[[], list[Problem]]] = {
     cell.cell_gradient: lstm_problems,
     cell.peephole_gradient: lstm_problems,
     chunked._chunk_backward: lstm_problems,
+    chunked.steps_read: lstm_problems,
     scores.weights: dense_problems,
     scores.logits_gradient: dense_problems,
     scores.cap_gradient: dense_problems,
