@@ -69,7 +69,6 @@ def _load() -> tuple[Status, dict[str, int]]:
 _AGAIN = "`pip install --force-reinstall --no-deps .` in the folder of the sources"
 
 
-@cache
 def _extension() -> tuple[dict[str, int], str | None]:
     """The instruction sets of the kernels, made known to XLA; or none, and why.
 
@@ -128,6 +127,7 @@ def _register(name, target):
         register(name, target, "cpu", 1)
 
 
+# A program that was compiled and kept finds the kernels by then.
 if os.environ.get(_VARIABLE) != "off":
     _extension()
 

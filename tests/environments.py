@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,48 +96,43 @@ def run(*command, **options):
     return done.stdout
 
 
+def value_and_gradient(function, arguments):
+    import jax
+    import jax.numpy as jnp
+
+    loss = lambda *x: jnp.sin(jax.tree.leaves(function(*x))[0]).sum()
+    return function(*arguments), jax.grad(loss, range(len(arguments)))(*arguments)
+
+
 def probe():
     """Within an environment: fails if something is not as it should be, and prints the facts."""
     import jax
     import jax.numpy as jnp
-    import rnnattn
-    from rnnattn import _kernels, native
 
+    import rnnattn
+    from rnnattn import native
+
+    kernels = import_module("rnnattn._kernels")
     assert not Path(rnnattn.__file__).is_relative_to(ROOT)
     assert jnp.ones(3).sum() == 3  # JAX itself
-    status, built, runs = native.status(), _kernels.ffi_version(), native.ffi_version()
+    status, built, runs = native.status(), kernels.ffi_version(), native.ffi_version()
     assert status.available == (built <= runs), status
     built, runs = (".".join(map(str, version)) for version in (built, runs))
-    assert status.available or (built in status.reason and runs in status.reason), status
+    reason = status.reason or ""
+    assert status.available or (built in reason and runs in reason), status
 
     params = rnnattn.init_lstm(jax.random.key(0), 8, 16)
     x = jax.random.normal(jax.random.key(1), (2, 6, 8))
     q = jax.random.normal(jax.random.key(2), (2, 300, 2, 4))
-    functions = {
-        "lstm": (rnnattn.lstm, rnnattn.reference.lstm, (params, x)),
-        "attention": (
-            rnnattn.dot_product_attention,
-            rnnattn.reference.dot_product_attention,
-            (q, q + 1, q - 1),
-        ),
-    }
     results = [built, "run" if status.available else "refused"]
-    for function, plain, arguments in functions.values():
-        loss = lambda f: lambda *x: jnp.sum(jnp.sin(jax.tree.leaves(f(*x))[0]))
-        gradients = [
-            jax.grad(loss(f), range(len(arguments)))(*arguments) for f in (function, plain)
-        ]
-        values = [f(*arguments) for f in (function, plain)]
-        error = lambda pair: max(
-            float(jnp.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, pair), strict=True)
+    for name, arguments in (("lstm", (params, x)), ("dot_product_attention", (q, q, q))):
+        ours, plain = (
+            value_and_gradient(getattr(library, name), arguments)
+            for library in (rnnattn, rnnattn.reference)
         )
-        results.append(f"{error(values):.0e}, {error(gradients):.0e}")
-        assert max(error(values), error(gradients)) < 1e-5, results
-    print(json.dumps({"jax": jax.__version__, "runs": runs, "results": results}))
-
-
-if __name__ == "__main__":
-    if "--probe" in sys.argv:
-        probe()
-    else:
-        main(QUICK if "--quick" in sys.argv else ALL)
+        errors = [
+            max(float(abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, pair), strict=True))
+            for pair in zip(ours, plain, strict=True)
+        ]
+        assert max(errors) < 1e-5, (name, errors)
+        results.append(", ".join(f"{error:.0e}" for error in errors))
