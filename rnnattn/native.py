@@ -29,6 +29,7 @@ from jax.interpreters import batching, mlir
 from jaxlib import xla_client
 
 _VARIABLE = "RNNATTN_NATIVE"
+_AGAIN = "`pip install --force-reinstall --no-deps .` in the folder of the sources"
 
 
 class Status(NamedTuple):
@@ -66,9 +67,6 @@ def _load() -> tuple[Status, dict[str, int]]:
     return Status(True, asked or next(iter(sets))), sets
 
 
-_AGAIN = "`pip install --force-reinstall --no-deps .` in the folder of the sources"
-
-
 def _extension() -> tuple[dict[str, int], str | None]:
     """The instruction sets of the kernels, made known to XLA; or none, and why.
 
@@ -102,8 +100,9 @@ def _extension() -> tuple[dict[str, int], str | None]:
 def ffi_version():
     """The version of the interface that the jaxlib here has, as its headers tell; None if not."""
     try:
-        header = Path(jax.ffi.include_dir(), "xla/ffi/api/c_api.h").read_text()
-    except OSError:
+        path = Path(jax.ffi.include_dir(), "xla/ffi/api/c_api.h")
+        header = path.read_text(encoding="utf-8", errors="replace")
+    except (OSError, RuntimeError):
         return None
     numbers = dict(re.findall(r"#define XLA_FFI_API_(MAJOR|MINOR) (\d+)", header))
     return (int(numbers["MAJOR"]), int(numbers["MINOR"])) if len(numbers) == 2 else None
