@@ -531,8 +531,8 @@ def read_safetensors(path: str | os.PathLike, like: PyTree) -> PyTree:
         like: a tree of the same structure, of arrays or `jax.ShapeDtypeStruct`.
     Raises:
         ValueError: an array is missing, left over or of another shape or dtype than `like` has, by
-            name, or of 64 bits where `jax_enable_x64` is off; or the file is damaged, or no such
-            file.
+            name, or of 64 bits where `jax_enable_x64` is off; or the file is damaged, or none of
+            the kind.
         OSError: the file cannot be read.
     Example: see `write_safetensors`.
     """
