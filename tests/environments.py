@@ -6,7 +6,8 @@
 In each, rnnattn is installed by `pip install .`; from a wheel that was built in another; and from
 one whose kernels were built, against all advice, with the newest jaxlib, which an older one does
 not take. However it comes, forward and gradient have to be right, and either the kernels run, or
-the status names the two versions that do not go together.
+the status names the two versions that do not go together. The numbers are the greatest differences of
+value and gradient from the plain twin's, in float32.
 """
 
 import json
@@ -125,7 +126,7 @@ def probe():
     x = jax.random.normal(jax.random.key(1), (2, 6, 8))
     q = jax.random.normal(jax.random.key(2), (2, 300, 2, 4))
     results = [built, "run" if status.available else "refused"]
-    for name, arguments in (("lstm", (params, x)), ("dot_product_attention", (q, q, q))):
+    for name, arguments in (("lstm", (params, x)), ("dot_product_attention", (q, q + 1, q - 1))):
         ours, plain = (
             value_and_gradient(getattr(library, name), arguments)
             for library in (rnnattn, rnnattn.reference)
@@ -136,3 +137,11 @@ def probe():
         ]
         assert max(errors) < 1e-5, (name, errors)
         results.append(", ".join(f"{error:.0e}" for error in errors))
+    print(json.dumps({"jax": jax.__version__, "runs": runs, "results": results}))
+
+
+if __name__ == "__main__":
+    if "--probe" in sys.argv:
+        probe()
+    else:
+        main(QUICK if "--quick" in sys.argv else ALL)
