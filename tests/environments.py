@@ -6,8 +6,8 @@
 In each, rnnattn is installed by `pip install .`; from a wheel that was built in another; and from
 one whose kernels were built, against all advice, with the newest jaxlib, which an older one does
 not take. However it comes, forward and gradient have to be right, and either the kernels run, or
-the status names the two versions that do not go together. The numbers are the greatest differences of
-value and gradient from the plain twin's, in float32.
+the status names the two versions that do not go together. The numbers are the greatest
+differences of value and gradient from the plain twin's, in float32.
 """
 
 import json
