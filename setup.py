@@ -1,5 +1,6 @@
 """The native kernels: an optional extension. All else is in pyproject.toml."""
 
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -8,20 +9,30 @@ from setuptools import Extension, setup
 SOURCES = ["module", "avx512", "avx2", "baseline"]
 FOLDER = Path("rnnattn/_native")
 
-(jaxlib,) = find_spec("jaxlib").submodule_search_locations
 
-setup(
-    ext_modules=[
+def extensions():
+    """The kernels, if there is jaxlib, whose headers they are compiled with."""
+    jaxlib = find_spec("jaxlib")
+    if jaxlib is None:
+        print("rnnattn: no jaxlib to build with: left without native kernels", file=sys.stderr)
+        return []
+    return [
         Extension(
             "rnnattn._kernels",
             [str(FOLDER / f"{name}.cc") for name in SOURCES],
-            depends=[str(path) for kind in ("*.h", "*.inc") for path in sorted(FOLDER.glob(kind))],
-            include_dirs=[str(Path(jaxlib) / "include")],
+            include_dirs=[str(Path(jaxlib.submodule_search_locations[0], "include"))],
             extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden", "-g0"],
             extra_link_args=["-Wl,-s"],
             py_limited_api=True,
             optional=True,  # without a compiler all works through XLA
         )
-    ],
-    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+    ]
+
+
+setup(
+    ext_modules=extensions(),
+    options={
+        "bdist_wheel": {"py_limited_api": "cp311"},
+        "build_ext": {"force": True},  # what an earlier build left may be for another jaxlib
+    },
 )

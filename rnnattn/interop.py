@@ -29,6 +29,7 @@ timm's `vision_transformer.py`, which names what google-research's `vision_trans
 """
 
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -44,12 +45,13 @@ from rnnattn.cell import LSTMParams
 def lstm_from_torch(
     state_dict: Mapping[str, Any], layer: int = 0, reverse: bool = False
 ) -> LSTMParams:
-    """One layer and direction of a `torch.nn.LSTM`, from its `state_dict()`.
+    """One layer and direction of a `torch.nn.LSTM`, or an `LSTMCell`, from its `state_dict()`.
 
     The two biases are added; a module with `bias=False` has zeros.
 
     Args:
-        state_dict: with the names of the module itself, without a prefix.
+        state_dict: with the names of the module itself, without a prefix; a cell's are without
+            the number of a layer.
         reverse: the backward direction of a bidirectional module.
     Raises:
         ValueError: a key is missing, is not one of an LSTM, or its array has a wrong shape or
@@ -62,10 +64,12 @@ def lstm_from_torch(
         ((3, 20), (5, 20), 2.0)
     """
     suffix = _torch_suffix(layer, reverse)
+    if suffix == "_l0" and "weight_hh" in state_dict:  # a cell's
+        suffix = ""
     own = {key: value for key, value in state_dict.items() if key.endswith(suffix)}
     has_bias = any(key.startswith("bias_") for key in state_dict)
     has_projection = "weight_hr" + suffix in own
-    read = _Reader("lstm_from_torch", own)
+    read = _Reader("lstm_from_torch", own or state_dict)
     w_h = read("weight_hh" + suffix, "4H R" if has_projection else "4H H")
     w_x = read("weight_ih" + suffix, "4H D")
     b = np.zeros(len(w_h), w_h.dtype)
@@ -449,18 +453,48 @@ def vit_to_google(
     arrays, depth = _own_arrays("vit_to_google", weights)
     names = _google_names(depth, form)
     leading = lambda ours, array: array[None] if ours in ("cls", "position") else array
-    return {names[ours]: np.array(leading(ours, array)) for ours, array in arrays.items()}
+    return {
+        names[ours]: np.array(leading(ours, array), order="C") for ours, array in arrays.items()
+    }
+
+
+# ---- files ------------------------------------------------------------------------------------
+
+# What the format calls each dtype that it has.
+_FILE_DTYPES = {
+    "BOOL": "bool",
+    "I8": "int8",
+    "I16": "int16",
+    "I32": "int32",
+    "I64": "int64",
+    "U8": "uint8",
+    "U16": "uint16",
+    "U32": "uint32",
+    "U64": "uint64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F32": "float32",
+    "F64": "float64",
+    "C64": "complex64",
+}
 
 
 def write_safetensors(path: str | os.PathLike, params: PyTree) -> None:
     """Any tree of arrays as a file of named arrays, which holds no code; needs safetensors.
 
-    A leaf is named by its way from the root: `lstm.w_x`, `layers.0.b`.
+    A leaf is named by its way from the root: `lstm.w_x`, `layers.0.b`. Arrays are JAX's or NumPy's,
+    however they lie in memory or on devices.
 
     Args:
-        path: of the file, which is replaced if it is there.
+        path: of the file. One that is there stays as it is until the new one is complete.
         params: dictionaries, lists, (named) tuples or registered nodes of arrays.
     Raises:
+        ValueError: before anything is written: a leaf is no array, or of a dtype that the format
+            does not have (of JAX's those of 2 and 4 bits, complex128 and some of 8 bits); two
+            leaves have one name; a name is no text, or is "__metadata__".
         OSError: the file cannot be written.
     Example:
         >>> import tempfile, rnnattn
@@ -471,50 +505,112 @@ def write_safetensors(path: str | os.PathLike, params: PyTree) -> None:
         >>> bool(jnp.all(again.w_h == params.w_h))
         True
     """
-    from safetensors.flax import save
+    function = "write_safetensors"
+    _import_safetensors(function)
+    from safetensors.numpy import save
 
-    content = save(_named(params))
-    # whole or not at all
-    whole = Path(path).with_name(f".{Path(path).name}.new")
-    whole.write_bytes(content)
-    whole.replace(path)
+    named = _named(function, params)
+    content = save({name: _as_in_a_file(function, name, leaf) for name, leaf in named.items()})
+    path = Path(path)
+    whole = path.with_name(f".{secrets.token_hex(8)}.new")
+    try:
+        with open(whole, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        whole.replace(path)
+    except BaseException:
+        whole.unlink(missing_ok=True)
+        raise
 
 
 def read_safetensors(path: str | os.PathLike, like: PyTree) -> PyTree:
-    """The tree that `write_safetensors` wrote; needs safetensors.
+    """The tree that `write_safetensors` wrote, of arrays of JAX; needs safetensors.
 
     Args:
         like: a tree of the same structure, of arrays or `jax.ShapeDtypeStruct`.
     Raises:
         ValueError: an array is missing, left over or of another shape or dtype than `like` has, by
-            name; or the file is none of the kind.
+            name, or of 64 bits where `jax_enable_x64` is off; or the file is damaged, or none of
+            the kind.
         OSError: the file cannot be read.
     Example: see `write_safetensors`.
     """
-    from safetensors import SafetensorError
-    from safetensors.flax import load
-
+    function = "read_safetensors"
+    safetensors = _import_safetensors(function)
+    content = Path(path).read_bytes()
     try:
-        found = load(Path(path).read_bytes())
-    except SafetensorError as error:
-        raise ValueError(f"read_safetensors: {path}: no such file of arrays: {error}") from None
-    expected = _named(like)
+        found = dict(safetensors.deserialize(content))
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{function}: {path}: damaged, or not a safetensors file: {error}"
+        ) from None
+    expected = _named(function, like)
     wrong = [f"`{name}` is missing" for name in expected.keys() - found.keys()]
     wrong += [f"`{name}` is not expected" for name in found.keys() - expected.keys()]
+    arrays = {}
     for name in expected.keys() & found.keys():
-        want, got = (f"{x.dtype}{list(x.shape)}" for x in (expected[name], found[name]))
+        leaf, array = expected[name], found[name]
+        dtype = _FILE_DTYPES.get(array["dtype"], array["dtype"])
+        want, got = f"{leaf.dtype.name}{list(leaf.shape)}", f"{dtype}{array['shape']}"
         if want != got:
             wrong.append(f"`{name}`: expected {want}, got {got}")
+            continue
+        dtype = np.dtype(leaf.dtype)
+        in_numpy = np.ndarray(leaf.shape, dtype.newbyteorder("<"), array["data"])
+        arrays[name] = jnp.asarray(in_numpy.astype(dtype.newbyteorder("="), copy=False))
+        if arrays[name].dtype != dtype.newbyteorder("="):
+            wrong.append(f"`{name}`: {dtype.name} needs jax_enable_x64")
     if wrong:
-        raise ValueError(f"read_safetensors: {path}: {'; '.join(sorted(wrong))}")
-    return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in expected])
+        raise ValueError(f"{function}: {path}: {'; '.join(sorted(wrong))}")
+    return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in expected])
 
 
-def _named(tree):
+def _import_safetensors(function):
+    try:
+        import safetensors
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{function} needs safetensors: `pip install safetensors`, or rnnattn with its extra "
+            "`experiments`",
+            name="safetensors",
+        ) from error
+    return safetensors
+
+
+def _named(function, tree):
     """The leaves by name, in their order."""
-    pairs, _ = jax.tree_util.tree_flatten_with_path(tree)
-    name = lambda path: ".".join(jax.tree_util.keystr((key,), simple=True) for key in path)
-    return {name(path): leaf for path, leaf in pairs}
+    paths: dict[str, Any] = {}
+    leaves = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        name = ".".join(jax.tree_util.keystr((key,), simple=True) for key in path)
+        way = jax.tree_util.keystr(path)
+        if name in paths:
+            raise ValueError(f"{function}: {paths[name]} and {way} have one name, `{name}`")
+        if name == "__metadata__":
+            raise ValueError(f"{function}: the format keeps the name `{name}` for itself")
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{function}: the name {name!r} is no text") from None
+        if not (hasattr(leaf, "dtype") and hasattr(leaf, "shape")):
+            raise ValueError(f"{function}: `{name}` must be an array, got {type(leaf).__name__}")
+        paths[name], leaves[name] = way, leaf
+    return leaves
+
+
+def _as_in_a_file(function, name, leaf):
+    """The leaf in NumPy and in one piece, little-endian, of a dtype that the format has."""
+    try:
+        array = np.asarray(leaf)
+    except (TypeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{function}: `{name}` must be an array: {error}") from error
+    if array.dtype.name not in _FILE_DTYPES.values():
+        raise ValueError(
+            f"{function}: `{name}` must have a dtype that the format has, "
+            f"{', '.join(_FILE_DTYPES.values())}, got {array.dtype}"
+        )
+    return array.astype(array.dtype.newbyteorder("<"), order="C", copy=False)
 
 
 def _vit_axes(depth, has_cls):
@@ -587,8 +683,8 @@ def _google_names(depth, form):
 def _depth(weights, before, after):
     """How many blocks the names tell of, at least one."""
     own = [name for name in weights if name.startswith(before)]
-    numbers = [name.removeprefix(before).partition(after)[0] for name in own]
-    return max([int(number) + 1 for number in numbers if number.isdecimal()], default=1)
+    numbers = {name.removeprefix(before).partition(after)[0] for name in own}
+    return max(sum(number.isdecimal() for number in numbers), 1)
 
 
 def _own_arrays(function, weights):
@@ -641,9 +737,12 @@ class _Reader:
     def __call__(self, key, axes):
         """The array at `key`, of shape `axes`: "4H D" is (4H, D); a letter is learned when met."""
         if key not in self.weights:
-            raise ValueError(f"{self.function}: `{key}` is missing, got {list(self.weights)}")
+            names = list(self.weights)
+            more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+            raise ValueError(f"{self.function}: `{key}` is missing, got {names[:20]}{more}")
         try:
             array = np.asarray(self.weights[key])
+            array = array.astype(array.dtype.newbyteorder("="), copy=False)
         except (TypeError, RuntimeError, ValueError) as error:
             raise ValueError(f"{self.function}: `{key}` must be an array: {error}") from error
         terms = [_term(axis) for axis in axes.split()]
@@ -671,7 +770,7 @@ class _Reader:
                 )
 
     def _check_dtype(self, key, dtype):
-        if not jnp.issubdtype(dtype, jnp.floating):
+        if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize > 8:
             raise ValueError(f"{self.function}: `{key}` must be floating, got {dtype}")
         for other, expected in self.dtypes.items():
             if dtype != expected:
@@ -711,7 +810,7 @@ def _params(w_x, w_h, b, peephole=None, projection=None):
 def _reorder(array, source, target):
     """The blocks of the last axis, one for each letter, from one order of gates to another."""
     blocks = dict(zip(source, np.split(array, len(source), axis=-1), strict=True))
-    return np.concatenate([blocks[gate] for gate in target], axis=-1)
+    return np.ascontiguousarray(np.concatenate([blocks[gate] for gate in target], axis=-1))
 
 
 def _torch_suffix(layer, reverse):

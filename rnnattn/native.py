@@ -1,25 +1,36 @@
 """The native kernels for CPUs: C++ that XLA calls within a program.
 
 They are compiled with the package, if there is a compiler (`setup.py`); their sources are in
-`rnnattn/_native`. `status` tells whether they are there. The environment variable RNNATTN_NATIVE
-forces an instruction set, "avx512", "avx2" or "baseline", or turns the kernels "off"; it is read
-where they are first asked for.
+`rnnattn/_native`. XLA takes kernels that were built for its own version of the foreign function
+interface or an older one, so they are built with the headers of the oldest jaxlib there is to
+build with, and loaded only into one that takes them. `status` tells whether they are there, and if
+not, why; all then works through XLA.
+
+Importing `rnnattn` makes them known to XLA, so that a program compiled and kept by another process
+finds them. The environment variable RNNATTN_NATIVE forces an instruction set, "avx512", "avx2" or
+"baseline", when the kernels are first asked for; or it turns them "off", which from before the
+import on leaves the extension alone.
 
 `rnnattn.native_attention` and `rnnattn.native_lstm` are schedules: the kernels' where these serve,
 and elsewhere one on XLA, with the same results.
 """
 
 import os
+import re
 from functools import cache, partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 from jax.interpreters import ad, batching, mlir
+from jaxlib import xla_client
 
 _VARIABLE = "RNNATTN_NATIVE"
+_AGAIN = "`pip install --force-reinstall --no-deps .` in the folder of the sources"
 
 
 class Status(NamedTuple):
@@ -46,23 +57,79 @@ def status() -> Status:
 def _load() -> tuple[Status, dict[str, int]]:
     """What there is, and the number of each instruction set that runs here."""
     asked = os.environ.get(_VARIABLE)
-    try:
-        kernels = import_module("rnnattn._kernels")
-        sets = kernels.instruction_sets()
-    except ImportError as error:
-        kernels, sets, reason = None, {}, f"the extension is not there: {error}"
-    if asked not in (None, "", "off", "avx512", "avx2", "baseline") or (
-        kernels and asked not in (None, "", "off", *sets)
-    ):
-        allowed = ", ".join(map(repr, [*sets, "off"]))
-        raise ValueError(f"{_VARIABLE}: expected one of {allowed} on this machine, got {asked!r}")
     if asked == "off":
         return Status(False, reason=f"{_VARIABLE} is 'off'"), {}
-    if kernels is None:
+    sets, reason = _extension()
+    if asked and asked not in (sets or ("avx512", "avx2", "baseline")):
+        allowed = ", ".join(map(repr, [*sets, "off"]))
+        raise ValueError(f"{_VARIABLE}: expected one of {allowed} on this machine, got {asked!r}")
+    if reason:
         return Status(False, reason=reason), {}
-    for name, target in kernels.targets().items():
-        jax.ffi.register_ffi_target(name, target, platform="cpu")
     return Status(True, asked or next(iter(sets))), sets
+
+
+def _extension() -> tuple[dict[str, int], str | None]:
+    """The instruction sets of the kernels, made known to XLA; or none, and why.
+
+    Raises nothing: what is wrong with the kernels must not get in the way of the rest.
+    """
+    try:
+        kernels = import_module("rnnattn._kernels")
+        built, sets, targets = kernels.ffi_version(), kernels.instruction_sets(), kernels.targets()
+    except ModuleNotFoundError:
+        return {}, (
+            "the kernels were not built when rnnattn was installed, for want of a C++ compiler "
+            f"or of jaxlib; once there is one, {_AGAIN} builds them"
+        )
+    except Exception as error:
+        return {}, f"the kernels do not load: {error!r}; {_AGAIN} builds them anew"
+    runs = ffi_version()
+    which = f"built for version {_dotted(built)} of XLA's foreign function interface"
+    if runs and built > runs:
+        return {}, (
+            f"the kernels were {which}, and jaxlib {jaxlib.__version__} has {_dotted(runs)}; "
+            f"{_AGAIN} builds them for the oldest jaxlib, which serve every later one"
+        )
+    try:
+        for name, target in targets.items():
+            _register(name, target)
+    except Exception as error:
+        return {}, f"jaxlib {jaxlib.__version__} refuses the kernels, {which}: {error}"
+    return sets, None
+
+
+def ffi_version():
+    """The version of the interface that the jaxlib here has, as its headers tell; None if not."""
+    try:
+        path = Path(jax.ffi.include_dir(), "xla/ffi/api/c_api.h")
+        header = path.read_text(encoding="utf-8", errors="replace")
+    except (OSError, RuntimeError):
+        return None
+    numbers = dict(re.findall(r"#define XLA_FFI_API_(MAJOR|MINOR) (\d+)", header))
+    return (int(numbers["MAJOR"]), int(numbers["MINOR"])) if len(numbers) == 2 else None
+
+
+def _dotted(version):
+    return ".".join(map(str, version))
+
+
+def _register(name, target):
+    """As `jax.ffi.register_ffi_target`, but at once.
+
+    That one waits until JAX starts its CPU backend. If XLA refused the kernel then, having dropped
+    its version, JAX would have no backend at all.
+    """
+    try:
+        register = xla_client._xla.register_custom_call_target
+    except AttributeError:  # not a public name
+        jax.ffi.register_ffi_target(name, target, platform="cpu")
+    else:
+        register(name, target, "cpu", 1)
+
+
+# A program that was compiled and kept finds the kernels by then.
+if os.environ.get(_VARIABLE) != "off":
+    _extension()
 
 
 # How kernels are called; tests set these.

@@ -33,7 +33,7 @@ ALLOWED = {
     "cell": {"rnnattn.precision"},
     "chunked": {"rnnattn.cell", "rnnattn.precision"},
     "dense": {"rnnattn.scores"},
-    "native": {"os", "rnnattn._kernels"},
+    "native": {"os", "pathlib", "re", "rnnattn._kernels"},
     "native_attention": {"rnnattn.native", "rnnattn.scores"},
     "native_lstm": {"rnnattn.cell", "rnnattn.chunked", "rnnattn.native"},
     "parallel": {
@@ -53,7 +53,7 @@ ALLOWED = {
     },
     "reference": {"rnnattn.attention", "rnnattn.cell", "rnnattn.position", "rnnattn.recurrent"},
     "scores": {"rnnattn.precision"},
-    "interop": {"os", "pathlib", "rnnattn.cell", "safetensors"},
+    "interop": {"os", "pathlib", "secrets", "rnnattn.cell", "safetensors"},
     "nn": {
         "flax",
         "rnnattn.attention",

@@ -1,5 +1,11 @@
 """Weights from and to other libraries: the libraries themselves are the oracle, in float64."""
 
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -7,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rnnattn import LSTMState, lstm
+from rnnattn import LSTMParams, LSTMState, lstm
 from rnnattn.interop import (
     lstm_from_flax,
     lstm_from_haiku,
@@ -19,10 +25,12 @@ from rnnattn.interop import (
     lstm_to_keras,
     lstm_to_onnx,
     lstm_to_torch,
+    read_safetensors,
     vit_from_google,
     vit_from_timm,
     vit_to_google,
     vit_to_timm,
+    write_safetensors,
 )
 from tests.lstm_cases import assert_close, make_case
 
@@ -580,3 +588,362 @@ def test_all_that_is_wrong_with_a_vit_is_named():
     message = "`stem.kernel` is missing; `stem.bias` is missing; `stem.layers.kernel` is unknown"
     with pytest.raises(ValueError, match=f"^vit_to_timm: {message}"):
         vit_to_timm(tree)
+
+
+# ---- arrays, however they lie in memory -------------------------------------------------------
+
+
+def strided(array):
+    """Every second element of a larger one."""
+    return np.stack([array, np.zeros_like(array)], axis=-1)[..., 0]
+
+
+def backwards(array):
+    return np.flip(np.flip(array).copy())
+
+
+def from_torch(array):
+    torch = pytest.importorskip("torch")
+    return torch.from_numpy(array.T.copy()).numpy().T
+
+
+# Each makes an array that is not in one piece, or not in the machine's order of bytes.
+LAYOUTS: dict[str, Any] = {
+    "fortran": np.asfortranarray,
+    "transposed": lambda array: array.T.copy().T,
+    "strided": strided,
+    "backwards": backwards,
+    "repeated": lambda array: np.broadcast_to(array[..., :1] if array.ndim else array, array.shape),
+    "big_endian": lambda array: array.astype(array.dtype.newbyteorder(">")),
+    "read_only": lambda array: np.frombuffer(array.tobytes(), array.dtype).reshape(array.shape),
+    "torch": from_torch,
+}
+
+
+def plain(array):
+    """The same values in one piece."""
+    return np.array(array, array.dtype.newbyteorder("="), order="C")
+
+
+FROM: dict[str, Any] = {
+    "torch": (lstm_from_torch, lstm_to_torch(PLAIN)),
+    "torch_projection": (lstm_from_torch, lstm_to_torch(make_case(1, 1, D, H, R).params)),
+    "keras": (lstm_from_keras, lstm_to_keras(PLAIN)),
+    "linen": (lstm_from_flax, LINEN),
+    "nnx_optimized": (lstm_from_flax, OPTIMIZED),
+    "haiku": (lstm_from_haiku, lstm_to_haiku(PLAIN)),
+    "onnx": (lstm_from_onnx, lstm_to_onnx(make_case(1, 1, D, H, peephole=True).params)),
+    "timm": (lambda weights: vit_from_timm(weights, HEADS), timm_weights()),
+    "google": (
+        vit_from_google,
+        vit_to_google(vit_from_timm(timm_weights(), HEADS)),
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", FROM)
+def test_weights_are_read_from_any_memory(name, layout):
+    load, weights = FROM[name]
+    given = jax.tree.map(LAYOUTS[layout], weights)
+    actual, expected = load(given), load(jax.tree.map(plain, given))
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+TO: dict[str, Any] = {
+    "torch": (lstm_to_torch, make_case(1, 1, D, H, R).params),
+    "keras": (lstm_to_keras, PLAIN),
+    "linen": (lstm_to_flax, PLAIN),
+    "nnx_optimized": (lambda params: lstm_to_flax(params, "nnx_optimized"), PLAIN),
+    "haiku": (lstm_to_haiku, PLAIN),
+    "onnx": (lstm_to_onnx, make_case(1, 1, D, H, peephole=True).params),
+    "timm": (vit_to_timm, vit_from_timm(timm_weights(), HEADS)),
+    "google": (vit_to_google, vit_from_timm(timm_weights(), HEADS)),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", TO)
+def test_weights_are_written_from_any_memory_into_one_piece(name, layout):
+    export, params = TO[name]
+    given = jax.tree.map(LAYOUTS[layout], jax.tree.map(np.asarray, params))
+    actual = export(given)
+    jax.tree.map(np.testing.assert_array_equal, actual, export(jax.tree.map(plain, given)))
+    for array in jax.tree.leaves(actual):
+        assert array.flags.c_contiguous and array.flags.writeable and array.dtype.isnative
+        assert not any(np.shares_memory(array, other) for other in jax.tree.leaves(given))
+
+
+def test_a_torch_cell_has_names_without_a_layer():
+    torch = pytest.importorskip("torch")
+    cell = torch.nn.LSTMCell(D, H, dtype=torch.float64)
+    params = lstm_from_torch(cell.state_dict())
+    x, h, c = (torch.tensor(np.asarray(a)) for a in (X[:, 0], STATE.h, STATE.c))
+    with torch.no_grad():
+        h, c = cell(x, (h, c))
+    state = lstm(params, jnp.asarray(X[:, :1]), STATE)[1]
+    assert_close(state, LSTMState(h.numpy(), c.numpy()))
+
+
+@pytest.mark.parametrize("names", [{"rnn.": 1}, {"module.": 1}, {"": None}])
+def test_the_names_that_came_are_told(names):
+    ((prefix, layer),) = names.items()
+    weights = lstm_to_torch(PLAIN, layer=layer or 0)
+    weights = {prefix + key: value for key, value in weights.items()}
+    message = rf"`weight_hh_l2` is missing, got \['{prefix}weight_ih_l{layer or 0}', "
+    with pytest.raises(ValueError, match=message):
+        lstm_from_torch(weights, layer=2)
+
+
+def test_long_lists_of_names_are_cut():
+    weights = {f"encoder.{n}.weight": np.ones(1) for n in range(1000)}
+    with pytest.raises(ValueError, match=r"is missing, got \['encoder.0.weight'.* and 980 more$"):
+        lstm_from_torch(weights)
+
+
+def test_absurd_numbers_of_blocks_are_refused_at_once():
+    weights = timm_weights() | {"blocks.99999999999999999999.norm1.weight": np.ones(WIDTH)}
+    with pytest.raises(ValueError, match=r"^vit_from_timm: .* is unknown$"):
+        vit_from_timm(weights, HEADS)
+
+
+def test_a_dtype_that_jax_does_not_have_is_an_error():
+    weights = {key: a.astype(np.longdouble) for key, a in lstm_to_torch(PLAIN).items()}
+    with pytest.raises(ValueError, match="`weight_hh_l0` must be floating, got float128"):
+        lstm_from_torch(weights)
+
+
+# ---- files ------------------------------------------------------------------------------------
+
+SHAPES = [(), (1,), (0, 3), (3, 4), (2, 1, 3)]
+DTYPES = "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 bfloat16 float32 float64"
+DTYPES += " complex64 float8_e4m3fn float8_e5m2 float8_e8m0fnu"
+OTHER = "complex128 int2 int4 uint2 uint4 float4_e2m1fn float8_e3m4 float8_e4m3 float8_e4m3fnuz"
+OTHER += " float8_e4m3b11fnuz float8_e5m2fnuz"
+
+
+def any_bits(shape, dtype):
+    """An array of any bits that the dtype can have: NaN, infinity and subnormal numbers too."""
+    dtype = jnp.dtype(dtype)
+    if dtype == np.bool_:
+        return RNG.integers(0, 2, shape).astype(bool)
+    return np.frombuffer(RNG.bytes(int(np.prod(shape)) * dtype.itemsize), dtype).reshape(shape)
+
+
+def assert_same_bits(actual, expected):
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    assert np.asarray(actual).tobytes() == expected.tobytes()
+
+
+@pytest.fixture
+def path(tmp_path):
+    pytest.importorskip("safetensors")
+    return tmp_path / "file.safetensors"
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "torch"])
+@pytest.mark.parametrize("dtype", DTYPES.split())
+def test_what_is_written_is_read_bit_for_bit(dtype, layout, path):
+    arrays = [LAYOUTS[layout](any_bits(shape, dtype)) for shape in SHAPES]
+    tree = {"numpy": arrays, "jax": [jnp.asarray(plain(array)) for array in arrays]}
+    write_safetensors(path, tree)
+    for like in (tree, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, plain(a).dtype), tree)):
+        again = read_safetensors(path, like)
+        assert all(isinstance(array, jax.Array) for array in jax.tree.leaves(again))
+        for kind in ("numpy", "jax"):
+            for actual, expected in zip(again[kind], arrays, strict=True):
+                assert_same_bits(actual, plain(expected))
+
+
+def test_weights_of_torch_in_a_file(path):
+    torch = pytest.importorskip("torch")
+    weights = torch.nn.LSTM(D, H, dtype=torch.float64).state_dict()
+    w_x, w_h = (weights[f"weight_{name}_l0"].numpy().T for name in ("ih", "hh"))
+    params = LSTMParams(w_x, w_h, weights["bias_ih_l0"].numpy())
+    write_safetensors(path, params)
+    assert_same(read_safetensors(path, params), params)
+
+
+@pytest.mark.parametrize("dtype", [name for name in OTHER.split() if hasattr(jnp, name)])
+def test_a_dtype_that_the_format_does_not_have_is_named(dtype, path):
+    write_safetensors(path, {"a": jnp.ones(3)})
+    before = path.read_bytes()
+    tree = {"a": jnp.zeros(3), "b": [jnp.zeros(2, dtype)]}
+    with pytest.raises(ValueError, match=rf"`b.0` must have a dtype that .*, got {dtype}$"):
+        write_safetensors(path, tree)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "leaf", [3.0, "text", np.array(["text"]), np.array([object()]), jax.random.key(0)], ids=str
+)
+def test_what_is_no_array_is_not_written(leaf, path):
+    with pytest.raises(ValueError, match=r"^write_safetensors: `a.b` must "):
+        write_safetensors(path, {"a": {"b": leaf}})
+    assert not path.exists()
+
+
+def test_sharded_arrays_in_a_file(path):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread = jax.NamedSharding(mesh, jax.P("x"))
+    for dtype in (jnp.float32, jnp.bfloat16):
+        array = any_bits((16, 3), dtype)
+        write_safetensors(path, {"w": jax.device_put(array, spread)})
+        assert_same_bits(read_safetensors(path, {"w": array})["w"], array)
+
+
+@pytest.mark.parametrize(
+    "tree, first, second",
+    [
+        ({"a": {"b": 0}, "a.b": 0}, "['a']['b']", "['a.b']"),
+        ([{"0": 0}, {"x.0": 0, "x": [0]}], "[1]['x'][0]", "[1]['x.0']"),
+        ({"a": {"": {"b": 0}}, "a.": {"b": 0}}, "['a']['']['b']", "['a.']['b']"),
+    ],
+)
+def test_two_leaves_of_one_name_are_named(tree, first, second, path):
+    tree = jax.tree.map(lambda _: jnp.ones(2), tree)
+    with pytest.raises(ValueError) as caught:
+        write_safetensors(path, tree)
+    assert f"{first} and {second} have one name" in str(caught.value)
+    assert not path.exists()
+    with pytest.raises(ValueError, match=r"^read_safetensors: .* have one name"):
+        write_safetensors(path, {})
+        read_safetensors(path, tree)
+
+
+@pytest.mark.parametrize("name", ["__metadata__", "\udc80"])
+def test_names_that_the_format_does_not_have(name, path):
+    with pytest.raises(ValueError, match=r"^write_safetensors: the (format keeps the )?name "):
+        write_safetensors(path, {name: jnp.ones(2)})
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("name", ["", ".", 'a\nb"\0', "σ", "__metadata__.", "x" * 10_000])
+def test_any_other_name_is_kept(name, path):
+    tree: Any = {name: jnp.arange(3.0), "b": None, "c": [], "d": ()}
+    write_safetensors(path, tree)
+    again = read_safetensors(path, tree)
+    assert again.keys() == tree.keys()
+    np.testing.assert_array_equal(again[name], tree[name])
+
+
+@pytest.mark.parametrize("dtype", ["float64", "int64", "uint64"])
+def test_64_bits_are_not_cut(dtype, path):
+    array = np.arange(3, dtype=dtype)
+    write_safetensors(path, {"w": array, "b": np.ones(2, np.float32)})
+    with jax.enable_x64(False):
+        with pytest.raises(ValueError, match=f"`w`: {dtype} needs jax_enable_x64$"):
+            read_safetensors(path, {"w": array, "b": np.ones(2, np.float32)})
+        narrow = jnp.asarray(array)  # of 32 bits
+        with pytest.raises(ValueError, match=rf"`w`: expected {narrow.dtype}\[3\], got {dtype}"):
+            read_safetensors(path, {"w": narrow, "b": jnp.ones(2)})
+
+
+def test_all_that_is_wrong_with_a_file_is_named(path):
+    write_safetensors(path, {"a": jnp.ones(2), "b": jnp.ones(2), "c": jnp.ones(2)})
+    like = {"a": jnp.ones(3), "b": np.ones(2, ">f4"), "d": jnp.ones(2)}
+    with pytest.raises(ValueError) as caught:
+        read_safetensors(path, like)
+    assert str(caught.value) == (
+        f"read_safetensors: {path}: `a`: expected float64[3], got float64[2]; "
+        "`b`: expected float32[2], got float64[2]; `c` is not expected; `d` is missing"
+    )
+
+
+def file_of(header, data):
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(header).to_bytes(8, "little") + header + data
+
+
+def entry(start, end, shape=(2,), dtype="F32"):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+DAMAGED: dict[str, Any] = {
+    "overlap": file_of({"a": entry(0, 8), "b": entry(4, 12)}, bytes(12)),
+    "gap": file_of({"a": entry(0, 8), "b": entry(12, 20)}, bytes(20)),
+    "huge_offset": file_of({"a": entry(2**63, 2**63 + 8)}, bytes(8)),
+    "huge_shape": file_of({"a": entry(0, 8, [2**62, 2**62])}, bytes(8)),
+    "huge_empty_shape": file_of({"a": entry(0, 0, [0, 2**62, 8])}, b""),
+    "negative_shape": file_of({"a": entry(0, 8, [-2])}, bytes(8)),
+    "another_size": file_of({"a": entry(0, 8, [3])}, bytes(8)),
+    "dtype": file_of({"a": entry(0, 8, dtype="F99")}, bytes(8)),
+    "half_bytes": file_of({"a": entry(0, 1, dtype="F4")}, bytes(1)),
+    "behind": file_of({"a": entry(0, 8)}, bytes(9)),
+    "header_of_no_size": bytes(8),
+    "header_beyond_the_end": (2**40).to_bytes(8, "little") + b"{}",
+    "header_of_all_memory": b"\xff" * 8 + b"{}",
+    "deep": file_of(b"[" * 100_000, b""),
+    "no_text": file_of(b"\xff\xfe", b""),
+    "a_list": file_of([1], b""),
+    "pickle": b"\x80\x04N.",
+    "npz": b"PK\x03\x04" + bytes(100),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_file_is_refused(name, path):
+    path.write_bytes(DAMAGED[name])
+    with pytest.raises(ValueError) as caught:
+        read_safetensors(path, {"a": jnp.ones(2, jnp.float32)})
+    assert str(caught.value).startswith(f"read_safetensors: {path}: ")
+    assert "no such file" not in str(caught.value)
+
+
+def test_a_file_that_was_cut_or_changed_is_refused_or_read_whole(path):
+    tree = {"a": np.arange(3, dtype=np.float32), "b": np.ones((2, 1), np.int16)}
+    write_safetensors(path, tree)
+    content = path.read_bytes()
+    size = 8 + int.from_bytes(content[:8], "little")
+    cut = [content[:length] for length in range(len(content))]
+    flipped = [
+        content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :]
+        for place in range(size)
+        for bit in range(8)
+    ]
+    for damaged in cut + flipped:
+        path.write_bytes(damaged)
+        try:
+            again = read_safetensors(path, tree)
+        except ValueError as error:
+            assert str(error).startswith(f"read_safetensors: {path}: ")
+        else:  # such as a space of the header become another
+            assert damaged in flipped
+            assert again.keys() == tree.keys()
+
+
+def test_a_file_that_cannot_be_finished_leaves_the_one_before(path, monkeypatch):
+    write_safetensors(path, {"a": jnp.ones(3)})
+    before = path.read_bytes()
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_safetensors(path, {"a": jnp.zeros(3)})
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_process_that_is_killed_leaves_the_file_before(path):
+    write_safetensors(path, {"a": jnp.ones(3)})
+    before = path.read_bytes()
+    code = """
+import os, signal, sys, numpy as np
+from rnnattn.interop import write_safetensors
+os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+write_safetensors(sys.argv[1], {"a": np.zeros(3)})
+"""
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=root)
+    assert done.returncode == -signal.SIGKILL
+    assert path.read_bytes() == before
+
+
+def test_without_safetensors(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    for call in (write_safetensors, read_safetensors):
+        with pytest.raises(ModuleNotFoundError, match=f"{call.__name__} needs safetensors: `pip"):
+            call(tmp_path / "file", {"a": jnp.ones(2)})

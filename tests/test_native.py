@@ -345,6 +345,12 @@ def test_status_and_the_environment_variable(monkeypatch, fresh):
     outputs(case, dot_product_attention)
 
 
+def test_where_jaxlib_registers_by_another_name(monkeypatch, fresh):
+    monkeypatch.delenv("RNNATTN_NATIVE", raising=False)
+    monkeypatch.setattr(native, "xla_client", None)
+    assert native.status() == (True, SETS[0], None)
+
+
 def test_without_the_extension(monkeypatch, fresh):
     def missing(name):
         raise ImportError(f"No module named {name!r}")

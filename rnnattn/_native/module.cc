@@ -350,7 +350,13 @@ PyObject* targets(PyObject*, PyObject*) {
   return targets;
 }
 
+// The version of the foreign function interface of XLA that all of this is built for.
+PyObject* ffi_version(PyObject*, PyObject*) {
+  return Py_BuildValue("(ii)", XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
+}
+
 PyMethodDef methods[] = {
+    {"ffi_version", ffi_version, METH_NOARGS, nullptr},
     {"instruction_sets", instruction_sets, METH_NOARGS, nullptr},
     {"targets", targets, METH_NOARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},
