@@ -207,9 +207,10 @@ def test_without_a_checkpoint_that_can_be_read_nothing_is_overwritten(whole, tmp
     assert (folder / "metrics.jsonl").read_bytes() == metrics
 
 
-def test_a_full_disk_stops_the_run_with_a_message(tmp_path, capsys):
+def test_a_full_disk_stops_the_run_with_a_message(whole, tmp_path, capsys):
     folder = tmp_path / "lstm_adding" / "x"
     folder.mkdir(parents=True)
+    shutil.copy(whole / "config.toml", folder)
     # every write to it fails, as on a full disk
     (folder / "metrics.jsonl").symlink_to("/dev/full")
     assert main(["run", *command(tmp_path, "--resume")[4:]]) == 1

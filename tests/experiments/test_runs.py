@@ -85,7 +85,7 @@ def test_an_existing_run_is_left_as_it_is(finished, capsys):
 
 def test_overwrite_replaces_a_run(tmp_path):
     folder = create(tmp_path, "lstm_digits", "old")
-    (folder / "config.toml").write_text("# a run")
+    (folder / "config.toml").write_text('experiment = "lstm_digits"')
     (folder / "stale").touch()
     assert tiny(tmp_path, "--name", "old", "--overwrite", "--compare-steps", "0") == 0
     assert (folder / "summary.json").exists() and not (folder / "stale").exists()
@@ -164,7 +164,7 @@ def test_a_trace_and_event_files_are_kept_if_asked_for_and_change_nothing(finish
     )
     assert points(folder / "tensorboard") == expected
     # a run that goes on logs its records again, but has each of them once
-    (folder / "figure.png").unlink()
+    (folder / "summary.json").unlink()
     assert tiny(tmp_path, *options, "--resume") == 0
     assert points(folder / "tensorboard") == expected
 
