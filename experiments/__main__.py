@@ -439,6 +439,13 @@ def _list() -> int:
     return 0
 
 
+def _tell_unraisable(lost: "sys.UnraisableHookArgs") -> None:
+    """Keep silent of files that are read or written for an event loop of Orbax' that has failed."""
+    if str(lost.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(lost)
+
+
 if __name__ == "__main__":
+    sys.unraisablehook = _tell_unraisable
     with processes.leaving():
         sys.exit(main(sys.argv[1:]))

@@ -14,7 +14,8 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,7 +74,20 @@ class Checkpoints:
     def __exit__(self, kind: type | None, *error: Any) -> None:
         # a process that died would be waited for
         if kind is not jax.errors.JaxRuntimeError or processes.alone():
-            self._orbax.close()
+            with self._writing():
+                self._orbax.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Whatever keeps Orbax from writing is an `OSError`, but for the death of a process."""
+        try:
+            with naming(self._folder):
+                yield
+        except (OSError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:
+            reason = str(error).splitlines()[0]
+            raise OSError(None, reason, str(self._folder)) from error
 
     def save(self, step: int, state: PyTree, key: PRNGKeyArray, progress: Progress) -> None:
         """Begin to write the state after `step`; what goes wrong is raised by the next call.
@@ -83,14 +97,15 @@ class Checkpoints:
         self.wait()
         self._saving = step
         rest = {"config_hash": self._config_hash, "step": step, **progress._asdict()}
-        self._pending = self._orbax.save_checkpointables_async(
-            step,
-            {"state": _with_key(state, key)},
-            custom_metadata={**rest, "sha256": _digest(rest)},
-            # one of this step that could not be read is in the way
-            overwrite=True,
-            force=True,
-        )
+        with self._writing():
+            self._pending = self._orbax.save_checkpointables_async(
+                step,
+                {"state": _with_key(state, key)},
+                custom_metadata={**rest, "sha256": _digest(rest)},
+                # one of this step that could not be read is in the way
+                overwrite=True,
+                force=True,
+            )
 
     def wait(self) -> None:
         """Until what was begun is written.
@@ -100,7 +115,8 @@ class Checkpoints:
         """
         pending, self._pending = self._pending, None
         if pending is not None:
-            pending.result()
+            with self._writing():
+                pending.result()
 
     def load(self, state: PyTree, key: PRNGKeyArray) -> tuple[int, PyTree, Progress] | None:
         """The newest that can be read: the steps done, the state, and the rest; None if there is
