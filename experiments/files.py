@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 from experiments.config import UsageError
 
@@ -50,24 +50,41 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         UsageError: naming the process that has it.
     """
-    with (folder / LOCK).open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise UsageError(f"{folder}: is running, as {holder}") from None
-        # some network file systems have no locks
-        except OSError as error:
-            print(
-                f"{folder}: cannot be locked ({error.strerror}): start no second process in it",
-                file=sys.stderr,
-            )
-        with naming(folder / LOCK):
+    path = folder / LOCK
+    with _locked_file(path) as file:
+        with naming(path):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
         try:
             yield
         finally:
-            file.truncate(0)
+            if _lies_at(path, file):
+                path.unlink()
+
+
+def _locked_file(path: Path) -> TextIO:
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise UsageError(f"{path.parent}: is running, as {holder}") from None
+        except OSError as error:
+            # some network file systems have no locks
+            lock = f"{path}: no lock ({error.strerror})"
+            print(f"{lock}: start no second process in this folder", file=sys.stderr)
+        if _lies_at(path, file):
+            return file
+        # whoever had it removed it between the two calls
+        file.close()
+
+
+def _lies_at(path: Path, file: TextIO) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
