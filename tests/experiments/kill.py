@@ -45,14 +45,14 @@ class Moment(NamedTuple):
 
     event: str
     path: str
-    count: int
+    number: int
     how: str
     """`before`, `within` or `after`."""
     amount: float
     """The bytes that may still be written to a file, or the seconds to wait."""
 
     def __str__(self) -> str:
-        return f"{self.how} {self.event} {self.path} ({self.count + 1})"
+        return f"{self.how} {self.event} {self.path} ({self.number + 1})"
 
 
 def in_a_child(act: Callable[[], int], folder: Path) -> int:
@@ -94,7 +94,7 @@ def run_and_record(file: Path) -> int:
 
 
 def run_until(moment: Moment) -> int:
-    left = moment.count
+    left = moment.number
 
     def act(*event: str) -> None:
         nonlocal left
@@ -132,7 +132,7 @@ def moments(
     for _, each in sorted(written.items(), key=lambda _: random.random()):
         yield moment(*each, "within")
     while True:
-        event, path = events[random.integers(len(events))]
+        event, path = events[int(random.integers(len(events)))]
         ways = ["before", "after", "within"] if event == "open" else ["before", "after"]
         yield moment(event, path, str(random.choice(ways)))
 
