@@ -1,11 +1,20 @@
 """The command line: `python -m experiments run CONFIG`, `… report` and `… list`."""
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Python's own handler waits for the main thread, which may be compiling, and raises where it
+    # finds it, which may be where JAX drops the exception. There is nothing to tidy up after a run
+    # that ends at once; a training that has something to keep asks for the signal.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import dataclasses
 import logging
 import os
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -39,6 +48,7 @@ from experiments import (
 )
 from experiments.checkpoints import read_params
 from experiments.config import Count, UsageError, check, claim, read, to_table
+from experiments.files import locked, written
 from experiments.session import Stopped
 
 EXPERIMENTS: dict[str, Any] = {
@@ -169,11 +179,12 @@ def main(arguments: Sequence[str]) -> int:
     """Do what the arguments ask.
 
     Returns:
-        0 if done, 1 if the run failed, 2 if it could not be asked for, 75 if it was told to stop
-        and `--resume` goes on with it, 130 if it was interrupted with nothing to keep.
+        0 if done, 1 if the run failed, 2 if it could not be asked for or another process has it, 75
+        if it was told to stop and `--resume` goes on with it, 130 if it was interrupted with
+        nothing to keep: the command then ends by the signal, which shells call 130.
     """
-    # Orbax warns at length of what is told here in a line
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax tells at length what is told here in a line
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         if len(arguments) > 1 and arguments[0] == "run" and not arguments[1].startswith("-"):
             return _run(Path(arguments[1]), arguments[2:])
@@ -301,7 +312,7 @@ def _execute(study: Study, group: str) -> tuple[Path, Any]:
     table = to_table(experiment, config)
     folder: Path = options.output / group / (options.name or "")
 
-    def begin() -> bool:
+    def begin(held: ExitStack) -> bool:
         nonlocal folder
         if options.resume:
             folder = runs.reopen(options.output, group, options.name, table)
@@ -309,14 +320,16 @@ def _execute(study: Study, group: str) -> tuple[Path, Any]:
                 return False
         else:
             folder = runs.create(options.output, group, options.name, overwrite=options.overwrite)
+        held.enter_context(locked(folder))
         command = shlex.join([*PROGRAM.split(), "run", str(path), *arguments])
         runs.write_config(folder, table, command)
         return True
 
-    if not processes.of_first(begin):
-        return folder, None
-    asked = {name: getattr(options, name) for name in ("profile", "tensorboard")}
-    return folder, runs.record(EXPERIMENTS[experiment], config, folder, **asked)
+    with ExitStack() as held:
+        if not processes.of_first(lambda: begin(held)):
+            return folder, None
+        asked = {name: getattr(options, name) for name in ("profile", "tensorboard")}
+        return folder, runs.record(EXPERIMENTS[experiment], config, folder, **asked)
 
 
 def _report(command: Report) -> int:
@@ -335,13 +348,23 @@ def _report(command: Report) -> int:
 
 
 def _sweep(command: Sweep) -> int:
+    from experiments.figures import save
+
     grid = compare.parse_grid(command.grid)
+    for key in grid.keys() & {option.name for option in dataclasses.fields(Options)}:
+        raise UsageError(f"--grid: {key} is an option of the command, and no key of the config")
     group = f"{runs.group_of(command.path)}-sweep"
-    each = {compare.name_of(values): values for values in compare.combinations(grid)}
+    combinations = compare.combinations(grid)
+    each = {compare.name_of(values): values for values in combinations}
     common = ["--quick"] if command.quick else []
     asked = {name: [*compare.options_of(values), *common] for name, values in each.items()}
     # what is wrong with any is said before the first begins
     prepared = {name: _prepare(command.path, options) for name, options in asked.items()}
+    configs = {runs.hash_of(study.config) for study in prepared.values()}
+    if len(configs) < len(combinations):
+        raise UsageError(
+            "--grid: two of the runs would be one, or have one name; give each value once"
+        )
     (experiment,) = {study.experiment for study in prepared.values()}
     failed: dict[str, str] = {}
     for name, study in prepared.items():
@@ -351,9 +374,9 @@ def _sweep(command: Sweep) -> int:
         )
         try:
             _execute(study, group)
-        except (UsageError, FloatingPointError) as error:
-            failed[name] = str(error)
-            print(f"{name}: {error}", file=sys.stderr)
+        except (UsageError, FloatingPointError, jax.errors.JaxRuntimeError) as error:
+            failed[name] = str(error).splitlines()[0]
+            print(f"{name}: {failed[name]}", file=sys.stderr)
     folder = command.output / group
     found = {
         name: compare.read_run(folder / name, CONFIG_TYPES) for name in each if name not in failed
@@ -361,13 +384,18 @@ def _sweep(command: Sweep) -> int:
     rows, labels = compare.repetitions(found, each), EXPERIMENTS[experiment].LABELS
     table = compare.score_table(rows, labels)
     table += "".join(f"\n{name}: failed: {error}\n" for name, error in failed.items())
-    (folder / "sweep.md").write_text(table, encoding="utf-8")
-    compare.sweep_figure(rows, labels).savefig(folder / "sweep.png")
+    with written(folder / "sweep.md") as file:
+        file.write(table.encode())
+    save(compare.sweep_figure(rows, labels), folder / "sweep.png")
     print(table + f"\n{folder}")
     return int(bool(failed))
 
 
 def _compare(command: Compare) -> int:
+    from experiments.figures import save
+
+    if not command.folders:
+        raise UsageError("compare: give the folder of a run or more")
     found = [compare.read_run(folder, CONFIG_TYPES) for folder in command.folders]
     experiments = sorted({run.experiment for run in found})
     if len(experiments) != 1:
@@ -382,9 +410,9 @@ def _compare(command: Compare) -> int:
             run._replace(name=str(folder))
             for run, folder in zip(found, command.folders, strict=True)
         ]
-    print(compare.score_table({run.name: [run] for run in found}, labels))
     command.output.parent.mkdir(parents=True, exist_ok=True)
-    compare.curves(found, labels).savefig(command.output)
+    save(compare.curves(found, labels), command.output)
+    print(compare.score_table({run.name: [run] for run in found}, labels))
     print(command.output)
     return 0
 
@@ -394,6 +422,8 @@ def _export(command: Export) -> int:
 
     if not (command.folder / runs.CONFIG).is_file():
         raise UsageError(f"{command.folder}: is not the folder of a run")
+    if command.output.is_dir():
+        raise UsageError(f"--output: {command.output} is a folder")
     params = read_params(command.folder / runs.CHECKPOINTS / command.training)
     write_safetensors(command.output, params)
     print(command.output)
@@ -409,6 +439,13 @@ def _list() -> int:
     return 0
 
 
+def _tell_unraisable(lost: "sys.UnraisableHookArgs") -> None:
+    """Keep silent of files that are read or written for an event loop of Orbax' that has failed."""
+    if str(lost.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(lost)
+
+
 if __name__ == "__main__":
+    sys.unraisablehook = _tell_unraisable
     with processes.leaving():
         sys.exit(main(sys.argv[1:]))

@@ -1,7 +1,6 @@
 """Several runs side by side: a table of their last scores, and their curves over one another."""
 
 import itertools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,14 +32,14 @@ def read_run(folder: Path, types: Mapping[str, type]) -> Run:
     """The run in the folder.
 
     Raises:
-        UsageError: if there is none, or it is not finished.
+        UsageError: if there is none, if it is not finished, or if a file of it is damaged.
     """
     if not (folder / runs.CONFIG).is_file():
         raise UsageError(f"{folder}: is not the folder of a run")
     if not runs.finished(folder):
         raise UsageError(f"{folder}: is not finished; `run … --resume` goes on with it")
     experiment, _ = read(folder / runs.CONFIG, types)
-    summary = json.loads((folder / runs.SUMMARY).read_text(encoding="utf-8"))
+    summary = runs.read_summary(folder)
     scores = {name: value for name, value in summary.items() if isinstance(value, int | float)}
     return Run(folder.name, experiment, runs.read_metrics(folder), scores)
 

@@ -2,11 +2,12 @@
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from experiments.checkpoints import Record
+from experiments.files import naming
 
 
 @contextmanager
@@ -18,17 +19,22 @@ def event_log(folder: Path) -> Iterator[Callable[[Record], None]]:
     """
     from tensorboardX import SummaryWriter
 
-    with ExitStack() as files:
-        writers: list[Any] = []
+    writers: list[Any] = []
 
-        def log(record: Record) -> None:
+    def log(record: Record) -> None:
+        with naming(folder):
             if not writers:
                 shutil.rmtree(folder, ignore_errors=True)
-                writers.append(files.enter_context(SummaryWriter(str(folder), flush_secs=10)))
+                writers.append(SummaryWriter(str(folder), flush_secs=10))
             for curve, value in _curves(record).items():
                 writers[0].add_scalar(curve, value, record["step"])
 
+    try:
         yield log
+    finally:
+        with naming(folder):
+            for writer in writers:
+                writer.close()
 
 
 def _curves(record: Record) -> dict[str, int | float]:

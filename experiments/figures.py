@@ -2,12 +2,16 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import LogLocator, NullFormatter
+
+from experiments.config import UsageError
+from experiments.files import written
 
 # Okabe and Ito's palette
 BLACK, BLUE, ORANGE, GREEN, RED = "#000000", "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -17,6 +21,20 @@ SPLITS = {"train": (BLUE, "-"), "validation": (ORANGE, "--"), "test": (GREEN, ""
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure, in inches, that needs no display."""
     return Figure(figsize=(width, height), layout="constrained", dpi=130)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write the figure in the format that the path ends in, whole or not at all.
+
+    Raises:
+        UsageError: if there is no such format.
+    """
+    kinds = figure.canvas.get_supported_filetypes()
+    kind = path.suffix.removeprefix(".").lower()
+    if kind not in kinds:
+        raise UsageError(f"{path}: a figure should end in one of .{', .'.join(sorted(kinds))}")
+    with written(path) as file:
+        figure.savefig(file, format=kind)
 
 
 def curves(records: Sequence[dict[str, Any]], labels: Mapping[str, str]) -> Figure:

@@ -18,7 +18,6 @@ import html
 import io
 import json
 import math
-import shutil
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -33,6 +32,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from experiments import runs
 from experiments.claims import FAMILY_LEVEL, TITLES, Claim, Verdict
 from experiments.config import UsageError, read, to_table
+from experiments.files import locked, written
+from experiments.session import Stopped
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, DATA = "index.html", "report.json"
@@ -132,6 +133,8 @@ def measure(experiments: Mapping[str, Any], sizes: Mapping[str, Size], output: P
     rows: dict[str, Row] = {}
     beside: dict[str, Study] = {}
     with _progress() as progress:
+        # a signal ends the process as it is, and the cursor should be there then
+        progress.console.show_cursor(True)
         task = progress.add_task("", total=len(sizes))
         for name, size in sizes.items():
             progress.update(task, description=name)
@@ -159,6 +162,8 @@ def _study(name: str, module: Any, size: Size, output: Path) -> tuple[Study, dic
             if differing:
                 listed = ", ".join(sorted(differing))
                 raise ValueError(f"{name}: CLAIMS and claims() differ in {listed}")
+    except Stopped:
+        raise
     except Exception as error:
         line = f"{type(error).__name__}: {error}".splitlines()[0]
         return study._replace(error=line, trace=traceback.format_exc()), {}
@@ -172,16 +177,15 @@ def _run(name: str, module: Any, config: Any, output: Path) -> Path:
     """
     key = run_key(name, module, config)
     folder = output / name / f"report-{key}"
-    # the figure is written last: a run without one was cut off
-    if (folder / runs.FIGURE).is_file():
+    if runs.finished(folder):
         return folder
     if hasattr(module, "check"):
         module.check(config)
     table = to_table(name, config)
     folder = runs.reopen(output, name, folder.name, table)
-    runs.write_config(folder, table, "python -m experiments report")
     # training shows its own progress on a terminal: here there is one display, ours
-    with contextlib.redirect_stdout(io.StringIO()):
+    with locked(folder), contextlib.redirect_stdout(io.StringIO()):
+        runs.write_config(folder, table, "python -m experiments report")
         runs.record(module, config, folder)
     return folder
 
@@ -243,9 +247,11 @@ def write(findings: Findings, folder: Path, *, full: bool) -> None:
         if study is None:
             continue
         text = tomli_w.dumps(study.config)
-        (folder / "configs" / f"{study.experiment}.toml").write_text(text, encoding="utf-8")
+        with written(folder / "configs" / f"{study.experiment}.toml") as file:
+            file.write(text.encode())
         if study.folder is not None:
-            shutil.copyfile(study.folder / runs.FIGURE, folder / _figure(study))
+            with written(folder / _figure(study)) as file:
+                file.write((study.folder / runs.FIGURE).read_bytes())
     data = {
         "size": "full" if full else "quick",
         "family_level": FAMILY_LEVEL,
@@ -254,8 +260,10 @@ def write(findings: Findings, folder: Path, *, full: bool) -> None:
         "beside": {name: _about(study, folder) for name, study in findings.beside.items()},
     }
     text = json.dumps(data, indent=2, allow_nan=False, ensure_ascii=False)
-    (folder / DATA).write_text(text + "\n", encoding="utf-8")
-    (folder / PAGE).write_text(page(findings, data), encoding="utf-8")
+    with written(folder / DATA) as file:
+        file.write(f"{text}\n".encode())
+    with written(folder / PAGE) as file:
+        file.write(page(findings, data).encode())
 
 
 def entry(row: Row, folder: Path) -> dict[str, Any]:
@@ -368,7 +376,8 @@ def update_readme(path: Path, rows: Sequence[Row]) -> None:
     before, rest = text.split(START)
     _, after = rest.split(END)
     table = readme_table({row.id: (row.verdict, row.experiment) for row in rows})
-    path.write_text(before + table + after, encoding="utf-8")
+    with written(path) as file:
+        file.write((before + table + after).encode())
 
 
 def _figure(study: Study) -> str:

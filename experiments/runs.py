@@ -1,15 +1,19 @@
 """A run's folder, `<output>/<config's name>/<run's name>/`, and what it holds.
 
+    lock           names the process that writes here, while there is one
     config.toml    the resolved config, which runs again as it stands
     checkpoints/   of its training, see `experiments.checkpoints`
     metrics.jsonl  one line for each logged step
-    summary.json   final scores, times, versions and machine
+    summary.json   final scores, times, versions and machine; once all is there, `finished`
     result.npz     the arrays that the figure is drawn from
     <name>.txt     each text of the result, if it has any
     curves.png     of the metrics, if any are logged
     profile/       if asked for: JAX's trace of a few steps
     tensorboard/   if asked for: the metrics once more, as event files
-    figure.png     written last: a run that has one is finished
+    figure.png     of the result
+
+Every file but those of `checkpoints`, `profile` and `tensorboard`, and the metrics, which grow, is
+whole or not there. What counts as finished is the summary that says so, which is written last.
 
 Every key of the metrics and the summary that depends on the clock ends in `_seconds` or
 `_per_second`; the rest is the same when the run is repeated.
@@ -30,7 +34,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import numpy as np
@@ -40,6 +44,7 @@ from experiments import mesh as meshes, processes
 from experiments.checkpoints import Record
 from experiments.config import UsageError
 from experiments.events import event_log
+from experiments.files import LOCK, locked, naming, written
 from experiments.session import SILENT, Session
 
 CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
@@ -63,10 +68,8 @@ def create(output: Path, group: str, name: str | None, *, overwrite: bool = Fals
     Raises:
         UsageError: if the name is no plain file name, if it is taken, or if nothing can be written.
     """
-    if name is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
-        raise UsageError(
-            f"--name: {name!r} is no name for a folder; use letters, digits, '.', '_' and '-'"
-        )
+    if name is not None:
+        _check_name(name)
     try:
         (output / group).mkdir(parents=True, exist_ok=True)
         if name is None:
@@ -91,26 +94,45 @@ def reopen(output: Path, group: str, name: str, table: Mapping[str, Any]) -> Pat
     """The folder of a run that is to go on with the config `table`; a new one if there is none.
 
     Raises:
-        UsageError: if it is the run of another config, with a line for each key that differs and
-            does not only say where the run trains.
+        UsageError: if the name is no plain file name; if the folder is not that of a run; or if it
+            is the run of another config, with a line for each key that differs and does not only
+            say where the run trains.
     """
+    _check_name(name)
     folder = output / group / name
     if not os.path.lexists(folder):
         return create(output, group, name)
     if not folder.is_dir():
         raise UsageError(f"--resume: {folder} is in the way, and no folder")
-    if not (folder / CONFIG).is_file():
+    if {path.name for path in folder.iterdir()} <= {LOCK, f"{CONFIG}.new"}:
         # stopped before anything was kept
         return folder
-    try:
-        kept = tomllib.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"--resume: {folder / CONFIG} cannot be read: {error}") from None
+    kept = _kept_config("--resume", folder)
     for each in (kept, table := dict(table)):
         each.pop(WHERE, None)
     if lines := list(_differences(kept, table)):
         raise UsageError("\n".join(f"--resume: {folder / CONFIG}: {line}" for line in lines))
     return folder
+
+
+def _check_name(name: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
+        raise UsageError(
+            f"--name: {name!r} is no name for a folder; use letters, digits, '.', '_' and '-'"
+        )
+
+
+def _kept_config(option: str, folder: Path) -> dict[str, Any]:
+    """The config of the run in the folder; a `UsageError` of the option if there is no run."""
+    try:
+        kept = tomllib.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        kept = {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"{option}: {folder / CONFIG} cannot be read: {error}") from None
+    if "experiment" not in kept:
+        raise UsageError(f"{option}: {folder} is not the folder of a run; it stays as it is")
+    return kept
 
 
 def _differences(
@@ -125,16 +147,25 @@ def _differences(
             yield f"{group}{key} was {json.dumps(before)} and would be {json.dumps(now)}"
 
 
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The summary of a run; empty if there is none that can be read."""
+    try:
+        summary = json.loads((folder / SUMMARY).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
+
+
 def finished(folder: Path) -> bool:
-    return (folder / FIGURE).is_file()
+    """Whether all that the run leaves is there."""
+    return read_summary(folder).get("finished") is True
 
 
 def write_config(folder: Path, table: Mapping[str, Any], command: str) -> None:
     """Keep the resolved config, headed by the command that it came from."""
     header = f"# The resolved config of: {command}\n"
-    whole = folder / f"{CONFIG}.new"
-    whole.write_text(header + tomli_w.dumps(table), encoding="utf-8")
-    whole.replace(folder / CONFIG)
+    with written(folder / CONFIG) as file:
+        file.write((header + tomli_w.dumps(table)).encode())
 
 
 @contextmanager
@@ -144,43 +175,71 @@ def metrics_log(folder: Path) -> Iterator[Callable[[Record], None]]:
     What an earlier process wrote stays until the first record: by then a run that goes on has read
     its checkpoint, which holds the records before it.
     """
-    with ExitStack() as files:
-        lines: list[TextIO] = []
+    path, mode = folder / METRICS, "wb"
 
-        def log(record: Record) -> None:
-            if not lines:
-                lines.append(files.enter_context((folder / METRICS).open("w", encoding="utf-8")))
-            lines[0].write(json.dumps(record, allow_nan=False) + "\n")
-            lines[0].flush()
+    def log(record: Record) -> None:
+        nonlocal mode
+        with naming(path), path.open(mode) as lines:
+            lines.write(f"{json.dumps(record, allow_nan=False)}\n".encode())
+        mode = "ab"
 
-        yield log
-        if not lines:
-            (folder / METRICS).write_bytes(b"")
+    yield log
+    with naming(path), path.open(mode) as lines:
+        os.fsync(lines.fileno())
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run, in order."""
-    with (folder / METRICS).open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+    """The records of a run, in order.
+
+    Raises:
+        UsageError: if a line is damaged.
+    """
+    records = []
+    for number, line in enumerate((folder / METRICS).read_bytes().splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            if not {"step", "split"} <= record.keys():
+                raise ValueError
+        except (ValueError, RecursionError, AttributeError):
+            raise UsageError(f"{folder / METRICS}: line {number} is damaged") from None
+        records.append(record)
+    return records
 
 
 def write_result(folder: Path, result: Any, summary: Mapping[str, Any]) -> None:
     """Keep a result: its arrays, its texts, and its scores at the head of the summary."""
-    np.savez_compressed(folder / RESULT, allow_pickle=False, **_arrays(result))
+    with written(folder / RESULT) as file:
+        np.savez_compressed(file, allow_pickle=False, **_arrays(result))
     for name, content in texts(result).items():
-        (folder / f"{name}.txt").write_bytes(content.encode())
+        with written(folder / f"{name}.txt") as file:
+            file.write(content.encode())
+    write_summary(folder, result, summary)
+
+
+def write_summary(folder: Path, result: Any, summary: Mapping[str, Any]) -> None:
     text = json.dumps({**result.scores, **summary}, indent=2, allow_nan=False)
-    (folder / SUMMARY).write_text(text + "\n", encoding="utf-8")
+    with written(folder / SUMMARY) as file:
+        file.write(f"{text}\n".encode())
 
 
 def read_result(folder: Path, result: Any) -> Any:
-    """The result that `write_result` kept, of the NamedTuple type `result`."""
-    summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    """The result that `write_result` kept, of the NamedTuple type `result`.
+
+    Raises:
+        UsageError: if it cannot be read.
+    """
     files = {name: folder / f"{name}.txt" for name in result._fields}
-    # bytes, as reading text changes the ends of lines
-    found = {n: file.read_bytes().decode() for n, file in files.items() if file.is_file()}
-    with np.load(folder / RESULT, allow_pickle=False) as arrays:
-        return result(**arrays, **found, scores=summary)
+    try:
+        # bytes, as reading text changes the ends of lines
+        found = {n: file.read_bytes().decode() for n, file in files.items() if file.is_file()}
+        with np.load(folder / RESULT, allow_pickle=False) as arrays:
+            return result(**arrays, **found, scores=read_summary(folder))
+    # there is no one class of errors for all that can be wrong with a file
+    except Exception as error:
+        raise UsageError(
+            f"{folder}: its result cannot be read ({type(error).__name__}); remove the folder to "
+            "run it again"
+        ) from None
 
 
 def record(
@@ -203,14 +262,15 @@ def record(
 
         traces = folder / PROFILE if profile else None
         result = module.run(config, replace(session, log=log, profile=traces))
-    summary = {"wall_seconds": time.perf_counter() - clock, "seed": config.seed}
-    write_result(folder, result, summary | surroundings())
+    summary = {"wall_seconds": time.perf_counter() - clock, "seed": config.seed} | surroundings()
+    write_result(folder, result, summary)
 
-    from experiments.figures import curves
+    from experiments.figures import curves, save
 
     if module.LABELS:
-        curves(read_metrics(folder), module.LABELS).savefig(folder / CURVES)
-    module.plot(read_result(folder, module.Result)).savefig(folder / FIGURE)
+        save(curves(read_metrics(folder), module.LABELS), folder / CURVES)
+    save(module.plot(read_result(folder, module.Result)), folder / FIGURE)
+    write_summary(folder, result, summary | {"finished": True})
     return result
 
 
@@ -255,9 +315,15 @@ def _create_unique(parent: Path) -> Path:
 
 
 def _remove(folder: Path) -> None:
-    if folder.is_symlink() or not (folder / CONFIG).is_file():
+    if folder.is_symlink():
         raise UsageError(f"--overwrite: {folder} is not the folder of a run; it stays as it is")
-    shutil.rmtree(folder)
+    _kept_config("--overwrite", folder)
+    # what is half removed is not to be taken for a run
+    aside = folder.with_name(f".{folder.name}.removed")
+    with locked(folder):
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+    shutil.rmtree(aside)
 
 
 def _arrays(result: Any) -> dict[str, np.ndarray]:

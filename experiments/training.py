@@ -190,7 +190,9 @@ def fit(
     steps, skip, mesh = config.steps, config.not_finite == "skip", session.mesh
     if mesh is not None:
         state, batch, key = _spread(state, batch, key, mesh)
-    with session.checkpoints(name, config.checkpoints_kept) as checkpoints:
+    with session.checkpoints(name, config.checkpoints_kept) as checkpoints, _progress() as progress:
+        # a second signal ends the process as it is, and the cursor should be there then
+        progress.console.show_cursor(True)
         done, state, kept = (checkpoints and checkpoints.load(state, key)) or (
             0, state, Kept([], [], 0.0)
         )  # fmt: skip
@@ -206,6 +208,7 @@ def fit(
         if done == steps:
             return Trained(_gathered(state.params, mesh), records, 0.0, kept.seconds)
 
+        bar = progress.add_task("compiling", total=steps, completed=done, values="")
         clock = time.perf_counter()
         step_of = train_step.lower(loss, optimizer, state, batch(0), key, skip=skip, mesh=mesh)
         advance = step_of.compile()
@@ -214,10 +217,10 @@ def fit(
             for functions in (evaluations, final)
         )
         compile_seconds = time.perf_counter() - clock
+        progress.update(bar, description="training")
 
         clock = since = time.perf_counter()
-        with _progress() as progress, deferred_signals(checkpoints is not None) as stop:
-            bar = progress.add_task("training", total=steps, completed=done, values="")
+        with deferred_signals(checkpoints is not None) as stop:
             left, wait = range(done + 1, steps + 1), lambda: jax.block_until_ready(state)
             for step in session.profiled(name, left, wait):
                 state, metrics = advance(state, batch(step - 1), key)
@@ -247,7 +250,8 @@ def fit(
                     break
         if checkpoints:
             checkpoints.wait()
-        if stopping:
+        # or it was asked to after its last step
+        if stopping or processes.any_says(stop.requested):
             raise Stopped(f"stopped after step {step} of {steps}")
     seconds = kept.seconds + time.perf_counter() - clock
     return Trained(_gathered(state.params, mesh), records, compile_seconds, seconds)

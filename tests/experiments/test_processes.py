@@ -156,6 +156,25 @@ def test_one_that_dies_ends_the_other_and_the_run_goes_on_without_it(tmp_path):
             np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
 
 
+def test_an_interrupt_is_heard_while_waiting_for_the_others(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    options = f"--coordinator localhost:{port} --processes 2 --process 0".split()
+    (process,) = launch([(command("lstm_adding", tmp_path, *options), {})])
+    while process.poll() is None:
+        try:
+            socket.create_connection(("localhost", port), 0.1).close()
+            break
+        except OSError:
+            time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    clock = time.monotonic()
+    ((code, _, message),) = outcomes([process])
+    assert code == -signal.SIGINT and "Traceback" not in message
+    assert time.monotonic() - clock < 2
+
+
 def test_processes_that_do_not_fit_together_are_an_error_in_both(tmp_path):
     arguments = command("lstm_adding", tmp_path / "two")
     for code, out, err in outcomes(two(arguments, devices=(1, 2))):

@@ -14,6 +14,7 @@ from experiments import attention_averaging, claims, report, runs, subspace_proj
 from experiments.__main__ import CONFIGS, EXPERIMENTS, main
 from experiments.claims import TITLES
 from experiments.config import UsageError
+from experiments.session import Stopped
 
 README = report.ROOT / "README.md"
 SERVING = {name: module for name, module in EXPERIMENTS.items() if hasattr(module, "CLAIMS")}
@@ -120,6 +121,31 @@ def test_a_failure_exits_with_one_at_the_end(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "report" / report.PAGE).is_file()
 
 
+def test_a_report_that_is_told_to_stop_stops(tmp_path, monkeypatch, capsys):
+    def stopping(config, session):
+        raise Stopped("stopped after step 7 of 100")
+
+    modules = {
+        name: module_like(subspace_projection, run=run)
+        for name, run in (("first", stopping), ("second", broken))
+    }
+    monkeypatch.setattr("experiments.__main__.EXPERIMENTS", modules)
+    assert main(["report", "--output", str(tmp_path)]) == 75
+    assert capsys.readouterr().err.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"first"}
+
+
+def test_a_result_that_is_damaged_is_told_in_a_line(tmp_path):
+    sizes = {"attention_averaging": report.Size(AVERAGING, None)}
+    found = report.measure({"attention_averaging": attention_averaging}, sizes, tmp_path)
+    (folder,) = {row.study.folder for row in found.rows if row.study}
+    for content in (b"", (folder / runs.RESULT).read_bytes()[:-99], b"PK\3\4" + bytes(99)):
+        (folder / runs.RESULT).write_bytes(content)
+        found = report.measure({"attention_averaging": attention_averaging}, sizes, tmp_path)
+        (error,) = found.errors
+        assert f"{folder}: its result cannot be read" in error and "remove the folder" in error
+
+
 def test_claims_that_are_not_the_ones_announced_are_an_error(tmp_path):
     module = module_like(attention_averaging, CLAIMS=("A6", "A7"))
     found = report.measure({"x": module}, {"x": report.Size(AVERAGING, None)}, tmp_path)
@@ -145,8 +171,8 @@ def test_a_result_is_used_again_until_config_or_code_change(tmp_path, monkeypatc
     assert measure() == folder and len(count) == 1
     measure(attention_averaging.Config(several_keys=(3,), betas=(1.0, 12.0)))
     assert len(count) == 2
-    # a run that was cut off has no figure
-    (folder / runs.FIGURE).unlink()
+    # a run that was cut off has no summary, or one that does not say that it is finished
+    (folder / runs.SUMMARY).unlink()
     measure()
     assert len(count) == 3
     code = tmp_path / "code.py"

@@ -207,9 +207,10 @@ def test_without_a_checkpoint_that_can_be_read_nothing_is_overwritten(whole, tmp
     assert (folder / "metrics.jsonl").read_bytes() == metrics
 
 
-def test_a_full_disk_stops_the_run_with_a_message(tmp_path, capsys):
+def test_a_full_disk_stops_the_run_with_a_message(whole, tmp_path, capsys):
     folder = tmp_path / "lstm_adding" / "x"
     folder.mkdir(parents=True)
+    shutil.copy(whole / "config.toml", folder)
     # every write to it fails, as on a full disk
     (folder / "metrics.jsonl").symlink_to("/dev/full")
     assert main(["run", *command(tmp_path, "--resume")[4:]]) == 1
@@ -262,6 +263,64 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_ones_before_it(whole, tm
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert "stopped" in done.stderr
     assert sorted(p.name for p in (folder / "checkpoints").iterdir() if p.name.isdigit()) == before
+
+
+@pytest.mark.parametrize("kilobytes", [1, 8, 20])
+def test_where_there_is_no_room_is_said_and_nothing_is_lost(kilobytes, whole, tmp_path):
+    """For the metrics, a checkpoint, a figure: no file may grow beyond the size."""
+    limited = (
+        f'trap "" XFSZ; ulimit -f {kilobytes}; exec {shlex.join(command(tmp_path, "--resume"))}'
+    )
+    devices = {"JAX_NUM_CPU_DEVICES": str(jax.device_count())}
+    done = subprocess.run(
+        ["bash", "-c", limited], cwd=ROOT, env=os.environ | devices, capture_output=True, text=True
+    )
+    assert done.returncode == 1, done.stderr
+    folder = tmp_path / "lstm_adding" / "x"
+    assert done.stderr.startswith(f"stopped: {folder}/") and done.stderr.count("\n") == 1
+    assert main(["run", *command(tmp_path, "--resume")[4:]]) == 0
+    assert kept(folder) == kept(whole)
+
+
+# ---- a signal --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", ["importing", "compiling", "training"])
+def test_a_signal_ends_a_run_at_once_and_without_a_traceback(moment, number, tmp_path):
+    folder = tmp_path / "lstm_adding" / "x"
+    begin = "import signal, runpy; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    begin += "print(flush=True); runpy.run_module('experiments', run_name='__main__')"
+    process = subprocess.Popen(
+        [sys.executable, "-c", begin, *command(tmp_path)[3:]], cwd=ROOT, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout
+    process.stdout.readline()
+    there = {"compiling": folder / "config.toml", "training": folder / "metrics.jsonl"}
+    while moment in there and not there[moment].exists() and process.poll() is None:
+        time.sleep(0.002)
+    time.sleep(0.2)
+    process.send_signal(number)
+    clock = time.monotonic()
+    _, message = process.communicate(timeout=60)
+    assert process.returncode in ([75, 0] if moment == "training" else [-number]), message
+    assert "Traceback" not in message
+    assert moment == "training" or time.monotonic() - clock < 2
+
+
+def test_a_signal_after_the_last_step_is_heard(tmp_path):
+    save = Checkpoints.save
+
+    def interrupted(self, step, *rest):
+        save(self, step, *rest)
+        if step == 9:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped, match="step 9 of 9"):
+        patch.setattr(Checkpoints, "save", interrupted)
+        train(tmp_path)
+    np.testing.assert_array_equal(train(tmp_path).params, train(None).params)
 
 
 # ---- training, in this process --------------------------------------------------------------
@@ -347,6 +406,102 @@ def test_steps_that_are_not_finite_are_skipped_and_counted_if_asked_for():
     assert np.all(np.isfinite(trained.params))
     with pytest.raises(FloatingPointError, match="all skipped"):
         train(None, nan_at(*range(9)), not_finite="skip")
+
+
+STATE = {"a": np.arange(200.0, dtype=np.float32), "b": np.zeros((), np.float32)}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """Checkpoints of steps 1 and 2, the array of which is that many times the one above."""
+    folder = tmp_path_factory.mktemp("saved")
+    with Checkpoints(folder, 2, "hash") as checkpoints:
+        for step in (1, 2):
+            state = jax.tree.map(lambda x, n=step: jnp.asarray(x * n), STATE)
+            records: list[Any] = [{"step": step, "split": "train", "loss": step / 3}]
+            checkpoints.save(step, state, jax.random.key(0), Progress(records, [], 0.5))
+            checkpoints.wait()
+    return folder
+
+
+def loaded(folder: Path) -> tuple[int, list[float], Any]:
+    """The step, the array and the rest of the checkpoint that is used."""
+    with Checkpoints(folder, 2, "hash") as checkpoints:
+        found = checkpoints.load(jax.tree.map(jnp.asarray, STATE), jax.random.key(0))
+    assert found
+    step, state, progress = found
+    return step, state["a"].tolist(), progress
+
+
+def files_of(saved: Path) -> list[str]:
+    paths = sorted(path for path in (saved / "2").rglob("*") if path.is_file())
+    return [path.relative_to(saved / "2").as_posix() for path in paths]
+
+
+@pytest.mark.parametrize("how", ["a bit", "cut", "longer", "missing", "another's"])
+def test_a_checkpoint_that_is_not_as_it_was_written_is_not_used(how, saved, tmp_path, capsys):
+    """Any file of it, any bit: the one before it is used, and a line says so."""
+    random = np.random.default_rng(0)
+    shutil.copytree(saved / "1", tmp_path / "one" / "1")
+    one, two = loaded(tmp_path / "one"), loaded(saved)
+    assert (one[0], two[0]) == (1, 2)
+    capsys.readouterr()
+    for name in files_of(saved):
+        for trial in range(5 if how == "a bit" else 1):
+            folder = tmp_path / f"{trial} {name.replace('/', ' ')}"
+            shutil.copytree(saved, folder)
+            file = folder / "2" / name
+            content = bytearray(file.read_bytes())
+            if how == "a bit":
+                content[random.integers(len(content))] ^= 1 << random.integers(8)
+            elif how == "cut":
+                content = content[: random.integers(len(content))]
+            elif how == "longer":
+                content += b"\0"
+            if how == "missing":
+                file.unlink()
+            elif how == "another's":
+                other = folder / "1" / name
+                same = list((folder / "1" / name).parent.glob("*"))
+                file.write_bytes((other if other.exists() else same[0]).read_bytes())
+            else:
+                file.write_bytes(bytes(content))
+            found, message = loaded(folder), capsys.readouterr().err
+            changed = not file.exists() or file.read_bytes() != (saved / "2" / name).read_bytes()
+            if changed and name.startswith("state/"):
+                assert found == one, (name, how)
+            # what Orbax writes beside them as it renames has times, too, which nobody reads
+            assert found in (one, two), (name, how)
+            assert message.count("\n") == (found == one or (how == "missing" and "SUMS" in name))
+
+
+@pytest.mark.parametrize("kept, copied, used", [("12", (2, 3), 2), ("1", (1, 2), 1)])
+def test_a_checkpoint_under_another_step_is_not_used(kept, copied, used, saved, tmp_path, capsys):
+    for step in kept:
+        shutil.copytree(saved / step, tmp_path / step)
+    shutil.copytree(saved / str(copied[0]), tmp_path / str(copied[1]))
+    assert loaded(tmp_path)[0] == used
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and f"it is of step {copied[0]}" in message
+
+
+def test_a_damaged_checkpoint_is_not_exported(tmp_path, capsys):
+    train(tmp_path / "x", checkpoints_kept=2, checkpoint_every=4)
+    (damaged,) = (tmp_path / "x" / "9" / "state" / "d").iterdir()
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    assert (read_params(tmp_path / "x") != train(None, steps=9).params).any()
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_checkpoints_without_checksums_are_used_and_said_to_be(saved, tmp_path, capsys):
+    """As those of the versions before there were any."""
+    shutil.copytree(saved, tmp_path / "x")
+    (tmp_path / "x" / "2" / "SHA256SUMS").unlink()
+    assert loaded(tmp_path / "x")[0] == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "has no SHA256SUMS" in message
 
 
 @pytest.mark.parametrize(

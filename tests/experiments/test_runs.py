@@ -1,7 +1,11 @@
 """A run keeps what it did, repeats itself, and is never overwritten unasked."""
 
+import errno
+import fcntl
 import gzip
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -12,8 +16,10 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from experiments.__main__ import CONFIGS, main
+from experiments.config import UsageError
 from experiments.events import event_log
-from experiments.runs import create
+from experiments.files import LOCK, locked, written
+from experiments.runs import CONFIG, create, reopen
 from tests.experiments.test_configs import TINY
 
 DIGITS = str(CONFIGS / "lstm_digits.toml")
@@ -85,7 +91,7 @@ def test_an_existing_run_is_left_as_it_is(finished, capsys):
 
 def test_overwrite_replaces_a_run(tmp_path):
     folder = create(tmp_path, "lstm_digits", "old")
-    (folder / "config.toml").write_text("# a run")
+    (folder / "config.toml").write_text('experiment = "lstm_digits"')
     (folder / "stale").touch()
     assert tiny(tmp_path, "--name", "old", "--overwrite", "--compare-steps", "0") == 0
     assert (folder / "summary.json").exists() and not (folder / "stale").exists()
@@ -111,6 +117,138 @@ def test_a_name_is_one_plain_folder(name, tmp_path, capsys):
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and "--name" in message
     assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize("name", ["../../x", "../x", "{there}", ".", "..", "a/b", "", "x\n"])
+def test_going_on_is_for_plain_names_too(name, tmp_path, capsys):
+    for folder in ("x", "outputs/x", "outputs/lstm_digits/a/b"):
+        (tmp_path / folder).mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    assert tiny(tmp_path / "outputs", "--name", name.format(there=tmp_path / "x"), "--resume") == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "is no name for a folder" in message
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("option", ["--resume", "--overwrite"])
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("thesis.txt", b""),
+        ("metrics.jsonl", b"{}"),
+        ("config.toml", b""),
+        ("config.toml", b"[package]\nname = 'somebody'"),
+        ("config.toml", b"="),
+        ("config.toml", b"\xff"),
+    ],
+)
+def test_what_is_no_run_stays_as_it_is(option, name, content, tmp_path, capsys):
+    precious = tmp_path / "lstm_digits" / "precious"
+    precious.mkdir(parents=True)
+    (precious / name).write_bytes(content)
+    assert tiny(tmp_path, "--name", "precious", option) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and message.startswith(option) and str(precious) in message
+    assert [path.name for path in precious.iterdir()] == [name]
+    assert (precious / name).read_bytes() == content
+
+
+@pytest.mark.parametrize("there", [[], [LOCK], [f"{CONFIG}.new"]])
+def test_what_was_cut_off_before_its_config_was_there_begins(there, tmp_path):
+    for name in there:
+        (reopen(tmp_path, "lstm_digits", "x", {}) / name).touch()
+    assert reopen(tmp_path, "lstm_digits", "x", {}) == tmp_path / "lstm_digits" / "x"
+
+
+# ---- what is whole, finished, and whose ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("before", [None, b"before"])
+@pytest.mark.parametrize("error", [lambda: OSError(28, "full"), KeyboardInterrupt])
+def test_a_file_is_written_whole_or_not_at_all(before, error, tmp_path):
+    path = tmp_path / "file"
+    if before is not None:
+        path.write_bytes(before)
+    with pytest.raises((OSError, KeyboardInterrupt)) as raised, written(path) as file:
+        file.write(b"half")
+        file.flush()
+        assert (path.read_bytes() if path.exists() else None) == before
+        raise error()
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == ([] if before is None else [before])
+    if isinstance(raised.value, OSError):
+        assert raised.value.filename == str(path)
+    with written(path) as file:
+        file.write(b"whole")
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"whole"]
+
+
+@pytest.mark.parametrize("summary", [None, b"", b"[]", b"\xff", b'{"seed": 3}', b"[" * 99999])
+def test_finished_is_what_the_summary_says(summary, finished, tmp_path, capsys):
+    """And not whether there is a figure, as a process leaves it that dies as it opens the file."""
+    folder = tmp_path / "lstm_digits" / "x"
+    shutil.copytree(finished, folder)
+    (folder / "figure.png").write_bytes(b"")
+    if summary is None:
+        (folder / "summary.json").unlink()
+    else:
+        (folder / "summary.json").write_bytes(summary)
+    assert main(["compare", str(folder)]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "is not finished" in message
+    assert tiny(tmp_path, "--name", "x", "--seed", "3", "--resume") == 0
+    assert (folder / "figure.png").read_bytes() == (finished / "figure.png").read_bytes()
+    assert ": finished" not in capsys.readouterr().out
+
+
+def test_a_run_that_is_being_written_is_left_to_the_process_that_has_it(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "lstm_digits" / "x")
+    folder = tmp_path / "lstm_digits" / "x"
+    (folder / "summary.json").unlink()
+    content = lambda: {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+    with locked(folder):
+        before = content()
+        for option in ("--resume", "--overwrite"):
+            assert tiny(tmp_path, "--name", "x", "--seed", "3", option) == 2
+            message = capsys.readouterr().err
+            assert message.count("\n") == 1
+            assert f"{folder}: is running, as process {os.getpid()} on " in message
+        assert content() == before
+    assert not (folder / LOCK).exists()
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    hold = "import sys, os; from experiments.files import *; "
+    hold += "held = locked(Path(sys.argv[1])); held.__enter__(); os._exit(9)"
+    subprocess.run([sys.executable, "-c", hold, str(tmp_path)], cwd=CONFIGS.parent)
+    assert (tmp_path / LOCK).exists()
+    with locked(tmp_path):
+        with pytest.raises(UsageError, match="is running"), locked(tmp_path):
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_its_holder_removes_meanwhile_is_taken_anew(tmp_path, monkeypatch):
+    flock, calls = fcntl.flock, []
+
+    def meanwhile(file, operation):
+        flock(file, operation)
+        calls.append(operation)
+        if len(calls) == 1:
+            (tmp_path / LOCK).unlink()
+
+    monkeypatch.setattr(fcntl, "flock", meanwhile)
+    with locked(tmp_path):
+        assert len(calls) == 2 and (tmp_path / LOCK).exists()
+
+
+def test_where_there_are_no_locks_a_line_says_so(tmp_path, monkeypatch, capsys):
+    def none(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with locked(tmp_path):
+        message = capsys.readouterr().err
+    assert message.count("\n") == 1 and f"{tmp_path / LOCK}: no lock (No locks" in message
 
 
 def test_default_names_are_unique(tmp_path):
@@ -164,7 +302,7 @@ def test_a_trace_and_event_files_are_kept_if_asked_for_and_change_nothing(finish
     )
     assert points(folder / "tensorboard") == expected
     # a run that goes on logs its records again, but has each of them once
-    (folder / "figure.png").unlink()
+    (folder / "summary.json").unlink()
     assert tiny(tmp_path, *options, "--resume") == 0
     assert points(folder / "tensorboard") == expected
 
