@@ -73,7 +73,7 @@ def check_devices() -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0] if str(error) else "it was not installed for them"
         raise UsageError(
-            f"JAX_PLATFORMS={jax.config.jax_platforms or ''}: JAX finds no such devices: {reason}"
+            f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: JAX finds no such devices: {reason}"
         ) from None
 
 

@@ -19,7 +19,7 @@ from flax import nnx
 import rnnattn
 from experiments import resolution_verdicts
 from experiments.claims import Claim
-from experiments.config import Count, Positive, Seed, Size, UsageError
+from experiments.config import Count, Positive, Seed, Size, UsageError, on_same_data
 from experiments.cost import Row, count, step_cost, table
 from experiments.digits import Digits, digits_batch
 from experiments.images import DataConfig, load_images
