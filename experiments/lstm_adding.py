@@ -25,7 +25,7 @@ from experiments.lstm_readout import (
     read_out,
     train_readout,
 )
-from experiments.memory import check_training, size_of
+from experiments.memory import check_training
 from experiments.mesh import ParallelConfig
 from experiments.session import SILENT, Session
 from experiments.training import Loss, TrainConfig
@@ -120,8 +120,8 @@ def check(config: Config) -> None:
     with jax.enable_x64(dtype == "float64"):
         params = abstract_readout(2, 1, config.model)
         batch = abstract_sums(config.train.batch_size, length, dtype)
-        held_out = 2 * size_of(abstract_sums(config.data.held_out, length, dtype))
-        check_training(loss_under(config.model.gradient), params, batch, more=held_out)
+        held_out = [abstract_sums(config.data.held_out, length, dtype)] * 2
+        check_training(loss_under(config.model.gradient), params, batch, data=held_out)
 
 
 def run(config: Config, session: Session = SILENT) -> Result:

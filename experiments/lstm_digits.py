@@ -24,7 +24,7 @@ from experiments.lstm_readout import (
     read_out,
     train_readout,
 )
-from experiments.memory import check_training, rows_like, size_of
+from experiments.memory import check_training, rows_like
 from experiments.mesh import ParallelConfig
 from experiments.session import SILENT, Session
 from experiments.training import Loss, TrainConfig, make_optimizer
@@ -79,8 +79,8 @@ def check(config: Config) -> None:
         train, validation, test = load_images(config.data, config.seed, config.model.dtype)
         params = abstract_readout(train.images.shape[-1], 10, config.model)
         batch = rows_like(train, config.train.batch_size)
-        data = size_of((train, validation, test))
-        check_training(loss_under(config.model.gradient), params, batch, more=data)
+        data = train, validation, test
+        check_training(loss_under(config.model.gradient), params, batch, data=data)
 
 
 def flops_of_sequence(config: ModelConfig, rows: int, columns: int) -> int:

@@ -21,7 +21,7 @@ from experiments.config import Seed, Size
 from experiments.lstm_adding import CONSTANT_MSE, DataConfig, Sums, abstract_sums, draw_sums
 from experiments.lstm_readout import ModelConfig, ReadoutParams, abstract_readout, init_readout
 from experiments.lstm_variants import GRADIENTS, Terms, last_output
-from experiments.memory import check_training, size_of
+from experiments.memory import check_training
 from experiments.mesh import ParallelConfig
 from experiments.session import SILENT, Session
 from experiments.training import (
@@ -138,7 +138,7 @@ def check(config: Config) -> None:
         for size in (config.train.batch_size, config.data.held_out)
     )
     for terms in GRADIENTS.values():
-        check_training(loss_under(terms), params, batch, more=size_of(test))
+        check_training(loss_under(terms), params, batch, data=test)
 
 
 def run(config: Config, session: Session = SILENT) -> Result:

@@ -26,7 +26,7 @@ import rnnattn
 import rnnattn.reference
 from experiments.config import Fraction, Layers, Seed, Size
 from experiments.lstm_readout import Gradient, ModelConfig
-from experiments.memory import check_training, size_of
+from experiments.memory import check_training
 from experiments.mesh import ParallelConfig
 from experiments.session import SILENT, Session
 from experiments.text import Text, Windows, entropies, load_text, text_windows
@@ -214,8 +214,8 @@ def check(config: Config) -> None:
         # no larger than the text
         batch = text_windows(text.train, 0, rows, config.data.window)
         loss = loss_under(config.model.gradient, config.model.dropout)
-        data = size_of((text.train, text.validation, text.test))
-        check_training(loss, params, batch, states, more=data)
+        data = text.train, text.validation, text.test
+        check_training(loss, params, batch, states, data=data)
 
 
 def run(config: Config, session: Session = SILENT) -> Result:

@@ -1,6 +1,7 @@
 """Whether what is asked for fits this machine's memory, said before any of it is allocated.
 
-Only what is certain to be needed is counted: what is refused would never have fitted.
+What is estimated comes within a third of what XLA plans; it is compared with a `MARGIN`, so that
+what would have fitted is not refused.
 """
 
 import os
@@ -19,6 +20,9 @@ CONTAINERS = (
 )
 """Where Linux, by either version of its control groups, says how much a container may have."""
 
+MARGIN = 1.25
+"""An estimate above so many times the memory that there is does not fit."""
+
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
 
@@ -36,17 +40,12 @@ def check(needed: int, what: str) -> None:
     _compare(needed, of_machine(), what)
 
 
-def check_training(
-    loss: Callable[..., Any], params: PyTree, batch: PyTree, *carry: PyTree, more: int
-) -> None:
-    """Raise a `UsageError` if a step of training needs more memory than there is.
-
-    Counted are the parameters with AdamW's two moments, before and after the step; the batch; and
-    what the loss keeps for its gradient.
+def of_training(loss: Callable[..., Any], params: PyTree, batch: PyTree, *carry: PyTree) -> int:
+    """Bytes that a step of training takes: the parameters with AdamW's two moments, before and
+    after the step; the batch; and what the loss keeps for its gradient.
 
     Args:
         loss: as `experiments.training.fit` takes it, and so the rest, whose arrays may be abstract.
-        more: bytes of what is there besides, as the data.
     """
 
     def kept(params: PyTree, batch: PyTree, carry: PyTree) -> Any:
@@ -55,12 +54,20 @@ def check_training(
 
     # what is kept are the leaves of the pullback
     _, pullback, _ = jax.eval_shape(kept, params, batch, carry)
-    needed = 6 * size_of(params) + size_of((batch, carry, pullback)) + more
+    return 6 * size_of(params) + size_of((batch, carry, pullback))
+
+
+def check_training(
+    loss: Callable[..., Any], params: PyTree, batch: PyTree, *carry: PyTree, data: PyTree
+) -> None:
+    """Raise a `UsageError` if a step of training, with the `data` beside it, takes more memory than
+    there is; of the rest, see `of_training`."""
     devices = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in devices:
         there = int(devices["bytes_limit"]) * jax.device_count()
     else:
         there = of_machine() * jax.process_count()
+    needed = of_training(loss, params, batch, *carry) + size_of(data)
     what = f"training {in_words(size_of(params))} of parameters on such a batch"
     _compare(needed, there, what)
 
@@ -82,7 +89,7 @@ def in_words(size: int) -> str:
 
 
 def _compare(needed: int, there: int, what: str) -> None:
-    if needed > there:
+    if needed > MARGIN * there:
         raise UsageError(
-            f"{what}: needs at least {in_words(needed)} of memory, and there are {in_words(there)}"
+            f"{what}: needs about {in_words(needed)} of memory, and there are {in_words(there)}"
         )

@@ -72,9 +72,8 @@ def check_devices() -> None:
     # an AssertionError says nothing; it comes where a platform has no plug-in
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0] if str(error) else "it was not installed for them"
-        raise UsageError(
-            f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: JAX finds no such devices: {reason}"
-        ) from None
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        raise UsageError(f"JAX_PLATFORMS={asked}: JAX finds no such devices: {reason}") from None
 
 
 def _check(coordinator: str, processes: int, process: int) -> None:

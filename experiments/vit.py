@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
 from experiments.config import Fraction, Layers, Size, UsageError
-from experiments.memory import check_training, rows_like, size_of
+from experiments.memory import check_training, rows_like
 from experiments.training import Loss
 from rnnattn.nn import ViT
 
@@ -92,7 +92,7 @@ def check_memory(model: ViT, data: Any, batch_size: int) -> None:
     """Raise a `UsageError` if there is no memory to train the model on the first of the `data`."""
     params, apply = functional(model)
     batch = rows_like(data[0], batch_size)
-    check_training(loss_of(apply), params, batch, more=size_of(data))
+    check_training(loss_of(apply), params, batch, data=data)
 
 
 def functional(model: ViT) -> tuple[PyTree, Apply]:
