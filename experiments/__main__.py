@@ -40,7 +40,16 @@ from experiments import (
     vit_resolution,
 )
 from experiments.checkpoints import read_params
-from experiments.config import Count, UsageError, check, claim, on_same_data, read, to_table
+from experiments.config import (
+    Count,
+    UsageError,
+    check,
+    claim,
+    escaped,
+    on_same_data,
+    read,
+    to_table,
+)
 from experiments.session import Stopped
 from rnnattn import native
 
@@ -316,7 +325,7 @@ def _run(path: Path, arguments: Sequence[str]) -> int:
         print(f"{folder}: finished")
         return 0
     for name, text in runs.texts(result).items():
-        print(f"---- {name}\n{text}\n----")
+        print(f"---- {name}", *map(escaped, text.split("\n")), "----", sep="\n")
     width = max(map(len, result.scores), default=0)
     for name, value in result.scores.items():
         print(f"{name:{width}} {value if isinstance(value, str) else format(value, '.6g')}")

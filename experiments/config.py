@@ -74,12 +74,12 @@ class UsageError(Exception):
     """
 
     def __str__(self) -> str:
-        return "\n".join(map(_printable, self.args))
+        short = (f"{s[:600]} … {s[-300:]}" if len(s) > 1000 else s for s in self.args)
+        return "\n".join(map(escaped, short))
 
 
-def _printable(line: str) -> str:
-    if len(line) > 1000:
-        line = f"{line[:600]} … {line[-300:]}"
+def escaped(line: str) -> str:
+    """With what would move a terminal's cursor written as Python writes it."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 

@@ -84,16 +84,16 @@ def _check(coordinator: str, processes: int, process: int) -> None:
         raise UsageError(
             f"--coordinator: should be HOST:PORT with a port from 1 to 65535, got {coordinator}"
         )
-    try:
-        socket.getaddrinfo(found[1].strip("[]"), port)
-    except (OSError, UnicodeError):
-        raise UsageError(f"--coordinator: there is no host {found[1]} known here") from None
     if processes >= 2**31:
         raise UsageError(f"--processes: should be less than {2**31}, got {processes}")
     if not 0 <= process < processes:
         raise UsageError(
             f"--process: should be from 0 to --processes - 1 = {processes - 1}, got {process}"
         )
+    try:
+        socket.getaddrinfo(found[1].strip("[]"), port)
+    except (OSError, UnicodeError):
+        raise UsageError(f"--coordinator: there is no host {found[1]} known here") from None
     if process == 0:
         # JAX itself crashes where something else listens
         try:

@@ -163,7 +163,7 @@ def test_what_the_header_of_an_array_says_is_not_believed(head, method, tmp_path
             np.save(content, array)
             start, rest = content.getvalue()[:10], content.getvalue()[128:]
             members.writestr(f"{name}.npy", start + head.ljust(117) + b"\n" + rest)
-    with pytest.raises(UsageError, match="neither an .npz file of plain arrays") as error:
+    with pytest.raises(UsageError, match=r"neither an .npz file of plain arrays") as error:
         split_mnist(str(file), 0, "float32")
     assert "\n" not in str(error.value)
 
@@ -198,7 +198,7 @@ def test_what_the_head_of_an_idx_file_says_is_not_believed(axes, lengths, end, t
 def test_an_archive_that_unpacks_to_more_than_the_memory_is_refused(tmp_path, monkeypatch):
     path = write_npz(tmp_path, arrays())
     monkeypatch.setattr(memory, "of_machine", lambda: 1000)
-    with pytest.raises(UsageError, match="unpacked,: needs about .* of memory"):
+    with pytest.raises(UsageError, match=r"unpacked,: needs about .* of memory"):
         split_mnist(path, 0, "float32")
 
 
