@@ -10,6 +10,7 @@ key and value, from a cotangent that is an argument. On a GPU, torch runs on it 
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -364,11 +365,12 @@ def print_choice(choice):
 
 
 def parse_shape(text) -> Shape:
-    B, T, N, K, *sees = text.split(",")
-    window = int(sees[0]) if sees and sees[0].isdecimal() else None
+    sizes, sees = text.split(",")[:4], text.split(",")[4:]
+    B, T, N, K = timing.counts(",".join(sizes), "B,T,N,K")
+    window = int(sees[0]) if sees and re.fullmatch("[0-9]{1,9}", sees[0]) else None
     if len(sees) > 1 or (window is None and sees not in ([], ["causal"], ["full"])):
-        raise argparse.ArgumentTypeError(f"{text!r} is not B,T,N,K[,causal|full|window]")
-    return Shape(int(B), int(T), int(N), int(K), sees == ["causal"], window)
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not B,T,N,K[,causal|full|window]")
+    return Shape(B, T, N, K, sees == ["causal"], window)
 
 
 def parse(argv=None):

@@ -272,7 +272,7 @@ def print_linearity(linearity):
 
 def parse(argv=None):
     shapes = {
-        "type": lambda text: tuple(int(n) for n in text.split(",")),
+        "type": lambda text: timing.counts(text, "T,B,D,H"),
         "default": SHAPES,
         "metavar": "T,B,D,H",
     }

@@ -245,8 +245,8 @@ STUDIES: dict[str, tuple[Callable[[int], Any], Callable[[Any], None]]] = {
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES))
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--output", type=Path, help="a JSON file for the results")
+    parser.add_argument("--rounds", type=timing.count, default=9)
+    parser.add_argument("--output", type=timing.new_file, help="a JSON file for the results")
     args = parser.parse_args()
     status = native.status()
     if not status.available:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks import timing
 from experiments import lstm_text, mesh, vit
 from experiments.digits import Digits
 from experiments.mesh import ParallelConfig
@@ -93,8 +94,8 @@ def results_of_collectives(hlo: str) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[64, 256])
-    parser.add_argument("--sides", type=int, nargs="+", default=[8, 16])
+    parser.add_argument("--lengths", type=timing.count, nargs="+", default=[64, 256])
+    parser.add_argument("--sides", type=timing.count, nargs="+", default=[8, 16])
     options = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", 8)
     mib = lambda size: f"{size / 2**20:.2f}"

@@ -240,12 +240,39 @@ def parser(
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--shapes", nargs="+", **shapes)
     parser.add_argument("--peers", nargs="*", choices=list(peers), default=default_peers)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=count, default=9)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     for name, what in studies.items():
         parser.add_argument(f"--{name}", action="store_true", help=f"{what}, and no speeds")
-    parser.add_argument("--output", type=Path, help="a JSON file for the results")
+    parser.add_argument("--output", type=new_file, help="a JSON file for the results")
     return parser
+
+
+def count(text: str) -> int:
+    """A whole number above zero, as an argument."""
+    if not (text.isascii() and text.isdecimal() and 0 < len(text) < 10 and int(text)):
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is no whole number from 1 to 999999999")
+    return int(text)
+
+
+def counts(text: str, names: str) -> tuple[int, ...]:
+    """As many whole numbers above zero as `names`, as an argument such as "T,B,D,H"."""
+    parts = text.split(",")
+    if len(parts) != len(names.split(",")):
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not {names}")
+    return tuple(map(count, parts))
+
+
+def new_file(text: str) -> Path:
+    """The path of a file to write in the end, as an argument: its folder is made at once."""
+    path = Path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text[:80]!r}: {error.strerror}") from None
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} cannot be written as a file")
+    return path
 
 
 class Study(NamedTuple):
@@ -273,7 +300,6 @@ def report(
 
 def write(path: Path, results: Mapping[str, Any]) -> None:
     """Keep the results as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
 
 

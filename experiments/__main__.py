@@ -9,10 +9,12 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import dataclasses
+import io
 import logging
 import os
 import shlex
 import sys
+import unicodedata
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -47,9 +49,19 @@ from experiments import (
     vit_resolution,
 )
 from experiments.checkpoints import read_params
-from experiments.config import Count, UsageError, check, claim, read, to_table
+from experiments.config import (
+    Count,
+    UsageError,
+    check,
+    claim,
+    escaped,
+    on_same_data,
+    read,
+    to_table,
+)
 from experiments.files import locked, written
 from experiments.session import Stopped
+from rnnattn import native
 
 EXPERIMENTS: dict[str, Any] = {
     "attention_averaging": attention_averaging,
@@ -75,6 +87,9 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
 PROGRAM = "python -m experiments"
 
+LONGEST = 4096
+"""Characters of an argument: as many as a path may have."""
+
 
 @dataclass(frozen=True)
 class List:
@@ -90,7 +105,7 @@ class Options:
     output: Path = Path("outputs")
     """Folder that runs are kept in, as OUTPUT/CONFIG/NAME."""
     quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """A size of seconds: the experiment's own defaults in place of the file's values."""
+    """A size of seconds: the experiment's own defaults in place of the file's, on the same data."""
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Replace the run of that name."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -148,7 +163,7 @@ class Sweep:
     grid: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE,VALUE…")]
     """Keys of the config with their values, as train.learning_rate=1e-3,3e-3 seed=0,1,2."""
     quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """The experiment's own defaults in place of the file's values."""
+    """The experiment's own defaults in place of the file's values, on the same data."""
     output: Path = Path("outputs")
     """Folder that runs are kept in, as OUTPUT/CONFIG-sweep/RUN."""
 
@@ -186,6 +201,8 @@ def main(arguments: Sequence[str]) -> int:
     # Orbax tells at length what is told here in a line
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
+        for number, argument in enumerate(arguments, start=1):
+            _check_argument(number, argument)
         if len(arguments) > 1 and arguments[0] == "run" and not arguments[1].startswith("-"):
             return _run(Path(arguments[1]), arguments[2:])
         command = tyro.cli(
@@ -209,6 +226,10 @@ def main(arguments: Sequence[str]) -> int:
     except FloatingPointError as error:
         print(f"stopped: {error}; a lower --train.learning-rate may help", file=sys.stderr)
         return 1
+    except MemoryError as error:
+        print(f"stopped: no memory left: {error}; a smaller model or batch may fit",
+              file=sys.stderr)  # fmt: skip
+        return 1
     except Stopped as stopped:
         print(f"{stopped}; --resume goes on from there", file=sys.stderr)
         return 75
@@ -226,6 +247,23 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _check_argument(number: int, argument: str) -> None:
+    """Raise a `UsageError` if what the shell handed on was not meant as an argument."""
+    if len(argument) > LONGEST:
+        raise UsageError(f"argument {number}: has {len(argument):,} characters: {argument}")
+    # Python has surrogates where bytes are no text
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in argument):
+        raise UsageError(f"argument {number}: has characters that are not printed: {argument}")
+
+
+def _check_kernels() -> None:
+    """Raise a `UsageError` if the environment asks for native kernels that there are not."""
+    try:
+        native.status()
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def _options(path: Path, experiment: str, config: Any, arguments: Sequence[str]) -> Any:
@@ -259,8 +297,10 @@ class Study(NamedTuple):
 def _prepare(path: Path, arguments: Sequence[str]) -> Study:
     experiment, config = read(path, CONFIG_TYPES)
     options = _options(path, experiment, config, arguments)
+    module = EXPERIMENTS[experiment]
     if options.quick:
-        options = _options(path, experiment, type(config)(), arguments)
+        small = getattr(module, "quick", on_same_data)(options.config)
+        options = _options(path, experiment, small, arguments)
     table = to_table(experiment, options.config)
     fields = {key: value for key, value in table.items() if key != "experiment"}
     config = check(type(config), fields, f"{path}, with the options given")
@@ -276,9 +316,10 @@ def _prepare(path: Path, arguments: Sequence[str]) -> Study:
         )
     if options.overwrite and options.resume:
         raise UsageError("--resume: goes on with a run that --overwrite would remove; give one")
+    _check_kernels()
     processes.join(options.coordinator, options.processes, options.process, cluster=options.cluster)
+    processes.check_devices()
     processes.check_same(dataclasses.replace(options, process=None))
-    module = EXPERIMENTS[experiment]
     if hasattr(config, runs.WHERE):
         mesh.check(config.parallel, config.train.batch_size)
     if hasattr(module, "check"):
@@ -295,9 +336,10 @@ def _run(path: Path, arguments: Sequence[str]) -> int:
         print(f"{folder}: finished")
         return 0
     for name, text in runs.texts(result).items():
-        print(f"---- {name}\n{text}\n----")
+        print(f"---- {name}", *map(escaped, text.split("\n")), "----", sep="\n")
+    width = max(map(len, result.scores), default=0)
     for name, value in result.scores.items():
-        print(f"{name:32} {value if isinstance(value, str) else format(value, '.6g')}")
+        print(f"{name:{width}} {value if isinstance(value, str) else format(value, '.6g')}")
     module = EXPERIMENTS[study.experiment]
     if hasattr(module, "claims"):
         for each in module.claims(study.config, runs.read_result(folder, module.Result)):
@@ -329,10 +371,18 @@ def _execute(study: Study, group: str) -> tuple[Path, Any]:
         if not processes.of_first(lambda: begin(held)):
             return folder, None
         asked = {name: getattr(options, name) for name in ("profile", "tensorboard")}
-        return folder, runs.record(EXPERIMENTS[experiment], config, folder, **asked)
+        try:
+            return folder, runs.record(EXPERIMENTS[experiment], config, folder, **asked)
+        except jax.errors.JaxRuntimeError as error:
+            reason = str(error).splitlines()[0]
+            if "RESOURCE_EXHAUSTED" not in reason:
+                raise
+            raise MemoryError(reason) from None
 
 
 def _report(command: Report) -> int:
+    _check_kernels()
+    processes.check_devices()
     sizes = report.sizes(EXPERIMENTS, CONFIGS, full=command.full)
     findings = report.measure(EXPERIMENTS, sizes, command.output)
     folder = command.output / "report"
@@ -374,7 +424,7 @@ def _sweep(command: Sweep) -> int:
         )
         try:
             _execute(study, group)
-        except (UsageError, FloatingPointError, jax.errors.JaxRuntimeError) as error:
+        except (UsageError, FloatingPointError, MemoryError, jax.errors.JaxRuntimeError) as error:
             failed[name] = str(error).splitlines()[0]
             print(f"{name}: {failed[name]}", file=sys.stderr)
     folder = command.output / group
@@ -447,5 +497,8 @@ def _tell_unraisable(lost: "sys.UnraisableHookArgs") -> None:
 
 if __name__ == "__main__":
     sys.unraisablehook = _tell_unraisable
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # a question mark for what a terminal's encoding does not have
+        sys.stdout.reconfigure(errors="replace")
     with processes.leaving():
         sys.exit(main(sys.argv[1:]))

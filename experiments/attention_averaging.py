@@ -13,8 +13,9 @@ import numpy as np
 from pydantic import Field
 
 import rnnattn
+from experiments import memory
 from experiments.claims import Claim, equal
-from experiments.config import Positive, Seed
+from experiments.config import Logit, Seed, Several, Size
 from experiments.session import SILENT, Session
 
 if TYPE_CHECKING:
@@ -38,9 +39,9 @@ class Config:
 
     seed: Seed = 0
     """Decides the keys' directions and the values."""
-    several_keys: tuple[Annotated[int, Field(ge=3)], ...] = (3, 10, 100)
+    several_keys: Several[Annotated[Size, Field(ge=3)]] = (3, 10, 100)
     """Numbers n of keys."""
-    betas: tuple[Positive, ...] = (0.5, 1.0, 2.0, 4.0, 8.0, 12.0)
+    betas: Several[Logit] = (0.5, 1.0, 2.0, 4.0, 8.0, 12.0)
     """Lengths β of the query along each of the two keys, rising."""
 
 
@@ -60,6 +61,11 @@ class Result(NamedTuple):
 def left_over(beta: Any, keys: Any) -> Any:
     """δ, the weight of all keys but the two."""
     return (keys - 2) / (keys - 2 + 2 * np.exp(beta))
+
+
+def check(config: Config) -> None:
+    """Raise a `UsageError` if there is no memory for the keys."""
+    memory.check(3 * 8 * max(config.several_keys) ** 2, "several_keys")
 
 
 def run(config: Config, session: Session = SILENT) -> Result:

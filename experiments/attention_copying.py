@@ -19,8 +19,9 @@ from pydantic import Field
 from scipy import special
 
 import rnnattn
+from experiments import memory
 from experiments.claims import Claim, equal
-from experiments.config import Count, Positive, Seed
+from experiments.config import Logit, Seed, Several, Size
 from experiments.session import SILENT, Session
 
 if TYPE_CHECKING:
@@ -41,15 +42,15 @@ class Config:
 
     seed: Seed = 0
     """Decides queries, keys and values."""
-    draws: Count = 1000
+    draws: Size = 1000
     """Random sets of keys and values for each ε, and for each scale of the logits."""
-    keys: Annotated[int, Field(ge=3)] = 16
+    keys: Annotated[Size, Field(ge=3)] = 16
     """Number n of keys; they are as wide."""
-    errors: tuple[Annotated[float, Field(gt=0, lt=0.5)], ...] = (0.1, 0.01, 0.001)
+    errors: Several[Annotated[float, Field(ge=1e-12, lt=0.5)]] = (0.1, 0.01, 0.001)
     """The ε, the weight left to the other keys."""
-    scales: tuple[Positive, ...] = (0.1, 1.0, 10.0, 100.0, 1000.0)
+    scales: Several[Annotated[float, Field(ge=1e-6, le=1e6)]] = (0.1, 1.0, 10.0, 100.0, 1000.0)
     """Standard deviations of the logits of A3."""
-    lengths: tuple[Positive, ...] = (0.1, 0.3, 1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0)
+    lengths: Several[Logit] = (0.1, 0.3, 1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0)
     """Lengths of a query in the direction of its key."""
 
 
@@ -84,6 +85,11 @@ def _attend(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np
         query[:, None, None], key[:, :, None], value[:, :, None], scale=1.0, return_weights=True
     )
     return np.asarray(out[:, 0, 0]), np.asarray(weights[:, 0, 0])
+
+
+def check(config: Config) -> None:
+    """Raise a `UsageError` if there is no memory for the keys and values of all draws."""
+    memory.check(3 * 8 * config.draws * config.keys**2, "draws × keys²")
 
 
 def run(config: Config, session: Session = SILENT) -> Result:

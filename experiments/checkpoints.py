@@ -152,7 +152,7 @@ class Checkpoints:
             if config_hash != self._config_hash:
                 raise UsageError(f"{checkpoint.path}: is a checkpoint of another config")
             if differing := differences(has, wanted):
-                raise UsageError("\n".join(f"{checkpoint.path}: {line}" for line in differing))
+                raise UsageError(*(f"{checkpoint.path}: {line}" for line in differing))
             if not jnp.array_equal(loaded["state"]["key"], jax.random.key_data(key)):
                 raise UsageError(f"{checkpoint.path}: is a checkpoint of another random key")
             return checkpoint.step, loaded["state"]["training"], progress

@@ -17,8 +17,9 @@ import numpy as np
 from pydantic import Field
 from scipy import stats
 
+from experiments import memory
 from experiments.claims import Claim, Estimate, mean_interval, measured, share, variance_interval
-from experiments.config import Count, Seed
+from experiments.config import Samples, Seed, Several, Size
 from experiments.session import SILENT, Session
 
 if TYPE_CHECKING:
@@ -39,9 +40,9 @@ class Config:
 
     seed: Seed = 0
     """Decides the vectors."""
-    widths: tuple[Count, ...] = (1, 4, 16, 64, 256, 1024, 4096)
+    widths: Several[Size] = (1, 4, 16, 64, 256, 1024, 4096)
     """Widths d of the vectors."""
-    samples: Annotated[int, Field(ge=1000)] = 10_000
+    samples: Annotated[Samples, Field(ge=1000)] = 10_000
     """Pairs of vectors of each width from 256 on, and up to 16 times as many of the narrow ones,
     where the tails are heavy and the intervals, by the central limit theorem, need them."""
 
@@ -73,6 +74,11 @@ def _draw(random: np.random.Generator, width: int, samples: int) -> tuple[np.nda
 
 def _samples(config: Config, width: int) -> int:
     return config.samples * min(16, max(1, 256 // width))
+
+
+def check(config: Config) -> None:
+    """Raise a `UsageError` if there is no memory for what is found of each pair."""
+    memory.check(4 * 8 * max(_samples(config, width) for width in config.widths), "samples")
 
 
 def run(config: Config, session: Session = SILENT) -> Result:

@@ -24,6 +24,7 @@ from pydantic import Field
 from scipy import special, stats
 
 import rnnattn
+from experiments import memory
 from experiments.claims import (
     Claim,
     Estimate,
@@ -35,7 +36,7 @@ from experiments.claims import (
     share_interval,
     variance_interval,
 )
-from experiments.config import Positive, Seed, UsageError
+from experiments.config import Logit, Samples, Seed, Several, Size, UsageError
 from experiments.session import SILENT, Session
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ VARIANCE = 0.5
 SWUNG = 0.1
 """An output has swung to one value when the other's weight is below this."""
 
-Keys = Annotated[int, Field(ge=2)]
+Keys = Annotated[Size, Field(ge=2)]
 
 
 @dataclass(frozen=True)
@@ -61,19 +62,19 @@ class Config:
 
     seed: Seed = 0
     """Decides the noise."""
-    samples: Annotated[int, Field(ge=100)] = 20_000
+    samples: Samples = 20_000
     """Draws of the keys for each setting."""
     keys: Keys = 10
     """Number n of keys, where β or α varies."""
-    beta: Positive = 10.0
+    beta: Logit = 10.0
     """Length β of the query along each of the two keys, where n or α varies."""
-    betas: tuple[Positive, ...] = (1.0, 2.0, 5.0, 10.0, 20.0)
+    betas: Several[Logit] = (1.0, 2.0, 5.0, 10.0, 20.0)
     """The β of A8's curve."""
-    several_keys: tuple[Keys, ...] = (2, 10, 30)
+    several_keys: Several[Keys] = (2, 10, 30)
     """The n of A8's curve."""
-    blurred_beta: Positive = 40.0
+    blurred_beta: Logit = 40.0
     """β of A7, where α varies: so long that the other keys keep out of it at every αβ²."""
-    spreads: tuple[Positive, ...] = (0.003, 0.01, 0.1, 1.0, 10.0)
+    spreads: tuple[Logit, ...] = (0.003, 0.01, 0.1, 1.0, 10.0)
     """The αβ² of A7's curve, rising: the first two are where it should average."""
 
 
@@ -204,7 +205,10 @@ def _swung_share(beta: float, keys: int) -> float:
 
 
 def check(config: Config) -> None:
-    """Raise a UsageError if A7's prediction would not be exact, or has no small αβ² to show."""
+    """Raise a UsageError if A7's prediction would not be exact, or has no small αβ² to show, or if
+    there is no memory for the noise."""
+    memory.check(2 * 8 * config.samples * config.keys**2, "samples × keys²")
+    memory.check(2 * 8 * max(config.several_keys) ** 2, "several_keys")
     if list(config.spreads) != sorted(config.spreads) or len(config.spreads) < 3:
         raise UsageError(f"spreads: need three or more, rising, got {config.spreads}")
     if _others(config.spreads[-1], config.blurred_beta, config.keys) > 1e-6:

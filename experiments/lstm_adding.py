@@ -16,8 +16,16 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 from pydantic import Field
 
-from experiments.config import Count, Seed
-from experiments.lstm_readout import Gradient, ModelConfig, init_readout, read_out, train_readout
+from experiments.config import Seed, Size
+from experiments.lstm_readout import (
+    Gradient,
+    ModelConfig,
+    abstract_readout,
+    init_readout,
+    read_out,
+    train_readout,
+)
+from experiments.memory import check_training
 from experiments.mesh import ParallelConfig
 from experiments.session import SILENT, Session
 from experiments.training import Loss, TrainConfig
@@ -39,9 +47,9 @@ LABELS = {"loss": "mean squared error", "accuracy": f"share of sums within {TOLE
 class DataConfig:
     """The sequences; those of training are new at every step."""
 
-    length: Annotated[int, Field(ge=2)] = 10
+    length: Annotated[Size, Field(ge=2)] = 10
     """Steps in a sequence."""
-    held_out: Count = 64
+    held_out: Size = 64
     """Sequences in the validation set, and in the test set."""
 
 
@@ -76,6 +84,13 @@ class Result(NamedTuple):
     scores: dict[str, float]
 
 
+def abstract_sums(size: int, length: int, dtype: str) -> Sums:
+    """The shapes and dtypes of what `draw_sums` draws."""
+    return jax.eval_shape(
+        lambda: Sums(jnp.zeros((size, length, 2), dtype), jnp.zeros((size,), dtype))
+    )
+
+
 @partial(jax.jit, static_argnums=(1, 2, 3))
 def draw_sums(key: PRNGKeyArray, size: int, length: int, dtype: str) -> Sums:
     """`size` random sequences with their sums."""
@@ -97,6 +112,16 @@ def loss_under(gradient: Gradient) -> Loss:
         return jnp.mean(error**2), {"accuracy": jnp.mean(found, dtype=error.dtype)}
 
     return loss
+
+
+def check(config: Config) -> None:
+    """Raise a `UsageError` if there is no memory to train."""
+    length, dtype = config.data.length, config.model.dtype
+    with jax.enable_x64(dtype == "float64"):
+        params = abstract_readout(2, 1, config.model)
+        batch = abstract_sums(config.train.batch_size, length, dtype)
+        held_out = [abstract_sums(config.data.held_out, length, dtype)] * 2
+        check_training(loss_under(config.model.gradient), params, batch, data=held_out)
 
 
 def run(config: Config, session: Session = SILENT) -> Result:

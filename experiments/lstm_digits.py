@@ -16,7 +16,15 @@ from experiments.config import Seed
 from experiments.cost import cost_scores, score_table, step_cost
 from experiments.digits import Digits, digits_batch
 from experiments.images import DataConfig, load_images
-from experiments.lstm_readout import Gradient, ModelConfig, init_readout, read_out, train_readout
+from experiments.lstm_readout import (
+    Gradient,
+    ModelConfig,
+    abstract_readout,
+    init_readout,
+    read_out,
+    train_readout,
+)
+from experiments.memory import check_training, rows_like
 from experiments.mesh import ParallelConfig
 from experiments.session import SILENT, Session
 from experiments.training import Loss, TrainConfig, make_optimizer
@@ -66,8 +74,13 @@ def loss_under(gradient: Gradient) -> Loss:
 
 
 def check(config: Config) -> None:
-    """Raise a `UsageError` if the digits are not there."""
-    load_images(config.data, config.seed, config.model.dtype)
+    """Raise a `UsageError` if the digits are not there, or there is no memory to train on them."""
+    with jax.enable_x64(config.model.dtype == "float64"):
+        train, validation, test = load_images(config.data, config.seed, config.model.dtype)
+        params = abstract_readout(train.images.shape[-1], 10, config.model)
+        batch = rows_like(train, config.train.batch_size)
+        data = train, validation, test
+        check_training(loss_under(config.model.gradient), params, batch, data=data)
 
 
 def flops_of_sequence(config: ModelConfig, rows: int, columns: int) -> int:

@@ -18,8 +18,9 @@ import numpy as np
 from jax.experimental import rnn
 
 import rnnattn
+from experiments import memory
 from experiments.claims import Claim, equal
-from experiments.config import Count, Positive, Seed
+from experiments.config import Scale, Seed, Size
 from experiments.session import SILENT, Session
 from rnnattn import LSTMParams, LSTMState
 
@@ -43,12 +44,12 @@ class Config:
 
     seed: Seed = 0
     """Decides weights, inputs and states."""
-    length: Count = 10
+    length: Size = 10
     """Steps of a sequence."""
-    batch_size: Count = 8
-    input_size: Count = 3
-    hidden_size: Count = 16
-    weight_scale: Positive = 0.7
+    batch_size: Size = 8
+    input_size: Size = 3
+    hidden_size: Size = 16
+    weight_scale: Scale = 0.7
     """Standard deviation of weights and biases; that of inputs and initial states is 1."""
 
 
@@ -137,6 +138,13 @@ def jax_run(params: LSTMParams, x: jax.Array, state: LSTMState) -> np.ndarray:
         )  # fmt: skip
         states.append((h[0], c[0]))
     return np.swapaxes(np.array(states), 0, 1)
+
+
+def check(config: Config) -> None:
+    """Raise a `UsageError` if there is no memory for the weights and the states."""
+    T, B, D, H = config.length, config.batch_size, config.input_size, config.hidden_size
+    memory.check(2 * 8 * 4 * H * (D + H), "weights")
+    memory.check(8 * T * B * (2 * D + 6 * H), "inputs and states")
 
 
 def run(config: Config, session: Session = SILENT) -> Result:

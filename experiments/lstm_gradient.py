@@ -24,8 +24,9 @@ import numpy as np
 from pydantic import Field
 
 import rnnattn
+from experiments import memory
 from experiments.claims import Claim, Evidence, equal
-from experiments.config import Count, Positive, Seed
+from experiments.config import Scale, Seed, Several, Size
 from experiments.lstm_variants import (
     GRADIENTS,
     Case,
@@ -68,16 +69,16 @@ class Config:
 
     seed: Seed = 0
     """Decides weights, inputs, states and losses."""
-    lengths: Annotated[tuple[Count, ...], Field(min_length=1)] = (1, 2, 3, 5)
+    lengths: Several[Size] = (1, 2, 3, 5)
     """The T of the sequences; without 1 and 2 the claims stay undecided."""
-    cases: Count = 20
+    cases: Size = 20
     """Random LSTMs for each T."""
-    batch_size: Count = 2
-    input_size: Count = 3
-    hidden_size: Count = 4
-    weight_scale: Positive = 0.5
+    batch_size: Size = 2
+    input_size: Size = 3
+    hidden_size: Size = 4
+    weight_scale: Scale = 0.5
     """Standard deviation of weights and biases; that of inputs and initial states is 1."""
-    step: Positive = 2e-3
+    step: Annotated[float, Field(ge=1e-6, le=0.1)] = 2e-3
     """The largest h of the difference quotients."""
 
 
@@ -184,6 +185,14 @@ def left_out(true: Steps, found: Steps, steps: Steps) -> np.ndarray:
 
 
 # ---- the experiment ----------------------------------------------------------------------------
+
+
+def check(config: Config) -> None:
+    """Raise a `UsageError` if there is no memory for the gradients of all cases."""
+    B, D, H = config.batch_size, config.input_size, config.hidden_size
+    # each of the methods', the true one and its noise
+    weights, states = 4 * H * (D + H + 1), max(config.lengths) * B * (D + 6 * H)
+    memory.check((len(METHODS) + 2) * 8 * config.cases * (weights + states), "cases")
 
 
 def run(config: Config, session: Session = SILENT) -> Result:

@@ -17,10 +17,11 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from experiments.config import Count, Seed
-from experiments.lstm_adding import CONSTANT_MSE, DataConfig, Sums, draw_sums
-from experiments.lstm_readout import ModelConfig, ReadoutParams, init_readout
+from experiments.config import Seed, Size
+from experiments.lstm_adding import CONSTANT_MSE, DataConfig, Sums, abstract_sums, draw_sums
+from experiments.lstm_readout import ModelConfig, ReadoutParams, abstract_readout, init_readout
 from experiments.lstm_variants import GRADIENTS, Terms, last_output
+from experiments.memory import check_training
 from experiments.mesh import ParallelConfig
 from experiments.session import SILENT, Session
 from experiments.training import (
@@ -46,9 +47,9 @@ class Config:
 
     seed: Seed = 0
     """Decides the initial weights and the sequences."""
-    runs: Count = 2
+    runs: Size = 2
     """Trainings with each gradient, from other weights on other sequences."""
-    hidden_size: Count = 32
+    hidden_size: Size = 32
     """Width H of the LSTM's state."""
     data: DataConfig = field(default_factory=lambda: DataConfig(length=50, held_out=512))
     train: TrainConfig = field(
@@ -127,6 +128,17 @@ def _train(
         session=session,
         name=name,
     )
+
+
+def check(config: Config) -> None:
+    """Raise a `UsageError` if there is no memory to train."""
+    params = abstract_readout(2, 1, ModelConfig(config.hidden_size))
+    batch, test = (
+        abstract_sums(size, config.data.length, "float32")
+        for size in (config.train.batch_size, config.data.held_out)
+    )
+    for terms in GRADIENTS.values():
+        check_training(loss_under(terms), params, batch, data=test)
 
 
 def run(config: Config, session: Session = SILENT) -> Result:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 import rnnattn
 import rnnattn.reference
-from experiments.config import Count
+from experiments.config import Size
 from experiments.session import Session
 from experiments.training import (
     Loss,
@@ -34,7 +34,7 @@ Gradient = Literal["hand", "autodiff"]
 class ModelConfig:
     """The LSTM, and who differentiates it."""
 
-    hidden_size: Count = 16
+    hidden_size: Size = 16
     """Width H of the LSTM's state."""
     gradient: Gradient = "hand"
     """The library's hand-derived gradient, or JAX's own through a plain scan."""
@@ -59,6 +59,12 @@ def init_readout(
     lstm = rnnattn.init_lstm(lstm_key, input_size, config.hidden_size, dtype=dtype)
     w = jax.random.normal(w_key, (config.hidden_size, output_size), dtype)
     return ReadoutParams(lstm, w / config.hidden_size**0.5, jnp.zeros((output_size,), dtype))
+
+
+def abstract_readout(input_size: int, output_size: int, config: ModelConfig) -> ReadoutParams:
+    """The shapes and dtypes of the weights, none of which are made."""
+    key = jax.random.key(0)
+    return jax.eval_shape(lambda key: init_readout(key, input_size, output_size, config), key)
 
 
 def read_out(

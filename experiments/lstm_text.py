@@ -24,8 +24,9 @@ from pydantic import Field
 
 import rnnattn
 import rnnattn.reference
-from experiments.config import Count, Fraction, Seed
+from experiments.config import Fraction, Layers, Seed, Size
 from experiments.lstm_readout import Gradient, ModelConfig
+from experiments.memory import check_training
 from experiments.mesh import ParallelConfig
 from experiments.session import SILENT, Session
 from experiments.text import Text, Windows, entropies, load_text, text_windows
@@ -59,7 +60,7 @@ class DataConfig:
 
     path: str | None = None
     """A text file in UTF-8; without one, the English prose of Python's own help."""
-    window: Count = 8
+    window: Size = 8
     """Characters that each row reads in a step; gradients reach back no further."""
 
 
@@ -67,9 +68,9 @@ class DataConfig:
 class TextModelConfig(ModelConfig):
     """The stack of LSTMs, and who differentiates it."""
 
-    layers: Count = 2
+    layers: Layers = 2
     """LSTMs, one above the other."""
-    embedding_size: Count = 8
+    embedding_size: Size = 8
     """Width E of what the lowest one reads for a character."""
     dropout: Fraction = 0.1
     """Share of the values between two layers that is set to zero in training."""
@@ -83,7 +84,7 @@ class Config:
     """Decides the initial weights, what is dropped, and the sample."""
     compare_steps: Annotated[int, Field(ge=0)] = 3
     """After training, the first so many steps are run and timed under both gradients; 0: none."""
-    sample_length: Count = 100
+    sample_length: Size = 100
     """Characters that the trained model writes."""
     data: DataConfig = field(default_factory=DataConfig)
     model: TextModelConfig = field(default_factory=TextModelConfig)
@@ -203,8 +204,18 @@ def write(
 
 
 def check(config: Config) -> None:
-    """Raise a `UsageError` if the text will not do."""
-    _load(config)
+    """Raise a `UsageError` if the text will not do, or there is no memory to train on it."""
+    text, rows = _load(config), config.train.batch_size
+    with jax.enable_x64(config.model.dtype == "float64"):
+        params = jax.eval_shape(
+            lambda key: init_text(key, len(text.characters), config.model), jax.random.key(0)
+        )
+        states = jax.eval_shape(lambda params: zero_states(params, rows), params)
+        # no larger than the text
+        batch = text_windows(text.train, 0, rows, config.data.window)
+        loss = loss_under(config.model.gradient, config.model.dropout)
+        data = text.train, text.validation, text.test
+        check_training(loss, params, batch, states, data=data)
 
 
 def run(config: Config, session: Session = SILENT) -> Result:

@@ -22,6 +22,7 @@ import numpy as np
 from pydantic import Field
 from scipy import special, stats
 
+from experiments import memory
 from experiments.claims import (
     Claim,
     Estimate,
@@ -32,7 +33,7 @@ from experiments.claims import (
     share_interval,
     variance_interval,
 )
-from experiments.config import Count, Positive, Seed
+from experiments.config import Logit, Samples, Seed, Several, Size
 from experiments.key_noise import (
     VARIANCE,
     draw_gamma,
@@ -60,17 +61,17 @@ class Config:
 
     seed: Seed = 0
     """Decides the noise."""
-    samples: Annotated[int, Field(ge=100)] = 20_000
+    samples: Samples = 20_000
     """Draws of the keys for each setting."""
     keys: Keys = 10
     """Number n of keys."""
-    beta: Positive = 10.0
+    beta: Logit = 10.0
     """Length β of the query along each of its keys."""
-    heads: tuple[Count, ...] = (2, 4, 8, 16)
+    heads: Several[Size] = (2, 4, 8, 16)
     """How many heads see noise of their own."""
-    betas: tuple[Positive, ...] = (5.0, 10.0, 20.0)
+    betas: Several[Logit] = (5.0, 10.0, 20.0)
     """The β of the specialised heads' curve."""
-    several_keys: tuple[Keys, ...] = (2, 30)
+    several_keys: Several[Keys] = (2, 30)
     """More n of the specialised heads, at `beta`."""
 
 
@@ -131,6 +132,14 @@ def predicted_specialised(gamma: np.ndarray, beta: float, keys: int) -> np.ndarr
     looking_for_a = special.expit(beta * gamma - math.log(keys - 1))
     looking_for_b = 1 / (math.exp(beta) + keys - 1)
     return (looking_for_a + looking_for_b) / 2
+
+
+def check(config: Config) -> None:
+    """Raise a `UsageError` if there is no memory for the noise, or for the keys of one draw."""
+    heads = max(config.heads)
+    memory.check(2 * 8 * config.samples * heads, "samples × heads")
+    memory.check(2 * 8 * heads * config.keys**2, "heads × keys²")
+    memory.check(2 * 8 * max(config.several_keys) ** 2, "several_keys")
 
 
 def run(config: Config, session: Session = SILENT) -> Result:

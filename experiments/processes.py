@@ -58,26 +58,48 @@ def join(
         raise UsageError(
             f"--cluster: none was found that JAX knows ({error}); give {', '.join(given)}"
         ) from None
+    check_devices()
     devices = Counter(device.process_index for device in jax.devices())
     if len(set(devices.values())) > 1:
         numbers = ", ".join(str(number) for _, number in sorted(devices.items()))
         raise UsageError(f"--processes: all should have as many devices, got {numbers}")
 
 
+def check_devices() -> None:
+    """Raise a `UsageError` if JAX finds none of the devices that it was asked for."""
+    try:
+        jax.devices()
+    # an AssertionError says nothing; it comes where a platform has no plug-in
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "it was not installed for them"
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        raise UsageError(f"JAX_PLATFORMS={asked}: JAX finds no such devices: {reason}") from None
+
+
 def _check(coordinator: str, processes: int, process: int) -> None:
-    found = re.fullmatch(r".+:(\d+)", coordinator)
-    if not found or int(found[1]) >= 2**16:
-        raise UsageError(f"--coordinator: should be HOST:PORT, got {coordinator}")
+    # a name, an IPv4 address, or an IPv6 address in brackets
+    found = re.fullmatch(r"([A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})", coordinator)
+    port = int(found[2]) if found else 0
+    if not found or not 0 < port < 2**16:
+        raise UsageError(
+            f"--coordinator: should be HOST:PORT with a port from 1 to 65535, got {coordinator}"
+        )
+    if processes >= 2**31:
+        raise UsageError(f"--processes: should be less than {2**31}, got {processes}")
     if not 0 <= process < processes:
         raise UsageError(
             f"--process: should be from 0 to --processes - 1 = {processes - 1}, got {process}"
         )
+    try:
+        socket.getaddrinfo(found[1].strip("[]"), port)
+    except (OSError, UnicodeError):
+        raise UsageError(f"--coordinator: there is no host {found[1]} known here") from None
     if process == 0:
         # JAX itself crashes where something else listens
         try:
-            socket.create_server(("", int(found[1]))).close()
+            socket.create_server(("", port)).close()
         except OSError as error:
-            raise UsageError(f"--coordinator: cannot listen at {found[1]}: {error}") from None
+            raise UsageError(f"--coordinator: cannot listen at {port}: {error}") from None
 
 
 def alone() -> bool:

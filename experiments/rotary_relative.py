@@ -22,8 +22,9 @@ import numpy as np
 from pydantic import Field
 
 import rnnattn
+from experiments import memory
 from experiments.claims import Claim, Evidence, equal
-from experiments.config import Positive, Seed
+from experiments.config import Base, Position, Seed, Size
 from experiments.session import SILENT, Session
 
 if TYPE_CHECKING:
@@ -54,14 +55,23 @@ class Config:
 
     seed: Seed = 0
     """Decides q and k."""
-    dim: Annotated[int, Field(ge=4, multiple_of=2)] = 32
+    dim: Annotated[Size, Field(ge=4, multiple_of=2)] = 32
     """Number d of features of a head."""
-    base: Positive = 10_000.0
-    shifts: Annotated[tuple[float, ...], Field(min_length=2)] = (1, 7, -3, 2.5, -0.25, 1000)
+    base: Base = 10_000.0
+    shifts: Annotated[tuple[Position, ...], Field(min_length=2)] = (1, 7, -3, 2.5, -0.25, 1000)
     """k of the matrices T^(k), in steps; each is composed with the one after it."""
-    distances: Annotated[int, Field(ge=2)] = 200
+    distances: Annotated[Size, Field(ge=2)] = 200
     """t − s goes from 0 to so many steps."""
-    powers: Annotated[tuple[int, ...], Field(min_length=2)] = (0, 4, 8, 12, 16, 18, 20, 22)
+    powers: Annotated[tuple[Annotated[int, Field(ge=0, le=29)], ...], Field(min_length=2)] = (
+        0,
+        4,
+        8,
+        12,
+        16,
+        18,
+        20,
+        22,
+    )
     """s is 2 to these powers: where on the line of positions a product is taken."""
 
 
@@ -124,6 +134,12 @@ def gradient_errors(config: Config) -> np.ndarray:
     )
     found = (back, forth, jax.grad(loss)(jnp.asarray(x)))
     return np.array([np.max(np.abs(a - true)) for a in found])
+
+
+def check(config: Config) -> None:
+    """Raise a `UsageError` if there is no memory for the matrices, or for the rotated vectors."""
+    memory.check(3 * 8 * config.dim**2, "dim²")
+    memory.check(3 * 8 * config.dim * config.distances, "dim × distances")
 
 
 def run(config: Config, session: Session = SILENT) -> Result:

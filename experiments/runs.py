@@ -111,7 +111,7 @@ def reopen(output: Path, group: str, name: str, table: Mapping[str, Any]) -> Pat
     for each in (kept, table := dict(table)):
         each.pop(WHERE, None)
     if lines := list(_differences(kept, table)):
-        raise UsageError("\n".join(f"--resume: {folder / CONFIG}: {line}" for line in lines))
+        raise UsageError(*(f"--resume: {folder / CONFIG}: {line}" for line in lines))
     return folder
 
 

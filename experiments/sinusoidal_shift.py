@@ -21,8 +21,9 @@ import numpy as np
 from pydantic import Field
 
 import rnnattn
+from experiments import memory
 from experiments.claims import Claim, Evidence, equal
-from experiments.config import Count, Positive, Seed, UsageError
+from experiments.config import Base, Position, Seed, Several, Size, UsageError
 from experiments.session import SILENT, Session
 
 if TYPE_CHECKING:
@@ -50,16 +51,16 @@ class Config:
 
     seed: Seed = 0
     """Decides the positions t."""
-    dim: Annotated[int, Field(ge=4, multiple_of=2)] = 16
+    dim: Annotated[Size, Field(ge=4, multiple_of=2)] = 16
     """Number d of features."""
-    base: Positive = 10_000.0
-    offsets: Annotated[tuple[float, ...], Field(min_length=1)] = (1, 7, -3, 2.5, -0.25, 100)
+    base: Base = 10_000.0
+    offsets: Several[Position] = (1, 7, -3, 2.5, -0.25, 100)
     """The shifts k, in steps: forwards, backwards and not whole."""
-    positions: Count = 200
+    positions: Size = 200
     """Positions t for each shift."""
-    reach: Positive = 1e5
+    reach: Annotated[float, Field(ge=1, le=1e12)] = 1e5
     """Positions t are drawn from 0 to this, not whole."""
-    powers: Annotated[tuple[int, ...], Field(min_length=1)] = (6, 10, 14, 18, 20, 24, 28, 30)
+    powers: Several[Annotated[int, Field(ge=0, le=30)]] = (6, 10, 14, 18, 20, 24, 28, 30)
     """The float32 errors are measured near t = 2 to these powers."""
 
 
@@ -83,11 +84,12 @@ class Result(NamedTuple):
 
 
 def check(config: Config) -> None:
-    """Raises `UsageError` if there are too few positions to find T^(k) from."""
+    """Raises `UsageError` if there are too few positions to find T^(k) from, or no memory."""
     if config.positions < 2 * config.dim:
         raise UsageError(
             f"positions: should be at least twice dim = {config.dim}, got {config.positions}"
         )
+    memory.check(3 * 8 * config.dim * (config.dim + config.positions), "dim × positions")
 
 
 def sinusoids_of(t: np.ndarray, frequencies: np.ndarray) -> np.ndarray:

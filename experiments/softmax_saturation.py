@@ -26,6 +26,7 @@ from pydantic import Field
 from scipy import optimize, signal, special, stats
 
 import rnnattn
+from experiments import memory
 from experiments.claims import (
     Claim,
     Estimate,
@@ -36,7 +37,7 @@ from experiments.claims import (
     share,
     share_interval,
 )
-from experiments.config import Seed, UsageError
+from experiments.config import Samples, Seed, Several, Size, UsageError
 from experiments.session import SILENT, Session
 
 if TYPE_CHECKING:
@@ -62,11 +63,11 @@ class Config:
 
     seed: Seed = 0
     """Decides the vectors."""
-    widths: tuple[Annotated[int, Field(ge=4)], ...] = (4, 16, 64, 256, 1024, 4096)
+    widths: Several[Annotated[Size, Field(ge=4)]] = (4, 16, 64, 256, 1024, 4096)
     """Widths d of query and keys, rising."""
-    keys: Annotated[int, Field(ge=3)] = 16
+    keys: Annotated[Size, Field(ge=3)] = 16
     """Number n of keys."""
-    samples: Annotated[int, Field(ge=100)] = 2000
+    samples: Samples = 2000
     """Draws for each width."""
 
 
@@ -89,9 +90,13 @@ class Result(NamedTuple):
 
 
 def check(config: Config) -> None:
-    """Raise a UsageError if the widest vectors are not wide enough for the near-tie limit."""
+    """Raise a UsageError if the widest vectors are not wide enough for the near-tie limit, or if
+    there is no memory for the logits of a draw and what is found of them all."""
     if list(config.widths) != sorted(config.widths) or config.widths[-1] < 1024:
         raise UsageError(f"widths: should rise to 1024 or more, got {config.widths}")
+    memory.check(2 * 8 * config.widths[-1] * config.keys, "widths × keys")
+    memory.check(8 * config.keys**2, "keys²")
+    memory.check(2 * 5 * 8 * config.samples, "samples")
 
 
 @jax.jit

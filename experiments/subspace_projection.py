@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import numpy as np
 from pydantic import Field
 
+from experiments import memory
 from experiments.claims import Claim, equal
-from experiments.config import Count, Seed, UsageError
+from experiments.config import Seed, Several, Size, UsageError
 from experiments.session import SILENT, Session
 
 if TYPE_CHECKING:
@@ -39,13 +40,13 @@ class Config:
 
     seed: Seed = 0
     """Decides the subspaces and the values."""
-    width: Count = 32
+    width: Size = 32
     """Dimension d of the values."""
-    rank: Count = 5
+    rank: Size = 5
     """Dimension m of each subspace."""
-    draws: Count = 100
+    draws: Size = 100
     """Random pairs of subspaces for each row."""
-    angles: tuple[Annotated[float, Field(gt=0, le=90)], ...] = (5, 15, 30, 45, 60, 75, 90)
+    angles: Several[Annotated[float, Field(ge=1e-3, le=90)]] = (5, 15, 30, 45, 60, 75, 90)
     """Angles between the two subspaces, in degrees; all m principal angles are the same."""
 
 
@@ -67,9 +68,10 @@ class Result(NamedTuple):
 
 
 def check(config: Config) -> None:
-    """Raise a UsageError if two such subspaces do not fit."""
+    """Raise a UsageError if two such subspaces do not fit, into the space or into memory."""
     if config.width <= 2 * config.rank:
         raise UsageError(f"width: should be more than twice the rank, got {config.width}")
+    memory.check(3 * 8 * config.width * 2 * config.rank, "width × rank")
 
 
 def run(config: Config, session: Session = SILENT) -> Result:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from experiments import memory
 from experiments.config import UsageError
 
 BUILT_IN = "pydoc_data.topics"
@@ -80,7 +81,8 @@ def entropies(text: np.ndarray) -> tuple[float, float]:
 
 
 def _entropy(p: np.ndarray) -> float:
-    return float(-np.sum(p[p > 0] * np.log(p[p > 0])))
+    # 0 − 0 has no sign
+    return 0.0 - float(np.sum(p[p > 0] * np.log(p[p > 0])))
 
 
 def _built_in() -> str:
@@ -93,12 +95,16 @@ def _built_in() -> str:
 
 def _read(path: Path) -> str:
     try:
+        if path.is_dir():
+            raise UsageError(f"{path}: is a folder, not a text file")
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{path}: is a device or a pipe, not a text file")
+        # its bytes, characters, and for each a number of Python's and one of NumPy's
+        memory.check(14 * path.stat().st_size, f"{path}, as numbers,")
         # decoded as it is, line ends included
         return path.read_bytes().decode("utf-8")
     except FileNotFoundError:
         raise UsageError(f"{path}: no such text file") from None
-    except IsADirectoryError:
-        raise UsageError(f"{path}: is a folder, not a text file") from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:

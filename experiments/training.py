@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from experiments import mesh as meshes, processes
 from experiments.checkpoints import Progress as Kept, Record
-from experiments.config import Count, Fraction, NonNegative, Positive
+from experiments.config import Count, Fraction, NonNegative, Positive, Size
 from experiments.session import SILENT, Session, Stopped, deferred_signals
 
 Metrics = Mapping[str, Float[Array, ""]]
@@ -38,7 +38,7 @@ class TrainConfig:
 
     steps: Count = 20
     """Optimiser steps."""
-    batch_size: Count = 16
+    batch_size: Size = 16
     """Examples in each step."""
     learning_rate: Positive = 1e-2
     """Highest learning rate of the schedule."""
@@ -83,7 +83,8 @@ class Trained(NamedTuple):
 
 def make_schedule(config: TrainConfig) -> optax.Schedule:
     """Learning rate by step: a linear rise from zero, then constant or a cosine down to zero."""
-    warmup = round(config.warmup * config.steps)
+    # at least the last step is left for what comes after
+    warmup = min(round(config.warmup * config.steps), config.steps - 1)
     if config.schedule == "cosine":
         rest = optax.cosine_decay_schedule(config.learning_rate, config.steps - warmup)
     else:

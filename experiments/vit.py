@@ -14,7 +14,8 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
-from experiments.config import Count, Fraction, UsageError
+from experiments.config import Fraction, Layers, Size, UsageError
+from experiments.memory import check_training, rows_like
 from experiments.training import Loss
 from rnnattn.nn import ViT
 
@@ -33,15 +34,15 @@ options ask of `rnnattn.nn.ViT`; with a key, as in training, with dropout."""
 class ViTConfig:
     """The vision transformer."""
 
-    patch_size: Count = 4
+    patch_size: Size = 4
     """Side of a patch, in pixels."""
-    width: Count = 16
+    width: Size = 16
     """Numbers in a token."""
-    depth: Count = 1
+    depth: Layers = 1
     """Blocks, one above the other."""
-    num_heads: Count = 2
+    num_heads: Size = 2
     """Heads of attention in each block."""
-    mlp_ratio: Count = 2
+    mlp_ratio: Size = 2
     """Hidden width of a block's perceptron, in widths of a token."""
     position: Literal["learned", "sincos2d", "rope2d", "none"] = "learned"
     """How a token is told where it is."""
@@ -75,12 +76,23 @@ def build(config: ViTConfig, size: tuple[int, int], seed: int = 0) -> ViT:
     )
 
 
-def check_model(config: ViTConfig, size: tuple[int, int]) -> None:
-    """Raise a `UsageError` if there is no such model for images of `size`."""
+def check_model(config: ViTConfig, size: tuple[int, int]) -> ViT:
+    """The model for images of `size`, but for its weights.
+
+    Raises:
+        UsageError: if there is no such model.
+    """
     try:
-        nnx.eval_shape(lambda: build(config, size))
+        return nnx.eval_shape(lambda: build(config, size))
     except ValueError as error:
         raise UsageError(f"--model: {error}") from None
+
+
+def check_memory(model: ViT, data: Any, batch_size: int) -> None:
+    """Raise a `UsageError` if there is no memory to train the model on the first of the `data`."""
+    params, apply = functional(model)
+    batch = rows_like(data[0], batch_size)
+    check_training(loss_of(apply), params, batch, data=data)
 
 
 def functional(model: ViT) -> tuple[PyTree, Apply]:

@@ -25,6 +25,7 @@ from experiments.vit import (
     ViTConfig,
     attention_received,
     build,
+    check_memory,
     check_model,
     evaluation,
     functional,
@@ -72,8 +73,9 @@ class Result(NamedTuple):
 
 def check(config: Config) -> None:
     """Raise a `UsageError` if the data or the model will not do."""
-    train, _, _ = load_images(config.data, config.seed, "float32")
-    check_model(config.model, train.images.shape[1:])
+    data = load_images(config.data, config.seed, "float32")
+    model = check_model(config.model, data[0].images.shape[1:])
+    check_memory(model, data, config.train.batch_size)
 
 
 def run(config: Config, session: Session = SILENT) -> Result:

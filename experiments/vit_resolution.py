@@ -19,7 +19,7 @@ from flax import nnx
 import rnnattn
 from experiments import resolution_verdicts
 from experiments.claims import Claim
-from experiments.config import Count, Positive, Seed, UsageError
+from experiments.config import Count, Positive, Seed, Size, UsageError, on_same_data
 from experiments.cost import Row, count, step_cost, table
 from experiments.digits import Digits, digits_batch
 from experiments.images import DataConfig, load_images
@@ -39,6 +39,7 @@ from experiments.vit import (
     ViTConfig,
     attention_received,
     build,
+    check_memory,
     check_model,
     functional,
     position_similarity,
@@ -66,7 +67,7 @@ class Config:
 
     seed: Seed = 0
     """The first of the seeds."""
-    runs: Count = 1
+    runs: Size = 1
     """Seeds that everything is repeated with; each draws split, weights and order anew."""
     tune_steps: Count = 40
     """Steps on whole images of a model that was moved."""
@@ -132,16 +133,30 @@ class Training(NamedTuple):
 
 def check(config: Config) -> None:
     """Raise a `UsageError` if the data or the model will not do."""
-    train, _, _ = load_images(config.data, config.seed, "float32")
-    size = train.images.shape[1:]
+    data = load_images(config.data, config.seed, "float32")
+    size = data[0].images.shape[1:]
     if size[0] % 2 or size[1] % 2:
         raise UsageError(f"vit_resolution: images of {size} pixels have no half size")
+    if len(set(data[2].labels)) < 9:
+        raise UsageError("vit_resolution: needs test images of nine digits or more, for its figure")
+    if config.seed + config.runs > 2**32:
+        raise UsageError(
+            f"runs: the last seed, {config.seed} + {config.runs} − 1, should be less than {2**32}"
+        )
     if "learned" not in config.methods:
         raise UsageError('--methods: "learned" is needed: the others are compared with it')
     for method in config.methods:
         small, whole = configs_of(config.model, method)
         check_model(small, (size[0] // 2, size[1] // 2))
-        check_model(whole, size)
+        check_memory(check_model(whole, size), data, config.train.batch_size)
+
+
+def quick(config: Config) -> Config:
+    """The defaults on the images of `config`, of which those of MNIST need its larger patches."""
+    small = on_same_data(config)
+    if config.data.source == "digits":
+        return small
+    return replace(small, model=replace(small.model, patch_size=config.model.patch_size))
 
 
 def run(config: Config, session: Session = SILENT) -> Result:

@@ -1,13 +1,19 @@
 """Every config runs; what is wrong with a config, or a command, is said in one message."""
 
-from dataclasses import replace
+import os
+import re
+import subprocess
+import sys
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
+import jax
 import pytest
 
 from experiments.__main__ import CONFIGS, EXPERIMENTS, main
-from experiments.config import claim, read, to_table
+from experiments.config import UsageError, claim, read, to_table
 from experiments.runs import CHECKPOINTS, CONFIG, CURVES, FIGURE, METRICS, RESULT, SUMMARY
+from experiments.training import TrainConfig, make_schedule
 
 TINY_TRAINING = (
     "--train.steps 4 --train.batch-size 4 --train.log-every 2 --train.evaluate-every 2"
@@ -177,6 +183,54 @@ BAD = {
     "dotted path for an experiment": ('experiment = "os.system"', ["experiment:", "lstm_digits"]),
     "experiment of another type": ("experiment = [1]", ["experiment:", "lstm_digits"]),
     "no experiment": ("seed = 1", ["experiment", "lstm_digits"]),
+    "experiment like no other": ('experiment = "os.system"', ["unknown 'os.system'; there are "]),
+    "a long name for an experiment": (f'experiment = "{"x" * 50_000}"', ["unknown 'x", "; there"]),
+    "more than 64 bits": (
+        'experiment = "lstm_digits"\n[train]\nsteps = 99999999999999999999',
+        ["train.steps: should be a number of at most 64 bits"],
+    ),
+    "more than 64 bits, in a list": (
+        'experiment = "lstm_gradient"\nlengths = [1, 99999999999999999999]',
+        ["lengths.1: should be a number of at most 64 bits"],
+    ),
+    "thousands of digits": (
+        f'experiment = "lstm_digits"\nseed = {"9" * 5000}',
+        ["not valid TOML: a number has too many digits"],
+    ),
+    "thousands of hexadecimal digits": (
+        f'experiment = "lstm_digits"\nseed = 0x{"f" * 5000}', ["seed: should be a number"]
+    ),
+    "more steps than are counted": (
+        'experiment = "lstm_digits"\n[train]\nsteps = 2147483648',
+        ["train.steps: should be less than 2147483648"],
+    ),
+    "an infinite literal": (
+        'experiment = "lstm_digits"\n[train]\nlearning_rate = 1e400', ["learning_rate", "finite"]
+    ),
+    "an infinite shift": (
+        'experiment = "rotary_relative"\nshifts = [inf, 1.0]', ["shifts.0: should be less than"]
+    ),
+    "no values": ('experiment = "key_noise"\nbetas = []', ["betas: should have at least 1"]),
+    "a number for a list": ('experiment = "key_noise"\nbetas = 1', ["betas: should be a list"]),
+    "half a step": (
+        'experiment = "lstm_digits"\n[train]\nsteps = 1.5',
+        ["train.steps: should be a valid integer, got 1.5"],
+    ),
+    "lists in lists": (f"experiment = {'[' * 5000}{']' * 5000}", ["nested too deep"]),
+    "lists in some lists": (
+        f'experiment = "lstm_digits"\nseed = {"[" * 300}{"]" * 300}', ["seed", "nested too deep"]
+    ),
+    "tables in tables": (
+        f'experiment = "lstm_digits"\na = {"{a = " * 5000}1{"}" * 5000}', ["nested too deep"]
+    ),
+    "a key of thousands of parts": (
+        f'experiment = "lstm_digits"\n{".".join("a" * 5000)} = 1', ["a.a.a", "nested too deep"]
+    ),
+    "escapes in a key": (
+        'experiment = "lstm_digits"\n"\\u001b[2J\\nseed" = 1', ["\\x1b[2J\\nseed: unknown key"]
+    ),
+    "a long key": (f'experiment = "lstm_digits"\n{"k" * 50_000} = 1', ["kkk … kkk", "unknown key"]),
+    "megabytes": ("#" * 10**7, ["no config file: it has more than"]),
 }  # fmt: skip
 
 
@@ -187,10 +241,83 @@ def test_a_bad_config_is_one_line_that_names_file_and_key(content, parts, tmp_pa
     assert main(["run", str(file), "--output", str(tmp_path / "outputs")]) == 2
     message = capsys.readouterr().err
     assert len(message.splitlines()) == 1
+    assert message.removesuffix("\n").isprintable() and len(message) < 1000 + len(str(file))
     assert message.startswith(f"{file}: ")
     for part in parts:
         assert part in message
     assert not (tmp_path / "outputs").exists()
+
+
+def test_of_many_unknown_keys_the_first_ten_are_named(tmp_path, capsys):
+    file = tmp_path / "many.toml"
+    keys = "\n".join(f"k{n} = 1" for n in range(5000))
+    file.write_text(f'experiment = "lstm_digits"\n{keys}')
+    assert main(["run", str(file)]) == 2
+    *lines, last = capsys.readouterr().err.splitlines()
+    assert len(lines) == 10 and last == f"{file}: and 4,990 more"
+
+
+def test_a_mark_at_the_start_of_the_text_is_no_part_of_it(tmp_path):
+    file = tmp_path / "marked.toml"
+    file.write_text('# A claim.\nexperiment = "lstm_digits"\nseed = 3', encoding="utf-8-sig")
+    assert read(file, TYPES)[1].seed == 3 and claim(file) == "A claim."
+
+
+def leaves(config, prefix=""):
+    """The dotted keys of what is no group."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            yield from leaves(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_no_number_is_too_large_for_any_key_to_be_checked(name, tmp_path):
+    """Each is refused, or the experiment's own check accepts it without allocating anything."""
+    for key in leaves(TYPES[name]()):
+        for value in ("9223372036854775807", "1e300", "1048576"):
+            for literal in (value, f"[{value}, {value}]"):
+                file = tmp_path / "large.toml"
+                file.write_text(f'experiment = "{name}"\n{key} = {literal}')
+                try:
+                    config = read(file, TYPES)[1]
+                    if hasattr(EXPERIMENTS[name], "check"):
+                        EXPERIMENTS[name].check(config)
+                except UsageError as error:
+                    assert all(line.isprintable() for line in str(error).splitlines())
+
+
+TOO_LARGE = {
+    "lstm_digits": "--model.hidden-size 1048576",
+    "lstm_adding": "--train.batch-size 1048576 --data.length 100000",
+    "lstm_text": "--model.hidden-size 1048576",
+    "lstm_gradient_training": "--hidden-size 1048576",
+    "vit_digits": "--model.width 1048576",
+    "vit_resolution": "--data.source digits --train.batch-size 1048576 --model.width 1024",
+    "attention_averaging": "--several-keys 1048576",
+    "attention_copying": "--draws 1000000 --keys 1000",
+    "dot_product_variance": "--widths 1 --samples 1000000000",
+    "key_noise": "--samples 1000000000",
+    "multi_head_noise": "--heads 1000000 --samples 1000000",
+    "softmax_saturation": "--keys 1000000",
+    "subspace_projection": "--width 1000000 --rank 400000",
+    "lstm_equations": "--hidden-size 1000000",
+    "lstm_gradient": "--hidden-size 100000",
+    "rotary_relative": "--dim 1000000",
+    "sinusoidal_shift": "--dim 100000 --positions 1000000",
+}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_what_does_not_fit_into_memory_is_refused_before_anything_is_made(name, tmp_path, capsys):
+    output = tmp_path / "outputs"
+    options = [*TINY[name].split(), *TOO_LARGE[name].split(), "--output", str(output)]
+    assert main(["run", str(CONFIGS / f"{name}.toml"), *options]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and not output.exists()
+    assert re.search(r"needs about [\d,.]+ .iB of memory, and there are [\d,.]+ .iB", message)
 
 
 def test_a_missing_config_names_the_nearest(capsys):
@@ -241,3 +368,93 @@ def test_an_option_out_of_range_is_one_line_that_names_file_and_key(options, par
 def test_the_config_comes_first(capsys):
     assert main(["run", "--name", "x", "configs/lstm_digits.toml"]) == 2
     assert "the config comes first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argument, part",
+    [
+        ("x" * 10**7, "argument 2: has 10,000,000 characters: xxx"),
+        ("\x1b[2Jx.toml", r"argument 2: has characters that are not printed: \x1b[2Jx.toml"),
+        ("a\nb.toml", r"argument 2: has characters that are not printed: a\nb.toml"),
+        ("\0", r"argument 2: has characters that are not printed: \x00"),
+        ("\udcff.toml", r"argument 2: has characters that are not printed: \udcff.toml"),
+    ],
+    ids=["long", "escape", "newline", "NUL", "no text"],
+)
+def test_what_is_no_argument_is_shown_so_that_a_terminal_stands_it(argument, part, capsys):
+    assert main(["run", argument]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(part) and len(message) < 1100
+    assert message.removesuffix("\n").isprintable()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.95, 0.999])
+@pytest.mark.parametrize("steps", [1, 2, 10])
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_a_warm_up_of_any_share_leaves_a_step(share, steps, schedule):
+    schedule = make_schedule(TrainConfig(steps=steps, warmup=share, schedule=schedule))
+    with jax.numpy_dtype_promotion("standard"):
+        rates = [float(schedule(step)) for step in range(steps)]
+    assert all(0 < rate <= TrainConfig().learning_rate * (1 + 1e-6) for rate in rates)
+    assert rates == sorted(rates[: steps - 1]) + rates[-1:] or share < 0.9
+
+
+def asked_in_a_new_process(arguments, folder, **environment):
+    """What a process that was asked so says, in bytes."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    command = [sys.executable, "-m", "experiments", *arguments]
+    environment = clean | {"PYTHONPATH": str(CONFIGS.parent)} | environment
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    "variable, value, parts",
+    [
+        ("RNNATTN_NATIVE", "banana", ["RNNATTN_NATIVE", "'banana'"]),
+        ("JAX_PLATFORMS", "cuda", ["JAX_PLATFORMS=cuda", "no such devices"]),
+        ("JAX_PLATFORMS", "banana", ["JAX_PLATFORMS=banana", "no such devices"]),
+    ],
+)
+def test_devices_and_kernels_that_are_not_there_leave_no_folder(variable, value, parts, tmp_path):
+    config = str(CONFIGS / "attention_averaging.toml")
+    done = asked_in_a_new_process(["run", config, "--name", "x"], tmp_path, **{variable: value})
+    message = done.stderr.decode()
+    assert done.returncode == 2, message
+    assert message.count("\n") == 1 and all(part in message for part in parts)
+    assert not list(tmp_path.iterdir())
+
+
+ASCII_ONLY = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["--help"]], ids=["list", "help"])
+@pytest.mark.parametrize(
+    "environment", [{"PYTHONIOENCODING": "latin-1"}, ASCII_ONLY], ids=["latin-1", "ASCII"]
+)
+def test_a_terminal_without_utf_8_is_shown_what_it_can_show(arguments, environment, tmp_path):
+    done = asked_in_a_new_process(arguments, tmp_path, **environment)
+    assert done.returncode == 0, done.stderr
+    assert b"?" in done.stdout and not done.stderr
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("that"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: that")]
+)
+def test_a_run_that_finds_no_memory_says_so_and_the_others_of_a_sweep_go_on(
+    error, tmp_path, monkeypatch, capsys
+):
+    def run(config, session):
+        if config.seed == 0:
+            raise error
+        return real(config, session)
+
+    real = EXPERIMENTS["lstm_adding"].run
+    monkeypatch.setattr(EXPERIMENTS["lstm_adding"], "run", run)
+    tiny = tmp_path / "tiny.toml"
+    tiny.write_text('experiment = "lstm_adding"\ncompare_steps = 0\n[train]\nsteps = 2\n')
+    assert main(["run", str(tiny), "--output", str(tmp_path)]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("stopped: no memory left: ") and message.count("\n") == 1
+    assert main(["sweep", str(tiny), "--grid", "seed=0,1", "--output", str(tmp_path)]) == 1
+    assert "seed-0: failed: " in capsys.readouterr().out
+    assert (tmp_path / "tiny-sweep" / "seed-1" / FIGURE).is_file()

@@ -228,6 +228,36 @@ def test_a_port_in_use_is_one_line(tmp_path, capsys):
     assert message.count("\n") == 1 and f"--coordinator: cannot listen at {port}" in message
 
 
+@pytest.mark.parametrize(
+    "coordinator, part",
+    [
+        ("localhost:0", "a port from 1 to 65535"),
+        ("localhost:65536", "a port from 1 to 65535"),
+        ("localhost:\u0661", "a port from 1 to 65535"),
+        ("localhost", "should be HOST:PORT"),
+        (":1234", "should be HOST:PORT"),
+        ("local host:1", "should be HOST:PORT"),
+        ("[zz]:1", "should be HOST:PORT"),
+        ("nohost.invalid:1", "there is no host nohost.invalid"),
+        ("a..b:1", "there is no host a..b"),
+        (f"{'x' * 64}:1", "there is no host xxx"),
+        (f"{'x' * 300}:1", "should be HOST:PORT"),
+    ],
+)
+def test_an_address_that_is_none_is_told_and_not_waited_for(coordinator, part, tmp_path, capsys):
+    where = ["--coordinator", coordinator, "--processes", "2", "--process", "1"]
+    assert main([*command("lstm_adding", tmp_path / "x"), *where]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "--coordinator: " in message and part in message
+    assert not (tmp_path / "x").exists()
+
+
+def test_no_more_processes_than_can_be_counted(tmp_path, capsys):
+    where = "--coordinator localhost:1234 --processes 99999999999999999999 --process 1".split()
+    assert main([*command("lstm_adding", tmp_path / "x"), *where]) == 2
+    assert "--processes: should be less than 2147483648" in capsys.readouterr().err
+
+
 def test_a_machine_of_no_cluster_says_so():
     run = [sys.executable, "-m", "experiments", *command("lstm_adding", Path("never")), "--cluster"]
     done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
