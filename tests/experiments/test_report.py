@@ -139,6 +139,7 @@ def test_a_result_that_is_damaged_is_told_in_a_line(tmp_path):
     sizes = {"attention_averaging": report.Size(AVERAGING, None)}
     found = report.measure({"attention_averaging": attention_averaging}, sizes, tmp_path)
     (folder,) = {row.study.folder for row in found.rows if row.study}
+    assert folder is not None
     for content in (b"", (folder / runs.RESULT).read_bytes()[:-99], b"PK\3\4" + bytes(99)):
         (folder / runs.RESULT).write_bytes(content)
         found = report.measure({"attention_averaging": attention_averaging}, sizes, tmp_path)
