@@ -103,9 +103,12 @@ def dot_product_attention(
             what came.
     Gradient:
         With respect to query, key, value, bias, sinks and an array `scale`, from cotangents of the
-        output and L; kept are these, the output and L, and the weights are computed again. A key or
-        value that no query of its row may see reaches nothing and gets a gradient of zero, even if
-        it is NaN; the rest of the arguments are constants. The gradient can be differentiated
+        output and L; kept are these, the output and L, and the weights are computed again; the rest
+        of the arguments are constants. Whatever hides (lengths, mask, segments, causality, a
+        window, offsets): a key or value that no query of its row may see, a query that may see no
+        key, and what comes back to the output of one, reach nothing, even if they are NaN or ∞, and
+        get gradients of zero. What comes back to L of such a query goes to its sink, if there is
+        one. The gradient can be differentiated
         again, in reverse and forward mode, in linear memory where the schedule is. `jax.jvp` of the
         function itself raises a TypeError ("can't apply forward-mode autodiff (jvp) to a custom_vjp
         function"): that is what `rnnattn.attention.dot_product_attention_jvp` is for.

@@ -90,7 +90,7 @@ def lstm_step(
     clip: float | None = None,
     coupled: bool = False,
 ) -> LSTMState:
-    """One step (L1, L2): the state after `x`, given the state before it.
+    """One step (L1, L2): the state after `x`, given the state before it, and in its dtypes.
 
     Args:
         clip: bounds every pre-activation to ±clip, as ONNX does; None bounds nothing.
@@ -141,7 +141,8 @@ def lstm(
         resets: (B, T), or (T, B) with `time_major`. True marks the first step of an episode in time
             order: nothing passes between it and the step before it, in either direction of running,
             as if the episodes ran apart, from zeros. A mark on the first step drops the initial
-            state of a run forwards, and leaves the returned state of a run in reverse.
+            state of a run forwards, and leaves the returned state of a run in reverse. NaN in steps
+            of an episode of which the loss reads nothing reaches no gradient.
         reverse: run from the last valid step to the first; outputs stay in the order of x.
         time_major: x, y and resets have T before B. Saves two transpositions.
         clip: bounds every pre-activation to ±clip, peephole terms included; None bounds nothing.
@@ -157,8 +158,9 @@ def lstm(
             cuDNN's own, of first order); or None, which is "native" where that serves, and "xla"
             where not.
     Returns:
-        y (B, T, R), or (T, B, R) with `time_major`, in the dtype of x, and the final state. For
-        16-bit inputs c is float32, so that a sequence cut in two and chained equals one run.
+        y (B, T, R), or (T, B, R) with `time_major`, in the dtype of x, and the final state, in the
+        dtypes of the initial one. For 16-bit inputs c is float32, so that a sequence cut in two and
+        chained equals one run; where it is given in 16 bits, it comes back so.
     Raises:
         ValueError: a shape, dtype or option is off; the message says which, what was expected and
             what came.
