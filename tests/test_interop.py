@@ -776,7 +776,9 @@ def test_a_dtype_that_the_format_does_not_have_is_named(dtype, path):
 
 
 @pytest.mark.parametrize(
-    "leaf", [3.0, "text", np.array(["text"]), np.array([object()]), jax.random.key(0)], ids=str
+    "leaf",
+    [3.0, "text", np.array(["text"]), np.array([object()]), jax.random.key(0)],
+    ids=["number", "text", "array of text", "array of objects", "key"],
 )
 def test_what_is_no_array_is_not_written(leaf, path):
     with pytest.raises(ValueError, match=r"^write_safetensors: `a.b` must "):
