@@ -232,7 +232,8 @@ def read_result(folder: Path, result: Any) -> Any:
     try:
         # bytes, as reading text changes the ends of lines
         found = {n: file.read_bytes().decode() for n, file in files.items() if file.is_file()}
-        with np.load(folder / RESULT, allow_pickle=False) as arrays:
+        # numpy leaves a file open that it cannot read
+        with (folder / RESULT).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return result(**arrays, **found, scores=read_summary(folder))
     # there is no one class of errors for all that can be wrong with a file
     except Exception as error:
