@@ -43,7 +43,7 @@ class Config:
 
     seed: Seed = 0
     """Decides the split, the initial weights and the order of the data."""
-    compare_steps: Annotated[int, Field(ge=0)] = 3
+    compare_steps: Annotated[int, Field(ge=0, lt=2**31)] = 3
     """After training, the first so many steps are run and timed under both gradients; 0: none."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

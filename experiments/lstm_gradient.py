@@ -446,7 +446,7 @@ def _factor(axes: "Axes", name: str, title: str, factor: np.ndarray, missing: np
 
 
 def _table_of_errors(axes: "Axes", result: Result) -> None:
-    shown = [k for k, T in enumerate(result.lengths) if T <= 3]
+    shown = [k for k, T in enumerate(result.lengths) if T <= 3] or [0]
     medians = np.median(result.errors[THROUGH_H, :, :, : len(OUTSIDE)], axis=-1)
     rows = medians[:, shown].reshape(-1, len(OUTSIDE))
     exponents = np.log10(np.maximum(rows, 1e-16))

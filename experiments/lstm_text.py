@@ -82,7 +82,7 @@ class Config:
 
     seed: Seed = 0
     """Decides the initial weights, what is dropped, and the sample."""
-    compare_steps: Annotated[int, Field(ge=0)] = 3
+    compare_steps: Annotated[int, Field(ge=0, lt=2**31)] = 3
     """After training, the first so many steps are run and timed under both gradients; 0: none."""
     sample_length: Size = 100
     """Characters that the trained model writes."""

@@ -5,7 +5,8 @@ environments.
 
 Whatever comes in, it ends by itself, without a traceback, with a line or a few that a terminal can
 show. Exit code 2 leaves every file as it was; 1, of a run that failed, all but the run's own. What
-is drawn may also be no more than unusual: then it runs, and 0 is as good.
+is drawn may also be no more than unusual: then it runs, and 0 is as good, or trains for years, and
+is killed.
 
 Each input is given to `main` in a child of its own, of which memory and time are limited; those of
 the environment, to a new interpreter.
@@ -189,7 +190,7 @@ def any_address(draw: random.Random, folder: Path) -> Input:
     config = write_config(folder, "lstm_adding", TINY_OF["lstm_adding"])
     hosts = [
         "localhost", "local host", "nohost.invalid", "", "[::1", "[::1]", "a..b", "x" * 64,
-        "x" * 300, "-", "localhost:1", "ü", "127.0.0.1", "256.256.256.256", "[zz]", "\n",
+        "x" * 300, "-", "localhost:x", "ü", "127.0.0.1", "256.256.256.256", "[zz]", "\n",
     ]  # fmt: skip
     # none of them is one, or a process would be waited for; the last is a digit, in Arabic
     ports = ["0", "-1", "65536", "99999999999999999999", "", "http", "1.5", "\u0661"]
@@ -441,6 +442,10 @@ def snapshot(folder: Path) -> dict[str, str]:
 def faults(outcome: Outcome, before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
     """What is not as it should be."""
     found = []
+    # whoever asks for a thousand million steps gets them
+    trains = outcome.code == -signal.SIGKILL and f"outputs/absurd/{RUN_NAME}/metrics.jsonl" in after
+    if trains:
+        return []
     if outcome.code not in (0, 1, 2):
         found.append(f"exit code {outcome.code}")
     if "Traceback" in outcome.err + outcome.out:

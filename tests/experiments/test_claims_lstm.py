@@ -177,3 +177,11 @@ def test_a_figure_names_its_axes(module, result, equations):
     panels = [axes for axes in figure.axes if axes.get_label() != "<colorbar>"]
     assert len(panels) >= 2 and all(axes.get_xlabel() for axes in panels)
     assert panels[0].get_ylabel()
+
+
+def test_a_figure_is_drawn_for_long_sequences_alone():
+    config = lstm_gradient.Config(lengths=(4,), cases=2, hidden_size=2, input_size=1)
+    figure = lstm_gradient.plot(lstm_gradient.run(config))
+    assert any(
+        "T = 4" in label.get_text() for axes in figure.axes for label in axes.get_yticklabels()
+    )
