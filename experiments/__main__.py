@@ -202,7 +202,8 @@ def main(arguments: Sequence[str]) -> int:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         for number, argument in enumerate(arguments, start=1):
-            _check_argument(number, argument)
+            before = arguments[number - 2] if number > 1 else ""
+            _check_argument(before if before.startswith("--") else f"argument {number}", argument)
         if len(arguments) > 1 and arguments[0] == "run" and not arguments[1].startswith("-"):
             return _run(Path(arguments[1]), arguments[2:])
         command = tyro.cli(
@@ -249,13 +250,13 @@ def main(arguments: Sequence[str]) -> int:
         return 130
 
 
-def _check_argument(number: int, argument: str) -> None:
+def _check_argument(name: str, argument: str) -> None:
     """Raise a `UsageError` if what the shell handed on was not meant as an argument."""
     if len(argument) > LONGEST:
-        raise UsageError(f"argument {number}: has {len(argument):,} characters: {argument}")
+        raise UsageError(f"{name}: has {len(argument):,} characters: {argument}")
     # Python has surrogates where bytes are no text
     if any(unicodedata.category(character) in ("Cc", "Cs") for character in argument):
-        raise UsageError(f"argument {number}: has characters that are not printed: {argument}")
+        raise UsageError(f"{name}: has characters that are not printed: {argument}")
 
 
 def _check_kernels() -> None:
