@@ -371,7 +371,10 @@ def hide_results(options, operands, masking, o, lse):
     sees = queries_reached(options, masking, o.shape[3], operands.key.shape[2])
     if sees is None:
         return o, lse
-    of_none = -jnp.inf if operands.sinks is None else operands.sinks.astype(lse.dtype)
+    of_none = jnp.full_like(lse, -jnp.inf)
+    if operands.sinks is not None:  # a sink of −∞ is none
+        sinks = operands.sinks.astype(lse.dtype)
+        of_none = jnp.where(sinks == -jnp.inf, of_none, sinks)
     return of_seeing(sees, o), jnp.where(sees, lse, of_none)
 
 
