@@ -138,7 +138,7 @@ def moments(
 
 
 def kind(path: str) -> str:
-    return re.sub(r"\d+", "N", path)
+    return re.sub(r"\b\d+\b", "N", path)
 
 
 def left_by(folder: Path) -> dict[str, Any]:
