@@ -12,6 +12,7 @@ import dataclasses
 import io
 import logging
 import os
+import re
 import shlex
 import sys
 import unicodedata
@@ -201,9 +202,7 @@ def main(arguments: Sequence[str]) -> int:
     # Orbax tells at length what is told here in a line
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
-        for number, argument in enumerate(arguments, start=1):
-            before = arguments[number - 2] if number > 1 else ""
-            _check_argument(before if before.startswith("--") else f"argument {number}", argument)
+        _check_arguments(arguments)
         if len(arguments) > 1 and arguments[0] == "run" and not arguments[1].startswith("-"):
             return _run(Path(arguments[1]), arguments[2:])
         command = tyro.cli(
@@ -250,13 +249,17 @@ def main(arguments: Sequence[str]) -> int:
         return 130
 
 
-def _check_argument(name: str, argument: str) -> None:
+def _check_arguments(arguments: Sequence[str]) -> None:
     """Raise a `UsageError` if what the shell handed on was not meant as an argument."""
-    if len(argument) > LONGEST:
-        raise UsageError(f"{name}: has {len(argument):,} characters: {argument}")
-    # Python has surrogates where bytes are no text
-    if any(unicodedata.category(character) in ("Cc", "Cs") for character in argument):
-        raise UsageError(f"{name}: has characters that are not printed: {argument}")
+    before = ""
+    for number, argument in enumerate(arguments, start=1):
+        which = f"argument {number}" + (f", of {before}" if before.startswith("--") else "")
+        if len(argument) > LONGEST:
+            raise UsageError(f"{which}: has {len(argument):,} characters: {argument}")
+        # Python has surrogates where bytes are no text
+        if any(unicodedata.category(character) in ("Cc", "Cs") for character in argument):
+            raise UsageError(f"{which}: has characters that are not printed: {argument}")
+        before = argument
 
 
 def _check_kernels() -> None:
@@ -337,7 +340,9 @@ def _run(path: Path, arguments: Sequence[str]) -> int:
         print(f"{folder}: finished")
         return 0
     for name, text in runs.texts(result).items():
-        print(f"---- {name}", *map(escaped, text.split("\n")), "----", sep="\n")
+        # all but the ends of lines
+        shown = re.sub(r"[^\r\n]+|\r(?!\n)", lambda part: escaped(part[0]), text)
+        print(f"---- {name}\n{shown}\n----")
     width = max(map(len, result.scores), default=0)
     for name, value in result.scores.items():
         print(f"{name:{width}} {value if isinstance(value, str) else format(value, '.6g')}")

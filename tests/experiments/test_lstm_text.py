@@ -223,3 +223,16 @@ def test_the_shortest_text_that_will_do(tmp_path):
 def test_the_stack_is_the_librarys(params):
     assert len(params.layers) == MODEL.layers
     assert all(isinstance(layer, rnnattn.LSTMParams) for layer in params.layers)
+
+
+def test_what_a_model_writes_moves_no_cursor(tmp_path, capsys):
+    file = tmp_path / "text"
+    file.write_bytes(b"\x1b[2J\0\x07\r \r\n" * 200)
+    options = "--train.steps 2 --compare-steps 0 --model.hidden-size 2 --sample-length 200".split()
+    config = str(CONFIGS / "lstm_text.toml")
+    output = ["--output", str(tmp_path / "outputs"), "--name", "x"]
+    assert main(["run", config, "--quick", "--data.path", str(file), *options, *output]) == 0
+    shown = capsys.readouterr().out
+    assert "\\x1b" in shown and not set("\x1b\0\x07\r") & set(shown.replace("\r\n", ""))
+    # the file is as it was written
+    assert b"\x1b" in (tmp_path / "outputs" / "lstm_text" / "x" / "sample.txt").read_bytes()
