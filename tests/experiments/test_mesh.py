@@ -221,7 +221,7 @@ def test_a_run_goes_on_with_other_devices_and_says_so_in_its_config(tmp_path, ca
     assert run(tmp_path, "--parallel.data", "2", "--parallel.fsdp", "4") == 0
     folder = tmp_path / "lstm_adding" / "x"
     result = (folder / "result.npz").read_bytes()
-    (folder / "figure.png").unlink()
+    (folder / "summary.json").unlink()
     assert run(tmp_path, "--resume", "--parallel.data", "2", "--seed", "5") == 2
     message = capsys.readouterr().err
     assert "seed" in message and "parallel" not in message
