@@ -335,7 +335,7 @@ def any_damage(draw: random.Random, folder: Path) -> Input:
         ["export", str(run)],
     ])  # fmt: skip
     if command[0] == "run":
-        (run / "figure.png").unlink()
+        (run / "summary.json").unlink()
     files = sorted(file for file in run.rglob("*") if file.is_file())
     file = draw.choice(files)
     content = file.read_bytes()
