@@ -8,7 +8,7 @@ EXTRAS ?= test
 
 comma := ,
 venv := .venv/bin
-native := setup.py $(wildcard rnnattn/_native/*)
+native := setup.py $(wildcard rnnattn/native/src/*)
 
 .PHONY: run test lint types format clean
 
@@ -43,4 +43,4 @@ format: .venv/installed-test
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info rnnattn/*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build dist *.egg-info rnnattn/native/*.so .pytest_cache .mypy_cache .ruff_cache

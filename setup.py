@@ -7,7 +7,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 SOURCES = ["module", "avx512", "avx2", "baseline"]
-FOLDER = Path("rnnattn/_native")
+FOLDER = Path("rnnattn/native/src")
 
 
 def extensions():
@@ -18,7 +18,7 @@ def extensions():
         return []
     return [
         Extension(
-            "rnnattn._kernels",
+            "rnnattn.native.kernels",
             [str(FOLDER / f"{name}.cc") for name in SOURCES],
             include_dirs=[str(Path(jaxlib.submodule_search_locations[0], "include"))],
             extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden", "-g0"],

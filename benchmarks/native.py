@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rnnattn
 from benchmarks import attention, lstm, timing
 from rnnattn import interop, native
+from rnnattn.native import dispatch
 
 PACKAGES = ["jax", "jaxlib", "numpy", "torch"]
 
@@ -160,7 +161,7 @@ def measure_cores(rounds, T=8192) -> dict[str, Any]:
     shape = attention.Shape(1, T, 1, 64)
     problem = attention.make_problem(shape, dtype="float32")
     programs = {"ours": attention.ours(problem)["gradient"]}
-    with mock.patch.object(native, "_threads", 1):
+    with mock.patch.object(dispatch, "threads", 1):
         jax.clear_caches()
         programs["ours, one thread"] = attention.ours(problem)["gradient"]
     try:
@@ -207,14 +208,14 @@ def measure_cost(rounds) -> dict[str, Any]:
     imports, loads = [], []
     for _ in range(rounds):
         log = _python("-X", "importtime", "-c", "import rnnattn").stderr
-        own = re.findall(r"import time:\s+(\d+) \|\s+\d+ \|\s+rnnattn\.native\w*$", log, re.M)
+        own = re.findall(r"import time:\s+(\d+) \|\s+\d+ \|\s+rnnattn\.native[\w.]*$", log, re.M)
         imports.append(sum(map(int, own)) / 1e3)
         code = (
             "import time, rnnattn.native, jax; jax.devices(); t = time.perf_counter();"
             "rnnattn.native.status(); print(1e3 * (time.perf_counter() - t))"
         )
         loads.append(float(_python("-c", code).stdout))
-    import rnnattn._kernels as kernels
+    from rnnattn.native import kernels
 
     return {
         "import_milliseconds": float(np.median(imports)),

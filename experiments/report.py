@@ -193,7 +193,7 @@ def _run(name: str, module: Any, config: Any, output: Path) -> Path:
 def run_key(name: str, module: Any, config: Any) -> str:
     """A hash of all that decides a result: config, sources and versions."""
     digest = hashlib.sha256(tomli_w.dumps(to_table(name, config)).encode())
-    kernels = sorted((ROOT / "rnnattn" / "_native").glob("*"))
+    kernels = sorted((ROOT / "rnnattn" / "native" / "src").glob("*"))
     for path in [*sources(Path(module.__file__)), *kernels]:
         digest.update(f"\0{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     digest.update(json.dumps(runs.surroundings()["versions"], sort_keys=True).encode())

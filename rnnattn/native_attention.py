@@ -1,6 +1,6 @@
-"""The native schedule of attention on a CPU: the kernels of `rnnattn/_native/attention.inc`.
+"""The native schedule of attention on a CPU: the kernels of `rnnattn/native/src/attention.inc`.
 
-Elsewhere, and for derivatives beyond the first (`rnnattn.native.dispatched`), a schedule on XLA
+Elsewhere, and for derivatives beyond the first (`rnnattn.native.dispatch`), a schedule on XLA
 runs, which is the first argument of `forward` and `backward`.
 """
 
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import rnnattn.native as native
+import rnnattn.native.dispatch as dispatch
 from rnnattn.scores import (
     Operands,
     hide,
@@ -96,7 +96,7 @@ def _call(name, options, operands, masking, others, results):
         left=side(left),
         right=side(right),
         soft_cap=np.float32(options.soft_cap or 0),
-        **native.how(),
+        **dispatch.call_attributes(),
     )
 
 
@@ -204,14 +204,14 @@ def _backward_over_axis(static, trees, batched, size):
     return gradient._replace(scale=scale, bias=bias), 0
 
 
-_forward = native.dispatched(
+_forward = dispatch.dispatched(
     "rnnattn_attention",
     _forward_natively,
     _forward_on_xla,
     _forward_results,
     _forward_over_axis,
 )
-_backward = native.dispatched(
+_backward = dispatch.dispatched(
     "rnnattn_attention_gradient",
     _backward_natively,
     _backward_on_xla,

@@ -1,6 +1,6 @@
-"""The native schedule of the LSTM on a CPU: the kernels of `rnnattn/_native/lstm.inc`.
+"""The native schedule of the LSTM on a CPU: the kernels of `rnnattn/native/src/lstm.inc`.
 
-Elsewhere (`rnnattn.native.dispatched`), under `vmap` of weights, and for derivatives beyond the
+Elsewhere (`rnnattn.native.dispatch`), under `vmap` of weights, and for derivatives beyond the
 first, the schedule on XLA runs (`rnnattn.chunked`). Both leave the same for
 the gradient: y with c and a of every step, or with c alone, or the state before every chunk.
 """
@@ -15,6 +15,7 @@ from jaxtyping import Array
 
 import rnnattn.chunked as chunked
 import rnnattn.native as native
+import rnnattn.native.dispatch as dispatch
 from rnnattn.cell import LSTMParams, LSTMState, Variant, where
 from rnnattn.chunked import Steps
 
@@ -126,7 +127,7 @@ def _call(name, schedule, results, arrays, interval):
         *(given(x, jnp.float32) for x in others),
         reverse=schedule.reverse,
         interval=np.int64(interval),
-        **native.how(),
+        **dispatch.call_attributes(),
     )
     return [None if like is None else x for x, like in zip(made, results, strict=True)]
 
@@ -207,10 +208,10 @@ def _backward_over_axis(schedule, trees, batched, size):
     return _over_axis_on_xla(_backward_on_xla, schedule, trees, batched)
 
 
-_forward = native.dispatched(
+_forward = dispatch.dispatched(
     "rnnattn_lstm", _forward_natively, _forward_on_xla, _forward_results, _forward_over_axis
 )
-_backward = native.dispatched(
+_backward = dispatch.dispatched(
     "rnnattn_lstm_gradient",
     _backward_natively,
     _backward_on_xla,

@@ -113,7 +113,7 @@ def probe():
     import rnnattn
     from rnnattn import native
 
-    kernels = import_module("rnnattn._kernels")
+    kernels = import_module("rnnattn.native.kernels")
     assert not Path(rnnattn.__file__).is_relative_to(ROOT)
     assert jnp.ones(3).sum() == 3  # JAX itself
     status, built, runs = native.status(), kernels.ffi_version(), native.ffi_version()

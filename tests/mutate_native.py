@@ -22,7 +22,7 @@ from typing import NamedTuple
 import jaxlib
 
 ROOT = Path(__file__).resolve().parent.parent
-NATIVE = Path("rnnattn/_native")
+NATIVE = Path("rnnattn/native/src")
 # Tests, and which of them compare.
 COMPARING = "twin or feature or sizes or several_blocks or window_and or bias_that_is or hidden"
 LSTM = ("tests/test_native_lstm.py", COMPARING)
@@ -117,7 +117,7 @@ def noticed(mutant: Mutant | None, folder: Path, tests: tuple[str, str]) -> str 
         (folder / NATIVE / mutant.file).write_text("\n".join(lines) + "\n")
     try:
         objects = [str(NATIVE / "baseline.cc"), "module.o", "none.o"]
-        if compiler(folder, "-shared", *objects, "-o", "rnnattn/_kernels.abi3.so").returncode:
+        if compiler(folder, "-shared", *objects, "-o", "rnnattn/native/kernels.abi3.so").returncode:
             return "the compiler"
         file, which = tests
         pytest = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", file, "-k", which]

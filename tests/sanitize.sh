@@ -11,7 +11,7 @@ rm -rf build/sanitized
 mkdir -p build/sanitized
 cp -r rnnattn tests conftest.py pyproject.toml setup.py build/sanitized
 cd build/sanitized
-rm -f rnnattn/*.so
+rm -f rnnattn/native/*.so
 sed -i s/-O3/-O1/ setup.py  # or it compiles for minutes
 export CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g"
 export CXXFLAGS="$CFLAGS" LDFLAGS="-fsanitize=address,undefined"

@@ -33,7 +33,7 @@ ALLOWED = {
     "cell": {"rnnattn.precision"},
     "chunked": {"rnnattn.cell", "rnnattn.precision"},
     "dense": {"rnnattn.scores"},
-    "native": {"os", "pathlib", "re", "rnnattn._kernels"},
+    "native": {"os", "pathlib", "re", "rnnattn.native"},
     "native_attention": {"rnnattn.native", "rnnattn.scores"},
     "native_lstm": {"rnnattn.cell", "rnnattn.chunked", "rnnattn.native"},
     "parallel": {

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 
 from rnnattn import attention, dot_product_attention, native, reference
 from rnnattn.attention import dot_product_attention_jvp
+from rnnattn.native import dispatch, load
 from tests.attention_cases import (
     Sizes,
     assert_same,
@@ -30,7 +31,7 @@ from tests.attention_cases import (
 from tests.test_attention import VARIANTS, _filled, drawn
 
 examples = partial(settings, deadline=None, derandomize=True)
-SETS = list(native._load()[1])
+SETS = list(load.found()[1])
 NATIVE: dict[str, Any] = {"implementation": "native"}
 TOLERANCE = 1e-5
 
@@ -57,13 +58,13 @@ def assert_native_is_right(case, **options):
 
 def set_how(monkeypatch, **how):
     for name, value in how.items():
-        monkeypatch.setattr(native, name, value)
+        monkeypatch.setattr(dispatch, name, value)
     cast(Any, attention._run).clear_cache()
 
 
 @pytest.fixture(params=SETS)
 def instruction_set(request, monkeypatch):
-    set_how(monkeypatch, _instruction_set=request.param)
+    set_how(monkeypatch, instruction_set=request.param)
     yield request.param
     cast(Any, attention._run).clear_cache()
 
@@ -148,7 +149,7 @@ def test_any_number_of_threads_gives_the_same_bits(monkeypatch):
     ):
         results = []
         for threads in (1, 0):
-            set_how(monkeypatch, _threads=threads)
+            set_how(monkeypatch, threads=threads)
             results.append(value_and_gradients(narrow(case), dot_product_attention, **NATIVE))
         jax.tree.map(np.testing.assert_array_equal, *results)
 
@@ -296,7 +297,7 @@ def test_wrong_shapes_are_errors_of_the_call():
             "left": np.int64(-1),
             "right": np.int64(-1),
             "soft_cap": f32(0),
-            **native.how(),
+            **dispatch.call_attributes(),
             **attributes,
         }
         return jax.ffi.ffi_call("rnnattn.attention_forward.v1", results)(*arguments, **options)
@@ -320,23 +321,23 @@ def test_wrong_shapes_are_errors_of_the_call():
 @pytest.fixture
 def fresh():
     """`status` as in a new process, in the test and after it."""
-    native._load.cache_clear()
+    load.found.cache_clear()
     yield
-    native._load.cache_clear()
+    load.found.cache_clear()
 
 
 def test_status_and_the_environment_variable(monkeypatch, fresh):
     monkeypatch.delenv("RNNATTN_NATIVE", raising=False)
     assert native.status() == (True, SETS[0], None)
     for name in SETS:
-        native._load.cache_clear()
+        load.found.cache_clear()
         monkeypatch.setenv("RNNATTN_NATIVE", name)
         assert native.status() == (True, name, None)
-    native._load.cache_clear()
+    load.found.cache_clear()
     monkeypatch.setenv("RNNATTN_NATIVE", "sse")
     with pytest.raises(ValueError, match=rf"RNNATTN_NATIVE: expected one of '{SETS[0]}'.*'sse'"):
         native.status()
-    native._load.cache_clear()
+    load.found.cache_clear()
     monkeypatch.setenv("RNNATTN_NATIVE", "off")
     assert native.status() == (False, None, "RNNATTN_NATIVE is 'off'")
     case = narrow(make_case())
@@ -347,7 +348,7 @@ def test_status_and_the_environment_variable(monkeypatch, fresh):
 
 def test_where_jaxlib_registers_by_another_name(monkeypatch, fresh):
     monkeypatch.delenv("RNNATTN_NATIVE", raising=False)
-    monkeypatch.setattr(native, "xla_client", None)
+    monkeypatch.setattr(load, "xla_client", None)
     assert native.status() == (True, SETS[0], None)
 
 
@@ -355,7 +356,7 @@ def test_without_the_extension(monkeypatch, fresh):
     def missing(name):
         raise ImportError(f"No module named {name!r}")
 
-    monkeypatch.setattr(native, "import_module", missing)
+    monkeypatch.setattr(load, "import_module", missing)
     assert native.status().available is False
-    assert "No module named 'rnnattn._kernels'" in (native.status().reason or "")
+    assert "No module named 'rnnattn.native.kernels'" in (native.status().reason or "")
     outputs(narrow(make_case()), dot_product_attention)

@@ -20,8 +20,8 @@ from rnnattn import native
 ROOT = Path(__file__).resolve().parent.parent
 MAJOR, MINOR = native.ffi_version()
 
-# A module `rnnattn._kernels` with one handler. XLA asks a handler for its version through a frame
-# that it fills in; the offsets are those of the structs in xla/ffi/api/c_api.h.
+# A module `rnnattn.native.kernels` with one handler. XLA asks a handler for its version through a
+# frame that it fills in; the offsets are those of the structs in xla/ffi/api/c_api.h.
 FAKE = """
 import ctypes, sys, types
 
@@ -38,11 +38,11 @@ def handler(frame):
 capsule = ctypes.pythonapi.PyCapsule_New
 capsule.restype = ctypes.py_object
 capsule.argtypes = [ctypes.c_void_p] * 3
-fake = types.ModuleType("rnnattn._kernels")
+fake = types.ModuleType("rnnattn.native.kernels")
 fake.ffi_version = lambda: version
 fake.instruction_sets = lambda: {{"baseline": 2}}
 fake.targets = lambda: {{"fake": capsule(ctypes.cast(handler, ctypes.c_void_p), None, None)}}
-sys.modules["rnnattn._kernels"] = fake
+sys.modules["rnnattn.native.kernels"] = fake
 """
 # The header is missing, as where somebody else packed jaxlib.
 NO_HEADERS = "import jax; jax.ffi.include_dir = lambda: '/nowhere'\n"
@@ -102,7 +102,7 @@ def test_an_extension_that_does_not_load(error):
 import sys
 class Finder:
     def find_spec(name, path, target=None):
-        if name == "rnnattn._kernels":
+        if name == "rnnattn.native.kernels":
             raise {error}
 sys.meta_path.insert(0, Finder)
 """
@@ -112,14 +112,16 @@ sys.meta_path.insert(0, Finder)
 
 
 def test_an_extension_of_an_earlier_rnnattn():
-    code = "import sys, types; sys.modules['rnnattn._kernels'] = types.ModuleType('_kernels')\n"
+    code = (
+        "import sys, types; sys.modules['rnnattn.native.kernels'] = types.ModuleType('kernels')\n"
+    )
     available, reason = json.loads(run(code + USE))
     assert not available
     assert "ffi_version" in reason
 
 
 def test_no_extension():
-    code = "import sys; sys.modules['rnnattn._kernels'] = None\n"
+    code = "import sys; sys.modules['rnnattn.native.kernels'] = None\n"
     available, reason = json.loads(run(code + USE))
     assert not available
     assert "C++ compiler" in reason
@@ -132,7 +134,7 @@ def test_a_wrong_variable_is_an_error_where_kernels_are_asked_for():
 
 
 def test_off_leaves_the_extension_alone():
-    code = USE + "import sys; assert 'rnnattn._kernels' not in sys.modules"
+    code = USE + "import sys; assert 'rnnattn.native.kernels' not in sys.modules"
     assert json.loads(run(code, RNNATTN_NATIVE="off")) == [False, "RNNATTN_NATIVE is 'off'"]
 
 
@@ -199,9 +201,9 @@ def build(tmp_path):
 
 def test_a_build_without_a_compiler(build):
     log, folder = build("bdist_wheel")
-    assert 'building extension "rnnattn._kernels" failed' in log
+    assert 'building extension "rnnattn.native.kernels" failed' in log
     (wheel,) = folder.glob("dist/*.whl")
-    assert "rnnattn/native.py" in zipfile.ZipFile(wheel).namelist()
+    assert "rnnattn/native/load.py" in zipfile.ZipFile(wheel).namelist()
 
 
 def test_a_build_without_jaxlib(build):

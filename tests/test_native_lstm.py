@@ -16,9 +16,10 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from rnnattn import LSTMState, init_lstm, lstm, lstm_step, native, recurrent, reference
+from rnnattn.native import dispatch, load
 from tests.lstm_cases import Case, assert_close, make_case, relative_error, value_and_gradients
 
-SETS = list(native._load()[1])
+SETS = list(load.found()[1])
 TOLERANCE = 1e-5
 
 pytestmark = pytest.mark.skipif(not SETS, reason=f"no kernels: {native.status().reason}")
@@ -36,13 +37,13 @@ def wide(tree):
 
 def set_how(monkeypatch, **how):
     for name, value in how.items():
-        monkeypatch.setattr(native, name, value)
+        monkeypatch.setattr(dispatch, name, value)
     cast(Any, recurrent._run).clear_cache()
 
 
 @pytest.fixture(params=SETS)
 def instruction_set(request, monkeypatch):
-    set_how(monkeypatch, _instruction_set=request.param)
+    set_how(monkeypatch, instruction_set=request.param)
     yield request.param
     cast(Any, recurrent._run).clear_cache()
 
@@ -153,7 +154,7 @@ def test_any_number_of_threads_gives_the_same_bits(monkeypatch):
         run = partial(native_lstm, residuals=residuals, **options)
         results = []
         for threads in (1, 2, 0):
-            set_how(monkeypatch, _threads=threads)
+            set_how(monkeypatch, threads=threads)
             results.append(value_and_gradients(run, case))
         for other in results[1:]:
             jax.tree.map(np.testing.assert_array_equal, results[0], other)
@@ -291,7 +292,7 @@ def test_a_kernel_refuses_a_wrong_shape(wrong):
     flags = ("valid", "fresh")
     arrays = [jnp.ones(s, bool if name in flags else jnp.float32) for name, s in shapes.items()]
     call = jax.ffi.ffi_call("rnnattn.lstm_forward.v1", results)
-    options = {"reverse": False, "interval": np.int64(0), **native.how()}
+    options = {"reverse": False, "interval": np.int64(0), **dispatch.call_attributes()}
     named = {"x": "w_x"}.get(wrong, wrong)  # the width of x is what w_x is held against
     with pytest.raises(jax.errors.JaxRuntimeError, match=f"rnnattn: {named}: another shape"):
         jax.block_until_ready(jax.jit(partial(call, **options))(*arrays))
@@ -304,7 +305,7 @@ def test_a_kernel_refuses_another_dtype():
     results += [jax.ShapeDtypeStruct((0,), jnp.float32)] * 4
     call = jax.ffi.ffi_call("rnnattn.lstm_forward.v1", results)
     no_masks = [jnp.zeros(0, bool)] * 2
-    options = {"reverse": False, "interval": np.int64(0), **native.how()}
+    options = {"reverse": False, "interval": np.int64(0), **dispatch.call_attributes()}
     run = jax.jit(partial(call, **options))
     with pytest.raises(jax.errors.JaxRuntimeError, match="rnnattn: x: another dtype"):
         jax.block_until_ready(run(case.x, *narrow(case.params)[:3], *state, *no_masks))

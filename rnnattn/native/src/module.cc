@@ -1,4 +1,4 @@
-// The module rnnattn._kernels: what XLA calls, and which instruction sets run here.
+// The module rnnattn.native.kernels: what XLA calls, and which instruction sets run here.
 //
 // A handler checks what it is given and fills in the arguments of a kernel; what is off comes back
 // as an error of XLA.
@@ -362,10 +362,10 @@ PyMethodDef methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 PyModuleDef_Slot slots[] = {{0, nullptr}};
-PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_kernels", nullptr, 0, methods, slots,
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "kernels", nullptr, 0, methods, slots,
                           nullptr, nullptr, nullptr};
 
 }  // namespace
 }  // namespace rnnattn
 
-PyMODINIT_FUNC PyInit__kernels() { return PyModuleDef_Init(&rnnattn::definition); }
+PyMODINIT_FUNC PyInit_kernels() { return PyModuleDef_Init(&rnnattn::definition); }
