@@ -1,0 +1,74 @@
+"""The checks of arguments: each a `ValueError` that names function, argument, expected and got.
+
+    check = Check("lstm")
+    check.integers("lengths", lengths)
+    check(clip is None or clip > 0, "clip", "positive or None", clip)
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+
+class Check(NamedTuple):
+    """What the arguments of one function have to be; arrays may be JAX's, NumPy's or numbers."""
+
+    function: str
+
+    def __call__(self, holds: Any, name: str, expected: str, got: Any) -> None:
+        if not holds:
+            raise ValueError(f"{self.function}: `{name}` must be {expected}, got {got}")
+
+    def axes(self, name: str, x: Any, axes: str) -> None:
+        """As many axes as `axes` names, such as "(B, T, D)"."""
+        self(jnp.ndim(x) == axes.count(",") + 1, name, f"of shape {axes}", jnp.shape(x))
+
+    def shape(self, name: str, x: Any, shape: tuple[int, ...], axes: str) -> None:
+        """The shape, of which `axes` tells the meaning."""
+        self(jnp.shape(x) == shape, name, f"of shape {axes} = {shape}", jnp.shape(x))
+
+    def floating(self, name: str, x: Any) -> None:
+        self._kind(name, x, jnp.floating, "of a floating dtype")
+
+    def integers(self, name: str, x: Any) -> None:
+        self._kind(name, x, jnp.integer, "of integers")
+
+    def booleans(self, name: str, x: Any) -> None:
+        self._kind(name, x, jnp.bool_, "of dtype bool")
+
+    def _kind(self, name, x, kind, expected):
+        dtype = jnp.result_type(x)
+        self(jnp.issubdtype(dtype, kind), name, expected, dtype.name)
+
+    def dtype_of(self, name: str, x: Any, other: str, like: Any) -> None:
+        """The dtype of another argument."""
+        dtype, wanted = jnp.result_type(x), jnp.result_type(like)
+        self(dtype == wanted, name, f"of the dtype of `{other}`, {wanted.name}", dtype.name)
+
+    def float_dtype(self, name: str, dtype: Any) -> None:
+        """A dtype for a result."""
+        floating = jnp.issubdtype(dtype, jnp.floating)
+        self(floating, name, "a floating dtype", jnp.dtype(dtype).name)
+
+    def one_of(self, name: str, value: Any, names: Iterable[Any]) -> None:
+        """A word, or None where that is among the names."""
+        *others, last = map(repr, names)
+        self(value in names, name, f"{', '.join(others)} or {last}", repr(value))
+
+    def share(self, name: str, rate: Any) -> None:
+        """A rate of dropout."""
+        holds = isinstance(rate, int | float) and 0 <= rate < 1
+        self(holds, name, "a number in [0, 1)", repr(rate))
+
+    def served(self, implementation: str, unserved: list[str]) -> None:
+        """An implementation that is asked for by name, and what of the call it cannot serve."""
+        if unserved:
+            raise ValueError(
+                f"{self.function}: `implementation={implementation!r}` cannot serve "
+                f"{' or '.join(unserved)}; 'xla' can"
+            )
+
+
+def those_that_hold(reasons: Mapping[str, Any]) -> list[str]:
+    return [reason for reason, holds in reasons.items() if holds]
