@@ -141,6 +141,15 @@ def test_the_gradient_of_a_bias_that_is_shared(shape):
     assert_native_is_right(make_case(sizes, bias=shape, logits_soft_cap=1.5, is_causal=True))
 
 
+MASKS = [(1, 1, 1, 1), (3, 1, 70, 1), (1, 4, 1, 300), (70, 300)]
+
+
+@pytest.mark.parametrize("shape", MASKS, ids=str)
+def test_a_mask_that_is_shared_by_several_blocks(shape):
+    """Along the keys as well: then it shows and hides whole rows."""
+    assert_native_is_right(make_case(Sizes(3, 70, 300, 4, 2, 4, 4), mask=shape))
+
+
 def test_any_number_of_threads_gives_the_same_bits(monkeypatch):
     """Also where the keys of one head are shared out, and with a bias that heads share."""
     for case in (
