@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import rnnattn
 from benchmarks import timing
-from rnnattn import attention, blockwise, native
+from rnnattn import native
+from rnnattn.attention import blockwise, xla
 
 
 class Shape(NamedTuple):
@@ -106,7 +107,7 @@ def ours(problem: Problem, implementation=None) -> timing.Programs:
 
 
 def ours_jvp(problem: Problem) -> timing.Programs:
-    apply = partial(attention.dot_product_attention_jvp, **problem.shape.options)
+    apply = partial(rnnattn.attention.dot_product_attention_jvp, **problem.shape.options)
     return jax_programs(apply, problem)
 
 
@@ -266,7 +267,7 @@ def measure_memory(dtype) -> dict[str, Any]:
 
     functions: dict[str, Callable] = {
         "ours": rnnattn.dot_product_attention,
-        "ours, jvp": attention.dot_product_attention_jvp,
+        "ours, jvp": rnnattn.attention.dot_product_attention_jvp,
         "jax.nn": jax.nn.dot_product_attention,
     }
     gradients: dict[str, dict[str, dict[int, float]]] = {}
@@ -314,7 +315,7 @@ def print_memory(memory):
 # ---- how the schedule is chosen ---------------------------------------------------------------
 
 BLOCKS = [(256, 256), (256, 512), (512, 256), (512, 512), (512, 1024), (1024, 256), (1024, 512)]
-BLOCK_NAMES = {"forward": "_FORWARD_BLOCK", "gradient": "_BACKWARD_BLOCK"}
+BLOCK_NAMES = {"forward": "FORWARD_BLOCK", "gradient": "BACKWARD_BLOCK"}
 
 
 def measure_choice(rounds, dtype) -> dict[str, Any]:
@@ -340,7 +341,7 @@ def measure_choice(rounds, dtype) -> dict[str, Any]:
             as_it_is = times[str(present[kind])]
             row[kind] = {s: timing.ratio(as_it_is, each)._asdict() for s, each in times.items()}
         blocks.append(row)
-    numbers = {"dense_logits": attention._DENSE_LOGITS, "blocks": present}
+    numbers = {"dense_logits": xla.DENSE_LOGITS, "blocks": present}
     return {"present": numbers, "schedules": schedules, "blocks": blocks}
 
 

@@ -2,7 +2,6 @@
 
 from rnnattn import interop, reference
 from rnnattn.attention import KVCache, dot_product_attention, update_cache
-from rnnattn.cell import LSTMParams, LSTMState
 from rnnattn.patches import (
     conv_stem,
     crop_and_pad,
@@ -24,7 +23,15 @@ from rnnattn.position import (
     shift_matrix,
     sinusoids,
 )
-from rnnattn.recurrent import bidirectional_lstm, init_lstm, lstm, lstm_step, stacked_lstm
+from rnnattn.recurrent import (
+    LSTMParams,
+    LSTMState,
+    bidirectional_lstm,
+    init_lstm,
+    lstm,
+    lstm_step,
+    stacked_lstm,
+)
 
 __all__ = [
     "KVCache",

@@ -1,8 +1,8 @@
 """The checks of arguments: each a `ValueError` that names function, argument, expected and got.
 
-    check = Check("lstm")
-    check.integers("lengths", lengths)
-    check(clip is None or clip > 0, "clip", "positive or None", clip)
+check = Check("lstm")
+check.integers("lengths", lengths)
+check(clip is None or clip > 0, "clip", "positive or None", clip)
 """
 
 from collections.abc import Iterable, Mapping

@@ -39,7 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from rnnattn.cell import LSTMParams
+from rnnattn.recurrent import LSTMParams
 
 
 def lstm_from_torch(

@@ -31,11 +31,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from rnnattn.attention import KVCache, dot_product_attention, update_cache
-from rnnattn.cell import LSTMParams, LSTMState
 from rnnattn.patches import conv_stem, patchify, resample_grid, token_mask
 from rnnattn.position import rope as rotate, rope_2d, sinusoids
 from rnnattn.precision import accumulator
-from rnnattn.recurrent import init_lstm, lstm_step, stacked_lstm
+from rnnattn.recurrent import LSTMParams, LSTMState, init_lstm, lstm_step, stacked_lstm
 
 # ---- the LSTM ---------------------------------------------------------------------------------
 

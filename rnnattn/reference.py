@@ -12,19 +12,28 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, Real
 
-from rnnattn.attention import _call, _plain, _sorted
-from rnnattn.cell import LSTMParams, LSTMState, Variant, advance, dot, halve_params, where
+from rnnattn.attention.api import call
+from rnnattn.attention.arguments import sorted_arguments
+from rnnattn.attention.rule import plain
+from rnnattn.attention.xla import DENSE
 from rnnattn.position import Scaling, _Options, _rope, _rope_2d, _rope_mixed, _rotate_plain
-from rnnattn.recurrent import (
-    _as_given,
-    _both_directions,
-    _check_array,
-    _check_sequence,
-    _Dropout,
-    _full_state,
-    _stack,
-    _steps,
+from rnnattn.recurrent.arguments import (
+    as_given,
+    check_sequence,
+    check_step,
+    full_state,
+    time_major_steps,
 )
+from rnnattn.recurrent.equations import (
+    LSTMParams,
+    LSTMState,
+    Variant,
+    advance,
+    dot,
+    halve_params,
+    select,
+)
+from rnnattn.recurrent.stack import Dropout, both_directions, stack
 
 
 def lstm(
@@ -50,7 +59,7 @@ def lstm(
         >>> dy.shape
         (2, 7, 5)
     """
-    _check_sequence("reference.lstm", params, x, state, lengths, resets, time_major, clip)
+    check_sequence("reference.lstm", params, x, state, lengths, resets, time_major, clip)
     if not time_major:
         x = jnp.swapaxes(x, 0, 1)
         resets = None if resets is None else jnp.swapaxes(resets, 0, 1)
@@ -58,14 +67,14 @@ def lstm(
 
     def step(state, inputs):
         x, valid, fresh = inputs
-        from_x = dot(where(valid, x, 0), halved.w_x) + halved.b[None]
+        from_x = dot(select(valid, x, 0), halved.w_x) + halved.b[None]
         preactivate = lambda h: from_x + dot(h, halved.w_h)
         state, _ = advance(halved, preactivate, state, valid, fresh, variant)
-        return state, where(valid, state.h, 0)
+        return state, select(valid, state.h, 0)
 
-    steps = _steps(x, lengths, resets, reverse)
-    final, y = lax.scan(step, _full_state(params, state, x.shape[1]), steps, reverse=reverse)
-    return (y if time_major else jnp.swapaxes(y, 0, 1)), _as_given(final, state)
+    steps = time_major_steps(x, lengths, resets, reverse)
+    final, y = lax.scan(step, full_state(params, state, x.shape[1]), steps, reverse=reverse)
+    return (y if time_major else jnp.swapaxes(y, 0, 1)), as_given(final, state)
 
 
 def lstm_step(
@@ -80,7 +89,7 @@ def lstm_step(
 
     Gradient: JAX's own, in every mode.
     """
-    _check_array("reference.lstm_step", "x", x, "(B, D)")
+    check_step("reference.lstm_step", params, x, state, clip)
     return lstm(params, x[None], state, time_major=True, clip=clip, coupled=coupled)[1]
 
 
@@ -95,7 +104,7 @@ def bidirectional_lstm(
 
     Gradient: JAX's own, in every mode.
     """
-    return _both_directions(lstm, (forward, backward), x, states, options)
+    return both_directions(lstm, (forward, backward), x, states, options)
 
 
 def stacked_lstm(
@@ -113,8 +122,8 @@ def stacked_lstm(
 
     Gradient: JAX's own, in every mode.
     """
-    dropout = _Dropout(dropout_rate, dropout_key, variational)
-    return _stack(lstm, layers, x, states, dropout, {"time_major": time_major, **options})
+    dropout = Dropout(dropout_rate, dropout_key, variational)
+    return stack(lstm, layers, x, states, dropout, {"time_major": time_major, **options})
 
 
 def dot_product_attention(
@@ -133,8 +142,8 @@ def dot_product_attention(
         >>> dot_product_attention(q, k, v, is_causal=True).shape
         (2, 5, 4, 8)
     """
-    arrays, settings = _sorted(query, key, value, bias, mask, **options)
-    return _call("reference.dot_product_attention", _plain, arrays, settings)
+    arguments = sorted_arguments(query, key, value, bias, mask, **options)
+    return call("reference.dot_product_attention", plain, *arguments, schedule=DENSE)
 
 
 def rope(

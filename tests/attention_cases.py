@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rnnattn import attention, blockwise, scores
+from rnnattn.attention import api, blockwise, dropout
 from rnnattn.precision import accumulator
 
 # Small problems run for microseconds and compile for seconds.
@@ -157,11 +157,11 @@ def assert_gradient(loss, arguments, rtol=1e-7):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Several blocks in a problem of a few rows; nothing traced with other sizes is used again."""
-    monkeypatch.setattr(blockwise, "_FORWARD_BLOCK", (4, 4))
-    monkeypatch.setattr(blockwise, "_BACKWARD_BLOCK", (4, 3))
+    monkeypatch.setattr(blockwise, "FORWARD_BLOCK", (4, 4))
+    monkeypatch.setattr(blockwise, "BACKWARD_BLOCK", (4, 3))
     monkeypatch.setattr(blockwise, "_TANGENT_LOGITS", 96)
     monkeypatch.setattr(blockwise, "_LEAST_TANGENT_BLOCK", 3)
-    monkeypatch.setattr(scores, "_TILE", 4)
-    cast(Any, attention._run).clear_cache()
+    monkeypatch.setattr(dropout, "_TILE", 4)
+    cast(Any, api._run_attention).clear_cache()
     yield
-    cast(Any, attention._run).clear_cache()
+    cast(Any, api._run_attention).clear_cache()

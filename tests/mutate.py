@@ -28,17 +28,14 @@ from jax.custom_derivatives import SymbolicZero
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run this file as a script
 
-from rnnattn import (
-    attention,
-    blockwise,
-    cell,
-    chunked,
-    dense,
-    position,
-    recurrent,
-    reference,
-    scores,
-)
+from rnnattn import position, reference
+from rnnattn.attention import blockwise, dense, equations as attention, rule
+from rnnattn.attention.arguments import Arrays, problem
+from rnnattn.attention.problem import Masking, Operands, Options, Schedule
+from rnnattn.attention.xla import heads_first
+from rnnattn.recurrent import chunked, equations as lstm, rule as lstm_rule
+from rnnattn.recurrent.arguments import time_major_steps
+from rnnattn.recurrent.problem import Options as LSTMOptions
 from tests.lstm_cases import assert_close, make_case, value_and_gradients
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -190,14 +187,16 @@ def _lstm_problem(
         coupled=coupled,
     )
     _, expected = value_and_gradients(twin, case)
-    schedule = chunked.Schedule(reverse, residuals, chunked.Variant(clip, coupled))
+    options = LSTMOptions(reverse, residuals, lstm.Variant(clip, coupled))
     x = case.x if unread is None else jnp.where(unread[..., None], jnp.nan, case.x)
-    steps = recurrent._steps(x, lengths, resets, reverse)
-    _, kept = chunked._sequence_fwd(schedule, case.params, case.state, steps)
+    steps = time_major_steps(x, lengths, resets, reverse)
+    schedule = chunked.CHUNKED
+    _, kept = lstm_rule._sequence_fwd(schedule, options, case.params, case.state, steps)
 
     def run():
         with jax.disable_jit():  # many steps of few kinds: faster than to compile them
-            dparams, dstate, dsteps = chunked._sequence_bwd(schedule, kept, case.cotangents)
+            bwd = lstm_rule._sequence_bwd
+            dparams, dstate, dsteps = bwd(schedule, options, kept, case.cotangents)
         return dparams, dsteps.x, dstate
 
     return Problem(run, expected)
@@ -242,23 +241,24 @@ def lstm_problems() -> list[Problem]:
 class _Case(NamedTuple):
     """Operands, and a direction and a cotangent to differentiate with."""
 
-    options: scores.Options
-    operands: scores.Operands
-    masking: scores.Masking
-    tangents: scores.Operands
+    options: Options
+    operands: Operands
+    masking: Masking
+    tangents: Operands
     do: jax.Array
     dlse: jax.Array
     blind: int | None  # the query that sees nothing, if there is one
 
     def twin(self, operands):
         """O and L as `reference.dot_product_attention` has them."""
-        return attention._plain(None, self.options, operands, self.masking)
+        return dense.forward(self.options, operands, self.masking)
 
 
-def _case(seed, options, arrays: Callable[[Callable], attention._Arrays], blind=None):
+def _case(seed, options, arrays: Callable[[Callable], Arrays], blind=None):
     rng = np.random.default_rng(seed)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape))
-    operands, masking = attention._problem(options, arrays(draw))
+    operands, masking = problem(options, arrays(draw))
+    operands = heads_first(operands)
     tangents = jax.tree.map(lambda x: draw(*x.shape), operands)
     *rows, _ = operands.query.shape
     do, dlse = draw(*rows, operands.value.shape[-1]), draw(*rows)
@@ -273,7 +273,7 @@ def _everything() -> _Case:
     """
     B, T, S, N, M, K, V = 2, 5, 7, 4, 2, 3, 2
     mask = jnp.arange(B * T * S).reshape(B, 1, T, S) % 5 > 0
-    arrays = lambda draw: attention._Arrays(
+    arrays = lambda draw: Arrays(
         query=draw(B, T, N, K),
         key=draw(B, S, M, K),
         value=draw(B, S, M, V),
@@ -286,7 +286,7 @@ def _everything() -> _Case:
         sinks=draw(N).at[1].set(-jnp.inf),
         dropout_key=jax.random.key(0),
     )
-    return _case(0, scores.Options(True, (4, None), 1.5, 0.3), arrays, blind=1)
+    return _case(0, Options(True, (4, None), 1.5, 0.3), arrays, blind=1)
 
 
 @cache
@@ -294,24 +294,24 @@ def _little() -> _Case:
     """A bias that the queries share, and a key that none of them sees."""
     B, T, S, N, K = 2, 4, 6, 2, 3
     mask = jnp.arange(S) != 2
-    arrays = lambda draw: attention._Arrays(
+    arrays = lambda draw: Arrays(
         draw(B, T, N, K), draw(B, S, N, K), draw(B, S, N, K), draw(B, 1, 1, S), mask
     )
-    return _case(1, scores.Options(), arrays)
+    return _case(1, Options(), arrays)
 
 
 def _in_small_blocks(function, *args):
     """The results, from a program that is compiled for this call alone, and in a hurry."""
     hurry: Any = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     fresh = lambda *args: function(*args)  # nothing that was traced before is found again
-    sizes: dict[str, Any] = {"_FORWARD_BLOCK": (4, 4), "_BACKWARD_BLOCK": (4, 3)}
+    sizes: dict[str, Any] = {"FORWARD_BLOCK": (4, 4), "BACKWARD_BLOCK": (4, 3)}
     sizes |= {"_TANGENT_LOGITS": 64, "_LEAST_TANGENT_BLOCK": 3}
     with mock.patch.multiple(blockwise, **sizes):
         return jax.jit(fresh).lower(*args).compile(hurry)(*args)
 
 
 def _gradient_problem(case, backward, *, all_cotangents=True):
-    """The rule of `_attend`; with all cotangents, or none of L, and no gradient of bias and scale.
+    """The rule of `attend`; with all cotangents, or none of L, and no gradient of bias and scale.
 
     What comes back to a query that sees nothing is NaN for the rule alone.
     """
@@ -326,14 +326,14 @@ def _gradient_problem(case, backward, *, all_cotangents=True):
         dlse = SymbolicZero(jax.typeof(dlse))
         gradient = gradient._replace(bias=None, scale=None)
 
-    def rule(operands, results, do):
-        schedule = attention._Schedule(case.twin, backward)
+    def gradient_of(operands, results, do):
+        schedule = Schedule(heads_first, case.twin, backward, heads_first)
         asked = (jnp.zeros(int(all_cotangents), bool),) * 2
         residuals = (operands, case.masking, *results, asked)
-        return attention._attend_bwd(schedule, case.options, residuals, (do, dlse))[0]
+        return rule._attend_bwd(schedule, case.options, residuals, (do, dlse))[0]
 
     do = case.do if case.blind is None else case.do.at[:, :, :, case.blind].set(jnp.nan)
-    return Problem(lambda: _in_small_blocks(rule, case.operands, results, do), gradient)
+    return Problem(lambda: _in_small_blocks(gradient_of, case.operands, results, do), gradient)
 
 
 @cache
@@ -352,9 +352,10 @@ def blockwise_problems() -> list[Problem]:
 
     def together(options, operands, masking, o, lse, do, dlse):
         dbias = jnp.zeros_like(operands.bias) if options.bias_gradient else None
-        gradient = blockwise._backward(options, operands, masking, (o, lse), (do, dlse), dbias)
+        rows = ((o, lse), (do, dlse))
+        gradient = blockwise._backward_blocks(options, operands, masking, *rows, dbias)
         dq, dk, dv, dscale, dbias = gradient
-        return scores.Operands(dq, dk, dv, dscale, dbias)
+        return Operands(dq, dk, dv, dscale, dbias)
 
     return [
         _gradient_problem(_everything(), lambda *args: blockwise.backward(*args)),
@@ -367,12 +368,12 @@ def _tangent_problem(case):
     expected = lambda operands, tangents: jax.jvp(case.twin, (operands,), (tangents,))
     results, result_tangents = _in_small_blocks(expected, case.operands, case.tangents)
 
-    def rule(operands, results, tangents):
+    def tangent_of(operands, results, tangents):
         o, lse = results
         return blockwise._tangent(case.options, operands, case.masking, o, lse, tangents)
 
     arguments = case.operands, results, case.tangents
-    return Problem(lambda: _in_small_blocks(rule, *arguments), result_tangents)
+    return Problem(lambda: _in_small_blocks(tangent_of, *arguments), result_tangents)
 
 
 @cache
@@ -404,24 +405,26 @@ def rotary_problems() -> list[Problem]:
 
 # Each function, and the problems that its changes are tried on.
 FUNCTIONS: dict[Callable, Callable[[], list[Problem]]] = {
-    cell.slopes_of: lstm_problems,
-    cell.cell_gradient: lstm_problems,
-    cell.peephole_gradient: lstm_problems,
+    lstm.slopes_of: lstm_problems,
+    lstm.cell_gradient: lstm_problems,
+    lstm.peephole_gradient: lstm_problems,
     chunked._chunk_backward: lstm_problems,
-    chunked.steps_read: lstm_problems,
-    scores.weights: dense_problems,
-    scores.logits_gradient: dense_problems,
-    scores.cap_gradient: dense_problems,
-    scores.sinks_gradient: dense_problems,
-    scores.sink_weights: dense_problems,
-    scores.row_sums: dense_problems,
-    scores.sum_to: dense_problems,
-    scores.block_gradient: dense_problems,
+    lstm_rule.steps_read: lstm_problems,
+    attention.weights: dense_problems,
+    attention.logits_gradient: dense_problems,
+    attention.cap_gradient: dense_problems,
+    attention.sinks_gradient: dense_problems,
+    attention.sink_weights: dense_problems,
+    attention.row_sums: dense_problems,
+    attention.sum_to: dense_problems,
+    attention.block_gradient: dense_problems,
     dense.backward: dense_problems,
-    attention._attend_bwd: dense_problems,
-    blockwise._backward: blockwise_problems,
-    scores.block_tangent: tangent_problems,
-    scores.finish_tangent: tangent_problems,
+    rule._attend_bwd: dense_problems,
+    rule.instantiated: dense_problems,
+    rule.as_given: dense_problems,
+    blockwise._backward_blocks: blockwise_problems,
+    attention.block_tangent: tangent_problems,
+    attention.finish_tangent: tangent_problems,
     blockwise._tangent: tangent_problems,
     position._rotation: rotary_problems,
     position._rotate_bwd: rotary_problems,
@@ -432,18 +435,18 @@ _BLOCK = "max(int((_TANGENT_LOGITS / (o.shape[0] * o.shape[1])) ** 0.5), _LEAST_
 
 # Changes that change no gradient, and why.
 EQUIVALENT = {
-    ("cell.cell_gradient", "axis=-1 → axis=1"): "the arrays of one step have two axes",
+    ("equations.cell_gradient", "axis=-1 → axis=1"): "the arrays of one step have two axes",
     (
         "chunked._chunk_backward",
-        "where(steps.valid, z, 0) → where(steps.valid, z, 1)",
+        "select(steps.valid, z, 0) → select(steps.valid, z, 1)",
     ): "any finite number would do: dz is zero at steps that do not count",
     (
         "chunked._chunk_backward",
-        "where(steps.valid, trace.a, 0) → where(steps.valid, trace.a, 1)",
+        "select(steps.valid, trace.a, 0) → select(steps.valid, trace.a, 1)",
     ): "any finite number would do: dz is zero at steps that do not count",
     ("chunked._chunk_backward", "_unroll(x) → x"): "how many steps are in one turn of the loop",
     (
-        "blockwise._backward",
+        "blockwise._backward_blocks",
         "jnp.where(first_time[None, None, None], lse, -jnp.inf) → "
         "jnp.where(first_time[None, None, None], lse, jnp.inf)",
     ): "an L of either infinity makes the weights of a row zero",

@@ -16,15 +16,12 @@ from jax.sharding import AxisType, PartitionSpec as P
 
 from rnnattn import (
     KVCache,
-    attention,
-    blockwise,
     dot_product_attention,
     reference,
-    scores,
     update_cache,
 )
-from rnnattn.attention import dot_product_attention_jvp
-from rnnattn.scores import Masking, Options
+from rnnattn.attention import api, blockwise, dot_product_attention_jvp, dropout, xla
+from rnnattn.attention.problem import Masking, Operands, Options
 from tests.attention_cases import (
     Case,
     Sizes,
@@ -565,11 +562,11 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
 def test_every_schedule_drops_the_same_weights(impl, small_blocks, monkeypatch):  # noqa: F811
     """Blocks that begin within a tile or reach over several; keys whose bits `vmap` changes too."""
-    monkeypatch.setattr(scores, "_TILE", 8)
-    monkeypatch.setattr(blockwise, "_FORWARD_BLOCK", (7, 10))
-    monkeypatch.setattr(blockwise, "_BACKWARD_BLOCK", (5, 6))
+    monkeypatch.setattr(dropout, "_TILE", 8)
+    monkeypatch.setattr(blockwise, "FORWARD_BLOCK", (7, 10))
+    monkeypatch.setattr(blockwise, "BACKWARD_BLOCK", (5, 6))
     monkeypatch.setattr(blockwise, "_TANGENT_LOGITS", 200)
-    cast(Any, attention._run).clear_cache()
+    cast(Any, api._run_attention).clear_cache()
     sizes = Sizes(1, 11, 21, 2, 2, 2, 3)
     key = jax.random.key(0, impl=impl)
     case = make_case(sizes, dropout_rate=0.5, dropout_key=key)
@@ -610,14 +607,14 @@ def test_weights_are_those_applied_and_have_a_gradient():
 def ran(monkeypatch):
     """The schedules that run from now on, in order."""
     names: list[str] = []
-    for name in ("_DENSE", "_BLOCKWISE"):
-        schedule = getattr(attention, name)
+    for name in ("DENSE", "BLOCKWISE"):
+        schedule = getattr(xla, name)
 
         def forward(*args, name=name, schedule=schedule):
-            names.append(name[1:].lower())
+            names.append(name.lower())
             return schedule.forward(*args)
 
-        monkeypatch.setattr(attention, name, schedule._replace(forward=forward))
+        monkeypatch.setattr(xla, name, schedule._replace(forward=forward))
     return names
 
 
@@ -636,7 +633,7 @@ def test_the_schedule_is_chosen_by_the_size_of_a_head(ran):
     assert of(3, 4, implementation="blockwise") == ["blockwise"]
     assert of(3, 4, implementation="xla") == ["dense"]
     assert of(0, 4, implementation="blockwise") == ["dense"]
-    assert attention._DENSE_LOGITS == 2**16  # as the docstring says
+    assert xla.DENSE_LOGITS == 2**16  # as the docstring says
     shape = jax.eval_shape(
         partial(dot_product_attention, return_weights=True), *[jnp.ones((1, 256, 1, 2))] * 3
     )[1]
@@ -722,8 +719,8 @@ def test_a_band_costs_its_width():
     size = 2**16
     query: Any = jax.ShapeDtypeStruct((1, 1, 1, size, 64), jnp.float32)
     key: Any = jax.ShapeDtypeStruct((1, 1, size, 64), jnp.float32)
-    operands = attention.Operands(query, key, key, jnp.ones((1, 1, 1, 1, 1), jnp.float32))
-    grid = blockwise._grid(operands, blockwise._FORWARD_BLOCK)
+    operands = Operands(query, key, key, jnp.ones((1, 1, 1, 1, 1), jnp.float32))
+    grid = blockwise._grid(operands, blockwise.FORWARD_BLOCK)
 
     def visited(options):
         blocks = blockwise._key_blocks(options, grid, Masking(jnp.zeros(1, jnp.int32)))

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rnnattn import KVCache, attention, dot_product_attention, update_cache
+from rnnattn import KVCache, dot_product_attention, update_cache
+from rnnattn.attention import peers
 from tests.attention_cases import (
     Sizes,
     assert_same,
@@ -405,7 +406,7 @@ def test_cudnn_gets_the_call(monkeypatch):
 def test_tokamax_gets_the_call(monkeypatch):
     calls: list[Any] = []
     monkeypatch.setitem(sys.modules, "tokamax", SimpleNamespace(dot_product_attention=_spy(calls)))
-    monkeypatch.setattr(attention, "find_spec", lambda name: name)
+    monkeypatch.setattr(peers, "find_spec", lambda name: name)
     _both_ways("tokamax", calls)
     dot_product_attention(Q, KEY, VALUE, implementation="tokamax", logits_soft_cap=3.0)
     _handed(calls, logits_soft_cap=3.0)
@@ -458,7 +459,7 @@ REFUSED: dict[str, dict[str, dict[str, Any]]] = {
 def test_what_another_library_cannot_serve_is_an_error(name, reason, monkeypatch):
     """It says what, and who can; and 'xla' does."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(attention, "find_spec", lambda name: name)
+    monkeypatch.setattr(peers, "find_spec", lambda name: name)
     arguments = {"query": Q, "key": KEY, "value": VALUE, **REFUSED[name][reason]}
     with pytest.raises(ValueError) as caught:
         dot_product_attention(**arguments, implementation=name)
@@ -468,7 +469,7 @@ def test_what_another_library_cannot_serve_is_an_error(name, reason, monkeypatch
 
 
 def test_another_library_that_is_not_there_is_an_error(monkeypatch):
-    monkeypatch.setattr(attention, "find_spec", lambda name: None)
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     served: dict[Any, str] = {
         "cudnn": "`sinks` or a machine without a GPU",

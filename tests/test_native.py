@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from rnnattn import attention, dot_product_attention, native, reference
-from rnnattn.attention import dot_product_attention_jvp
+from rnnattn import dot_product_attention, native, reference
+from rnnattn.attention import api, dot_product_attention_jvp
 from rnnattn.native import dispatch, load
 from tests.attention_cases import (
     Sizes,
@@ -59,14 +59,14 @@ def assert_native_is_right(case, **options):
 def set_how(monkeypatch, **how):
     for name, value in how.items():
         monkeypatch.setattr(dispatch, name, value)
-    cast(Any, attention._run).clear_cache()
+    cast(Any, api._run_attention).clear_cache()
 
 
 @pytest.fixture(params=SETS)
 def instruction_set(request, monkeypatch):
     set_how(monkeypatch, instruction_set=request.param)
     yield request.param
-    cast(Any, attention._run).clear_cache()
+    cast(Any, api._run_attention).clear_cache()
 
 
 # ---- the numbers ------------------------------------------------------------------------------

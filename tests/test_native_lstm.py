@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from rnnattn import LSTMState, init_lstm, lstm, lstm_step, native, recurrent, reference
+from rnnattn import LSTMState, init_lstm, lstm, lstm_step, native, reference
 from rnnattn.native import dispatch, load
+from rnnattn.recurrent import api
 from tests.lstm_cases import Case, assert_close, make_case, relative_error, value_and_gradients
 
 SETS = list(load.found()[1])
@@ -38,14 +39,14 @@ def wide(tree):
 def set_how(monkeypatch, **how):
     for name, value in how.items():
         monkeypatch.setattr(dispatch, name, value)
-    cast(Any, recurrent._run).clear_cache()
+    cast(Any, api._run_lstm).clear_cache()
 
 
 @pytest.fixture(params=SETS)
 def instruction_set(request, monkeypatch):
     set_how(monkeypatch, instruction_set=request.param)
     yield request.param
-    cast(Any, recurrent._run).clear_cache()
+    cast(Any, api._run_lstm).clear_cache()
 
 
 def scaled_case(T, B, D, H) -> Case:

@@ -17,8 +17,9 @@ from hypothesis import given, settings, strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from rnnattn import dot_product_attention, init_lstm, lstm, parallel
+from rnnattn.attention import ring as ring_schedule
+from rnnattn.attention.problem import Options
 from rnnattn.parallel import ring_attention, unzigzag, zigzag
-from rnnattn.scores import Options
 from tests.attention_cases import (
     Sizes,
     assert_same,
@@ -47,9 +48,9 @@ def placed(tree, mesh, *spec):
 @pytest.fixture(autouse=True)
 def nothing_traced_before():
     """Nor is what is traced here used elsewhere."""
-    cast(Any, parallel._run).clear_cache()
+    cast(Any, parallel._run_ring).clear_cache()
     yield
-    cast(Any, parallel._run).clear_cache()
+    cast(Any, parallel._run_ring).clear_cache()
 
 
 # ---- equal to one device ------------------------------------------------------------------------
@@ -229,7 +230,7 @@ def test_a_zigzag_takes_from_both_ends(devices):
 def _visits(monkeypatch, devices, T, S, **options):
     """How often each device attended to a pair of chunks at each stop: forward, and backward."""
     visits: Counter = Counter()
-    over_pairs = parallel._over_pairs
+    over_pairs = ring_schedule._over_pairs
 
     def recorded(ring, options, problem, stop, attend, carry):
         def attend_and_count(carry, *rest):
@@ -239,7 +240,7 @@ def _visits(monkeypatch, devices, T, S, **options):
 
         return over_pairs(ring, options, problem, stop, attend_and_count, carry)
 
-    monkeypatch.setattr(parallel, "_over_pairs", recorded)
+    monkeypatch.setattr(ring_schedule, "_over_pairs", recorded)
     case = make_case(Sizes(1, T, S, 1, 1, 2, 2))
     attend = lambda floats: ring_attention(
         **floats, mesh=ring_of(devices), axis_name="ring", **options
@@ -274,11 +275,11 @@ def test_a_window_visits_its_neighbours_only(monkeypatch):
 def test_stops_are_those_between_which_something_is_seen(chunks, window):
     """Whatever a query sees is visited, and the first and last of the stops are needed."""
     for devices, t, s in ((4, 2, 2), (2, 4, 2), (3, 2, 4)):
-        ring = parallel._Ring("ring", devices, chunks)
+        ring = ring_schedule.Ring("ring", devices, chunks)
         for is_causal in (False, True):
             options = Options(is_causal, window)
             T, S = t * devices * chunks, s * devices * chunks
-            first, last = parallel._stops(ring, options, T, S)
+            first, last = ring_schedule.stops_of(ring, options, T, S)
             home = np.zeros(2 * devices, int)
             for device, held in enumerate(ring.places()):
                 home[held] = device

@@ -17,13 +17,14 @@ from rnnattn import (
     LSTMParams,
     LSTMState,
     bidirectional_lstm,
-    chunked,
     init_lstm,
     lstm,
     lstm_step,
     reference,
     stacked_lstm,
 )
+from rnnattn.recurrent import chunked, peers, stack
+from rnnattn.recurrent.problem import Steps
 from tests.lstm_cases import assert_close, make_case, relative_error, value_and_gradients
 
 SIZES = [(7, 3, 2, 4), (1, 1, 1, 1), (1, 2, 3, 1), (3, 1, 1, 5), (4, 2, 1, 1), (37, 2, 3, 3)]
@@ -189,7 +190,7 @@ def test_remainders_of_chunks_match_the_plain_twin(reverse, residuals, monkeypat
     T, B, D, H = 37, 3, 2, 7  # a prime number of steps, and a width no other test has compiled
     monkeypatch.setattr(chunked, "_CHUNK_BYTES", 8 * B * 4 * H * 10)
     case = make_case(T, B, D, H)
-    length = chunked._chunk_length(residuals, chunked.Steps(case.x.swapaxes(0, 1), None, None), H)
+    length = chunked.chunk_length(residuals, Steps(case.x.swapaxes(0, 1), None, None), H)
     assert 1 < length < T and T % length
     options = {**_masks(T, B), "reverse": reverse}
     expected = value_and_gradients(partial(reference.lstm, **options), case)
@@ -288,7 +289,7 @@ def test_cudnn_gets_the_weights_it_wants(monkeypatch):
     monkeypatch.setattr(rnn, "lstm", lstm_ref)
     with jax.numpy_rank_promotion("allow"):
         lengths = jnp.array([4, 1, 3])
-        run = rnnattn.recurrent._run_cudnn
+        run = peers.run_cudnn
         actual = run(False, case.params, case.x, case.state, lengths)
         swapped, _ = run(True, case.params, case.x.swapaxes(0, 1), case.state, lengths)
     assert_close(actual, lstm(case.params, case.x, case.state, lengths=lengths), 1e-6)
@@ -365,7 +366,7 @@ def test_the_gradient_of_a_stack_matches_the_plain_twin():
 @pytest.mark.parametrize("time_major", [False, True])
 def test_dropout_between_layers_drops_its_share_and_keeps_the_mean(time_major):
     x = jnp.ones((50, 40, 30))
-    drop = partial(rnnattn.recurrent._drop, jax.random.key(0), x, 0.25)
+    drop = partial(stack._drop, jax.random.key(0), x, 0.25)
     dropped = np.asarray(drop(None))
     assert set(np.unique(dropped)) == {0.0, 1 / 0.75}
     np.testing.assert_allclose(np.mean(dropped == 0), 0.25, atol=0.01)  # 5.7 standard errors

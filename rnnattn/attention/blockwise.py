@@ -13,7 +13,7 @@ that one is not counted again.
 `forward` is the same schedule with a rule for tangents; the transpose of that rule, which JAX
 makes, is the gradient again, so that every order and mode keeps the memory linear.
 
-This module holds no algebra of its own: see `rnnattn.scores`, also for the axes.
+This module holds no algebra of its own: see `rnnattn.attention.equations`, also for the axes.
 """
 
 from functools import partial
@@ -24,26 +24,23 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from rnnattn.scores import (
-    Operands,
+from rnnattn.attention.dropout import dropout_mask
+from rnnattn.attention.equations import (
+    Softmax,
     block_gradient,
     block_tangent,
     finish_tangent,
-    keep,
-    key_range,
-    normalise,
-    nothing_seen,
     row_sums,
     score,
-    see,
     sinks_gradient,
     sum_to,
-    visible,
 )
+from rnnattn.attention.masking import key_range, visible
+from rnnattn.attention.problem import Operands
 
 # Measured on a CPU: benchmarks/README.md.
-_FORWARD_BLOCK = (512, 512)  # queries of all heads of a group, keys
-_BACKWARD_BLOCK = (512, 256)
+FORWARD_BLOCK = (512, 512)  # queries of all heads of a group, keys
+BACKWARD_BLOCK = (512, 256)
 _TANGENT_LOGITS = 2**18  # of a block, all heads together, in the rule for tangents
 _LEAST_TANGENT_BLOCK = 64
 
@@ -112,7 +109,7 @@ class _Grid(NamedTuple):
         if x is None:
             return None
         if self.head is not None:
-            x = _one(_one(x, self.head[0], 0), self.head[1], 1)
+            x = _cut_one(_cut_one(x, self.head[0], 0), self.head[1], 1)
         return self.queries.cut(x, i, 3)
 
     def put_band(self, x, band, i):
@@ -158,7 +155,7 @@ def _scores(options, grid, operands, masking, i, j):
     if first_time is not None:
         first_time = first_time[None, None, None, None]
         sees = first_time if sees is None else sees & first_time
-    z = keep(options, masking, rows[0], columns[0], rows.size, columns.size)
+    z = dropout_mask(options, masking, rows[0], columns[0], rows.size, columns.size)
     return score(options, operands, masking, sees, z)
 
 
@@ -203,31 +200,31 @@ def _segment_bounds(grid, masking):
 # ------------------------------------------------------------------------- forward and backward
 
 
-def _forward(options, operands, masking, head=None):
-    grid = _grid(operands, _FORWARD_BLOCK, head)
+def _forward_blocks(options, operands, masking, head=None):
+    grid = _grid(operands, FORWARD_BLOCK, head)
     key_blocks = _key_blocks(options, grid, masking)
 
     def query_block(results, i):
         of_i, masking_i = grid.cut_queries(operands, masking, i)
 
-        def key_block(j, running):
-            return see(running, _scores(options, grid, of_i, masking_i, i, j))
+        def key_block(j, softmax):
+            return softmax.update(_scores(options, grid, of_i, masking_i, i, j))
 
-        start = nothing_seen(of_i, grid.queries.block)
+        start = Softmax.empty(of_i, grid.queries.block)
         first, past = key_blocks(i)
-        block = normalise(lax.fori_loop(first, past, key_block, start))
+        block = lax.fori_loop(first, past, key_block, start).finish()
         put = lambda x, block: grid.queries.put(x, block, i, 3)
         return jax.tree.map(put, results, block), None
 
-    running = jax.eval_shape(lambda: nothing_seen(operands, grid.queries.size))
+    softmax = jax.eval_shape(lambda: Softmax.empty(operands, grid.queries.size))
     zeros = lambda x: jnp.zeros_like(operands.value, x.dtype, shape=x.shape)
-    results = (zeros(running.weighted), zeros(running.peak))
+    results = (zeros(softmax.weighted), zeros(softmax.peak))
     return lax.scan(query_block, results, grid.blocks())[0]
 
 
-def _backward(options, operands, masking, kept, cotangents, dbias, head=None):
+def _backward_blocks(options, operands, masking, kept, cotangents, dbias, head=None):
     """dq, dk, dv, dscale, and `dbias` grown by its part, in the accumulator's dtype."""
-    grid = _grid(operands, _BACKWARD_BLOCK, head)
+    grid = _grid(operands, BACKWARD_BLOCK, head)
     key_blocks = _key_blocks(options, grid, masking)
     per_row = (*kept, *cotangents)
 
@@ -271,19 +268,19 @@ def _backward(options, operands, masking, kept, cotangents, dbias, head=None):
 
 def _head(operands, masking, b, m):
     """Of one batch row and key/value head; what has queries and keys stays whole, see `_Grid`."""
-    row = lambda x: _one(x, b, 0)
-    of_head = lambda x: None if x is None else _one(row(x), m, 1)
+    row = lambda x: _cut_one(x, b, 0)
+    of_head = lambda x: None if x is None else _cut_one(row(x), m, 1)
     mask, keys, bias = masking.mask, of_head(masking.dropout_keys), operands.bias
     masking = jax.tree.map(row, masking._replace(mask=None, dropout_keys=None))
     operands = jax.tree.map(of_head, operands._replace(bias=None))
     return operands._replace(bias=bias), masking._replace(mask=mask, dropout_keys=keys)
 
 
-def _one(x, n, axis):
+def _cut_one(x, n, axis):
     return x if x.shape[axis] == 1 else lax.dynamic_slice_in_dim(x, n, 1, axis)
 
 
-def _by_head(run, operands, carry):
+def _scan_heads(run, operands, carry):
     """Scan `run(carry, (b, m))` over the batch rows and key/value heads."""
     B, M = operands.query.shape[:2]
     n = jnp.arange(B * M, dtype=jnp.int32)
@@ -296,22 +293,22 @@ def _forward_by_head(options, operands, masking):
 
     def run(_, head):
         of_head, masking_of_head = _head(operands, masking, *head)
-        return None, _forward(options, of_head, masking_of_head, head)
+        return None, _forward_blocks(options, of_head, masking_of_head, head)
 
-    return _by_head(run, operands, None)[1]
+    return _scan_heads(run, operands, None)[1]
 
 
 def _backward_by_head(options, operands, masking, kept, cotangents, dbias):
     def run(dbias, head):
         of_head, masking_of_head = _head(operands, masking, *head)
-        cut = lambda x: _one(_one(x, head[0], 0), head[1], 1)
+        cut = lambda x: _cut_one(_cut_one(x, head[0], 0), head[1], 1)
         kept_of, cotangents_of = jax.tree.map(cut, (kept, cotangents))
-        *gradient, dbias = _backward(
+        *gradient, dbias = _backward_blocks(
             options, of_head, masking_of_head, kept_of, cotangents_of, dbias, head
         )
         return dbias, gradient
 
-    dbias, (dq, dk, dv, dscale) = _by_head(run, operands, dbias)
+    dbias, (dq, dk, dv, dscale) = _scan_heads(run, operands, dbias)
     dscale = None if dscale is None else sum_to(dscale, operands.scale.shape)
     return dq, dk, dv, dscale, dbias
 
@@ -326,7 +323,7 @@ def forward(options, operands, masking):
         operands,
         masking,
         cpu=partial(_forward_by_head, options),
-        default=partial(_forward, options),
+        default=partial(_forward_blocks, options),
     )
 
 
@@ -376,9 +373,11 @@ def _tangent(options, operands, masking, o, lse, doperands):
     return jax.tree.map(lambda x: grid.queries.join(x, 3), blocks)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def backward(options, operands, masking, o, lse, do, dlse):
-    """The gradient of the operands, in the accumulator's dtype."""
+def gradient(options, operands, masking, o, lse, do, dlse):
+    """The gradient of the operands, in the accumulator's dtype.
+
+    O and L may be those of further keys as well, as in ring attention.
+    """
     bias = operands.bias if options.bias_gradient else None
     dq, dk, dv, dscale, dbias = lax.platform_dependent(
         operands,
@@ -387,17 +386,21 @@ def backward(options, operands, masking, o, lse, do, dlse):
         (do, dlse),
         None if bias is None else jnp.zeros_like(bias, lse.dtype),
         cpu=partial(_backward_by_head, options),
-        default=partial(_backward, options),
+        default=partial(_backward_blocks, options),
     )
     dsinks = sinks_gradient(operands.sinks, lse, row_sums(do, o), dlse)
     return Operands(dq, dk, dv, dscale, dbias, dsinks)
+
+
+backward = jax.custom_jvp(gradient, nondiff_argnums=(0,))
 
 
 @backward.defjvp
 def _backward_jvp(options, primals, tangents):
     """The derivative of the transpose of `_tangent`, which is the same function of the operands.
 
-    O and L are functions of the operands too: what their tangents would add is already in it.
+    O and L are functions of the operands too, those of these keys: what their tangents would add is
+    already in it.
     """
     operands, masking, _, _, do, dlse = primals
     doperands, _, _, _, ddo, ddlse = tangents
@@ -407,8 +410,7 @@ def _backward_jvp(options, primals, tangents):
         return pullback((do, dlse))[0]
 
     arguments = (operands, do, dlse)
-    gradient = backward(options, *primals)
+    d = backward(options, *primals)
     _, tangent = jax.jvp(transpose, arguments, (doperands, ddo, ddlse))
-    absent = {name: None for name, d in gradient._asdict().items() if d is None}
-    tangent = tangent._replace(**absent)
-    return gradient, jax.tree.map(lambda t, g: t.astype(g.dtype), tangent, gradient)
+    tangent = tangent._replace(**{name: None for name, x in d._asdict().items() if x is None})
+    return d, jax.tree.map(lambda t, x: t.astype(x.dtype), tangent, d)

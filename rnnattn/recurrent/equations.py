@@ -70,7 +70,7 @@ def dot(x, w):
     return jnp.matmul(x, w, preferred_element_type=accumulator(x.dtype))
 
 
-def where(condition, a, b):
+def select(condition, a, b):
     """`jnp.where` with a condition (…, B) on rows (…, B, width); no condition chooses `a`."""
     return a if condition is None else jnp.where(condition[..., None], a, b)
 
@@ -140,12 +140,12 @@ def advance(halved, preactivate, state, valid, fresh, variant):
 
     valid, fresh: (B,) or None. A row that is not valid holds its state, a fresh one starts from 0.
     """
-    h, c = state if fresh is None else (where(fresh, 0, s) for s in state)
+    h, c = state if fresh is None else (select(fresh, 0, s) for s in state)
     m, c, a = cell(preactivate(h), c, halved.peephole, variant)
     h = m.astype(h.dtype)
     if halved.projection is not None:
         h = dot(h, halved.projection).astype(h.dtype)
-    return LSTMState(where(valid, h, state.h), where(valid, c, state.c)), a
+    return LSTMState(select(valid, h, state.h), select(valid, c, state.c)), a
 
 
 def slopes_of(a, c_prev, c, variant):

@@ -1,7 +1,7 @@
-"""The native schedule of attention on a CPU: the kernels of `rnnattn/native/src/attention.inc`.
+"""The native schedule of attention on a CPU, in the layout of the arguments: `rnnattn/native/src`.
 
-Elsewhere, and for derivatives beyond the first (`rnnattn.native.dispatch`), a schedule on XLA
-runs, which is the first argument of `forward` and `backward`.
+Elsewhere, and for derivatives beyond the first (`rnnattn.native.dispatch`), the schedules on XLA
+run (`rnnattn.attention.xla`).
 """
 
 from functools import partial
@@ -11,66 +11,79 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import rnnattn.native.dispatch as dispatch
-from rnnattn.scores import (
-    Operands,
-    hide,
-    hide_results,
-    of_seeing,
-    queries_reached,
-    row_sums,
-    sinks_gradient,
-    sum_to,
-)
+import rnnattn.attention.xla as xla
+import rnnattn.native as native
+from rnnattn.attention.equations import row_sums, sinks_gradient, sum_to
+from rnnattn.attention.masking import only_seeing, rows_in_reach
+from rnnattn.attention.problem import Operands, Schedule
+from rnnattn.checks import those_that_hold
+from rnnattn.native import dispatch
 
 
-def forward(xla, options, operands, masking):
-    """O and L; `xla` is the schedule for where the kernels do not serve."""
-    return _forward((xla, options), _in_float32(operands), masking)
+def unserved(query, value, options):
+    """What of a call the kernels cannot serve."""
+    if not native.status().available:
+        return [f"this installation ({native.status().reason})"]
+    return those_that_hold(
+        {
+            f"the dtype {query.dtype.name}": query.dtype != jnp.float32,
+            "dropout": options.dropout_rate > 0,
+            "an array without elements": 0 in (query.size, value.size),
+        }
+    )
 
 
-def backward(xla, options, operands, masking, o, lse, do, dlse):
+def enter(options, operands, masking):
+    bias = operands.bias
+    return operands if bias is None else operands._replace(bias=bias.astype(jnp.float32))
+
+
+def leave(options, operands, masking, o, lse):
+    return o, lse
+
+
+def forward(options, operands, masking):
+    """O and L."""
+    return _forward(options, operands, masking)
+
+
+def backward(options, operands, masking, o, lse, do, dlse):
     """The gradient of the operands."""
-    operands = _in_float32(operands)
-    gradient = _backward((xla, options), operands, masking, o, lse, do, dlse)
-    dsinks = sinks_gradient(operands.sinks, lse, row_sums(do, o), dlse)
+    gradient = _backward(options, operands, masking, o, lse, do, dlse)
+    dsinks = sinks_gradient(operands.sinks, lse, xla.time_last(row_sums(do, o)), dlse)
     return gradient._replace(sinks=dsinks)
 
 
-def _in_float32(operands):
-    bias = operands.bias
-    return operands if bias is None else operands._replace(bias=bias.astype(jnp.float32))
+NATIVE = Schedule(enter, forward, backward, leave)
 
 
 # ------------------------------------------------------------------------------------------ on XLA
 
 
-def _forward_on_xla(static, operands, masking):
-    xla, options = static
-    results = xla.forward(options, hide(options, operands, masking), masking)
-    return hide_results(options, operands, masking, *results)
+def _by_size(operands):
+    return xla.by_size(operands.query.shape[1], operands.key.shape[1])
 
 
-def _backward_on_xla(static, operands, masking, o, lse, do, dlse):
+def _forward_on_xla(options, operands, masking):
+    schedule = _by_size(operands)
+    operands = schedule.enter(options, operands, masking)
+    results = schedule.forward(options, operands, masking)
+    return schedule.leave(options, operands, masking, *results)
+
+
+def _backward_on_xla(options, operands, masking, o, lse, do, dlse):
     """The gradient, but for that of the sinks."""
-    xla, options = static
-    operands = hide(options, operands, masking)._replace(sinks=None)
-    sees = queries_reached(options, masking, o.shape[3], operands.key.shape[2])
-    do, dlse = (of_seeing(sees, x) for x in (do, dlse))
-    return xla.backward(options, operands, masking, o, lse, do, dlse)
+    schedule = _by_size(operands)
+    operands = schedule.enter(options, operands, masking)._replace(sinks=None)
+    o, do = xla.time_last(o), xla.time_last(do)
+    sees = rows_in_reach(options, masking, o.shape[3], operands.key.shape[2])
+    do, dlse = (only_seeing(sees, x) for x in (do, dlse))
+    d = schedule.backward(options, operands, masking, o, lse, do, dlse)
+    dk, dv = (jnp.moveaxis(x, 1, 2) for x in (d.key, d.value))
+    return d._replace(query=xla.time_first(d.query), key=dk, value=dv)
 
 
 # ---------------------------------------------------------------------------------- in the kernels
-
-
-def _rows_first(x):
-    """(B, M, G, T, …) → (B, T, M, G, …), as the arguments of attention are in memory."""
-    return jnp.moveaxis(x, 3, 1)
-
-
-def _keys_first(x):
-    """(B, M, S, …) → (B, S, M, …)."""
-    return jnp.moveaxis(x, 2, 1)
 
 
 def _given(x, dtype=jnp.float32):
@@ -81,7 +94,7 @@ def _given(x, dtype=jnp.float32):
 def _call(name, options, operands, masking, others, results):
     """A kernel's results, given the operands, the masking and more."""
     q, k, v, scale, bias, _ = operands
-    arguments = [_rows_first(scale * q), _keys_first(k), _keys_first(v)]
+    arguments = [xla.time_first(scale) * q, k, v]
     arguments += [_given(bias), _given(masking.mask, jnp.bool), masking.offset]
     integers = [masking.query_lengths, masking.key_lengths]
     integers += [masking.query_segments, masking.key_segments]
@@ -100,29 +113,25 @@ def _call(name, options, operands, masking, others, results):
     )
 
 
-def _forward_natively(static, operands, masking):
-    _, options = static
-    (B, M, G, T, _), V = operands.query.shape, operands.value.shape[-1]
-    results = [(B, T, M, G, V), (B, M, G, T)]
-    o, lse = _call("forward", options, operands, masking, [_given(operands.sinks)], results)
-    return jnp.moveaxis(o, 1, 3), lse
+def _forward_natively(options, operands, masking):
+    results = [x.shape for x in _forward_results(options, operands, masking)]
+    return tuple(_call("forward", options, operands, masking, [_given(operands.sinks)], results))
 
 
-def _backward_natively(static, operands, masking, o, lse, do, dlse):
-    _, options = static
+def _backward_natively(options, operands, masking, o, lse, do, dlse):
     q, k, v, scale, bias, _ = operands
-    others = [_rows_first(o), lse, _rows_first(do), dlse]
     wants_dbias = bias is not None and options.bias_gradient
-    results = [_rows_first(q).shape, _keys_first(k).shape, _keys_first(v).shape]
-    results.append(bias.shape if wants_dbias else (0,))
+    results = [q.shape, k.shape, v.shape, bias.shape if wants_dbias else (0,)]
+    others = [o, lse, do, dlse]
+    # dq is that of the query times the scale
     dq, dk, dv, dbias = _call("backward", options, operands, masking, others, results)
-    dq = jnp.moveaxis(dq, 1, 3)  # of the query times the scale
-    dk, dv = (jnp.moveaxis(x, 1, 2) for x in (dk, dv))
     dscale = None
     if options.scale_gradient:
         # a query that sees nothing, and may be NaN, has a gradient of zero
-        dscale = sum_to(jnp.where(dq == 0, 0, q * dq), scale.shape)
-    return Operands(scale * dq, dk, dv, dscale, dbias if wants_dbias else None)
+        products = jnp.where(dq == 0, 0, q * dq)
+        dscale = sum_to(xla.time_last(products), scale.shape)
+    dq = xla.time_first(scale) * dq
+    return Operands(dq, dk, dv, dscale, dbias if wants_dbias else None)
 
 
 # ------------------------------------------------------------------------------------ where it runs
@@ -132,13 +141,13 @@ def _like(x, shape=None) -> Any:
     return jax.ShapeDtypeStruct(x.shape if shape is None else shape, jnp.float32)
 
 
-def _forward_results(static, operands, masking):
+def _forward_results(options, operands, masking):
     q = operands.query
-    return _like(q, (*q.shape[:4], operands.value.shape[3])), _like(q, q.shape[:4])
+    B, T, M, G, _ = q.shape
+    return _like(q, (B, T, M, G, operands.value.shape[3])), _like(q, (B, M, G, T))
 
 
-def _backward_results(static, operands, *_):
-    _, options = static
+def _backward_results(options, operands, *_):
     q, k, v, scale, bias, _ = operands
     dscale = _like(scale) if options.scale_gradient else None
     dbias = _like(bias) if bias is not None and options.bias_gradient else None
@@ -171,26 +180,25 @@ def _joined(trees, batched, size, rows, apart=()):
     return [*joined, *map(join, others, of_others)]
 
 
-def _over_axis(run, on_xla, apart, static, trees, batched, size):
+def _over_axis(run, on_xla, apart, options, trees, batched, size):
     """The results of all rows; sinks of their own for each are left to XLA."""
     operands, of_operands = trees[0], batched[0]
     if of_operands.sinks:
         axes = jax.tree.map(lambda b: 0 if b else None, batched)
-        return jax.vmap(partial(on_xla, static), axes)(*trees)
+        return jax.vmap(partial(on_xla, options), axes)(*trees)
     rows = operands.query.shape[1 if of_operands.query else 0]
-    results = run(static, *_joined(trees, batched, size, rows, apart))
+    results = run(options, *_joined(trees, batched, size, rows, apart))
     return jax.tree.map(lambda x: x.reshape(size, rows, *x.shape[1:]), results)
 
 
-def _forward_over_axis(static, trees, batched, size):
-    return _over_axis(_forward, _forward_on_xla, (), static, trees, batched, size), 0
+def _forward_over_axis(options, trees, batched, size):
+    return _over_axis(_forward, _forward_on_xla, (), options, trees, batched, size), 0
 
 
-def _backward_over_axis(static, trees, batched, size):
+def _backward_over_axis(options, trees, batched, size):
     """Scale and bias have a gradient for each row, which is summed where the rows share them."""
-    _, options = static
     apart = ("scale",) * options.scale_gradient + ("bias",) * options.bias_gradient
-    gradient = _over_axis(_backward, _backward_on_xla, apart, static, trees, batched, size)
+    gradient = _over_axis(_backward, _backward_on_xla, apart, options, trees, batched, size)
 
     def shared(d, x, is_batched):
         if d is None or d.shape[1] == x.shape[1 if is_batched else 0]:

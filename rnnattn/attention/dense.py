@@ -1,39 +1,35 @@
 """The dense schedule of attention: all logits at once, for problems whose logits are few.
 
 It is plain, so that JAX can differentiate it in every mode. This module holds no algebra of its
-own: see `rnnattn.scores`, also for the axes.
+own: see `rnnattn.attention.equations`, also for the axes.
 """
 
 import jax.numpy as jnp
 
-from rnnattn.scores import (
-    Operands,
+from rnnattn.attention.dropout import drop, dropout_mask
+from rnnattn.attention.equations import (
+    Softmax,
     block_gradient,
-    drop,
-    keep,
-    normalise,
-    nothing_seen,
-    of_seeing,
     row_sums,
     score,
-    see,
     sinks_gradient,
     sum_to,
-    visible,
     weights,
 )
+from rnnattn.attention.masking import only_seeing, visible
+from rnnattn.attention.problem import Operands
 
 
 def _scores(options, operands, masking):
     T, S = operands.query.shape[3], operands.key.shape[2]
     rows, columns = (jnp.arange(n, dtype=jnp.int32) for n in (T, S))
     sees = visible(options, masking, rows, columns)
-    return score(options, operands, masking, sees, keep(options, masking, 0, 0, T, S))
+    return score(options, operands, masking, sees, dropout_mask(options, masking, 0, 0, T, S))
 
 
 def _attend(operands, scores):
-    o, lse = normalise(see(nothing_seen(operands, scores.s.shape[3]), scores))
-    return of_seeing(scores.sees, o), lse
+    o, lse = Softmax.empty(operands, scores.s.shape[3]).update(scores).finish()
+    return only_seeing(scores.sees, o), lse
 
 
 def forward(options, operands, masking):

@@ -10,32 +10,32 @@ buffers to stay in cache.
     backward  per chunk: z, the slopes         per step: dz, dz w_hᵀ
               per chunk: dw_x, dw_h, db, dx
 
-This module holds no algebra of its own: see `rnnattn.cell`. Axes: T time, B batch, D input width,
-H hidden width, R width of h.
+This module holds no algebra of its own: see `rnnattn.recurrent.equations`.
+
+Axes: T time, B batch, D input width, H hidden width, R width of h.
 """
 
-from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from rnnattn.cell import (
+from rnnattn.precision import accumulator
+from rnnattn.recurrent.equations import (
     LSTMParams,
     LSTMState,
-    Variant,
     advance,
     cell_gradient,
     dot,
     halve_params,
     peephole_gradient,
     peephole_terms,
+    select,
     slopes_of,
-    where,
 )
-from rnnattn.precision import accumulator
+from rnnattn.recurrent.problem import Schedule, Trace
 
 # Measured on a CPU: benchmarks/README.md, "How the schedule is chosen".
 _CHUNK_BYTES = 4 * 2**20  # the pre-activations of a chunk
@@ -43,29 +43,7 @@ _FEW_ROWS = 8  # a step of fewer rows costs no more than the loop around it
 _MERGED_BYTES = 2**20  # weights up to this size are worth one product for x and h together
 
 
-class Schedule(NamedTuple):
-    reverse: bool = False
-    residuals: Literal["gates", "states"] | int = "states"
-    variant: Variant = Variant()
-
-
-class Steps(NamedTuple):
-    """What the steps read besides the state, each (T, B, …); None where a feature is not used."""
-
-    x: Array
-    valid: Array | None  # False past a row's length: the state is held, the output is zero
-    fresh: Array | None  # True where the state is zeroed before the step
-
-
-class _Trace(NamedTuple):
-    """What the steps leave behind, each (T, B, …); None where it is recomputed."""
-
-    y: Array | None
-    c: Array | None
-    a: Array | None
-
-
-class _Gradient(NamedTuple):
+class _WeightGradient(NamedTuple):
     """The weight gradients as they grow, with [w_x; w_h] as one, w (D + R, 4H)."""
 
     w: Array
@@ -79,7 +57,7 @@ def _outer(x, dz):
     return jnp.tensordot(x.astype(dz.dtype), dz, ((0, 1), (0, 1)))
 
 
-def _chunk_length(residuals, steps, H):
+def chunk_length(residuals, steps, H):
     """The steps of a chunk: what `residuals` says, or what fills `_CHUNK_BYTES`.
 
     No more than 512, and a divisor of T if there is one among those not much smaller.
@@ -119,9 +97,9 @@ def _scan_chunks(chunk, carry, per_step, per_chunk, length, reverse):
     return carry, (per_step, per_chunk)
 
 
-def _chunk_forward(schedule, halved, state, steps, keep):
+def _chunk_forward(options, halved, state, steps, keep):
     """Run the steps of one chunk; `keep` names what of the trace besides y is wanted."""
-    x, w_x, w_h = where(steps.valid, steps.x, 0), halved.w_x, halved.w_h
+    x, w_x, w_h = select(steps.valid, steps.x, 0), halved.w_x, halved.w_h
     merged = x.shape[1] >= _FEW_ROWS and w_x.nbytes + w_h.nbytes <= _MERGED_BYTES
     if merged:
         w = jnp.concatenate([w_x, w_h])
@@ -134,36 +112,36 @@ def _chunk_forward(schedule, halved, state, steps, keep):
             preactivate = lambda h: dot(jnp.concatenate([x, h], axis=-1), w) + halved.b[None]
         else:
             preactivate = lambda h: x + dot(h, w_h)
-        state, a = advance(halved, preactivate, state, valid, fresh, schedule.variant)
-        y = where(valid, state.h, 0)
-        return state, _Trace(y, state.c if "c" in keep else None, a if "a" in keep else None)
+        state, a = advance(halved, preactivate, state, valid, fresh, options.variant)
+        y = select(valid, state.h, 0)
+        return state, Trace(y, state.c if "c" in keep else None, a if "a" in keep else None)
 
     xs = (x, steps.valid, steps.fresh)
-    return lax.scan(step, state, xs, reverse=schedule.reverse, unroll=x.shape[0] == 1)
+    return lax.scan(step, state, xs, reverse=options.reverse, unroll=x.shape[0] == 1)
 
 
-def _chunk_backward(schedule, params, halved, carry, steps, dy, trace, start):
+def _chunk_backward(options, params, halved, carry, steps, dy, trace, start):
     """The gradient of one chunk: (dparams, dstate) grows by it; dx is returned."""
     dparams, dstate = carry
     dtype = dstate.c.dtype
     peephole, projection = params.peephole, params.projection
 
     if trace.c is None:
-        _, trace = _chunk_forward(schedule, halved, start, steps, keep="ca")
-    h_prev = _before(where(steps.valid, trace.y, start.h[None]), start.h, schedule.reverse)
-    c_prev = _before(trace.c, start.c, schedule.reverse)
+        _, trace = _chunk_forward(options, halved, start, steps, keep="ca")
+    h_prev = _states_before(select(steps.valid, trace.y, start.h[None]), start.h, options.reverse)
+    c_prev = _states_before(trace.c, start.c, options.reverse)
     if steps.fresh is not None:
-        h_prev, c_prev = where(steps.fresh, 0, h_prev), where(steps.fresh, 0, c_prev)
+        h_prev, c_prev = select(steps.fresh, 0, h_prev), select(steps.fresh, 0, c_prev)
     # NaN in a step that does not count meets a dz of zero
-    x, c, h_prev, c_prev = (where(steps.valid, z, 0) for z in (steps.x, trace.c, h_prev, c_prev))
+    x, c, h_prev, c_prev = (select(steps.valid, z, 0) for z in (steps.x, trace.c, h_prev, c_prev))
     xh = jnp.concatenate([x, h_prev], axis=-1)
     if trace.a is not None:
-        a = where(steps.valid, trace.a, 0)
+        a = select(steps.valid, trace.a, 0)
     else:
         a = dot(xh, jnp.concatenate([halved.w_x, halved.w_h])) + halved.b[None, None]
         if peephole is not None:
             a = a + peephole_terms(halved.peephole, c_prev, c)
-    slopes, m = slopes_of(a, c_prev, c, schedule.variant)
+    slopes, m = slopes_of(a, c_prev, c, options.variant)
 
     w_x, w_h = params.w_x.astype(dtype), params.w_h.astype(dtype)
     if projection is not None:
@@ -173,21 +151,21 @@ def _chunk_backward(schedule, params, halved, carry, steps, dy, trace, start):
 
     def step(after, inputs):
         dy, slopes, valid, fresh = inputs
-        dh = where(valid, after.h + dy, 0)
-        dc = where(valid, after.c, 0)
+        dh = select(valid, after.h + dy, 0)
+        dc = select(valid, after.c, 0)
         dm = dh if projection is None else dh @ projection.T
         dz, dc = cell_gradient(slopes, dm, dc, peephole)
         before = LSTMState(dz @ w_h.T, dc)
         if fresh is not None:
-            before = LSTMState(*(where(fresh, 0, d) for d in before))
-        before = LSTMState(*(where(valid, b, a) for a, b in zip(after, before, strict=True)))
+            before = LSTMState(*(select(fresh, 0, d) for d in before))
+        before = LSTMState(*(select(valid, b, a) for a, b in zip(after, before, strict=True)))
         return before, (dz, None if projection is None else dh)
 
     xs = (dy.astype(dtype), slopes, steps.valid, steps.fresh)
-    back, turns = not schedule.reverse, _unroll(x)
+    back, turns = not options.reverse, _unroll(x)
     dstate, (dz, dh) = lax.scan(step, dstate, xs, reverse=back, unroll=turns)
 
-    grown = _Gradient(
+    grown = _WeightGradient(
         w=dparams.w + _outer(xh, dz),
         b=dparams.b + jnp.sum(dz, (0, 1)),
         peephole=dparams.peephole,
@@ -207,109 +185,55 @@ def _unroll(x):
     return min(4, T) if B < _FEW_ROWS else T == 1
 
 
-def _before(after, start, reverse):
+def _states_before(after, start, reverse):
     """The state before each step of a chunk from the states after them."""
     parts = [after[1:], start[None]] if reverse else [start[None], after[:-1]]
     return jnp.concatenate(parts)
 
 
-def _forward(schedule, params, state, steps, keep):
-    """The final state, the trace, and the state before each chunk."""
+def forward(options, keeps, params, state, steps):
+    """The final state and the trace, with the state before each chunk."""
+    keep = {"gates": "ca", "states": "c"}.get(options.residuals, "") if keeps else ""
     halved = halve_params(params)
 
     def chunk(state, inputs):
         (steps,), _ = inputs
-        after, trace = _chunk_forward(schedule, halved, state, steps, keep)
+        after, trace = _chunk_forward(options, halved, state, steps, keep)
         return after, (trace, state)
 
-    length = _chunk_length(schedule.residuals, steps, params.w_h.shape[1] // 4)
-    state, (trace, starts) = _scan_chunks(chunk, state, (steps,), (), length, schedule.reverse)
-    return state, trace, starts
+    length = chunk_length(options.residuals, steps, params.w_h.shape[1] // 4)
+    state, (trace, starts) = _scan_chunks(chunk, state, (steps,), (), length, options.reverse)
+    return state, trace._replace(starts=starts)
 
 
-def gradient_of_read(backward, schedule, steps, cotangents, kept):
-    """`backward` of the steps that the loss reads, if resets set these apart from others.
-
-    Nothing comes back to the others, but 0 × NaN is NaN: they are run like those past a length.
-    """
-    if steps.fresh is None:
-        return backward(schedule, steps, cotangents, kept)
-    return _of_read(backward, schedule, steps, cotangents, kept)
-
-
-def steps_read(schedule, steps, cotangents):
-    """Which valid steps something comes back to, from their output or from a step after them."""
-    dy, dstate = cotangents
-    comes_back = lambda d: jnp.any(d != 0, -1)
-    valid = jnp.ones_like(steps.fresh) if steps.valid is None else steps.valid
-
-    def step(after, inputs):
-        dy, valid, fresh = inputs
-        read = after | (valid & dy)
-        return read & ~fresh, read
-
-    last = comes_back(dstate.h) | comes_back(dstate.c)
-    inputs = (comes_back(dy), valid, steps.fresh)
-    _, read = lax.scan(step, last, inputs, reverse=not schedule.reverse)
-    return valid & read
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _of_read(backward, schedule, steps, cotangents, kept):
-    read = steps_read(schedule, steps, cotangents)
-    return backward(schedule, steps._replace(valid=read), cotangents, kept)
-
-
-@_of_read.defjvp
-def _of_read_jvp(backward, schedule, primals, tangents):
-    # what comes back to a step may be zero, and still change
-    _, tangent = jax.jvp(partial(backward, schedule), primals, tangents)
-    return _of_read(backward, schedule, *primals), tangent
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def sequence(schedule, params, state, steps):
-    """(y, final state) of a time-major sequence."""
-    state, trace, _ = _forward(schedule, params, state, steps, keep="")
-    return trace.y, state
-
-
-def _sequence_fwd(schedule, params, state, steps):
-    keep = {"gates": "ca", "states": "c"}.get(schedule.residuals, "")
-    final, trace, starts = _forward(schedule, params, state, steps, keep)
-    kept = _Trace(None, None, None) if isinstance(schedule.residuals, int) else trace
-    return (trace.y, final), (params, steps, kept, starts)
-
-
-def _sequence_bwd(schedule, residuals, cotangents):
-    params, steps, *kept = residuals
-    return gradient_of_read(_backward, schedule, steps, cotangents, (params, *kept))
-
-
-def _backward(schedule, steps, cotangents, kept):
+def backward(options, params, state, steps, trace, cotangents):
     """L3 to L8, chunk by chunk against the direction of running; see `cell_gradient`."""
-    params, trace, starts = kept
     dy, dstate = cotangents
     dtype = accumulator(steps.x.dtype)
     halved = halve_params(params)
 
     def chunk(carry, inputs):
         (steps, dy, trace), start = inputs
-        carry, dx = _chunk_backward(schedule, params, halved, carry, steps, dy, trace, start)
+        carry, dx = _chunk_backward(options, params, halved, carry, steps, dy, trace, start)
         return carry, (dx, ())
 
     zeros = jax.tree.map(lambda w: jnp.zeros_like(w, dtype), params)
-    dparams = _Gradient(jnp.concatenate([zeros.w_x, zeros.w_h]), *zeros[2:])
+    dparams = _WeightGradient(jnp.concatenate([zeros.w_x, zeros.w_h]), *zeros[2:])
     carry = (dparams, jax.tree.map(lambda d: d.astype(dtype), dstate))
-    length = _chunk_length(schedule.residuals, steps, params.w_h.shape[1] // 4)
+    length = chunk_length(options.residuals, steps, params.w_h.shape[1] // 4)
     (dparams, dstate), (dx, _) = _scan_chunks(
-        chunk, carry, (steps, dy, trace), starts, length, not schedule.reverse
+        chunk,
+        carry,
+        (steps, dy, trace._replace(starts=None)),
+        trace.starts,
+        length,
+        not options.reverse,
     )
     dw_x, dw_h = jnp.split(dparams.w, [steps.x.shape[-1]])
     gradient = LSTMParams(dw_x, dw_h, *dparams[1:])
     gradient = jax.tree.map(lambda d, like: d.astype(like.dtype), gradient, params)
     dstate = LSTMState(dstate.h.astype(steps.x.dtype), dstate.c)
-    return gradient, dstate, Steps(dx, None, None)
+    return gradient, dstate, dx
 
 
-sequence.defvjp(_sequence_fwd, _sequence_bwd)
+CHUNKED = Schedule(forward, backward)

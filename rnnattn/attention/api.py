@@ -1,0 +1,217 @@
+"""Dot-product attention as it is called, and the choice of a schedule.
+
+Axes: B batch, T queries, S keys, N query heads, M key/value heads, K head width, V value width.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+import rnnattn.attention.native as native
+import rnnattn.attention.xla as xla
+from rnnattn.attention.arguments import (
+    Implementation,
+    checked,
+    problem,
+    sorted_arguments,
+    with_batch,
+)
+from rnnattn.attention.peers import hand_over
+from rnnattn.attention.rule import attend, plain, with_weights
+from rnnattn.checks import Check
+from rnnattn.precision import varying_together
+
+
+def dot_product_attention(
+    query: Float[Array, "*B T N K"],
+    key: Float[Array, "*B S M K"],
+    value: Float[Array, "*B S M V"],
+    bias: Float[Array, "..."] | None = None,
+    mask: Bool[Array, "..."] | None = None,
+    *,
+    scale: float | Float[Array, "..."] | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: Int[Array, "..."] | None = None,
+    key_value_seq_lengths: Int[Array, "..."] | None = None,
+    local_window_size: int | tuple[int | None, int | None] | None = None,
+    implementation: Implementation | None = None,
+    return_residual: bool = False,
+    query_offset: int | Int[Array, "..."] = 0,
+    query_segment_ids: Int[Array, "..."] | None = None,
+    key_value_segment_ids: Int[Array, "..."] | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: PRNGKeyArray | None = None,
+    return_weights: bool = False,
+) -> Any:
+    """softmax(scale · q kᵀ + bias) v for each head, over the keys a query may see (A1, A3).
+
+    In place of `jax.nn.dot_product_attention`: the arguments up to `return_residual` are the same.
+
+    Args:
+        query: (B, T, N, K); B may be absent, here and in all that follows.
+        key, value: (B, S, M, K) and (B, S, M, V), with N a multiple of M: query head n reads
+            key/value head n // (N / M).
+        bias: added to the logits; up to four axes that broadcast to (B, N, T, S).
+        mask: False hides a key from a query; up to four axes that broadcast to (B, N, T, S).
+        scale: of the logits, 1/√K by default; a number, or an array () or (N,).
+        is_causal: hides keys behind the query's position.
+        query_seq_lengths, key_value_seq_lengths: (B,), what is valid of each row, 0 included.
+        local_window_size: the keys (left, right) of a query's position that it sees, besides the
+            one at it; None for all of a side, one number for both.
+        implementation: "dense" (all logits at once), "blockwise" (memory linear in T + S), "xla"
+            (the better of the two, blockwise from 2¹⁶ logits for each head on), "native" (kernels
+            for a CPU, see `rnnattn.native`; float32, no dropout); "cudnn" and "tokamax" hand the
+            call over to `jax.nn` and to tokamax, for what they can serve, with their own gradients
+            and rules for rows that see nothing; None chooses: "native" on a CPU where it can serve,
+            else "xla".
+        return_residual: also return the log-sum-exp L, (B, T, N), in float32 for 16-bit inputs.
+        query_offset: a number or (B,): query t stands at position t + offset among the keys. A
+            cache's length while decoding; S − T aligns the last query with the last key.
+        query_segment_ids, key_value_segment_ids: (B, T) and (B, S): a query sees the keys of its
+            own segment. Sorted ids let whole blocks be skipped.
+        logits_soft_cap: c: scaled logits s become c tanh(s / c), before bias and masks, as in ONNX.
+        sinks: (N,), a logit of each head that joins the softmax's sum, and L, but has no value.
+        dropout_rate: the share of weights set to zero, in [0, 1); the rest is scaled up.
+        dropout_key: needed where `dropout_rate` is above 0. Both schedules drop the same weights.
+        return_weights: also return the weights as they are applied, dropout included, (B, N, T, S);
+            dense only, with JAX's own gradient.
+    Returns:
+        The output (B, T, N, V) in the dtype of `value`; a tuple with L and the weights after it, if
+        they are asked for. A query that may see no key gets zeros, and L = −∞ (its sink, if there
+        is one). 16-bit inputs are summed in float32; float64 is float64 throughout.
+    Raises:
+        ValueError: a shape, dtype or option is off; the message says which, what was expected and
+            what came.
+    Gradient:
+        With respect to query, key, value, bias, sinks and an array `scale`, from cotangents of the
+        output and L; kept are these, the output and L, and the weights are computed again; the rest
+        of the arguments are constants. Whatever hides (lengths, mask, segments, causality, a
+        window, offsets): a key or value that no query of its row may see, a query that may see no
+        key, and what comes back to the output of one, reach nothing, even if they are NaN or ∞, and
+        get gradients of zero. What comes back to L of such a query goes to its sink, if there is
+        one. The gradient can be differentiated
+        again, in reverse and forward mode, in linear memory where the schedule is. `jax.jvp` of the
+        function itself raises a TypeError ("can't apply forward-mode autodiff (jvp) to a custom_vjp
+        function"): that is what `rnnattn.attention.dot_product_attention_jvp` is for.
+    Example:
+        >>> q, k, v = jnp.ones((3, 2, 5, 4, 8))
+        >>> dot_product_attention(q, k, v, is_causal=True).shape
+        (2, 5, 4, 8)
+        >>> def loss(k):
+        ...     out, lse = dot_product_attention(q, k, v, is_causal=True, return_residual=True)
+        ...     return out[:, 2].sum() + lse[:, 2].sum()
+        >>> bool((jax.grad(loss)(k)[:, 3:] == 0).all())
+        True
+    """
+    arguments = sorted_arguments(
+        query,
+        key,
+        value,
+        bias,
+        mask,
+        scale=scale,
+        is_causal=is_causal,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        local_window_size=local_window_size,
+        implementation=implementation,
+        return_residual=return_residual,
+        query_offset=query_offset,
+        query_segment_ids=query_segment_ids,
+        key_value_segment_ids=key_value_segment_ids,
+        logits_soft_cap=logits_soft_cap,
+        sinks=sinks,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
+        return_weights=return_weights,
+    )
+    return call("dot_product_attention", attend, *arguments)
+
+
+def dot_product_attention_jvp(
+    query: Float[Array, "*B T N K"],
+    key: Float[Array, "*B S M K"],
+    value: Float[Array, "*B S M V"],
+    bias: Float[Array, "..."] | None = None,
+    mask: Bool[Array, "..."] | None = None,
+    **options: Any,
+) -> Any:
+    """`dot_product_attention` with a rule for tangents instead of one for cotangents.
+
+    For `jax.jvp`, `jax.jacfwd`, `jax.linearize` and Hessian-vector products of any kind, in memory
+    linear in T + S. Reverse mode works as well, a little slower than the other's.
+
+    Args:
+        options: those of `dot_product_attention`, "cudnn" and "tokamax" apart.
+    Raises:
+        ValueError: as `dot_product_attention` does.
+    Gradient:
+        The tangent dO = (P ∘ dS) v + P dv − μ O, dL = μ = Σ P ∘ dS, block by block (Lu & Song
+        2024); its transpose is the gradient.
+    Example:
+        >>> q, k, v = jnp.ones((3, 2, 5, 4, 8))
+        >>> out, dout = jax.jvp(lambda q: dot_product_attention_jvp(q, k, v), (q,), (q,))
+        >>> dout.shape
+        (2, 5, 4, 8)
+    """
+    arguments = sorted_arguments(query, key, value, bias, mask, **options)
+    return call("dot_product_attention_jvp", plain, *arguments)
+
+
+def call(function, rule, arrays, options, request, schedule=None):
+    """A call of `function`, by `rule`; by the schedule that suits it, if none is given."""
+    arrays, options = checked(function, arrays, options, request)
+    name = request.implementation
+    if name in ("cudnn", "tokamax"):
+        ours = "None, 'xla', 'dense' or 'blockwise'"
+        Check(function)(rule is attend, "implementation", ours, repr(name))
+        return hand_over(function, arrays, options, request)
+    if name == "native":
+        unserved = native.unserved(arrays.query, arrays.value, options)
+        Check(function).served(name, unserved)
+    if request.return_weights:
+        rule = with_weights
+    if schedule is None:
+        schedule = _suited(arrays, options, request)
+    results = _run_attention(rule, schedule, options, arrays)
+    wanted = (True, request.return_residual, request.return_weights)
+    results = [result for result, want in zip(results, wanted, strict=False) if want]
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def _suited(arrays, options, request):
+    """The schedule that serves a call, and is the fastest where the choice is ours."""
+    T, S = arrays.query.shape[-3], arrays.key.shape[-3]
+    name, empty = request.implementation, arrays.query.size * arrays.key.size == 0
+    if name == "dense" or request.return_weights or empty:
+        return xla.DENSE
+    if name == "blockwise":
+        return xla.BLOCKWISE
+    # Where they serve, the kernels are the faster at all sizes measured, but for the gradient of
+    # one query per head (benchmarks/README.md, "When they run").
+    if name != "xla" and not native.unserved(arrays.query, arrays.value, options):
+        return native.NATIVE
+    return xla.by_size(T, S)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _run_attention(rule, schedule, options, arrays):
+    """O, L and what else `rule` returns, in the layout of the arguments."""
+    arrays = varying_together(arrays)
+    batched = arrays.query.ndim == 4
+    if not batched:
+        arrays = with_batch(arrays)
+    B, T, N, _ = arrays.query.shape
+    operands, masking = problem(options, arrays)
+    operands = schedule.enter(options, operands, masking)
+    o, lse, *weights = rule(schedule, options, operands, masking)
+    o, lse = schedule.leave(options, operands, masking, o, lse)
+    o = o.reshape(B, T, N, o.shape[-1]).astype(arrays.value.dtype)
+    lse = xla.time_first(lse).reshape(B, T, N)
+    weights = [w.reshape(B, N, *w.shape[3:]) for w in weights]
+    results = (o, lse, *weights)
+    return results if batched else tuple(x[0] for x in results)

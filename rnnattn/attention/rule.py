@@ -1,0 +1,71 @@
+"""The custom rule of attention, which joins the two halves of a schedule."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+import rnnattn.attention.dense as dense
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def attend(schedule, options, operands, masking):
+    """O and L."""
+    return schedule.forward(options, operands, masking)
+
+
+def _attend_fwd(schedule, options, operands, masking):
+    """Keeps operands, O and L, and which of bias and scale is differentiated: see `wanted`.
+
+    O is that of the accumulator: rounded to 16 bits, Δ would lose what sets it apart from dP.
+    """
+    asked = (wanted(operands.bias), wanted(operands.scale))
+    operands, masking = jax.tree.map(lambda x: x.value, (operands, masking))
+    o, lse = schedule.forward(options, operands, masking)
+    return (o, lse), (operands, masking, o, lse, asked)
+
+
+def _attend_bwd(schedule, options, residuals, cotangents):
+    """The gradient from the log-sum-exp: `rnnattn.attention.equations`."""
+    *kept, asked = residuals
+    wants_bias, wants_scale = (flag.size > 0 for flag in asked)
+    options = options._replace(bias_gradient=wants_bias, scale_gradient=wants_scale)
+    operands = kept[0]
+    gradient = schedule.backward(options, *kept, *instantiated(cotangents, operands))
+    return as_given(gradient, operands), None
+
+
+attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
+
+
+def wanted(x):
+    """Whether an argument of a rule is differentiated, as the size of a residual, 0 or 1.
+
+    JAX may read the residuals of one trace by the tree of another's, which then has to be the same.
+    """
+    return jnp.zeros(int(x is not None and x.perturbed), jnp.bool)
+
+
+def instantiated(cotangents, operands):
+    """dO, in the dtype of the values as O was, and dL; arrays of zeros for symbolic ones."""
+    full = lambda d: jnp.zeros(d.shape, d.dtype) if isinstance(d, SymbolicZero) else d
+    do, dlse = map(full, cotangents)
+    return do.astype(operands.value.dtype), dlse
+
+
+def as_given(gradient, operands):
+    """The gradient in the dtypes of the operands; None where there is none."""
+    absent = {name: None for name, d in gradient._asdict().items() if d is None}
+    return jax.tree.map(lambda d, x: d.astype(x.dtype), gradient, operands._replace(**absent))
+
+
+# Without a rule, with JAX's own derivatives: as `attend`, and with the weights behind O and L.
+
+
+def plain(schedule, options, operands, masking):
+    return schedule.forward(options, operands, masking)
+
+
+def with_weights(schedule, options, operands, masking):
+    return dense.forward_with_weights(options, operands, masking)

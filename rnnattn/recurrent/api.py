@@ -1,0 +1,150 @@
+"""The LSTM as it is called: over one step and over a sequence; and the choice of a schedule.
+
+Axes: B batch, T time, D input width, H hidden width, R width of h (H without a projection).
+"""
+
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+import rnnattn.recurrent.native as native
+from rnnattn.checks import Check
+from rnnattn.precision import varying_together
+from rnnattn.recurrent.arguments import (
+    as_given,
+    check_sequence,
+    check_step,
+    full_state,
+    time_major_steps,
+)
+from rnnattn.recurrent.chunked import CHUNKED
+from rnnattn.recurrent.equations import LSTMParams, LSTMState, Variant
+from rnnattn.recurrent.peers import run_cudnn, unserved_by_cudnn
+from rnnattn.recurrent.problem import Options
+from rnnattn.recurrent.rule import sequence
+
+
+def lstm_step(
+    params: LSTMParams,
+    x: Float[Array, "B D"],
+    state: LSTMState,
+    *,
+    clip: float | None = None,
+    coupled: bool = False,
+) -> LSTMState:
+    """One step (L1, L2): the state after `x`, given the state before it, and in its dtypes.
+
+    Args:
+        clip: bounds every pre-activation to ±clip, as ONNX does; None bounds nothing.
+        coupled: f = 1 − i (CIFG); the forget gate's own weights then get a gradient of zero.
+    Raises:
+        ValueError: a shape or dtype is off; the message says which, what was expected and
+            what came.
+    Gradient:
+        L3 to L8, with respect to `params`, `x` and `state`; keeps the pre-activations.
+    Example:
+        >>> params = init_lstm(jax.random.key(0), input_size=3, hidden_size=5)
+        >>> state = LSTMState(h=jnp.zeros((2, 5)), c=jnp.zeros((2, 5)))
+        >>> lstm_step(params, jnp.ones((2, 3)), state).h.shape
+        (2, 5)
+    """
+    check_step("lstm_step", params, x, state, clip)
+    options = Options(False, "gates", Variant(clip, coupled))
+    schedule = CHUNKED if native.unserved(params, x, options.variant) else native.NATIVE
+    _, state = _run_lstm(schedule, options, True, params, x[None], state, None, None)
+    return state
+
+
+def lstm(
+    params: LSTMParams,
+    x: Float[Array, "... D"],
+    state: LSTMState | None = None,
+    *,
+    lengths: Int[Array, " B"] | None = None,
+    resets: Bool[Array, "..."] | None = None,
+    reverse: bool = False,
+    time_major: bool = False,
+    clip: float | None = None,
+    coupled: bool = False,
+    residuals: Literal["gates", "states"] | int = "states",
+    implementation: Literal["xla", "native", "cudnn"] | None = None,
+) -> tuple[Float[Array, "... R"], LSTMState]:
+    """The hidden state after every step of `x`, and the state after the last one (L1, L2).
+
+    Args:
+        x: (B, T, D), or (T, B, D) with `time_major`.
+        state: the initial state; None is zeros.
+        lengths: the valid steps of each row, 0 to T. Outputs past them are zero, whatever x holds
+            there reaches nothing, and the returned state is that after the last valid step run
+            (the initial state where the length is 0).
+        resets: (B, T), or (T, B) with `time_major`. True marks the first step of an episode in time
+            order: nothing passes between it and the step before it, in either direction of running,
+            as if the episodes ran apart, from zeros. A mark on the first step drops the initial
+            state of a run forwards, and leaves the returned state of a run in reverse. NaN in steps
+            of an episode of which the loss reads nothing reaches no gradient.
+        reverse: run from the last valid step to the first; outputs stay in the order of x.
+        time_major: x, y and resets have T before B. Saves two transpositions.
+        clip: bounds every pre-activation to ±clip, peephole terms included; None bounds nothing.
+        coupled: f = 1 − i (CIFG); the forget gate's own weights then get a gradient of zero.
+        residuals: what is kept for the gradient, beside y: "gates" (c and the pre-activations of
+            each step), "states" (c of each step) or n (the state every n steps); what is not kept
+            is computed again. The gradient is the same. Temporary memory of the gradient at T 4096,
+            B 8, D = H = 256 in float32: 210 MiB, 84 MiB, and 13 MiB for n = 64; the plain twin
+            takes 516 (`python benchmarks/lstm.py --memory`). "gates" is the fastest.
+        implementation: "xla"; "native", the kernels of `rnnattn.native` on a CPU (and "xla"
+            elsewhere), for float32 without a variant; "cudnn", on an NVIDIA GPU, for float32
+            without a variant, resets or `reverse`, and lengths of at least 1 (its gradient is
+            cuDNN's own, of first order); or None, which is "native" where that serves, and "xla"
+            where not.
+    Returns:
+        y (B, T, R), or (T, B, R) with `time_major`, in the dtype of x, and the final state, in the
+        dtypes of the initial one. For 16-bit inputs c is float32, so that a sequence cut in two and
+        chained equals one run; where it is given in 16 bits, it comes back so.
+    Raises:
+        ValueError: a shape, dtype or option is off; the message says which, what was expected and
+            what came.
+    Gradient:
+        L3 to L8, with respect to `params`, `x` and `state`, from cotangents of y and both parts of
+        the final state; lengths and resets are constants. It can be differentiated again in
+        reverse and forward mode; for `jax.jvp` of the function itself use `rnnattn.reference.lstm`.
+        Under `jax.vmap` over x with shared weights, the weight gradient is one product for each
+        example: let B be the batch instead.
+    Example:
+        >>> params = init_lstm(jax.random.key(0), input_size=3, hidden_size=5)
+        >>> y, state = lstm(params, jnp.ones((2, 7, 3)), lengths=jnp.array([7, 4]))
+        >>> y.shape, bool((y[1, 4:] == 0).all()), bool((y[1, 3] == state.h[1]).all())
+        ((2, 7, 5), True, True)
+    """
+    check_sequence("lstm", params, x, state, lengths, resets, time_major, clip)
+    check = Check("lstm")
+    steps = type(residuals) is int and residuals > 0
+    expected = "'gates', 'states' or a number of steps of at least 1"
+    check(steps or residuals in ("gates", "states"), "residuals", expected, repr(residuals))
+    check.one_of("implementation", implementation, (None, "xla", "native", "cudnn"))
+    options = Options(reverse, residuals, Variant(clip, coupled))
+    if implementation == "cudnn":
+        check.served("cudnn", unserved_by_cudnn(params, x, options, resets))
+        return run_cudnn(time_major, params, x, state, lengths)
+    schedule = CHUNKED
+    if implementation != "xla":
+        unserved = native.unserved(params, x, options.variant)
+        if implementation == "native":
+            check.served("native", unserved)
+        schedule = CHUNKED if unserved else native.NATIVE
+    return _run_lstm(schedule, options, time_major, params, x, state, lengths, resets)
+
+
+@partial(jax.jit, static_argnames=("schedule", "options", "time_major"))
+def _run_lstm(schedule, options, time_major, params, x, state, lengths, resets):
+    """`lstm` after its arguments are checked."""
+    params, x, state, lengths, resets = varying_together((params, x, state, lengths, resets))
+    if not time_major:
+        x = jnp.swapaxes(x, 0, 1)
+        resets = None if resets is None else jnp.swapaxes(resets, 0, 1)
+    steps = time_major_steps(x, lengths, resets, options.reverse)
+    start = full_state(params, state, x.shape[1])
+    y, final = sequence(schedule, options, params, start, steps)
+    return (y if time_major else jnp.swapaxes(y, 0, 1)), as_given(final, state)

@@ -1,0 +1,42 @@
+"""The LSTM by cuDNN, as `jax.experimental.rnn` calls it."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from rnnattn.checks import those_that_hold
+from rnnattn.recurrent.arguments import full_state
+from rnnattn.recurrent.equations import LSTMState, Variant
+
+
+def unserved_by_cudnn(params, x, options, resets):
+    """What of a call cuDNN cannot serve."""
+    return those_that_hold(
+        {
+            f"the dtype {jnp.result_type(x).name}": jnp.result_type(x) != jnp.float32,
+            "peephole weights": params.peephole is not None,
+            "a projection": params.projection is not None,
+            "`clip` or `coupled`": options.variant != Variant(),
+            "`resets`": resets is not None,
+            "`reverse`": options.reverse,
+            "a machine without a GPU": jax.default_backend() != "gpu",
+        }
+    )
+
+
+@partial(jax.jit, static_argnames="time_major")
+def run_cudnn(time_major, params, x, state, lengths):
+    """`lstm` by `jax.experimental.rnn`: batch first, weights transposed in one row, two biases."""
+    from jax.experimental import rnn
+
+    if time_major:
+        x = jnp.swapaxes(x, 0, 1)
+    B, T, D = x.shape
+    h, c = full_state(params, state, B)
+    if lengths is None:
+        lengths = jnp.full((B,), T)
+    transposed = [params.w_x.T.ravel(), params.w_h.T.ravel(), params.b, jnp.zeros_like(params.b)]
+    weights, H = jnp.concatenate(transposed), params.w_h.shape[0]
+    y, h, c = rnn.lstm(x, h[None], c[None], weights, lengths.astype(jnp.int32), D, H, 1, 0.0, False)
+    return (jnp.swapaxes(y, 0, 1) if time_major else y), LSTMState(h[0], c[0])

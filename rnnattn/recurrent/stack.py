@@ -1,0 +1,137 @@
+"""What is built of sequences: two directions, and a stack of layers.
+
+Axes: B batch, T time, D input width, H hidden width, R width of h (H without a projection).
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from rnnattn.checks import Check
+from rnnattn.recurrent.api import lstm
+from rnnattn.recurrent.equations import LSTMParams, LSTMState
+
+
+def bidirectional_lstm(
+    forward: LSTMParams,
+    backward: LSTMParams,
+    x: Float[Array, "... D"],
+    states: tuple[LSTMState | None, LSTMState | None] = (None, None),
+    **options: Any,
+) -> tuple[Float[Array, "... width"], tuple[LSTMState, LSTMState]]:
+    """`lstm` in both directions over the same `x`, side by side.
+
+    Args:
+        states: the initial states of the two; the backward one enters at the last valid step.
+        options: those of `lstm`, `reverse` apart.
+    Returns:
+        y, the outputs of `forward` beside those of `backward`, both in the order of x; and the
+        final states of the two.
+    Raises:
+        ValueError: as `lstm` does.
+    Gradient:
+        That of `lstm`, with respect to the parameters, `x` and `states`.
+    Example:
+        >>> ahead, back = (init_lstm(jax.random.key(k), 3, 5) for k in (0, 1))
+        >>> y, (last, first) = bidirectional_lstm(ahead, back, jnp.ones((2, 7, 3)))
+        >>> y.shape
+        (2, 7, 10)
+    """
+    return both_directions(lstm, (forward, backward), x, states, options)
+
+
+def stacked_lstm(
+    layers: Sequence[LSTMParams | tuple[LSTMParams, LSTMParams]],
+    x: Float[Array, "... D"],
+    states: Sequence[Any] | None = None,
+    *,
+    dropout_rate: float = 0.0,
+    dropout_key: PRNGKeyArray | None = None,
+    variational: bool = False,
+    time_major: bool = False,
+    **options: Any,
+) -> tuple[Float[Array, "... R"], tuple[Any, ...]]:
+    """Layers one above the other, each reading the outputs of the one below.
+
+    Args:
+        layers: from the bottom up; one is an `LSTMParams`, or a (forward, backward) pair of them.
+        states: the initial state of each layer (a pair for a pair), or None for zeros.
+        dropout_rate: the share of the outputs between two layers that is set to zero, in [0, 1);
+            the rest is scaled up by 1 / (1 − rate).
+        dropout_key: needed where `dropout_rate` is above 0.
+        variational: drop the same outputs at every step (Gal & Ghahramani 2016).
+        time_major, options: as in `lstm`.
+    Returns:
+        y, the outputs of the top layer, and the final states of all layers.
+    Raises:
+        ValueError: as `lstm` does; no layers, a number of states that is not that of the layers, a
+            rate out of range, or no key for it.
+    Gradient:
+        That of `lstm`, with respect to `layers`, `x` and `states`; what is dropped is a constant.
+    Example:
+        Truncated back-propagation through time: carry the state, and stop its gradient.
+
+        >>> layers = [init_lstm(jax.random.key(0), 3, 5), init_lstm(jax.random.key(1), 5, 5)]
+        >>> def loss(layers, x, states):
+        ...     y, states = stacked_lstm(layers, x, jax.lax.stop_gradient(states))
+        ...     return (y**2).mean(), states
+        >>> states = None
+        >>> for window in jnp.split(jnp.ones((2, 12, 3)), 3, axis=1):
+        ...     gradient, states = jax.grad(loss, has_aux=True)(layers, window, states)
+    """
+    dropout = Dropout(dropout_rate, dropout_key, variational)
+    return stack(lstm, layers, x, states, dropout, {"time_major": time_major, **options})
+
+
+class Dropout(NamedTuple):
+    rate: float
+    key: PRNGKeyArray | None
+    variational: bool
+
+
+def both_directions(run, pair, x, states, options):
+    forward, backward = pair
+    ahead, last = run(forward, x, states[0], **options)
+    back, first = run(backward, x, states[1], reverse=True, **options)
+    return jnp.concatenate([ahead, back], axis=-1), (last, first)
+
+
+def stack(run, layers, x, states, dropout, options):
+    """`stacked_lstm` with `run` as its sequence."""
+    _check_stack(layers, states, dropout)
+    finals = []
+    for n, layer in enumerate(layers):
+        if n > 0 and dropout.rate > 0:
+            key = jax.random.fold_in(dropout.key, n)
+            time_axis = 0 if options["time_major"] else 1
+            x = _drop(key, x, dropout.rate, time_axis if dropout.variational else None)
+        state = None if states is None else states[n]
+        if isinstance(layer, LSTMParams):
+            x, final = run(layer, x, state, **options)
+        else:
+            x, final = both_directions(run, layer, x, state or (None, None), options)
+        finals.append(final)
+    return x, tuple(finals)
+
+
+@partial(jax.jit, static_argnames=("rate", "shared_axis"))
+def _drop(key, x, rate, shared_axis):
+    """Zero a share of x and scale up the rest, alike along `shared_axis`."""
+    shape = [1 if axis == shared_axis else size for axis, size in enumerate(x.shape)]
+    keep = jax.random.bernoulli(key, 1 - rate, shape)
+    return jnp.where(keep, x / (1 - rate), 0)
+
+
+def _check_stack(layers, states, dropout):
+    check = Check("stacked_lstm")
+    check(layers, "layers", "at least one layer", "none")
+    if states is not None:
+        expected = f"one for each of the {len(layers)} layers"
+        check(len(states) == len(layers), "states", expected, len(states))
+    check.share("dropout_rate", dropout.rate)
+    needed = dropout.rate > 0 and dropout.key is None
+    check(not needed, "dropout_key", "given where `dropout_rate` is above 0", None)
