@@ -28,6 +28,7 @@ timm's `vision_transformer.py`, which names what google-research's `vision_trans
 `big_vision` store.
 """
 
+from rnnattn.interop.files import read_safetensors, write_safetensors
 from rnnattn.interop.lstm import (
     lstm_from_flax,
     lstm_from_haiku,
@@ -39,13 +40,8 @@ from rnnattn.interop.lstm import (
     lstm_to_keras,
     lstm_to_onnx,
     lstm_to_torch,
-    read_safetensors,
-    vit_from_google,
-    vit_from_timm,
-    vit_to_google,
-    vit_to_timm,
-    write_safetensors,
 )
+from rnnattn.interop.vit import vit_from_google, vit_from_timm, vit_to_google, vit_to_timm
 
 __all__ = [
     "lstm_from_flax",

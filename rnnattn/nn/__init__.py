@@ -19,19 +19,11 @@ Sources: Vaswani et al. 2017; Ainslie et al. 2023, arXiv 2305.13245 (grouped hea
 arXiv 1603.09382 (stochastic depth).
 """
 
-from rnnattn.nn.vit import (
-    LSTM,
-    Activations,
-    Block,
-    ConvStem,
-    LayerNorm,
-    LSTMCell,
-    MultiHeadAttention,
-    PatchStem,
-    ViT,
-    attention_fn,
-    load_weights,
-)
+from rnnattn.nn.attention import LayerNorm, MultiHeadAttention
+from rnnattn.nn.flax_attention import attention_fn
+from rnnattn.nn.lstm import LSTM, LSTMCell
+from rnnattn.nn.vit import Activations, Block, ConvStem, PatchStem, ViT
+from rnnattn.nn.weights import load_weights
 
 __all__ = [
     "LSTM",
