@@ -10,6 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from rnnattn.checks import Check, names_amiss
+from rnnattn.interop.reader import as_numpy
+
 # What the format calls each dtype that it has.
 _FILE_DTYPES = {
     "BOOL": "bool",
@@ -60,7 +63,7 @@ def write_safetensors(path: str | os.PathLike, params: PyTree) -> None:
     from safetensors.numpy import save
 
     named = _named(function, params)
-    content = save({name: _as_in_a_file(function, name, leaf) for name, leaf in named.items()})
+    content = save({name: _as_stored(function, name, leaf) for name, leaf in named.items()})
     path = Path(path)
     whole = path.with_name(f".{secrets.token_hex(8)}.new")
     try:
@@ -96,15 +99,14 @@ def read_safetensors(path: str | os.PathLike, like: PyTree) -> PyTree:
             f"{function}: {path}: damaged, or not a safetensors file: {error}"
         ) from None
     expected = _named(function, like)
-    wrong = [f"`{name}` is missing" for name in expected.keys() - found.keys()]
-    wrong += [f"`{name}` is not expected" for name in found.keys() - expected.keys()]
+    wrong = names_amiss(expected, found)
     arrays = {}
     for name in expected.keys() & found.keys():
         leaf, array = expected[name], found[name]
         dtype = _FILE_DTYPES.get(array["dtype"], array["dtype"])
         want, got = f"{leaf.dtype.name}{list(leaf.shape)}", f"{dtype}{array['shape']}"
         if want != got:
-            wrong.append(f"`{name}`: expected {want}, got {got}")
+            wrong.append(f"`{name}` must be {want}, got {got}")
             continue
         dtype = np.dtype(leaf.dtype)
         in_numpy = np.ndarray(leaf.shape, dtype.newbyteorder("<"), array["data"])
@@ -133,31 +135,26 @@ def _named(function, tree):
     paths: dict[str, Any] = {}
     leaves = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        name = ".".join(jax.tree_util.keystr((key,), simple=True) for key in path)
-        way = jax.tree_util.keystr(path)
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        in_full = jax.tree_util.keystr(path)
         if name in paths:
-            raise ValueError(f"{function}: {paths[name]} and {way} have one name, `{name}`")
+            raise ValueError(f"{function}: {paths[name]} and {in_full} have one name, `{name}`")
         if name == "__metadata__":
             raise ValueError(f"{function}: the format keeps the name `{name}` for itself")
         try:
             name.encode()
         except UnicodeEncodeError:
             raise ValueError(f"{function}: the name {name!r} is no text") from None
-        if not (hasattr(leaf, "dtype") and hasattr(leaf, "shape")):
-            raise ValueError(f"{function}: `{name}` must be an array, got {type(leaf).__name__}")
-        paths[name], leaves[name] = way, leaf
+        is_array = hasattr(leaf, "dtype") and hasattr(leaf, "shape")
+        Check(function)(is_array, name, "an array", type(leaf).__name__)
+        paths[name], leaves[name] = in_full, leaf
     return leaves
 
 
-def _as_in_a_file(function, name, leaf):
+def _as_stored(function, name, leaf):
     """The leaf in NumPy and in one piece, little-endian, of a dtype that the format has."""
-    try:
-        array = np.asarray(leaf)
-    except (TypeError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{function}: `{name}` must be an array: {error}") from error
-    if array.dtype.name not in _FILE_DTYPES.values():
-        raise ValueError(
-            f"{function}: `{name}` must have a dtype that the format has, "
-            f"{', '.join(_FILE_DTYPES.values())}, got {array.dtype}"
-        )
+    check, dtypes = Check(function), _FILE_DTYPES.values()
+    array = as_numpy(check, name, leaf)
+    expected = f"of a dtype that the format has, {', '.join(dtypes)}"
+    check(array.dtype.name in dtypes, name, expected, array.dtype)
     return array.astype(array.dtype.newbyteorder("<"), order="C", copy=False)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rnnattn.checks import Check
 from rnnattn.interop.reader import Reader, flatten
 from rnnattn.recurrent import LSTMParams
 
@@ -35,10 +36,10 @@ def lstm_from_torch(
     suffix = _torch_suffix(layer, reverse)
     if suffix == "_l0" and "weight_hh" in state_dict:  # a cell's
         suffix = ""
-    own = {key: value for key, value in state_dict.items() if key.endswith(suffix)}
+    of_layer = {key: value for key, value in state_dict.items() if key.endswith(suffix)}
     has_bias = any(key.startswith("bias_") for key in state_dict)
-    has_projection = "weight_hr" + suffix in own
-    read = Reader("lstm_from_torch", own or state_dict)
+    has_projection = "weight_hr" + suffix in of_layer
+    read = Reader("lstm_from_torch", of_layer or state_dict)
     w_h = read("weight_hh" + suffix, "4H R" if has_projection else "4H H")
     w_x = read("weight_ih" + suffix, "4H D")
     b = np.zeros(len(w_h), w_h.dtype)
@@ -154,15 +155,12 @@ def lstm_to_flax(
         (['ii', 'if', 'ig', 'io', 'hi', 'hf', 'hg', 'ho'], ['dense_i', 'dense_h'])
     """
     w_x, w_h, b, *_ = _arrays("lstm_to_flax", params)
+    Check("lstm_to_flax").one_of("form", form, ("linen", "nnx", "nnx_optimized"))
     if form == "nnx_optimized":
         return {
             "dense_i": {"kernel": w_x.copy()},
             "dense_h": {"kernel": w_h.copy(), "bias": b.copy()},
         }
-    if form not in ("linen", "nnx"):
-        raise ValueError(
-            f"lstm_to_flax: `form` must be 'linen', 'nnx' or 'nnx_optimized', got {form!r}"
-        )
     gate = lambda array: [block.copy() for block in np.split(array, 4, axis=-1)]
     names = ("ii", "if" if form == "linen" else "if_", "ig", "io")
     tree = {name: {"kernel": kernel} for name, kernel in zip(names, gate(w_x), strict=True)}
@@ -191,8 +189,7 @@ def lstm_from_haiku(params: Mapping[str, Any]) -> LSTMParams:
     H = len(b) // 4
     w = _reorder(read("w", "rows 4H"), "igfo", "ifgo")
     read.finish()
-    if len(w) <= H:
-        raise ValueError(f"lstm_from_haiku: `w` must have D + H rows, H = {H}, got {len(w)}")
+    read.check(len(w) > H, "w", f"of D + H rows, H = {H}", len(w))
     b[H : 2 * H] += 1
     return _params(w[:-H], w[-H:], b)
 
@@ -242,10 +239,8 @@ def lstm_from_onnx(weights: Mapping[str, Any], direction: int = 0) -> LSTMParams
     b = read("B", "directions 8H") if "B" in weights else np.zeros((directions, 2 * G), w_h.dtype)
     peephole = read("P", "directions 3H") if "P" in weights else None
     read.finish()
-    if not 0 <= direction < directions:
-        raise ValueError(
-            f"lstm_from_onnx: `direction` must be from 0 to {directions - 1}, got {direction}"
-        )
+    known = 0 <= direction < directions
+    read.check(known, "direction", f"from 0 to {directions - 1}", direction)
     gates = lambda array: _reorder(array, "iofg", "ifgo")
     if peephole is not None:
         peephole = _reorder(peephole[direction], "iof", "ifo").reshape(3, -1)
@@ -282,10 +277,10 @@ def lstm_to_onnx(params: LSTMParams) -> dict[str, np.ndarray]:
 def _arrays(function, params, *supported):
     """The fields of `params` in NumPy; peephole and projection only for a format that has them."""
     given = {key: value for key, value in params._asdict().items() if value is not None}
-    for key in ("peephole", "projection"):
-        if key in given and key not in supported:
-            raise ValueError(f"{function}: `params.{key}` must be None: the format has none")
     read = Reader(function, {f"params.{key}": value for key, value in given.items()})
+    for key in ("peephole", "projection"):
+        served = key not in given or key in supported
+        read.check(served, f"params.{key}", "None, since the format has none", "an array")
     b = read("params.b", "4H")
     w_h = read("params.w_h", "R 4H" if "projection" in given else "H 4H")
     w_x = read("params.w_x", "D 4H")

@@ -6,12 +6,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from rnnattn.checks import Check, names_amiss
+
 
 class Reader:
     """Reads arrays by key, checks their shapes against one another, and that no key is left."""
 
     def __init__(self, function, weights):
-        self.function, self.weights = function, weights
+        self.check, self.weights = Check(function), weights
         self.sizes = {"": 1}
         self.dtypes: dict[str, np.dtype] = {}
 
@@ -20,12 +22,8 @@ class Reader:
         if key not in self.weights:
             names = list(self.weights)
             more = f" and {len(names) - 20} more" if len(names) > 20 else ""
-            raise ValueError(f"{self.function}: `{key}` is missing, got {names[:20]}{more}")
-        try:
-            array = np.asarray(self.weights[key])
-            array = array.astype(array.dtype.newbyteorder("="), copy=False)
-        except (TypeError, RuntimeError, ValueError) as error:
-            raise ValueError(f"{self.function}: `{key}` must be an array: {error}") from error
+            raise ValueError(f"{self.check.function}: `{key}` is missing, got {names[:20]}{more}")
+        array = as_numpy(self.check, key, self.weights[key])
         terms = [_term(axis) for axis in axes.split()]
         if array.ndim == len(terms):
             for (factor, letter), size in zip(terms, array.shape, strict=True):
@@ -33,12 +31,10 @@ class Reader:
                     self.sizes.setdefault(letter, size // factor)
         known = all(letter in self.sizes for _, letter in terms)
         expected = tuple(factor * self.sizes.get(letter, 0) for factor, letter in terms)
-        if not known or array.shape != expected:
-            names = "(" + axes.replace(" ", ", ") + (",)" if len(terms) == 1 else ")")
-            sizes = f" = {expected}" if known else ""
-            raise ValueError(
-                f"{self.function}: `{key}` must have shape {names}{sizes}, got {array.shape}"
-            )
+        names = "(" + axes.replace(" ", ", ") + (",)" if len(terms) == 1 else ")")
+        sizes = f" = {expected}" if known else ""
+        fits = known and array.shape == expected
+        self.check(fits, key, f"of shape {names}{sizes}", array.shape)
         self._check_dtype(key, array.dtype)
         return array
 
@@ -46,19 +42,15 @@ class Reader:
         """A key that is not read is a mistake."""
         for key in self.weights:
             if key not in self.dtypes:
-                raise ValueError(
-                    f"{self.function}: `{key}` is unknown, expected {list(self.dtypes)}"
-                )
+                function, expected = self.check.function, list(self.dtypes)
+                raise ValueError(f"{function}: `{key}` is unknown, expected {expected}")
 
     def _check_dtype(self, key, dtype):
-        if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize > 8:
-            raise ValueError(f"{self.function}: `{key}` must be floating, got {dtype}")
+        # Compared in NumPy's dtypes: where jax_enable_x64 is off, float64 is float32 to JAX.
+        floating = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize <= 8
+        self.check(floating, key, "of a floating dtype", dtype)
         for other, expected in self.dtypes.items():
-            if dtype != expected:
-                raise ValueError(
-                    f"{self.function}: `{key}` must have the dtype of `{other}`, {expected}, "
-                    f"got {dtype}"
-                )
+            self.check(dtype == expected, key, f"of the dtype of `{other}`, {expected}", dtype)
         self.dtypes[key] = dtype
 
 
@@ -70,8 +62,7 @@ def _term(axis):
 
 def read_all(function, weights, axes):
     """The arrays named in `axes`; `ValueError` for all that is missing, unknown or wrong."""
-    wrong = [f"`{name}` is missing" for name in axes if name not in weights]
-    wrong += [f"`{name}` is unknown" for name in weights if name not in axes]
+    wrong = names_amiss(axes, weights)
     read, arrays = Reader(function, weights), {}
     for name in axes:
         if name in weights:
@@ -83,6 +74,16 @@ def read_all(function, weights, axes):
         more = f"; and {len(wrong) - 20} more" if len(wrong) > 20 else ""
         raise ValueError(f"{function}: {'; '.join(wrong[:20])}{more}")
     return arrays
+
+
+def as_numpy(check, name, array):
+    """An array of any library in NumPy, its bytes in the order of this machine."""
+    try:
+        in_numpy = np.asarray(array)
+        return in_numpy.astype(in_numpy.dtype.newbyteorder("="), copy=False)
+    except (TypeError, RuntimeError, ValueError) as error:
+        got = f"{type(array).__name__}: {error}"
+        raise ValueError(f"{check.function}: `{name}` must be an array, got {got}") from error
 
 
 def flatten(tree):

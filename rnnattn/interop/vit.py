@@ -6,6 +6,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
+from rnnattn.checks import Check
 from rnnattn.interop.reader import flatten, read_all
 
 
@@ -36,8 +37,8 @@ def vit_from_timm(state_dict: Mapping[str, Any], num_heads: int) -> dict[str, An
     depth = _depth(state_dict, "blocks.", ".")
     arrays = read_all(function, state_dict, _timm_axes(depth, "cls_token" in state_dict))
     D, N = len(arrays["norm.weight"]), num_heads
-    if N < 1 or D % N:
-        raise ValueError(f"{function}: `num_heads` must divide the width {D}, got {N}")
+    divides = N >= 1 and D % N == 0
+    Check(function)(divides, "num_heads", f"a divisor of the width {D}", N)
     weights = {
         "stem.kernel": arrays["patch_embed.proj.weight"].transpose(2, 3, 1, 0),
         "position": arrays["pos_embed"][0],
@@ -116,13 +117,13 @@ def vit_from_google(weights: Mapping[str, Any]) -> dict[str, Any]:
     """
     prefixes = ("params/", "opt/target/")
     prefix = next((p for p in prefixes if any(name.startswith(p) for name in weights)), "")
-    own = {name[len(prefix) :]: x for name, x in weights.items() if name.startswith(prefix)}
-    form = "big_vision" if "pos_embedding" in own else "vision_transformer"
-    depth = _depth(own, "Transformer/encoderblock_", "/")
-    names, axes = _google_names(depth, form), _vit_axes(depth, "cls" in own)
+    theirs = {name[len(prefix) :]: x for name, x in weights.items() if name.startswith(prefix)}
+    form = "big_vision" if "pos_embedding" in theirs else "vision_transformer"
+    depth = _depth(theirs, "Transformer/encoderblock_", "/")
+    names, axes = _google_names(depth, form), _vit_axes(depth, "cls" in theirs)
     leading = {"cls": "1 1 D", "position": "1 tokens D"}
     expected = {names[ours]: leading.get(ours, shape) for ours, shape in axes.items()}
-    arrays = read_all("vit_from_google", own, expected)
+    arrays = read_all("vit_from_google", theirs, expected)
     return _nested(
         {ours: arrays[names[ours]][0] if ours in leading else arrays[names[ours]] for ours in axes}
     )
@@ -142,11 +143,9 @@ def vit_to_google(
     Example:
         See `vit_from_google`.
     """
-    if form not in ("vision_transformer", "big_vision"):
-        raise ValueError(
-            f"vit_to_google: `form` must be 'vision_transformer' or 'big_vision', got {form!r}"
-        )
-    arrays, depth = _own_arrays("vit_to_google", weights)
+    function = "vit_to_google"
+    Check(function).one_of("form", form, ("vision_transformer", "big_vision"))
+    arrays, depth = _own_arrays(function, weights)
     names = _google_names(depth, form)
     leading = lambda ours, array: array[None] if ours in ("cls", "position") else array
     return {
@@ -223,8 +222,8 @@ def _google_names(depth, form):
 
 def _depth(weights, before, after):
     """How many blocks the names tell of, at least one."""
-    own = [name for name in weights if name.startswith(before)]
-    numbers = {name.removeprefix(before).partition(after)[0] for name in own}
+    of_blocks = [name for name in weights if name.startswith(before)]
+    numbers = {name.removeprefix(before).partition(after)[0] for name in of_blocks}
     return max(sum(number.isdecimal() for number in numbers), 1)
 
 

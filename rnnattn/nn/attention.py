@@ -64,8 +64,8 @@ class MultiHeadAttention(nnx.Module):
         check = Check("MultiHeadAttention")
         N, M = num_heads, num_heads if num_key_value_heads is None else num_key_value_heads
         check(N > 0, "num_heads", "at least 1", N)
-        check(features > 0 and features % N == 0, "features", f"a multiple of {N} heads", features)
-        check(M > 0 and N % M == 0, "num_key_value_heads", f"a divisor of num_heads = {N}", M)
+        check.multiple("features", features, N, of=f"{N} heads")
+        check(M > 0 and N % M == 0, "num_key_value_heads", f"a divisor of `num_heads` = {N}", M)
         check(0 <= dropout_rate < 1, "dropout_rate", "in [0, 1)", dropout_rate)
         K = features // N
         linear = partial(
@@ -82,7 +82,7 @@ class MultiHeadAttention(nnx.Module):
         norm = partial(LayerNorm, K, use_bias=False, dtype=dtype, param_dtype=param_dtype)
         self.query_ln = nnx.data(norm() if qk_norm else None)
         self.key_ln = nnx.data(norm() if qk_norm else None)
-        self.rope = nnx.data(rope) if isinstance(rope, nnx.Module) else _hook(rope)
+        self.rope = nnx.data(rope) if isinstance(rope, nnx.Module) else _rotation(rope)
         self.dropout_rate = dropout_rate
         self.deterministic = False
         self.rngs = nnx.data(rngs["dropout"].fork() if dropout_rate > 0 else None)
@@ -136,8 +136,8 @@ class MultiHeadAttention(nnx.Module):
             query, key = self.query_ln(query), self.key_ln(key)
         if self.rope is not None:
             start = None if cache is None else cache.length
-            of = lambda x: _counted(x, start) if positions is None else positions
-            query, key = self.rope(query, of(query)), self.rope(key, of(key))
+            places = lambda x: _default_positions(x, start) if positions is None else positions
+            query, key = self.rope(query, places(query)), self.rope(key, places(key))
         if cache is not None:
             options["query_offset"] = cache.length
             cache = update_cache(cache, key, value)
@@ -162,18 +162,18 @@ class MultiHeadAttention(nnx.Module):
         owned = {"query_offset", "dropout_rate", "dropout_key", "return_residual", "scale"}
         for name in owned & set(options):
             check(False, name, "left to the module", repr(options[name]))
-        given = [n for n, x in {"cache": cache, "positions": positions}.items() if x is not None]
-        expected = f"None with `{' and '.join(given)}`"
-        check(context is None or not given, "context", expected, "an array")
+        for name, other in {"cache": cache, "positions": positions}.items():
+            check(context is None or other is None, "context", f"None with `{name}`", "an array")
 
 
-def _hook(rope):
+def _rotation(rope):
+    """What rotates queries and keys, of the option `rope`."""
     if rope is True:
         return rotate
     return None if rope is False else rope
 
 
-def _counted(x, start):
+def _default_positions(x, start):
     """0, 1, … for the tokens of x (B, T, N, K); from `start` (B,) on."""
     count = jnp.arange(x.shape[1], dtype=jnp.int32)
     return count if start is None else start.astype(jnp.int32)[:, None] + count[None]

@@ -71,7 +71,7 @@ def attention_fn(
     S = key.shape[-3]
     if len(batch) > 1:
         query, key, value = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
-        bias, mask = (_one_batch_axis(x, batch) for x in (bias, mask))
+        bias, mask = (_merge_batch_axes(x, batch) for x in (bias, mask))
     if mask is not None:
         mask = mask.astype(bool)
     attend = partial(dot_product_attention, query, key, value, bias, mask, is_causal=is_causal)
@@ -83,7 +83,7 @@ def attention_fn(
     return out.reshape(*batch, *out.shape[-3:])
 
 
-def _one_batch_axis(x, batch):
+def _merge_batch_axes(x, batch):
     """x, which broadcasts to (*batch, N, T, S), for batch axes that are one."""
     if x is None:
         return None

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from rnnattn.checks import Check
 from rnnattn.precision import accumulator
 from rnnattn.recurrent import LSTMParams, LSTMState, init_lstm, lstm_step, stacked_lstm
 
@@ -26,8 +27,8 @@ class LSTMCell(nnx.RNNCellBase):
         self.w_x = nnx.Param(params.w_x)
         self.w_h = nnx.Param(params.w_h)
         self.b = nnx.Param(params.b)
-        self.peephole = nnx.data(_param(params.peephole))
-        self.projection = nnx.data(_param(params.projection))
+        self.peephole = nnx.data(_optional_param(params.peephole))
+        self.projection = nnx.data(_optional_param(params.projection))
 
     @property
     def params(self) -> LSTMParams:
@@ -92,8 +93,7 @@ class LSTM(nnx.Module):
         rngs: nnx.Rngs,
         **options: Any,
     ):
-        if num_layers < 1:
-            raise ValueError(f"LSTM: `num_layers` must be at least 1, got {num_layers}")
+        Check("LSTM")(num_layers >= 1, "num_layers", "at least 1", num_layers)
         directions = 2 if bidirectional else 1
         width = directions * (hidden_size if projection_size is None else projection_size)
         options["projection_size"] = projection_size
@@ -136,5 +136,5 @@ class LSTM(nnx.Module):
         )
 
 
-def _param(weight):
+def _optional_param(weight):
     return None if weight is None else nnx.Param(weight)

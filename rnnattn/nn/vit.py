@@ -156,12 +156,9 @@ class ViT(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check = Check("ViT")
-        for name, value, known in (
-            ("position", position, ("learned", "sincos2d", "rope2d", "none")),
-            ("pool", pool, ("mean", "cls")),
-            ("stem", stem, ("patch", "conv")),
-        ):
-            check(value in known, name, f"one of {known}", repr(value))
+        check.one_of("position", position, ("learned", "sincos2d", "rope2d", "none"))
+        check.one_of("pool", pool, ("mean", "cls"))
+        check.one_of("stem", stem, ("patch", "conv"))
         for name, number in {"depth": depth, "classes": classes, "channels": channels}.items():
             check(number > 0, name, "at least 1", number)
         for name, rate in {"dropout_rate": dropout_rate, "drop_path_rate": drop_path_rate}.items():
@@ -170,11 +167,12 @@ class ViT(nnx.Module):
         K = width // num_heads
         check(position != "sincos2d" or width % 4 == 0, "width", "a multiple of 4", width)
         check(position != "rope2d" or K % 4 == 0, "width", f"{num_heads} heads times 4 n", width)
-        self.patch_size = _both("patch_size", patch_size)
+        self.patch_size = check.pair("patch_size", patch_size, or_one=True)
         self.position_scheme, self.pool, self.channels = position, pool, channels
         self.base_grid: Any = None
         if image_size is not None:
-            self.base_grid = self._patches("image_size", _both("image_size", image_size))
+            size = check.pair("image_size", image_size, or_one=True)
+            self.base_grid = self._patches("image_size", size)
         for name, value, needing in (("position", position, "learned"), ("stem", stem, "conv")):
             needs = f"given for {name} {needing!r}"
             check(self.base_grid or value != needing, "image_size", needs, None)
@@ -310,26 +308,18 @@ class ViT(nnx.Module):
         return [np.pad(t.ravel(), (self.prefix, 0)) for t in np.meshgrid(*axes, indexing="ij")]
 
     def _patches(self, name, size):
-        p, q = self.patch_size
-        if size[0] % p or size[1] % q:
-            raise ValueError(
-                f"ViT: the (rows, columns) of `{name}` must be multiples of the patch size "
-                f"{self.patch_size}, got {tuple(size)}; `rnnattn.crop_and_pad` makes them so"
-            )
-        return size[0] // p, size[1] // q
+        advice = "; `rnnattn.crop_and_pad` makes them so"
+        return Check("ViT").patches(name, size, self.patch_size, advice)
 
     def _check(self, images, valid):
         check = Check("ViT")
-        expected = f"(B, rows, columns, {self.channels})"
-        check(
-            images.ndim == 4 and images.shape[3] == self.channels, "images", expected, images.shape
-        )
-        check(jnp.issubdtype(images.dtype, jnp.floating), "images", "floating", images.dtype.name)
+        fits = images.ndim == 4 and images.shape[3] == self.channels
+        check(fits, "images", f"of shape (B, rows, columns, {self.channels})", images.shape)
+        check.floating("images", images)
         if valid is not None:
-            check(valid.shape == images.shape[:3], "valid", f"{images.shape[:3]}", valid.shape)
-            check(
-                not isinstance(self.stem, ConvStem), "valid", "None with the conv stem", "an array"
-            )
+            check.shape("valid", valid, images.shape[:3], "(B, rows, columns)")
+            served = not isinstance(self.stem, ConvStem)
+            check(served, "valid", "None with the conv stem", "an array")
         self.grid(images.shape[1:3])
 
 
@@ -367,14 +357,6 @@ class ConvStem(nnx.Module):
         dtype = self.dtype or jnp.result_type(images, kernels[0])
         images, kernels, biases = jax.tree.map(lambda x: x.astype(dtype), (images, kernels, biases))
         return conv_stem(images, kernels, biases, self.grid)
-
-
-def _both(name, size):
-    """(rows, columns), of one number or two."""
-    pair = (size, size) if type(size) is int else tuple(size)
-    sizes = len(pair) == 2 and all(type(n) is int and n > 0 for n in pair)
-    Check("ViT")(sizes, name, "an int of at least 1, or two", repr(size))
-    return pair
 
 
 def _rotate_2d(x, positions):

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from rnnattn.checks import names_amiss
+
 
 def load_weights(module: nnx.Module, weights: Mapping[Any, Any]) -> None:
     """Sets every parameter of `module` from a nested dictionary of arrays, as `interop` makes it.
@@ -32,17 +34,16 @@ def load_weights(module: nnx.Module, weights: Mapping[Any, Any]) -> None:
     own = nnx.traversals.flatten_mapping(nnx.to_pure_dict(nnx.state(module, nnx.Param)))
     given = nnx.traversals.flatten_mapping(weights)
     name = lambda path: ".".join(map(str, path))
-    wrong = [f"`{name(path)}` is missing" for path in own if path not in given]
-    wrong += [f"`{name(path)}` is unknown" for path in given if path not in own]
+    wrong = names_amiss(own, given, name)
     for path in own:
         if path in given:
             expected, got = own[path], given[path]
             if jnp.shape(got) != expected.shape:
                 shapes = f"{expected.shape}, got {jnp.shape(got)}"
-                wrong.append(f"`{name(path)}` must have shape {shapes}")
+                wrong.append(f"`{name(path)}` must be of shape {shapes}")
             elif jnp.result_type(got) != expected.dtype:
                 dtypes = f"{expected.dtype.name}, got {jnp.result_type(got).name}"
-                wrong.append(f"`{name(path)}` must have the dtype {dtypes}")
+                wrong.append(f"`{name(path)}` must be of dtype {dtypes}")
     if wrong:
         raise ValueError(f"load_weights: {'; '.join(wrong)}")
     nnx.update(module, jax.tree.map(jnp.array, dict(weights)))
