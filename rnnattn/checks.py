@@ -74,7 +74,7 @@ class Check(NamedTuple):
         return rows, columns
 
     def patches(
-        self, name: str, size: tuple[int, int], patch_size: tuple[int, int], advice: str = ""
+        self, name: str, size: tuple[int, ...], patch_size: tuple[int, int], advice: str = ""
     ) -> tuple[int, int]:
         """How many rows and columns of patches there are in a size that they divide."""
         (rows, columns), (p, q) = size, patch_size
