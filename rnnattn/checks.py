@@ -1,11 +1,13 @@
 """The checks of arguments: each a `ValueError` that names function, argument, expected and got.
 
-check = Check("lstm")
-check.integers("lengths", lengths)
-check(clip is None or clip > 0, "clip", "positive or None", clip)
+In a function `lstm`:
+
+    check = Check("lstm")
+    check.integers("lengths", lengths)
+    check(clip is None or clip > 0, "clip", "positive or None", clip)
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -56,6 +58,30 @@ class Check(NamedTuple):
         *others, last = map(repr, names)
         self(value in names, name, f"{', '.join(others)} or {last}", repr(value))
 
+    def multiple(self, name: str, value: Any, divisor: int, of: str = "") -> None:
+        """A positive multiple; `of` tells what the divisor is, such as "4 heads"."""
+        holds = value > 0 and value % divisor == 0
+        self(holds, name, f"a positive multiple of {of or divisor}", value)
+
+    def pair(self, name: str, size: Any, *, or_one: bool = False) -> tuple[int, int]:
+        """Rows and columns as a tuple, which jit can hash; with `or_one`, one number is both."""
+        pair = (size, size) if or_one and type(size) is int else size
+        holds = isinstance(pair, Sequence) and len(pair) == 2
+        holds = holds and all(type(n) is int and n > 0 for n in pair)
+        one = ", or one for both" if or_one else ""
+        self(holds, name, f"(rows, columns), two ints of at least 1{one}", repr(size))
+        rows, columns = pair
+        return rows, columns
+
+    def patches(
+        self, name: str, size: tuple[int, ...], patch_size: tuple[int, int], advice: str = ""
+    ) -> tuple[int, int]:
+        """How many rows and columns of patches there are in a size that they divide."""
+        (rows, columns), (p, q) = size, patch_size
+        expected = f"of (rows, columns) in multiples of `patch_size` {patch_size}"
+        self(not (rows % p or columns % q), name, expected, f"{tuple(size)}{advice}")
+        return rows // p, columns // q
+
     def share(self, name: str, rate: Any) -> None:
         """A rate of dropout."""
         holds = isinstance(rate, int | float) and 0 <= rate < 1
@@ -72,3 +98,11 @@ class Check(NamedTuple):
 
 def those_that_hold(reasons: Mapping[str, Any]) -> list[str]:
     return [reason for reason, holds in reasons.items() if holds]
+
+
+def names_amiss(
+    expected: Collection[Any], given: Collection[Any], shown: Callable[[Any], str] = str
+) -> list[str]:
+    """What is missing and what is unknown among names, to be said at once."""
+    missing = [f"`{shown(name)}` is missing" for name in expected if name not in given]
+    return missing + [f"`{shown(name)}` is unknown" for name in given if name not in expected]

@@ -33,6 +33,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Shaped
 
+from rnnattn.checks import Check
 from rnnattn.precision import accumulator
 
 
@@ -55,10 +56,11 @@ def patchify(
         >>> patchify(jnp.zeros((2, 6, 8, 3)), (3, 2)).shape  # 2 × 4 patches
         (2, 8, 18)
     """
-    _check_axes("patchify", "images", images, "(B, rows, columns, channels)")
+    check = Check("patchify")
+    check.axes("images", images, "(B, rows, columns, channels)")
     B, channels = images.shape[0], images.shape[3]
-    p, q = _patch("patchify", patch_size)
-    rows, columns = _grid("patchify", "images", images.shape[1:3], (p, q))
+    p, q = check.pair("patch_size", patch_size, or_one=True)
+    rows, columns = check.patches("images", images.shape[1:3], (p, q))
     split = images.reshape(B, rows, p, columns, q, channels)
     return split.swapaxes(2, 3).reshape(B, rows * columns, p * q * channels)
 
@@ -82,16 +84,16 @@ def unpatchify(
         >>> bool((unpatchify(patchify(images, 2), (6, 8), 2) == images).all())
         True
     """
-    _check_axes("unpatchify", "tokens", tokens, "(B, tokens, values)")
+    check = Check("unpatchify")
+    check.axes("tokens", tokens, "(B, tokens, values)")
     B, count, values = tokens.shape
-    p, q = _patch("unpatchify", patch_size)
-    size = _pair("unpatchify", "size", size)
-    rows, columns = _grid("unpatchify", "size", size, (p, q))
-    if count != rows * columns or values % (p * q):
-        raise ValueError(
-            f"unpatchify: `tokens` must have shape (B, {rows * columns}, a multiple of {p * q}) "
-            f"for images of {size} in patches of {(p, q)}, got {tokens.shape}"
-        )
+    p, q = check.pair("patch_size", patch_size, or_one=True)
+    size = check.pair("size", size)
+    rows, columns = check.patches("size", size, (p, q))
+    shape = f"(B, {rows * columns}, a multiple of {p * q})"
+    expected = f"of shape {shape} for images of {size} in patches of {(p, q)}"
+    fits = count == rows * columns and values % (p * q) == 0
+    check(fits, "tokens", expected, tokens.shape)
     split = tokens.reshape(B, rows, columns, p, q, values // (p * q))
     return split.swapaxes(2, 3).reshape(B, *size, values // (p * q))
 
@@ -125,20 +127,16 @@ def resample_grid(
         >>> resample_grid(table, (2, 8), (4, 4), prefix_tokens=1).shape
         (17, 5)
     """
-    _check_axes("resample_grid", "embeddings", embeddings, "(tokens, D)")
-    _check_floating("resample_grid", "embeddings", embeddings)
-    old, new = _pair("resample_grid", "old", old), _pair("resample_grid", "new", new)
-    _check_method("resample_grid", method)
-    if type(prefix_tokens) is not int or prefix_tokens < 0:
-        raise ValueError(
-            f"resample_grid: `prefix_tokens` must be an int of at least 0, got {prefix_tokens!r}"
-        )
-    expected = prefix_tokens + old[0] * old[1]
-    if len(embeddings) != expected:
-        raise ValueError(
-            f"resample_grid: `embeddings` must hold {prefix_tokens} + {old[0]} × {old[1]} = "
-            f"{expected} tokens, got {len(embeddings)}"
-        )
+    check = Check("resample_grid")
+    check.axes("embeddings", embeddings, "(tokens, D)")
+    check.floating("embeddings", embeddings)
+    old, new = check.pair("old", old), check.pair("new", new)
+    check.one_of("method", method, _METHODS)
+    counts = type(prefix_tokens) is int and prefix_tokens >= 0
+    check(counts, "prefix_tokens", "an int of at least 0", repr(prefix_tokens))
+    tokens = prefix_tokens + old[0] * old[1]
+    expected = f"of {prefix_tokens} + {old[0]} × {old[1]} = {tokens} tokens"
+    check(len(embeddings) == tokens, "embeddings", expected, len(embeddings))
     if old == new:
         return embeddings
     return _resample_grid(embeddings, old, new, method, prefix_tokens)
@@ -180,10 +178,11 @@ def resize_patch_kernel(
         >>> resize_patch_kernel(jnp.ones((4, 4, 3, 8)), (6, 5)).shape
         (6, 5, 3, 8)
     """
-    _check_axes("resize_patch_kernel", "kernel", kernel, "(rows, columns, channels, D)")
-    _check_floating("resize_patch_kernel", "kernel", kernel)
-    _check_method("resize_patch_kernel", method)
-    new = _patch("resize_patch_kernel", patch_size)
+    check = Check("resize_patch_kernel")
+    check.axes("kernel", kernel, "(rows, columns, channels, D)")
+    check.floating("kernel", kernel)
+    check.one_of("method", method, _METHODS)
+    new = check.pair("patch_size", patch_size, or_one=True)
     if kernel.shape[:2] == new:
         return kernel
     return _resize_patch_kernel(kernel, new, method)
@@ -220,8 +219,9 @@ def crop_and_pad(
         >>> images.shape, valid[0].astype(int).tolist()
         ((1, 3, 4, 3), [[0, 1, 1, 0], [0, 1, 1, 0], [0, 1, 1, 0]])
     """
-    _check_axes("crop_and_pad", "images", images, "(B, rows, columns, channels)")
-    size = _pair("crop_and_pad", "size", size)
+    check = Check("crop_and_pad")
+    check.axes("images", images, "(B, rows, columns, channels)")
+    size = check.pair("size", size)
     margins = []  # before and after, negative where the image is cut
     for n, m in zip(images.shape[1:3], size, strict=True):
         before = int((m - n) / 2)
@@ -249,11 +249,11 @@ def token_mask(
         >>> token_mask(valid, 2).tolist()  # padding, half padding, half padding, padding
         [[False, True, True, False, False, True, True, False]]
     """
-    _check_axes("token_mask", "valid", valid, "(B, rows, columns)")
-    if jnp.result_type(valid) != jnp.bool_:
-        raise ValueError(f"token_mask: `valid` must be Boolean, got {_dtype_name(valid)}")
-    patch_size = _patch("token_mask", patch_size)
-    _grid("token_mask", "valid", valid.shape[1:], patch_size)
+    check = Check("token_mask")
+    check.axes("valid", valid, "(B, rows, columns)")
+    check.booleans("valid", valid)
+    patch_size = check.pair("patch_size", patch_size, or_one=True)
+    check.patches("valid", valid.shape[1:], patch_size)
     return patchify(valid[..., None], patch_size).any(axis=-1)
 
 
@@ -287,11 +287,12 @@ def conv_stem(
         ...  for size in ((28, 28), (17, 5))]
         [(2, 35, 8), (2, 35, 8)]
     """
-    _check_axes("conv_stem", "images", images, "(B, rows, columns, channels)")
-    _check_floating("conv_stem", "images", images)
-    _check_layers(images, kernels, biases)
-    grid = _pair("conv_stem", "grid", grid)
-    _check_covers("conv_stem", "images", images.shape[1:3], grid)
+    check = Check("conv_stem")
+    check.axes("images", images, "(B, rows, columns, channels)")
+    check.floating("images", images)
+    _check_layers(check, images, kernels, biases)
+    grid = check.pair("grid", grid)
+    _check_covers(check, "images", images.shape[1:3], grid)
     return _conv_stem(images, tuple(kernels), tuple(biases), grid)
 
 
@@ -329,9 +330,10 @@ def stem_strides(
         >>> stem_strides((28, 14), (7, 7), [(3, 3), (3, 3), (1, 1)])
         ((2, 2), (2, 1), (1, 1))
     """
-    size, grid = _pair("stem_strides", "size", size), _pair("stem_strides", "grid", grid)
-    kernels = [_pair("stem_strides", "kernel_sizes", kernel) for kernel in kernel_sizes]
-    _check_covers("stem_strides", "size", size, grid)
+    check = Check("stem_strides")
+    size, grid = check.pair("size", size), check.pair("grid", grid)
+    kernels = [check.pair("kernel_sizes", kernel) for kernel in kernel_sizes]
+    _check_covers(check, "size", size, grid)
     rows = _axis_strides(size[0], grid[0], [kernel[0] for kernel in kernels])
     columns = _axis_strides(size[1], grid[1], [kernel[1] for kernel in kernels])
     return tuple(zip(rows, columns, strict=True))
@@ -387,7 +389,8 @@ def _resize(images, new, weights):
     rows, columns = (
         jnp.asarray(weights(n, m), dtype) for n, m in zip(images.shape[1:3], new, strict=True)
     )
-    # in full precision: by default an accelerator rounds the factors, and the rows sum to 1 no more
+    # in full precision: by default an accelerator rounds the factors, whose rows then no longer sum
+    # to 1
     exact = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
     return exact("ir,jc,brcd->bijd", rows, columns, images.astype(dtype)).astype(images.dtype)
 
@@ -395,80 +398,21 @@ def _resize(images, new, weights):
 # ---- checks -----------------------------------------------------------------------------------
 
 
-def _check_axes(function, name, array, shape):
-    """As many axes as `shape` names."""
-    if jnp.ndim(array) != shape.count(",") + 1:
-        raise ValueError(f"{function}: `{name}` must have shape {shape}, got {jnp.shape(array)}")
+def _check_covers(check, name, size, grid):
+    covers = size[0] >= grid[0] and size[1] >= grid[1]
+    check(covers, name, f"of (rows, columns) of at least `grid` {grid}", tuple(size))
 
 
-def _dtype_name(array):
-    return jnp.result_type(array).name
-
-
-def _check_floating(function, name, array):
-    if not jnp.issubdtype(jnp.result_type(array), jnp.floating):
-        raise ValueError(f"{function}: `{name}` must be floating, got {_dtype_name(array)}")
-
-
-def _check_method(function, method):
-    if method not in _METHODS:
-        raise ValueError(f"{function}: `method` must be 'bicubic' or 'bilinear', got {method!r}")
-
-
-def _pair(function, name, size):
-    """`size` as a tuple, which jit can hash."""
-    pair = tuple(size) if isinstance(size, Sequence) else (size,)
-    if len(pair) != 2 or not all(type(n) is int and n > 0 for n in pair):
-        raise ValueError(
-            f"{function}: `{name}` must be (rows, columns), two ints of at least 1, got {size!r}"
-        )
-    return pair
-
-
-def _patch(function, patch_size):
-    both = (patch_size, patch_size) if type(patch_size) is int else patch_size
-    return _pair(function, "patch_size", both)
-
-
-def _grid(function, name, size, patch):
-    """The (rows, columns) of patches in a size that they divide."""
-    if size[0] % patch[0] or size[1] % patch[1]:
-        raise ValueError(
-            f"{function}: the (rows, columns) of `{name}` must be multiples of `patch_size` "
-            f"{patch}, got {tuple(size)}"
-        )
-    return size[0] // patch[0], size[1] // patch[1]
-
-
-def _check_covers(function, name, size, grid):
-    if size[0] < grid[0] or size[1] < grid[1]:
-        raise ValueError(
-            f"{function}: the (rows, columns) of `{name}` must be at least `grid` {grid}, "
-            f"got {tuple(size)}"
-        )
-
-
-def _check_layers(images, kernels, biases):
-    if not kernels or len(kernels) != len(biases):
-        raise ValueError(
-            "conv_stem: `kernels` and `biases` must hold at least one each and equally many, "
-            f"got {len(kernels)} and {len(biases)}"
-        )
+def _check_layers(check, images, kernels, biases):
+    paired = kernels and len(kernels) == len(biases)
+    expected = "at least one, and as many as `biases`"
+    check(paired, "kernels", expected, f"{len(kernels)} and {len(biases)}")
     channels = images.shape[3]
     for n, (kernel, bias) in enumerate(zip(kernels, biases, strict=True)):
-        if jnp.ndim(kernel) != 4 or kernel.shape[2] != channels:
-            raise ValueError(
-                f"conv_stem: `kernels[{n}]` must have shape (rows, columns, {channels}, channels "
-                f"out), got {jnp.shape(kernel)}"
-            )
+        fits = jnp.ndim(kernel) == 4 and kernel.shape[2] == channels
+        axes = f"(rows, columns, {channels}, channels out)"
+        check(fits, f"kernels[{n}]", f"of shape {axes}", jnp.shape(kernel))
         channels = kernel.shape[3]
-        if jnp.shape(bias) != (channels,):
-            raise ValueError(
-                f"conv_stem: `biases[{n}]` must have shape ({channels},), got {jnp.shape(bias)}"
-            )
-        for name, value in {"kernels": kernel, "biases": bias}.items():
-            if jnp.result_type(value) != jnp.result_type(images):
-                raise ValueError(
-                    f"conv_stem: `{name}[{n}]` must have the dtype of `images`, "
-                    f"{_dtype_name(images)}, got {_dtype_name(value)}"
-                )
+        check.shape(f"biases[{n}]", bias, (channels,), "(channels out,)")
+        check.dtype_of(f"kernels[{n}]", kernel, "images", images)
+        check.dtype_of(f"biases[{n}]", bias, "images", images)

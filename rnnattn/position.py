@@ -37,6 +37,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Real
 
+from rnnattn.checks import Check
+
 
 def sinusoids(
     positions: Real[ArrayLike, "..."],
@@ -63,10 +65,11 @@ def sinusoids(
         >>> sinusoids(jnp.arange(3), 4).round(2).tolist()[1]  # sin 1, cos 1, sin 0.01, cos 0.01
         [0.8399999737739563, 0.5399999618530273, 0.009999999776482582, 1.0]
     """
-    _check_even("sinusoids", "dim", dim, 2)
-    _check_base("sinusoids", base)
-    _check_dtype("sinusoids", dtype)
-    t = _as_positions("sinusoids", "positions", positions)
+    check = Check("sinusoids")
+    check.multiple("dim", dim, 2)
+    _check_base(check, base)
+    check.float_dtype("dtype", dtype)
+    t = _as_positions(check, "positions", positions)
     return _run_sinusoids(dim, base, first, jax.dtypes.canonicalize_dtype(dtype), t)
 
 
@@ -95,12 +98,12 @@ def shift_matrix(
         >>> bool(jnp.allclose(moved, sinusoids(3, 8), atol=1e-6))
         True
     """
-    _check_even("shift_matrix", "dim", dim, 2)
-    _check_base("shift_matrix", base)
-    _check_dtype("shift_matrix", dtype)
-    k = _as_positions("shift_matrix", "offset", offset)
-    if k.ndim:
-        raise ValueError(f"shift_matrix: `offset` must be a scalar, got shape {k.shape}")
+    check = Check("shift_matrix")
+    check.multiple("dim", dim, 2)
+    _check_base(check, base)
+    check.float_dtype("dtype", dtype)
+    k = _as_positions(check, "offset", offset)
+    check(k.ndim == 0, "offset", "a scalar", f"shape {k.shape}")
     return _run_shift_matrix(dim, base, first, jax.dtypes.canonicalize_dtype(dtype), k)
 
 
@@ -120,9 +123,10 @@ class Scaling:
     """
 
     def __post_init__(self):
+        check = Check(type(self).__name__)
         for name, value in vars(self).items():
-            if value is not None and not isinstance(value, bool) and not value > 0:
-                raise ValueError(f"{type(self).__name__}: `{name}` must be positive, got {value!r}")
+            if value is not None and not isinstance(value, bool):
+                check(value > 0, name, "positive", repr(value))
 
     def frequencies(self, dim: int, base: float | int) -> np.ndarray:
         """The frequencies of the `dim` / 2 pairs, in radians per step."""
@@ -134,11 +138,9 @@ class Scaling:
         return 1.0
 
     def _check_below(self, low, high):
-        if not getattr(self, low) < getattr(self, high):
-            raise ValueError(
-                f"{type(self).__name__}: `{low}` must be below `{high}`, "
-                f"got {getattr(self, low)!r} and {getattr(self, high)!r}"
-            )
+        below, above = getattr(self, low), getattr(self, high)
+        got = f"{below!r} and {above!r}"
+        Check(type(self).__name__)(below < above, low, f"below `{high}`", got)
 
 
 @dataclass(frozen=True)
@@ -301,8 +303,8 @@ def rope(
         >>> rope(x, jnp.array([2])).ravel().round(2).tolist()  # cos 2, sin 2
         [-0.41999998688697815, 0.9099999666213989]
     """
-    options = _Options(base, rotary_dim, interleaved, scaling, inverse)
-    return _rope("rope", _rotate, x, positions, options)
+    options = RopeOptions(base, rotary_dim, interleaved, scaling, inverse)
+    return call_rope("rope", _rotate, x, positions, options)
 
 
 def rope_2d(
@@ -335,8 +337,8 @@ def rope_2d(
         >>> rope_2d(jnp.ones((1, 6, 2, 8)), rows, columns).shape
         (1, 6, 2, 8)
     """
-    options = _Options(base, None, interleaved, scaling, inverse)
-    return _rope_2d("rope_2d", _rotate, x, rows, columns, options)
+    options = RopeOptions(base, None, interleaved, scaling, inverse)
+    return call_rope_2d("rope_2d", _rotate, x, rows, columns, options)
 
 
 def rope_mixed(
@@ -373,7 +375,9 @@ def rope_mixed(
         >>> rope_mixed(jnp.ones((1, 6, 2, 8)), rows, columns, frequencies).shape
         (1, 6, 2, 8)
     """
-    return _rope_mixed("rope_mixed", _rotate, x, rows, columns, frequencies, interleaved, inverse)
+    return call_rope_mixed(
+        "rope_mixed", _rotate, x, rows, columns, frequencies, interleaved, inverse
+    )
 
 
 # ---- the equations ----------------------------------------------------------------------------
@@ -439,24 +443,26 @@ def _join(interleaved, x1, x2):
 def _circle(angles):
     """cos θ and sin θ, brought to a length of 1."""
     cos, sin = jnp.cos(angles), jnp.sin(angles)
-    # On a CPU, XLA takes sin and cos for cheap: it fuses them into what reads them, and so computes
-    # them anew for each head and row of the batch. A quotient it takes for dear: computed once.
+    # On a CPU, XLA counts sin and cos as cheap, so it fuses them into each operation that reads
+    # them, where they are computed again for every head and row of the batch. It counts a division
+    # as expensive and does not repeat it: divided by their length, they are computed once.
     length = jnp.sqrt(cos * cos + sin * sin)
     return cos / length, sin / length
 
 
-def _rotate_plain(interleaved, amplitude, x, angles):
+def rotate_plain(interleaved, amplitude, x, angles):
     """y = a R(θ) x, in the dtype of x; x and angles have the same number of axes."""
     cos, sin = _circle(angles)
     return _rotation(interleaved, x, amplitude * cos, amplitude * sin).astype(x.dtype)
 
 
-_rotate = jax.custom_vjp(_rotate_plain, nondiff_argnums=(0, 1))
+_rotate = jax.custom_vjp(rotate_plain, nondiff_argnums=(0, 1))
 
 
 def _rotate_fwd(interleaved, amplitude, x, angles):
-    # Constant angles do not need x. Nor is it None then: JAX may read the residuals of one trace by
-    # the tree of another's.
+    # x is needed for the gradient of the angles alone. Where they are constant, an empty array
+    # stands in for it, not None: the residuals must have the same tree in both cases, since JAX may
+    # read those of one trace with the tree of another.
     kept = x.value if angles.perturbed else jnp.zeros(0, x.value.dtype)
     cos, sin = _circle(angles.value)
     cos, sin = amplitude * cos, amplitude * sin
@@ -478,7 +484,7 @@ _rotate.defvjp(_rotate_fwd, _rotate_bwd, symbolic_zeros=True)
 # ---- from arguments to angles -----------------------------------------------------------------
 
 
-class _Options(NamedTuple):
+class RopeOptions(NamedTuple):
     """What of a call is fixed when it is traced."""
 
     base: float | int
@@ -514,20 +520,18 @@ def _run_shift_matrix(dim, base, first, dtype, offset):
     return blocks.reshape(dim, dim).astype(dtype)
 
 
-def _rope(function, rotate, x, positions, options):
-    """`rope` by `_rotate` or `_rotate_plain`."""
-    _check_x(function, x)
-    _check_options(function, options)
+def call_rope(function, rotate, x, positions, options):
+    """`rope` by `_rotate` or `rotate_plain`."""
+    check = Check(function)
+    _check_x(check, x)
+    _check_options(check, options)
     K = x.shape[-1]
     if options.rotary_dim is None:
-        _check_even(function, "x.shape[-1]", K, 2)
+        check.multiple("x.shape[-1]", K, 2)
         options = options._replace(rotary_dim=K)
-    _check_even(function, "rotary_dim", options.rotary_dim, 2)
-    if options.rotary_dim > K:
-        raise ValueError(
-            f"{function}: `rotary_dim` must be at most K = {K}, got {options.rotary_dim}"
-        )
-    t = _positions_of(function, "positions", positions, x)
+    check.multiple("rotary_dim", options.rotary_dim, 2)
+    check(options.rotary_dim <= K, "rotary_dim", f"at most K = {K}", options.rotary_dim)
+    t = _positions_of(check, "positions", positions, x)
     return _run_rope(rotate, options, x, t)
 
 
@@ -537,13 +541,14 @@ def _run_rope(rotate, options, x, t):
     return options.rotate(rotate, x, angles)
 
 
-def _rope_2d(function, rotate, x, rows, columns, options):
-    """`rope_2d` by `_rotate` or `_rotate_plain`."""
-    _check_x(function, x)
-    _check_options(function, options)
-    _check_even(function, "x.shape[-1]", x.shape[-1], 4)
-    rows = _positions_of(function, "rows", rows, x)
-    columns = _positions_of(function, "columns", columns, x)
+def call_rope_2d(function, rotate, x, rows, columns, options):
+    """`rope_2d` by `_rotate` or `rotate_plain`."""
+    check = Check(function)
+    _check_x(check, x)
+    _check_options(check, options)
+    check.multiple("x.shape[-1]", x.shape[-1], 4)
+    rows = _positions_of(check, "rows", rows, x)
+    columns = _positions_of(check, "columns", columns, x)
     return _run_rope_2d(rotate, options, x, rows, columns)
 
 
@@ -556,22 +561,18 @@ def _run_rope_2d(rotate, options, x, rows, columns):
     return options.rotate(rotate, halves, angles).reshape(x.shape)
 
 
-def _rope_mixed(function, rotate, x, rows, columns, frequencies, interleaved, inverse):
-    """`rope_mixed` by `_rotate` or `_rotate_plain`."""
-    _check_x(function, x)
+def call_rope_mixed(function, rotate, x, rows, columns, frequencies, interleaved, inverse):
+    """`rope_mixed` by `_rotate` or `rotate_plain`."""
+    check = Check(function)
+    _check_x(check, x)
     N, K = x.shape[-2:]
-    _check_even(function, "x.shape[-1]", K, 2)
-    if frequencies.shape not in ((2, N, K // 2), (2, 1, K // 2)):
-        raise ValueError(
-            f"{function}: `frequencies` must have shape (2, N, K/2) = {(2, N, K // 2)} or "
-            f"{(2, 1, K // 2)}, got {frequencies.shape}"
-        )
-    if not jnp.issubdtype(frequencies.dtype, jnp.floating):
-        raise ValueError(
-            f"{function}: `frequencies` must be floating, got {frequencies.dtype.name}"
-        )
-    rows = _positions_of(function, "rows", rows, x)
-    columns = _positions_of(function, "columns", columns, x)
+    check.multiple("x.shape[-1]", K, 2)
+    own, shared = (2, N, K // 2), (2, 1, K // 2)
+    expected = f"of shape (2, N, K/2) = {own} or {shared}"
+    check(frequencies.shape in (own, shared), "frequencies", expected, frequencies.shape)
+    check.floating("frequencies", frequencies)
+    rows = _positions_of(check, "rows", rows, x)
+    columns = _positions_of(check, "columns", columns, x)
     return _run_rope_mixed(rotate, interleaved, inverse, x, rows, columns, frequencies)
 
 
@@ -598,57 +599,35 @@ def _wide(*dtypes):
 # ---- checks -----------------------------------------------------------------------------------
 
 
-def _check_even(function, name, value, divisor):
-    if value < divisor or value % divisor:
-        raise ValueError(
-            f"{function}: `{name}` must be a positive multiple of {divisor}, got {value}"
-        )
+def _check_base(check, base):
+    holds = isinstance(base, float | int) and base > 1
+    check(holds, "base", "a Python number above 1", repr(base))
 
 
-def _check_base(function, base):
-    if not isinstance(base, float | int) or not base > 1:
-        raise ValueError(f"{function}: `base` must be a Python number above 1, got {base!r}")
+def _check_x(check, x):
+    check(x.ndim >= 3, "x", "of shape (B, T, N, K)", x.shape)
+    check.floating("x", x)
 
 
-def _check_dtype(function, dtype):
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(
-            f"{function}: `dtype` must be a floating type, got {jnp.dtype(dtype).name}"
-        )
+def _check_options(check, options):
+    _check_base(check, options.base)
+    scaling = options.scaling
+    check(isinstance(scaling, Scaling | None), "scaling", "a Scaling or None", repr(scaling))
 
 
-def _check_x(function, x):
-    if x.ndim < 3:
-        raise ValueError(f"{function}: `x` must have shape (B, T, N, K), got {x.shape}")
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"{function}: `x` must be floating, got {x.dtype.name}")
-
-
-def _check_options(function, options):
-    _check_base(function, options.base)
-    if not isinstance(options.scaling, Scaling | None):
-        raise ValueError(
-            f"{function}: `scaling` must be a Scaling or None, got {options.scaling!r}"
-        )
-
-
-def _as_positions(function, name, positions):
+def _as_positions(check, name, positions):
     positions = jnp.asarray(positions)
-    if not jnp.issubdtype(positions.dtype, jnp.number) or jnp.iscomplexobj(positions):
-        raise ValueError(
-            f"{function}: `{name}` must be integers or floating, got {positions.dtype.name}"
-        )
+    real = jnp.issubdtype(positions.dtype, jnp.number) and not jnp.iscomplexobj(positions)
+    check(real, name, "of integers or of a floating dtype", positions.dtype.name)
     return positions
 
 
-def _positions_of(function, name, positions, x):
+def _positions_of(check, name, positions, x):
     """Positions of the tokens of x."""
-    positions = _as_positions(function, name, positions)
+    positions = _as_positions(check, name, positions)
     given, wanted = positions.shape, x.shape[:-2]
     sizes = zip(given[::-1], wanted[::-1], strict=False)
-    if len(given) > len(wanted) or any(size not in (1, want) for size, want in sizes):
-        raise ValueError(
-            f"{function}: `{name}` must broadcast to the axes of `x` before its heads, {wanted}, "
-            f"got shape {given}"
-        )
+    fits = len(given) <= len(wanted) and all(size in (1, want) for size, want in sizes)
+    axes = f"the axes of `x` before its heads, {wanted}"
+    check(fits, name, f"of a shape that broadcasts to {axes}", given)
     return positions

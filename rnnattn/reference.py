@@ -16,7 +16,14 @@ from rnnattn.attention.api import call
 from rnnattn.attention.arguments import sorted_arguments
 from rnnattn.attention.rule import plain
 from rnnattn.attention.xla import DENSE
-from rnnattn.position import Scaling, _Options, _rope, _rope_2d, _rope_mixed, _rotate_plain
+from rnnattn.position import (
+    RopeOptions,
+    Scaling,
+    call_rope,
+    call_rope_2d,
+    call_rope_mixed,
+    rotate_plain,
+)
 from rnnattn.recurrent.arguments import (
     as_given,
     check_sequence,
@@ -160,8 +167,8 @@ def rope(
 
     Gradient: JAX's own, in every mode.
     """
-    options = _Options(base, rotary_dim, interleaved, scaling, inverse)
-    return _rope("reference.rope", _rotate_plain, x, positions, options)
+    options = RopeOptions(base, rotary_dim, interleaved, scaling, inverse)
+    return call_rope("reference.rope", rotate_plain, x, positions, options)
 
 
 def rope_2d(
@@ -178,8 +185,8 @@ def rope_2d(
 
     Gradient: JAX's own, in every mode.
     """
-    options = _Options(base, None, interleaved, scaling, inverse)
-    return _rope_2d("reference.rope_2d", _rotate_plain, x, rows, columns, options)
+    options = RopeOptions(base, None, interleaved, scaling, inverse)
+    return call_rope_2d("reference.rope_2d", rotate_plain, x, rows, columns, options)
 
 
 def rope_mixed(
@@ -195,6 +202,6 @@ def rope_mixed(
 
     Gradient: JAX's own, in every mode.
     """
-    return _rope_mixed(
-        "reference.rope_mixed", _rotate_plain, x, rows, columns, frequencies, interleaved, inverse
+    return call_rope_mixed(
+        "reference.rope_mixed", rotate_plain, x, rows, columns, frequencies, interleaved, inverse
     )

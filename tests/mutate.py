@@ -389,7 +389,7 @@ def _rotary_problem(interleaved):
     rng = np.random.default_rng(0)
     x, dy = (jnp.asarray(rng.normal(size=(2, 3, 4, 6))) for _ in range(2))
     angles, amplitude = jnp.asarray(rng.normal(size=(1, 3, 1, 2))), 1.3
-    twin = partial(position._rotate_plain, interleaved, amplitude)
+    twin = partial(position.rotate_plain, interleaved, amplitude)
     expected = jax.vjp(twin, x, angles)[1](dy)
     residuals = (x, amplitude * jnp.cos(angles), amplitude * jnp.sin(angles))
     run = lambda: position._rotate_bwd(interleaved, amplitude, residuals, dy)

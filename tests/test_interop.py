@@ -284,15 +284,15 @@ ERRORS: dict[str, Any] = {
     "torch_one_bias": (lstm_from_torch, lstm_to_torch(PLAIN), "bias_hh_l0", None, "is missing"),
     "torch_shape": (
         *(lstm_from_torch, lstm_to_torch(PLAIN), "weight_ih_l0", np.ones((D, G))),
-        r"must have shape \(4H, D\) = \(16, 16\), got \(3, 16\)",
+        r"must be of shape \(4H, D\) = \(16, 16\), got \(3, 16\)",
     ),
     "torch_gates": (
         *(lstm_from_torch, lstm_to_torch(PLAIN), "weight_hh_l0", np.ones((3 * H, H))),
-        r"must have shape \(4H, H\) = \(12, 3\), got \(12, 4\)",
+        r"must be of shape \(4H, H\) = \(12, 3\), got \(12, 4\)",
     ),
     "torch_projection": (
         *(lstm_from_torch, lstm_to_torch(PLAIN), "weight_hr_l0", np.ones((R, H))),
-        r"must have shape \(R, H\) = \(4, 4\), got \(2, 4\)",
+        r"must be of shape \(R, H\) = \(4, 4\), got \(2, 4\)",
     ),
     "torch_unknown": (
         *(lstm_from_torch, lstm_to_torch(PLAIN), "weight_xx_l0", np.ones(1)),
@@ -305,42 +305,42 @@ ERRORS: dict[str, Any] = {
     ),
     "keras_axes": (
         *(lstm_from_keras, lstm_to_keras(PLAIN), "recurrent_kernel", np.ones(G)),
-        r"must have shape \(H, 4H\), got \(16,\)",
+        r"must be of shape \(H, 4H\), got \(16,\)",
     ),
     "keras_dtype": (
         *(lstm_from_keras, lstm_to_keras(PLAIN), "bias", np.ones(G, np.float32)),
-        "must have the dtype of `recurrent_kernel`, float64, got float32",
+        "must be of the dtype of `recurrent_kernel`, float64, got float32",
     ),
     "keras_integers": (
         *(lstm_from_keras, lstm_to_keras(PLAIN), "kernel", np.ones((D, G), int)),
-        "must be floating, got int64",
+        "must be of a floating dtype, got int64",
     ),
     "linen_missing": (lstm_from_flax, LINEN, "hg.bias", None, "is missing"),
     "linen_unknown": (lstm_from_flax, LINEN, "ii.bias", np.ones(H), "is unknown"),
     "linen_shape": (
         *(lstm_from_flax, LINEN, "if.kernel", np.ones((2, H))),
-        r"must have shape \(D, H\) = \(3, 4\), got \(2, 4\)",
+        r"must be of shape \(D, H\) = \(3, 4\), got \(2, 4\)",
     ),
     "nnx_missing": (lstm_from_flax, lstm_to_flax(PLAIN, "nnx"), "ho.kernel", None, "is missing"),
     "optimized_missing": (lstm_from_flax, OPTIMIZED, "dense_h.bias", None, "is missing"),
     "optimized_shape": (
         *(lstm_from_flax, OPTIMIZED, "dense_i.kernel", np.ones((D, H))),
-        r"must have shape \(D, 4H\) = \(3, 16\), got \(3, 4\)",
+        r"must be of shape \(D, 4H\) = \(3, 16\), got \(3, 4\)",
     ),
     "haiku_missing": (lstm_from_haiku, lstm_to_haiku(PLAIN), "b", None, "is missing"),
     "haiku_rows": (
         *(lstm_from_haiku, lstm_to_haiku(PLAIN), "w", np.ones((H, G))),
-        r"must have D \+ H rows, H = 4, got 4",
+        r"must be of D \+ H rows, H = 4, got 4",
     ),
     "haiku_unknown": (lstm_from_haiku, lstm_to_haiku(PLAIN), "w2", np.ones(1), "is unknown"),
     "onnx_missing": (lstm_from_onnx, lstm_to_onnx(PLAIN), "R", None, "is missing"),
     "onnx_no_directions": (
         *(lstm_from_onnx, lstm_to_onnx(PLAIN), "W", np.ones((G, D))),
-        r"must have shape \(directions, 4H, D\), got \(16, 3\)",
+        r"must be of shape \(directions, 4H, D\), got \(16, 3\)",
     ),
     "onnx_bias": (
         *(lstm_from_onnx, lstm_to_onnx(PLAIN), "B", np.ones((1, G))),
-        r"must have shape \(directions, 8H\) = \(1, 32\), got \(1, 16\)",
+        r"must be of shape \(directions, 8H\) = \(1, 32\), got \(1, 16\)",
     ),
     "onnx_unknown": (lstm_from_onnx, lstm_to_onnx(PLAIN), "X", np.ones(1), "is unknown"),
 }
@@ -361,7 +361,7 @@ def test_other_layers_of_torch_are_not_looked_at():
 def test_what_is_no_array_is_named():
     torch = pytest.importorskip("torch")
     weights = dict(torch.nn.LSTM(D, H).named_parameters())
-    with pytest.raises(ValueError, match=r"`weight_hh_l0` must be an array: .*grad"):
+    with pytest.raises(ValueError, match=r"`weight_hh_l0` must be an array, got Parameter: .*grad"):
         lstm_from_torch(weights)
 
 
@@ -391,9 +391,9 @@ def test_a_variant_the_format_does_not_have_is_an_error(export, projected, peeph
 
 
 def test_params_are_checked_before_they_are_written():
-    with pytest.raises(ValueError, match=r"`params.w_h` must have shape \(H, 4H\) = \(4, 16\)"):
+    with pytest.raises(ValueError, match=r"`params.w_h` must be of shape \(H, 4H\) = \(4, 16\)"):
         lstm_to_torch(PLAIN._replace(w_h=jnp.ones((3, G))))
-    with pytest.raises(ValueError, match=r"`params.peephole` must have shape \(3, H\) = \(3, 4\)"):
+    with pytest.raises(ValueError, match=r"`params.peephole` must be of shape \(3, H\) = \(3, 4\)"):
         lstm_to_onnx(PLAIN._replace(peephole=jnp.ones((6, H))))
 
 
@@ -574,11 +574,13 @@ def test_all_that_is_wrong_with_a_vit_is_named():
         vit_from_timm(wrong, HEADS)
     assert str(caught.value) == (
         "vit_from_timm: `norm.bias` is missing; `fc_norm.weight` is unknown; "
-        "`blocks.1.attn.qkv.bias` must have shape (3D,) = (24,), got (8,); "
-        "`head.weight` must have shape (classes, D) = (8, 8), got (8, 3); "
-        "`head.bias` must have shape (classes,) = (8,), got (3,)"
+        "`blocks.1.attn.qkv.bias` must be of shape (3D,) = (24,), got (8,); "
+        "`head.weight` must be of shape (classes, D) = (8, 8), got (8, 3); "
+        "`head.bias` must be of shape (classes,) = (8,), got (3,)"
     )
-    with pytest.raises(ValueError, match=r"^vit_from_timm: `num_heads` must divide the width 8"):
+    with pytest.raises(
+        ValueError, match=r"^vit_from_timm: `num_heads` must be a divisor of the width 8"
+    ):
         vit_from_timm(weights, 3)
     first = "`Transformer/encoder_norm/scale` is missing"
     with pytest.raises(ValueError, match=f"^vit_from_google: {first}.*; and . more$"):
@@ -709,7 +711,9 @@ def test_absurd_numbers_of_blocks_are_refused_at_once():
 
 def test_a_dtype_that_jax_does_not_have_is_an_error():
     weights = {key: a.astype(np.longdouble) for key, a in lstm_to_torch(PLAIN).items()}
-    with pytest.raises(ValueError, match="`weight_hh_l0` must be floating, got float128"):
+    with pytest.raises(
+        ValueError, match="`weight_hh_l0` must be of a floating dtype, got float128"
+    ):
         lstm_from_torch(weights)
 
 
@@ -770,7 +774,7 @@ def test_a_dtype_that_the_format_does_not_have_is_named(dtype, path):
     write_safetensors(path, {"a": jnp.ones(3)})
     before = path.read_bytes()
     tree = {"a": jnp.zeros(3), "b": [jnp.zeros(2, dtype)]}
-    with pytest.raises(ValueError, match=rf"`b.0` must have a dtype that .*, got {dtype}$"):
+    with pytest.raises(ValueError, match=rf"`b.0` must be of a dtype that .*, got {dtype}$"):
         write_safetensors(path, tree)
     assert path.read_bytes() == before
 
@@ -838,7 +842,7 @@ def test_64_bits_are_not_cut(dtype, path):
         with pytest.raises(ValueError, match=f"`w`: {dtype} needs jax_enable_x64$"):
             read_safetensors(path, {"w": array, "b": np.ones(2, np.float32)})
         narrow = jnp.asarray(array)  # of 32 bits
-        with pytest.raises(ValueError, match=rf"`w`: expected {narrow.dtype}\[3\], got {dtype}"):
+        with pytest.raises(ValueError, match=rf"`w` must be {narrow.dtype}\[3\], got {dtype}"):
             read_safetensors(path, {"w": narrow, "b": jnp.ones(2)})
 
 
@@ -848,8 +852,8 @@ def test_all_that_is_wrong_with_a_file_is_named(path):
     with pytest.raises(ValueError) as caught:
         read_safetensors(path, like)
     assert str(caught.value) == (
-        f"read_safetensors: {path}: `a`: expected float64[3], got float64[2]; "
-        "`b`: expected float32[2], got float64[2]; `c` is not expected; `d` is missing"
+        f"read_safetensors: {path}: `a` must be float64[3], got float64[2]; "
+        "`b` must be float32[2], got float64[2]; `c` is unknown; `d` is missing"
     )
 
 

@@ -240,10 +240,10 @@ def test_sixteen_bits():
 
 
 ATTENTION_ERRORS = {
-    "`features` must be a multiple of 4 heads, got 10": lambda: MultiHeadAttention(
+    "`features` must be a positive multiple of 4 heads, got 10": lambda: MultiHeadAttention(
         4, 10, rngs=nnx.Rngs(0)
     ),
-    "`num_key_value_heads` must be a divisor of num_heads = 4, got 3": lambda: attention(
+    "`num_key_value_heads` must be a divisor of `num_heads` = 4, got 3": lambda: attention(
         num_key_value_heads=3
     ),
     r"`dropout_rate` must be in \[0, 1\), got 1.5": lambda: attention(dropout_rate=1.5),
@@ -277,8 +277,8 @@ def test_weights_are_checked_before_they_are_loaded():
     with pytest.raises(ValueError) as caught:
         load_weights(module, wrong)
     assert str(caught.value) == (
-        "load_weights: `key.bias` is missing; `extra` is unknown; `key.kernel` must have the dtype "
-        "float64, got float32; `query.kernel` must have shape (16, 4, 4), got (16, 16)"
+        "load_weights: `key.bias` is missing; `extra` is unknown; `key.kernel` must be of dtype "
+        "float64, got float32; `query.kernel` must be of shape (16, 4, 4), got (16, 16)"
     )
     assert_close(module(X), before, 0)
 

@@ -377,30 +377,33 @@ def _bad_calls() -> dict[str, Any]:
     )
     place, tokens_of, strides = map(bind, (crop_and_pad, token_mask, stem_strides))
     stem = partial(bind(conv_stem), images)
+    pair = "must be (rows, columns), two ints of at least 1, or one for both"
     return {
-        "patchify: `images` must have shape (B, rows, columns, channels), got (6, 8, 3)": cut(
+        "patchify: `images` must be of shape (B, rows, columns, channels), got (6, 8, 3)": cut(
             images[0], 2
         ),
-        "`images` must be multiples of `patch_size` (4, 4), got (6, 8)": cut(images, 4),
-        "`patch_size` must be (rows, columns), two ints of at least 1, got (0, 0)": cut(images, 0),
-        "`patch_size` must be (rows, columns), two ints of at least 1, got (2, 2, 2)": cut(
-            images, (2, 2, 2)
+        "`images` must be of (rows, columns) in multiples of `patch_size` (4, 4), got (6, 8)": cut(
+            images, 4
         ),
-        "`patch_size` must be (rows, columns), two ints of at least 1, got 2.0": cut(images, 2.0),
-        "unpatchify: `tokens` must have shape (B, tokens, values), got (8, 18)": join(
+        f"`patch_size` {pair}, got 0": cut(images, 0),
+        f"`patch_size` {pair}, got (2, 2, 2)": cut(images, (2, 2, 2)),
+        f"`patch_size` {pair}, got 2.0": cut(images, 2.0),
+        "unpatchify: `tokens` must be of shape (B, tokens, values), got (8, 18)": join(
             tokens[0], (6, 8), (3, 2)
         ),
-        "`tokens` must have shape (B, 4, a multiple of 12) for images of (6, 8) in patches of "
+        "`tokens` must be of shape (B, 4, a multiple of 12) for images of (6, 8) in patches of "
         "(3, 4), got (1, 8, 18)": join(tokens, (6, 8), (3, 4)),
-        "`tokens` must have shape (B, 8, a multiple of 6) for images of (6, 8) in patches of "
+        "`tokens` must be of shape (B, 8, a multiple of 6) for images of (6, 8) in patches of "
         "(3, 2), got (1, 8, 17)": join(tokens[..., :17], (6, 8), (3, 2)),
-        "`size` must be multiples of `patch_size` (3, 2), got (6, 7)": join(tokens, (6, 7), (3, 2)),
+        "`size` must be of (rows, columns) in multiples of `patch_size` (3, 2), got (6, 7)": join(
+            tokens, (6, 7), (3, 2)
+        ),
         "`size` must be (rows, columns), two ints of at least 1, got 6": join(tokens, 6, (3, 2)),
-        "`embeddings` must hold 0 + 2 × 8 = 16 tokens, got 17": resample(table, (2, 8), (4, 4)),
-        "resample_grid: `embeddings` must have shape (tokens, D), got (1, 17, 2)": resample(
+        "`embeddings` must be of 0 + 2 × 8 = 16 tokens, got 17": resample(table, (2, 8), (4, 4)),
+        "resample_grid: `embeddings` must be of shape (tokens, D), got (1, 17, 2)": resample(
             table[None], (1, 17), (4, 4)
         ),
-        "resample_grid: `embeddings` must be floating, got int32": resample(
+        "resample_grid: `embeddings` must be of a floating dtype, got int32": resample(
             table.astype(jnp.int32), (1, 17), (4, 4)
         ),
         "resample_grid: `method` must be 'bicubic' or 'bilinear', got 'nearest'": resample(
@@ -411,39 +414,45 @@ def _bad_calls() -> dict[str, Any]:
         "`prefix_tokens` must be an int of at least 0, got -1": resample(
             table, (2, 9), (4, 4), prefix_tokens=-1
         ),
-        "`kernel` must have shape (rows, columns, channels, D), got (3, 3, 3)": resize(
+        "`kernel` must be of shape (rows, columns, channels, D), got (3, 3, 3)": resize(
             kernel[..., 0], 4
         ),
-        "`kernel` must be floating, got int32": resize(kernel.astype(jnp.int32), 4),
+        "`kernel` must be of a floating dtype, got int32": resize(kernel.astype(jnp.int32), 4),
         "resize_patch_kernel: `method` must be 'bicubic' or 'bilinear', got 'area'": resize(
             kernel, 4, method="area"
         ),
         "resize_patch_kernel: `patch_size` must be (rows, columns)": resize(kernel, (4, 0)),
-        "crop_and_pad: `images` must have shape": place(images[0], (4, 4)),
+        "crop_and_pad: `images` must be of shape": place(images[0], (4, 4)),
         "crop_and_pad: `size` must be (rows, columns)": place(images, (4, -4)),
-        "token_mask: `valid` must have shape (B, rows, columns), got (1, 6, 8, 3)": tokens_of(
+        "token_mask: `valid` must be of shape (B, rows, columns), got (1, 6, 8, 3)": tokens_of(
             images, 2
         ),
-        "token_mask: `valid` must be Boolean, got float64": tokens_of(images[..., 0], 2),
-        "token_mask: the (rows, columns) of `valid` must be multiples of": tokens_of(mask, 4),
-        "conv_stem: `images` must have shape": bind(conv_stem)(images[0], [kernel], [bias], (2, 2)),
-        "conv_stem: `images` must be floating": bind(conv_stem)(
+        "token_mask: `valid` must be of dtype bool, got float64": tokens_of(images[..., 0], 2),
+        "token_mask: `valid` must be of (rows, columns) in multiples of": tokens_of(mask, 4),
+        "conv_stem: `images` must be of shape": bind(conv_stem)(
+            images[0], [kernel], [bias], (2, 2)
+        ),
+        "conv_stem: `images` must be of a floating dtype": bind(conv_stem)(
             images.astype(jnp.uint8), [kernel], [bias], (2, 2)
         ),
-        "`images` must be at least `grid` (7, 2), got (6, 8)": stem([kernel], [bias], (7, 2)),
+        "`images` must be of (rows, columns) of at least `grid` (7, 2), got (6, 8)": stem(
+            [kernel], [bias], (7, 2)
+        ),
         "conv_stem: `grid` must be (rows, columns)": stem([kernel], [bias], (7, 2, 1)),
-        "`kernels` and `biases` must hold at least one each and equally many, got 1 and 2": stem(
+        "`kernels` must be at least one, and as many as `biases`, got 1 and 2": stem(
             [kernel], [bias, bias], (2, 2)
         ),
-        "equally many, got 0 and 0": stem([], [], (2, 2)),
-        "`kernels[1]` must have shape (rows, columns, 4, channels out), got (3, 3, 3, 4)": stem(
+        "as many as `biases`, got 0 and 0": stem([], [], (2, 2)),
+        "`kernels[1]` must be of shape (rows, columns, 4, channels out), got (3, 3, 3, 4)": stem(
             [kernel, kernel], [bias, bias], (2, 2)
         ),
-        "`biases[0]` must have shape (4,), got (3,)": stem([kernel], [bias[:3]], (2, 2)),
-        "`kernels[0]` must have the dtype of `images`, float64, got float32": stem(
+        "`biases[0]` must be of shape (channels out,) = (4,), got (3,)": stem(
+            [kernel], [bias[:3]], (2, 2)
+        ),
+        "`kernels[0]` must be of the dtype of `images`, float64, got float32": stem(
             [kernel.astype(jnp.float32)], [bias], (2, 2)
         ),
-        "stem_strides: the (rows, columns) of `size` must be at least `grid` (2, 9), got (6, 8)": (
+        "stem_strides: `size` must be of (rows, columns) of at least `grid` (2, 9), got (6, 8)": (
             strides((6, 8), (2, 9), [(3, 3)])
         ),
         "`kernel_sizes` must be (rows, columns)": strides((6, 8), (2, 2), [(3,)]),

@@ -580,20 +580,21 @@ def test_everything_exports_for_gpu_and_tpu(x64):
 def _bad_calls() -> dict[str, Any]:
     x, t, f = _draw(2, 5, 3, 8), jnp.arange(5), _draw(2, 3, 4)
     wrong: Any = "linear"
-    before = "must broadcast to the axes of `x` before its heads, (2, 5), got shape"
+    axes = "the axes of `x` before its heads, (2, 5)"
+    before = f"must be of a shape that broadcasts to {axes}, got"
     return {
         "sinusoids: `dim` must be a positive multiple of 2, got 3": lambda: sinusoids(t, 3),
         "sinusoids: `base` must be a Python number above 1, got 1": lambda: sinusoids(t, 2, base=1),
-        "sinusoids: `dtype` must be a floating type, got int32": lambda: sinusoids(
+        "sinusoids: `dtype` must be a floating dtype, got int32": lambda: sinusoids(
             t, 2, dtype=jnp.int32
         ),
-        "sinusoids: `positions` must be integers or floating, got bool": lambda: sinusoids(
-            t > 1, 2
+        "sinusoids: `positions` must be of integers or of a floating dtype, got bool": lambda: (
+            sinusoids(t > 1, 2)
         ),
         "shift_matrix: `dim` must be a positive multiple of 2, got 0": lambda: shift_matrix(1, 0),
         "shift_matrix: `offset` must be a scalar, got shape (5,)": lambda: shift_matrix(t, 2),
-        "rope: `x` must have shape (B, T, N, K), got (3, 8)": lambda: rope(x[0, 0], 1),
-        "rope: `x` must be floating, got int64": lambda: rope(x.astype(jnp.int64), t),
+        "rope: `x` must be of shape (B, T, N, K), got (3, 8)": lambda: rope(x[0, 0], 1),
+        "rope: `x` must be of a floating dtype, got int64": lambda: rope(x.astype(jnp.int64), t),
         "rope: `x.shape[-1]` must be a positive multiple of 2, got 7": lambda: rope(x[..., :7], t),
         "rope: `rotary_dim` must be a positive multiple of 2, got 3": lambda: rope(
             x, t, rotary_dim=3
@@ -611,9 +612,9 @@ def _bad_calls() -> dict[str, Any]:
         ),
         f"rope_2d: `rows` {before} (4,)": lambda: rope_2d(x, t[:4], t),
         f"rope_mixed: `columns` {before} (4,)": lambda: rope_mixed(x, t, t[:4], f),
-        "rope_mixed: `frequencies` must have shape (2, N, K/2) = (2, 3, 4) or (2, 1, 4), "
+        "rope_mixed: `frequencies` must be of shape (2, N, K/2) = (2, 3, 4) or (2, 1, 4), "
         "got (2, 2, 4)": lambda: rope_mixed(x, t, t, f[:, :2]),
-        "rope_mixed: `frequencies` must be floating, got int32": lambda: rope_mixed(
+        "rope_mixed: `frequencies` must be of a floating dtype, got int32": lambda: rope_mixed(
             x, t, t, f.astype(jnp.int32)
         ),
         "LinearScaling: `factor` must be positive, got 0": lambda: LinearScaling(0),

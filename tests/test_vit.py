@@ -289,21 +289,23 @@ def test_sixteen_bits():
 
 IMAGES = np.zeros((1, 6, 9, CHANNELS))
 ERRORS: dict[str, Any] = {
-    "`position` must be one of": lambda: make(position="other"),
-    "`pool` must be one of": lambda: make(pool="other"),
-    "`stem` must be one of": lambda: make(stem="other"),
+    "`position` must be 'learned', 'sincos2d', 'rope2d' or 'none', got 'other'": lambda: make(
+        position="other"
+    ),
+    "`pool` must be 'mean' or 'cls', got 'other'": lambda: make(pool="other"),
+    "`stem` must be 'patch' or 'conv', got 'other'": lambda: make(stem="other"),
     "`image_size` must be given for position 'learned', got None": lambda: make(image_size=None),
     "`image_size` must be given for stem 'conv', got None": lambda: make(
         image_size=None, position="none", stem="conv"
     ),
-    r"the \(rows, columns\) of `image_size` must be multiples of the patch size \(2, 3\), got "
+    r"`image_size` must be of \(rows, columns\) in multiples of `patch_size` \(2, 3\), got "
     r"\(6, 8\)": lambda: make(image_size=(6, 8)),
-    r"the \(rows, columns\) of `images` must be multiples of the patch size \(2, 3\), got "
+    r"`images` must be of \(rows, columns\) in multiples of `patch_size` \(2, 3\), got "
     r"\(6, 8\); `rnnattn.crop_and_pad`": lambda: make()(jnp.asarray(IMAGES[:, :, :8])),
-    r"`images` must be \(B, rows, columns, 2\), got \(1, 6, 9, 1\)": lambda: make()(
+    r"`images` must be of shape \(B, rows, columns, 2\), got \(1, 6, 9, 1\)": lambda: make()(
         jnp.asarray(IMAGES[..., :1])
     ),
-    r"`valid` must be \(1, 6, 9\), got \(1, 6, 6\)": lambda: make()(
+    r"`valid` must be of shape \(B, rows, columns\) = \(1, 6, 9\), got \(1, 6, 6\)": lambda: make()(
         jnp.asarray(IMAGES), jnp.ones((1, 6, 6), bool)
     ),
     "`valid` must be None with the conv stem": lambda: make(stem="conv")(
@@ -314,7 +316,8 @@ ERRORS: dict[str, Any] = {
     "`width` must be a multiple of 4, got 6": lambda: make(width=6, position="sincos2d"),
     "`depth` must be at least 1, got 0": lambda: make(depth=0),
     r"`drop_path_rate` must be in \[0, 1\), got 1.0": lambda: make(drop_path_rate=1.0),
-    "`patch_size` must be an int of at least 1, or two, got 0": lambda: make(patch_size=0),
+    r"`patch_size` must be \(rows, columns\), two ints of at least 1, or one for both, "
+    "got 0": lambda: make(patch_size=0),
 }
 
 
