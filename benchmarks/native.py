@@ -97,7 +97,7 @@ def print_streaming(streaming):
     print(f"\none row, step by step, (B, D, H) = {streaming['shape']}: time / ours")
     for name, r in streaming["ratio"].items():
         print(
-            f"  {name:<12}{timing.show_ratio(r)}   {streaming['microseconds'][name]:.1f} µs a step,"
+            f"  {name:<12}{timing.show_ratio(r)}   {streaming['microseconds'][name]:.1f} μs a step,"
             f" ours {streaming['microseconds']['ours']:.1f}"
         )
 

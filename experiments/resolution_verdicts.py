@@ -1,6 +1,6 @@
 """What the study of image sizes says of V1 to V6, from its saved result alone."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,11 +17,44 @@ from experiments.claims import (
 )
 from experiments.resolution_moves import MOVES
 
-if TYPE_CHECKING:
-    from experiments.vit_resolution import Result
+
+class Result(NamedTuple):
+    """What each way reached, in rows (R), with every seed (S) and test image (I); and pictures."""
+
+    methods: np.ndarray
+    phases: np.ndarray
+    correct: np.ndarray
+    """Whether an image was read correctly (R, S, I)."""
+    steps: np.ndarray
+    """On small images and on whole ones (R, 2)."""
+    flops: np.ndarray
+    """Of all training (R,)."""
+    peak_bytes: np.ndarray
+    """Of the costliest step of it (R,)."""
+    parameters: np.ndarray
+    tokens: np.ndarray
+    """Of an image as the model reads it (R,), and below the values of one patch."""
+    patch_values: np.ndarray
+    sizes: np.ndarray
+    """Sides of the small images and of the whole ones, and of a patch, in pixels."""
+    padding_effect: np.ndarray
+    """Largest change of a logit when the padding holds something else (V5)."""
+    similarity_small: np.ndarray
+    """Of learned positions: as trained, interpolated, and tuned."""
+    similarity_moved: np.ndarray
+    similarity_tuned: np.ndarray
+    images_small: np.ndarray
+    images_whole: np.ndarray
+    attention_small: np.ndarray
+    """In the last block of the model with learned positions (images, rows, columns)."""
+    attention_moved: np.ndarray
+    attention_tuned: np.ndarray
+    table: str
+    verdicts: str
+    scores: dict[str, Any]
 
 
-def claims(result: "Result") -> tuple[Claim, ...]:
+def claims(result: Result) -> tuple[Claim, ...]:
     """One claim for each of V1 to V6."""
     return (
         _patches_are_tokens(result),
@@ -33,14 +66,14 @@ def claims(result: "Result") -> tuple[Claim, ...]:
     )
 
 
-def _at(result: "Result", array: np.ndarray, method: str, phase: str) -> Any:
+def _at(result: Result, array: np.ndarray, method: str, phase: str) -> Any:
     """What the array has in that row; NaN if the way was not tried."""
     rows = np.flatnonzero((result.methods == method) & (result.phases == phase))
     return array[rows[0]] if rows.size else np.full(array.shape[1:], np.nan)[()]
 
 
 def _gain(
-    result: "Result", name: str, row: tuple[str, str], other: tuple[str, str], intervals: int
+    result: Result, name: str, row: tuple[str, str], other: tuple[str, str], intervals: int
 ) -> Evidence:
     """That `row` reads more digits than `other`, with every seed."""
     correct = result.correct.astype(float)
@@ -57,7 +90,7 @@ PAIRED = (
 )
 
 
-def _patches_are_tokens(result: "Result") -> Claim:
+def _patches_are_tokens(result: Result) -> Claim:
     small, whole, patch = (int(n) for n in result.sizes)
     tokens = {small: "small", whole: "tuned"}
     counts = [
@@ -79,7 +112,7 @@ def _patches_are_tokens(result: "Result") -> Claim:
     )
 
 
-def _count_changes(result: "Result") -> Claim:
+def _count_changes(result: Result) -> Claim:
     area = float((result.sizes[1] / result.sizes[0]) ** 2)
 
     def ratio(array: np.ndarray, method: str) -> float:
@@ -104,7 +137,7 @@ def _count_changes(result: "Result") -> Claim:
     )  # fmt: skip
 
 
-def _low_then_high(result: "Result") -> Claim:
+def _low_then_high(result: Result) -> Claim:
     alone = (("learned", "small"), ("learned", "equal steps"))
     steps = [_at(result, result.steps, *row).sum() for row in alone]
     small, whole = (_at(result, result.flops, *row) for row in alone)
@@ -131,7 +164,7 @@ def _low_then_high(result: "Result") -> Claim:
     )  # fmt: skip
 
 
-def _positions_must_fit(result: "Result") -> Claim:
+def _positions_must_fit(result: Result) -> Claim:
     tuned = [
         _gain(result, f"{MOVES[method]}: regained by tuning", (method, "tuned"),
               (method, "moved"), 4)
@@ -153,13 +186,13 @@ def _positions_must_fit(result: "Result") -> Claim:
     )  # fmt: skip
 
 
-def _padding(result: "Result") -> tuple[Evidence, ...]:
+def _padding(result: Result) -> tuple[Evidence, ...]:
     effect = float(result.padding_effect)
     return (equal("largest change of a logit by what the padding holds", 0.0, effect, 0.0),)
 
 
 def _against_interpolation(
-    result: "Result", id: str, methods: tuple[str, ...], others: tuple[Evidence, ...]
+    result: Result, id: str, methods: tuple[str, ...], others: tuple[Evidence, ...]
 ) -> Claim:
     gains = tuple(
         _gain(result, f"{MOVES[method]}: gain over the interpolated grid, both tuned",

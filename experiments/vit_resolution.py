@@ -33,6 +33,7 @@ from experiments.resolution_moves import (
     move,
     shrink,
 )
+from experiments.resolution_verdicts import Result
 from experiments.session import SILENT, Session
 from experiments.training import TrainConfig, fit, make_optimizer
 from experiments.vit import (
@@ -83,42 +84,6 @@ class Config:
     )
     """Training on small images, and on whole ones from the start."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-
-
-class Result(NamedTuple):
-    """What each way reached, in rows (R), with every seed (S) and test image (I); and pictures."""
-
-    methods: np.ndarray
-    phases: np.ndarray
-    correct: np.ndarray
-    """Whether an image was read correctly (R, S, I)."""
-    steps: np.ndarray
-    """On small images and on whole ones (R, 2)."""
-    flops: np.ndarray
-    """Of all training (R,)."""
-    peak_bytes: np.ndarray
-    """Of the costliest step of it (R,)."""
-    parameters: np.ndarray
-    tokens: np.ndarray
-    """Of an image as the model reads it (R,), and below the values of one patch."""
-    patch_values: np.ndarray
-    sizes: np.ndarray
-    """Sides of the small images and of the whole ones, and of a patch, in pixels."""
-    padding_effect: np.ndarray
-    """Largest change of a logit when the padding holds something else (V5)."""
-    similarity_small: np.ndarray
-    """Of learned positions: as trained, interpolated, and tuned."""
-    similarity_moved: np.ndarray
-    similarity_tuned: np.ndarray
-    images_small: np.ndarray
-    images_whole: np.ndarray
-    attention_small: np.ndarray
-    """In the last block of the model with learned positions (images, rows, columns)."""
-    attention_moved: np.ndarray
-    attention_tuned: np.ndarray
-    table: str
-    verdicts: str
-    scores: dict[str, Any]
 
 
 class Training(NamedTuple):

@@ -1084,7 +1084,7 @@ def _bad_calls() -> dict[str, Any]:
         lambda: inspect.unwrap(update_cache)(cache, key, value)
     )
     i32, ids = jnp.int32, jnp.zeros((2, 3), jnp.int32)
-    implementations = "('dense', 'blockwise', 'xla', 'native', 'cudnn', 'tokamax')"
+    implementations = "None, 'dense', 'blockwise', 'xla', 'native', 'cudnn' or 'tokamax'"
     window = "`local_window_size` must be None, an int of at least 0, or a pair of them, None for "
     return {
         "dot_product_attention: `query` must be of shape (B, T, N, K) or (T, N, K), got (4, 6)": (
@@ -1108,8 +1108,12 @@ def _bad_calls() -> dict[str, Any]:
         ),
         "`query` must be of a floating dtype, got int64": run(query=q.astype(jnp.int64)),
         "`query` must be of a floating dtype, got complex128": run(query=q.astype(jnp.complex128)),
-        "`key` must be of query's dtype float64, got float32": run(key=k.astype(jnp.float32)),
-        "`value` must be of query's dtype float64, got bfloat16": run(value=v.astype(jnp.bfloat16)),
+        "`key` must be of the dtype of `query`, float64, got float32": run(
+            key=k.astype(jnp.float32)
+        ),
+        "`value` must be of the dtype of `query`, float64, got bfloat16": run(
+            value=v.astype(jnp.bfloat16)
+        ),
         "`bias` must be of a shape that broadcasts to (B, N, T, S) = (2, 4, 3, 5), got (2, 3, 5)": (
             run(bias=jnp.zeros((2, 3, 5)))
         ),
@@ -1173,9 +1177,7 @@ def _bad_calls() -> dict[str, Any]:
         "`dropout_key` must be a single key, got an array (3,) of them": run(
             dropout_rate=0.1, dropout_key=jax.random.split(jax.random.key(0), 3)
         ),
-        f"`implementation` must be None or one of {implementations}, got 'flash'": run(
-            implementation="flash"
-        ),
+        f"`implementation` must be {implementations}, got 'flash'": run(implementation="flash"),
         "`implementation` must be None, 'xla' or 'dense' where `return_weights` is set, got "
         "'blockwise'": run(return_weights=True, implementation="blockwise"),
         "dot_product_attention_jvp: `implementation` must be None, 'xla', 'dense' or 'blockwise', "
@@ -1188,7 +1190,7 @@ def _bad_calls() -> dict[str, Any]:
         "`value` must be of shape (B, T, …) to go with the cache's (2, 5, 2, 7), got (1, 2,": (
             grow(value=v[:1, :2])
         ),
-        "`key` must be of the cache's dtype float64, got float32": grow(
+        "`key` must be of the dtype of `cache.key`, float64, got float32": grow(
             key=k[:, :2].astype(jnp.float32)
         ),
         "`value` must be of as many tokens as key, 2, got 1": grow(value=v[:, :1]),

@@ -1,6 +1,7 @@
-"""Imports go down only: experiments → rnnattn.nn → the primitives → jax."""
+"""Imports go down only: experiments → rnnattn.nn → the primitives → jax; nothing in a circle."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -8,90 +9,113 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LIBRARY = {"jax", "jaxlib", "jaxtyping", "numpy"} | {
-    "collections",
-    "dataclasses",
-    "functools",
-    "importlib",
-    "math",
-    "typing",
+
+# What any file of the library may import, and some of its parts besides.
+EXTERNAL = {"jax", "jaxlib", "jaxtyping", "numpy", *sys.stdlib_module_names}
+MORE = {"rnnattn.nn": {"flax"}, "rnnattn.interop": {"safetensors"}}
+MORE["rnnattn.attention.peers"] = {"tokamax"}
+
+# What the parts may import of the library, besides themselves: primitives none of each other.
+HELPERS = {"rnnattn.checks", "rnnattn.precision"}
+PRIMITIVE = HELPERS | {"rnnattn.native"}
+PARTS = {
+    "rnnattn.checks": set(),
+    "rnnattn.precision": set(),
+    "rnnattn.native": set(),
+    "rnnattn.attention": PRIMITIVE,
+    "rnnattn.recurrent": PRIMITIVE,
+    "rnnattn.position": PRIMITIVE,
+    "rnnattn.patches": PRIMITIVE,
+    "rnnattn.parallel": HELPERS | {"rnnattn.attention"},
+    "rnnattn.reference": HELPERS | {"rnnattn.attention", "rnnattn.position", "rnnattn.recurrent"},
+    "rnnattn.interop": HELPERS | {"rnnattn.recurrent"},
+    "rnnattn.nn": HELPERS
+    | {"rnnattn.attention", "rnnattn.patches", "rnnattn.position", "rnnattn.recurrent"},
+    "rnnattn": {"rnnattn"},
 }
 
-# What a module of the library may import besides; the primitives import none of each other.
-ALLOWED = {
-    "__init__": {"rnnattn"},
-    "attention": {
-        "rnnattn.blockwise",
-        "rnnattn.dense",
-        "rnnattn.native",
-        "rnnattn.native_attention",
-        "rnnattn.precision",
-        "rnnattn.scores",
-        "tokamax",
-    },
-    "blockwise": {"rnnattn.scores"},
-    "cell": {"rnnattn.precision"},
-    "chunked": {"rnnattn.cell", "rnnattn.precision"},
-    "dense": {"rnnattn.scores"},
-    "native": {"os", "pathlib", "re", "rnnattn.native"},
-    "native_attention": {"rnnattn.native", "rnnattn.scores"},
-    "native_lstm": {"rnnattn.cell", "rnnattn.chunked", "rnnattn.native"},
-    "parallel": {
-        "rnnattn.attention",
-        "rnnattn.blockwise",
-        "rnnattn.precision",
-        "rnnattn.scores",
-    },
-    "patches": {"rnnattn.precision"},
-    "position": set(),
-    "precision": set(),
-    "recurrent": {
-        "rnnattn.cell",
-        "rnnattn.chunked",
-        "rnnattn.native_lstm",
-        "rnnattn.precision",
-    },
-    "reference": {"rnnattn.attention", "rnnattn.cell", "rnnattn.position", "rnnattn.recurrent"},
-    "scores": {"rnnattn.precision"},
-    "interop": {"os", "pathlib", "secrets", "rnnattn.cell", "safetensors"},
-    "nn": {
-        "flax",
-        "rnnattn.attention",
-        "rnnattn.cell",
-        "rnnattn.patches",
-        "rnnattn.position",
-        "rnnattn.precision",
-        "rnnattn.recurrent",
-    },
-}
+# The files of a primitive's folder, from the ground up: one imports those of its floor and below.
+FLOORS = [
+    {"problem", "equations", "masking", "dropout"},
+    {"dense", "blockwise", "chunked", "xla", "native"},  # the schedules
+    {"rule"},
+    {"arguments", "peers", "cache", "init"},
+    {"api", "ring"},
+    {"stack"},
+    {"__init__"},
+]
 
 
-def _imports(path):
+def modules(folder):
+    """The files of a package by name, `rnnattn.nn` for its `__init__`."""
+    files = sorted((ROOT / folder).rglob("*.py"))
+    return {_name(path): path for path in files}
+
+
+def _name(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(path, known=()):
+    """The names of modules a file imports; `from package import module` is the module."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            yield node.module
+            assert node.level == 0 and node.module, f"{path}: relative import"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in known else node.module
 
 
-def _within(name, allowed):
-    return any(name == a or name.startswith(a + ".") for a in allowed)
+def within(name, packages):
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "rnnattn").glob("*.py")), ids=lambda p: p.stem)
-def test_the_library_imports_only_what_lies_below(path):
-    wrong = [name for name in _imports(path) if not _within(name, LIBRARY | ALLOWED[path.stem])]
+LIBRARY, EXPERIMENTS = modules("rnnattn"), modules("experiments")
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_the_library_imports_only_what_lies_below(name):
+    part = next(part for part in (".".join(name.split(".")[:2]), "rnnattn") if part in PARTS)
+    more = set().union(*(names for at, names in MORE.items() if within(name, [at])))
+    allowed = EXTERNAL | more | PARTS[part] | ({part} if part != "rnnattn" else set())
+    wrong = [other for other in imported(LIBRARY[name], LIBRARY) if not within(other, allowed)]
     assert not wrong
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.py")), ids=lambda p: p.stem)
-def test_training_imports_no_model(path):
-    names = set(_imports(path))
-    assert not _within("tests", names)
-    if path.stem in ("training", "config", "runs"):
-        models = {"rnnattn.nn", "rnnattn.recurrent", "rnnattn.attention", "flax"}
-        assert not names & models
+@pytest.mark.parametrize("primitive", ["attention", "recurrent"])
+def test_equations_lie_below_schedules_and_these_below_the_rule_and_the_arguments(primitive):
+    floor = {file: n for n, files in enumerate(FLOORS) for file in files}
+    prefix = f"rnnattn.{primitive}."
+    for path in (ROOT / "rnnattn" / primitive).glob("*.py"):
+        assert path.stem in floor, f"{path.name}: say in FLOORS on which floor it is"
+        others = [n for n in imported(path, LIBRARY) if n.startswith(prefix)]
+        above = [n for n in others if floor[n.removeprefix(prefix)] > floor[path.stem]]
+        assert not above, f"{path.name} imports what lies above it"
+
+
+def test_nothing_imports_in_a_circle():
+    known = LIBRARY | EXPERIMENTS | modules("benchmarks")
+    graph = {
+        name: {other for other in imported(path, known) if other in known and other != name}
+        for name, path in known.items()
+    }
+    for name in known:  # a package's own files are imported before it is whole
+        for other in list(graph[name]):
+            if name.startswith(f"{other}."):
+                graph[name].discard(other)
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_training_imports_no_model(name):
+    names = set(imported(EXPERIMENTS[name], LIBRARY | EXPERIMENTS))
+    assert not any(within(other, ["tests"]) for other in names)
+    if name.split(".")[-1] in ("training", "config", "runs"):
+        models = ["rnnattn.nn", "rnnattn.recurrent", "rnnattn.attention", "flax"]
+        assert not any(within(other, models) for other in names)
 
 
 def test_importing_the_library_imports_nothing_of_the_model_or_experiment_layer():

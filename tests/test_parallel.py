@@ -413,7 +413,7 @@ def _bad_calls() -> dict[str, Any]:
         "`head_axis_name` must be another than ('data', 'ring'), got ('data',)": run(
             batch_axis_name="data", head_axis_name="data"
         ),
-        "`layout` must be one of ('contiguous', 'zigzag'), got 'striped'": run(layout="striped"),
+        "`layout` must be 'contiguous' or 'zigzag', got 'striped'": run(layout="striped"),
         "`query` must be of four axes, none of them empty, got (8, 4, 6)": run(
             query=q[0], key=k[0], value=v[0]
         ),

@@ -523,41 +523,41 @@ def _bad_calls():
     run = lambda **change: lambda: lstm(**{"params": params, "x": x, "state": state, **change})
     short = jnp.zeros(3, jnp.int32)
     return {
-        "`x` must have shape (B, T, D), got (2, 3)": run(x=x[:, 0]),
-        "`x` must be floating, got int64": run(x=x.astype(jnp.int64)),
-        "`params.w_x` must have shape (D, 4H) = (3, 20), got (4, 20)": run(
+        "`x` must be of shape (B, T, D), got (2, 3)": run(x=x[:, 0]),
+        "`x` must be of a floating dtype, got int64": run(x=x.astype(jnp.int64)),
+        "`params.w_x` must be of shape (D, 4H) = (3, 20), got (4, 20)": run(
             params=params._replace(w_x=jnp.zeros((4, 20)))
         ),
-        "`params.w_h` must have shape (H, 4H), got (5, 21)": run(
+        "`params.w_h` must be of shape (H, 4H), got (5, 21)": run(
             params=params._replace(w_h=jnp.zeros((5, 21)))
         ),
-        "`params.b` must have shape (4H,) = (20,), got (5,)": run(
+        "`params.b` must be of shape (4H,) = (20,), got (5,)": run(
             params=params._replace(b=jnp.zeros(5))
         ),
-        "`params.peephole` must have shape (3, H) = (3, 5), got (5, 3)": run(
+        "`params.peephole` must be of shape (3, H) = (3, 5), got (5, 3)": run(
             params=params._replace(peephole=jnp.zeros((5, 3)))
         ),
-        "`params.projection` must have shape (H, R) = (5, 5), got (5, 2)": run(
+        "`params.projection` must be of shape (H, R) = (5, 5), got (5, 2)": run(
             params=params._replace(projection=jnp.zeros((5, 2)))
         ),
-        "`params.w_x` must have the dtype of `x`, float32, got float64": run(
+        "`params.w_x` must be of the dtype of `x`, float32, got float64": run(
             x=x.astype(jnp.float32)
         ),
-        "`state.h` must have shape (B, H) = (2, 5), got (1, 5)": run(
+        "`state.h` must be of shape (B, H) = (2, 5), got (1, 5)": run(
             state=LSTMState(state.h[:1], state.c)
         ),
-        "`state.h` must have the dtype of `x`, float64, got float32": run(
+        "`state.h` must be of the dtype of `x`, float64, got float32": run(
             state=LSTMState(state.h.astype(jnp.float32), state.c)
         ),
-        "`state.c` must be float64, got float32": run(
+        "`state.c` must be of dtype float64, got float32": run(
             state=LSTMState(state.h, state.c.astype(jnp.float32))
         ),
-        "`lengths` must have shape (B,) = (2,), got (3,)": run(lengths=short),
-        "`lengths` must be integers, got float64": run(lengths=jnp.zeros(2)),
-        "`resets` must have shape the first two axes of `x` = (2, 4), got (4, 2)": run(
+        "`lengths` must be of shape (B,) = (2,), got (3,)": run(lengths=short),
+        "`lengths` must be of integers, got float64": run(lengths=jnp.zeros(2)),
+        "`resets` must be of shape (B, T) = (2, 4), got (4, 2)": run(
             resets=jnp.zeros((4, 2), bool)
         ),
-        "`resets` must be Boolean, got int32": run(resets=jnp.zeros((2, 4), jnp.int32)),
+        "`resets` must be of dtype bool, got int32": run(resets=jnp.zeros((2, 4), jnp.int32)),
         "`clip` must be positive or None, got -1": run(clip=-1),
         "`residuals` must be 'gates', 'states' or a number of steps of at least 1, got 0": run(
             residuals=0
@@ -569,15 +569,15 @@ def _bad_calls():
         "`resets` or `reverse`": run(
             implementation="cudnn", clip=1.0, resets=jnp.zeros((2, 4), bool), reverse=True
         ),
-        "`layers` must hold at least one layer, got none": lambda: stacked_lstm([], x),
-        "`states` must hold one for each of the 1 layers, got 2": lambda: stacked_lstm(
+        "`layers` must be at least one layer, got none": lambda: stacked_lstm([], x),
+        "`states` must be one for each of the 1 layers, got 2": lambda: stacked_lstm(
             [params], x, [state, state]
         ),
-        "`dropout_rate` must be in [0, 1), got 1.0": lambda: stacked_lstm(
+        "`dropout_rate` must be a number in [0, 1), got 1.0": lambda: stacked_lstm(
             [params], x, dropout_rate=1.0
         ),
-        "`dropout_rate` above 0 needs a `dropout_key`, got None": lambda: stacked_lstm(
-            [params], x, dropout_rate=0.1
+        "`dropout_key` must be given where `dropout_rate` is above 0, got None": lambda: (
+            stacked_lstm([params], x, dropout_rate=0.1)
         ),
         "`hidden_size` must be at least 1, got 0": lambda: init_lstm(jax.random.key(0), 1, 0),
         "`recurrent_init` must be 'orthogonal' or 'uniform', got 'glorot'": lambda: init_lstm(
@@ -586,7 +586,7 @@ def _bad_calls():
             1,
             recurrent_init="glorot",  # type: ignore[arg-type]
         ),
-        "`dtype` must be a floating type, got int32": lambda: init_lstm(
+        "`dtype` must be a floating dtype, got int32": lambda: init_lstm(
             jax.random.key(0), 1, 1, dtype=jnp.int32
         ),
     }

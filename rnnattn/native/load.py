@@ -107,8 +107,8 @@ def _register(name, target):
     its version, JAX would have no backend at all.
     """
     try:
-        register = xla_client._xla.register_custom_call_target
-    except AttributeError:  # not a public name
+        register = xla_client._xla.register_custom_call_target  # noqa: SLF001
+    except AttributeError:  # it may go, not being public
         jax.ffi.register_ffi_target(name, target, platform="cpu")
     else:
         register(name, target, "cpu", 1)
