@@ -5,8 +5,9 @@ LSTM itself with a place for a finite difference at every quantity that the note
     dz_f = dc_t ⊙ c_{t−1} ⊙ f(1 − f)                                 L5–L7: they leave out c_{t−1}
     dc_{t−1} = dc_t ⊙ f                                              L8: they say nothing of it
 
-This is the only place where wrong gradients live; the library's is in `rnnattn.cell`. Everything is
-a plain step-by-step scan, time first: x (T, B, D), h and c (T, B, H), z (T, B, 4H).
+This is the only place where wrong gradients live; the library's are in
+`rnnattn.recurrent.equations`. Everything is a plain step-by-step scan, time first: x (T, B, D), h
+and c (T, B, H), z (T, B, 4H).
 
 Axes: T time, B batch, D input width, H hidden width.
 """

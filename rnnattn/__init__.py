@@ -1,5 +1,7 @@
 """LSTM, attention and rotary positions for JAX, with gradients derived by hand."""
 
+from importlib import import_module
+
 from rnnattn import interop, reference
 from rnnattn.attention import KVCache, dot_product_attention, update_cache
 from rnnattn.patches import (
@@ -64,3 +66,12 @@ __all__ = [
     "unpatchify",
     "update_cache",
 ]
+
+
+def __getattr__(name):
+    """What takes time to import, when it is asked for; `nn` needs flax."""
+    if name in ("nn", "parallel"):
+        return import_module(f"rnnattn.{name}")
+    if name == "__version__":
+        return import_module("importlib.metadata").version("rnnattn")
+    raise AttributeError(f"module 'rnnattn' has no attribute {name!r}")

@@ -150,7 +150,7 @@ def dot_product_attention(
         (2, 5, 4, 8)
     """
     arguments = sorted_arguments(query, key, value, bias, mask, **options)
-    return call("reference.dot_product_attention", plain, *arguments, schedule=DENSE)
+    return call("reference.dot_product_attention", plain, arguments, DENSE)
 
 
 def rope(

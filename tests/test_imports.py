@@ -2,11 +2,14 @@
 
 import ast
 import graphlib
+import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import rnnattn
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -124,3 +127,10 @@ def test_importing_the_library_imports_nothing_of_the_model_or_experiment_layer(
     loaded = set(output.stdout.split())
     assert "rnnattn.recurrent" in loaded
     assert not loaded & {"flax", "optax", "matplotlib", "experiments", "torch"}
+
+
+def test_the_rest_is_imported_when_it_is_asked_for():
+    assert callable(rnnattn.parallel.ring_attention) and rnnattn.nn.LSTM
+    assert rnnattn.__version__ == importlib.metadata.version("rnnattn")
+    with pytest.raises(AttributeError, match="has no attribute 'lstn'"):
+        _ = rnnattn.lstn

@@ -129,7 +129,7 @@ def dot_product_attention(
         dropout_key=dropout_key,
         return_weights=return_weights,
     )
-    return call("dot_product_attention", attend, *arguments)
+    return call("dot_product_attention", attend, arguments)
 
 
 def dot_product_attention_jvp(
@@ -159,12 +159,13 @@ def dot_product_attention_jvp(
         (2, 5, 4, 8)
     """
     arguments = sorted_arguments(query, key, value, bias, mask, **options)
-    return call("dot_product_attention_jvp", plain, *arguments)
+    return call("dot_product_attention_jvp", plain, arguments)
 
 
-def call(function, rule, arrays, options, request, schedule=None):
+def call(function, rule, arguments, schedule=None):
     """A call of `function`, by `rule`; by the schedule that suits it, if none is given."""
-    arrays, options = checked(function, arrays, options, request)
+    *_, request = arguments
+    arrays, options = checked(function, *arguments)
     name = request.implementation
     if name in ("cudnn", "tokamax"):
         ours = "None, 'xla', 'dense' or 'blockwise'"

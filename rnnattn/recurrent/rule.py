@@ -25,8 +25,10 @@ def _sequence_fwd(schedule, options, params, state, steps):
 
 def _sequence_bwd(schedule, options, residuals, cotangents):
     """L3 to L8: `rnnattn.recurrent.equations`."""
-    gradient = gradient_of_read(schedule.backward, options, *residuals, cotangents)
-    dparams, dstate, dx = gradient
+    params, state, steps, trace = residuals
+    dparams, dstate, dx = gradient_of_read(
+        schedule.backward, options, params, state, steps, trace, cotangents
+    )
     return dparams, dstate, Steps(dx, None, None)
 
 
