@@ -6,7 +6,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-SOURCES = ["module", "avx512", "avx2", "baseline"]
+SOURCES = ["module", "attention_handlers", "lstm_handlers", "avx512", "avx2", "baseline"]
 FOLDER = Path("rnnattn/native/src")
 
 

@@ -4,7 +4,8 @@
 // template of the standard library: the linker keeps one copy of such a function for all of them,
 // and it might be one that this machine cannot run.
 
-#pragma once
+#ifndef RNNATTN_KERNELS_H_
+#define RNNATTN_KERNELS_H_
 
 #include <math.h>
 #include <cstdint>
@@ -101,4 +102,17 @@ const Kernels* avx512_kernels();
 const Kernels* avx2_kernels();
 const Kernels* baseline_kernels();
 
+// By number, in the order of preference; null where it does not run here.
+inline const Kernels* kernels_of(int64_t set) {
+  switch (set) {
+    case 0: return avx512_kernels();
+    case 1: return avx2_kernels();
+    case 2: return baseline_kernels();
+    default: return nullptr;
+  }
+}
+constexpr int64_t SETS = 3;
+
 }  // namespace rnnattn
+
+#endif  // RNNATTN_KERNELS_H_
