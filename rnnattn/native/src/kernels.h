@@ -1,24 +1,9 @@
 // What the kernels compute and with what; each instruction set has a table of them.
-//
-// The code of one instruction set (the .inc files, in its namespace) must use no inline function or
-// template of the standard library: the linker keeps one copy of such a function for all of them,
-// and it might be one that this machine cannot run.
 
 #ifndef RNNATTN_KERNELS_H_
 #define RNNATTN_KERNELS_H_
 
-#include <math.h>
 #include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <utility>
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include "threads.h"
 

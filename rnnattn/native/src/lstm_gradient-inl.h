@@ -1,5 +1,22 @@
 // The LSTM's gradient, L3 to L8: against the direction of running, chunk by chunk.
 
+#ifndef RNNATTN_LSTM_GRADIENT_INL_H_
+#define RNNATTN_LSTM_GRADIENT_INL_H_
+
+#include <cstdint>
+#include <cstring>
+
+#include "instruction_set.h"
+#include "kernels.h"
+#include "lstm_forward-inl.h"
+#include "lstm_tiles-inl.h"
+#include "simd-inl.h"
+#include "threads.h"
+#include "util-inl.h"
+
+RNNATTN_BEFORE_NAMESPACE();
+namespace rnnattn::RNNATTN_SET::lstm {
+
 // L3, L4, L8 for one row r of a step: dz and, in place, dc; h's cotangent is dh + dy.
 RNNATTN_INLINE void cell_gradient(const Gates& a, const float* c, const float* c_prev,
                                   const float* dy, const float* dh, float* dc, const Gates& dz,
@@ -268,3 +285,10 @@ class Backward {
   float *xh_ = nullptr, *dh_ = nullptr, *dc_ = nullptr;
   float *h_ = nullptr, *h_next_ = nullptr, *c_run_ = nullptr, *y_ = nullptr, *c_ = nullptr;
 };
+
+static bool backward(Threads& threads, const LstmBackward& s) { return Backward(threads, s).run(); }
+
+}  // namespace rnnattn::RNNATTN_SET::lstm
+RNNATTN_AFTER_NAMESPACE();
+
+#endif  // RNNATTN_LSTM_GRADIENT_INL_H_

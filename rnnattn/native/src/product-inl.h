@@ -1,5 +1,17 @@
 // Products of small matrices that are in a cache: C = A B, or C + A B.
 
+#ifndef RNNATTN_PRODUCT_INL_H_
+#define RNNATTN_PRODUCT_INL_H_
+
+#include <cstdint>
+
+#include "instruction_set.h"
+#include "simd-inl.h"
+#include "util-inl.h"
+
+RNNATTN_BEFORE_NAMESPACE();
+namespace rnnattn::RNNATTN_SET {
+
 // A register tile is of R rows and N vectors: all of C's tile, one row of B's, one number of A's.
 constexpr int TILE_ROWS = 6;
 #if RNNATTN_LANES == 16 || defined(__aarch64__)
@@ -87,3 +99,8 @@ static void product(int64_t rows, int64_t columns, int64_t steps, const float* a
 #undef RNNATTN_TILES
     }
 }
+
+}  // namespace rnnattn::RNNATTN_SET
+RNNATTN_AFTER_NAMESPACE();
+
+#endif  // RNNATTN_PRODUCT_INL_H_

@@ -1,5 +1,36 @@
-// What the LSTM's kernels are made of: tiles of registers, how gates and weights lie in memory, and
-// products of these.
+// The LSTM: forward, backward, and a single step of few rows. The equations are those of
+// rnnattn/cell.py, in its letters; arrays are time-major.
+//
+// A register tile holds all four gates of W hidden units for a few rows of the batch, so that the
+// cell is computed where the product ends, and x w_x + h₋ w_h is one product. Rows of the batch
+// are split over the threads, and each runs all steps of its rows: nobody waits in between.
+//
+// The gradient goes chunk by chunk of steps against the direction of running:
+//
+//     for each row        the steps: dz, then dh₋ = dz w_hᵀ                    (L3, L4, L7, L8)
+//     for each block      of dw_x, dw_h, db (one product, of dz with [x h₋ 1]), and of dx  (L5–L7)
+//
+// No row's result depends on which rows stand beside it, and no sum is split over threads.
+//
+// This file: tiles of registers, how gates and weights lie in memory, and products of these.
+
+#ifndef RNNATTN_LSTM_TILES_INL_H_
+#define RNNATTN_LSTM_TILES_INL_H_
+
+#include <cstdint>
+#include <cstdlib>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "instruction_set.h"
+#include "kernels.h"
+#include "simd-inl.h"
+#include "util-inl.h"
+
+RNNATTN_BEFORE_NAMESPACE();
+namespace rnnattn::RNNATTN_SET::lstm {
 
 // Rows of a register tile 4 vectors wide: the sums, an element of each row, and one vector.
 #if RNNATTN_LANES == 16
@@ -241,3 +272,8 @@ static void product(const Gates& dz, const Transposed& w, float* out, int64_t st
       default: product_panel<4>(dz, w, p, out, stride, written, lo, hi);
     }
 }
+
+}  // namespace rnnattn::RNNATTN_SET::lstm
+RNNATTN_AFTER_NAMESPACE();
+
+#endif  // RNNATTN_LSTM_TILES_INL_H_

@@ -1,5 +1,21 @@
 // The LSTM forwards: L1 and L2 for all steps, or for a single one of few rows.
 
+#ifndef RNNATTN_LSTM_FORWARD_INL_H_
+#define RNNATTN_LSTM_FORWARD_INL_H_
+
+#include <cstdint>
+#include <cstring>
+
+#include "instruction_set.h"
+#include "kernels.h"
+#include "lstm_tiles-inl.h"
+#include "simd-inl.h"
+#include "threads.h"
+#include "util-inl.h"
+
+RNNATTN_BEFORE_NAMESPACE();
+namespace rnnattn::RNNATTN_SET::lstm {
+
 // The halved pre-activations of rows [lo, hi), b + a w: `a` is x alone, or [x h₋].
 struct PreactivationTile {
   const float* a;
@@ -157,7 +173,7 @@ RNNATTN_INLINE float* at(float* array, int64_t t, int64_t floats) {
   return array ? array + t * floats : nullptr;
 }
 
-static bool forward(Threads& threads, const LstmForward& s) {
+static bool all_steps(Threads& threads, const LstmForward& s) {
   const int64_t T = s.T, B = s.B, D = s.D, H = s.H, stride = whole_vectors(H);
   const bool apart = B < FEW_ROWS;  // b + x w_x of many steps at once
   const int64_t length =
@@ -308,3 +324,12 @@ static bool single_step(Threads& threads, const LstmForward& s) {
     }
   });
 }
+
+static bool forward(Threads& threads, const LstmForward& s) {
+  return is_single_step(s) ? single_step(threads, s) : all_steps(threads, s);
+}
+
+}  // namespace rnnattn::RNNATTN_SET::lstm
+RNNATTN_AFTER_NAMESPACE();
+
+#endif  // RNNATTN_LSTM_FORWARD_INL_H_
