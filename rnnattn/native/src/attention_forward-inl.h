@@ -104,7 +104,7 @@ static void forward_rows(const AttentionForward& p, const Rows& rows, float* bas
               my.total + (r + i) * W, my.shrink + i);
       const int64_t seen = least(block.to, keys.past - keys.first) - block.from;
       product<Stored::by_row, From::scaled>(block.rows, v_width / W, seen, my.s + block.from,
-                                            STRIDE, my.v + block.from * v_width, v_width, PANEL,
+                                            STRIDE, my.v + block.from * v_width, v_width, TILE_COLUMNS,
                                             my.o + r * v_width, v_width, my.shrink);
       if (!finite) pack_rows(p, p.value, p.V, rows.b, rows.m, keys, my.v);
     }

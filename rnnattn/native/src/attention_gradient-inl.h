@@ -137,7 +137,7 @@ static void backward_keys(const AttentionBackward& p, const RowBlocks& blocks, i
     if (!finite) hide_unseen(block, my.s, my.k, k_width);
     hide_unseeing(block, k_width, v_width, my);
     product<Stored::by_row, From::zero>(block.rows, vectors, p.V, my.d_o, v_width,
-                                        my.v_columns + from * p.V, PANEL, PANEL * p.V,
+                                        my.v_columns + from * p.V, TILE_COLUMNS, TILE_COLUMNS * p.V,
                                         my.dp + from, STRIDE);
     for (int64_t r = 0; r < block.rows; ++r) {
       float* dbias = p.dbias.data ? p.dbias.row(b, m, rows.head(r), rows.time(r)) : nullptr;
@@ -147,11 +147,11 @@ static void backward_keys(const AttentionBackward& p, const RowBlocks& blocks, i
                       my.dp + r * STRIDE, dbias, p.dbias.s, count);
     }
     product<Stored::by_step, From::c>(seen, v_width / W, block.rows, my.s + from, STRIDE, my.d_o,
-                                      v_width, PANEL, my.dv + from * v_width, v_width);
+                                      v_width, TILE_COLUMNS, my.dv + from * v_width, v_width);
     product<Stored::by_step, From::c>(seen, k_width / W, block.rows, my.dp + from, STRIDE, my.q,
-                                      k_width, PANEL, my.dk + from * k_width, k_width);
+                                      k_width, TILE_COLUMNS, my.dk + from * k_width, k_width);
     product<Stored::by_row, From::zero>(block.rows, k_width / W, seen, my.dp + from, STRIDE,
-                                        my.k + from * k_width, k_width, PANEL, my.dq, k_width);
+                                        my.k + from * k_width, k_width, TILE_COLUMNS, my.dq, k_width);
     for (int64_t r = 0; r < block.rows; ++r)
       add_row(my.dq + r * k_width, p.K, dq + query_at(p, p.K, rows, r));
     if (!finite) pack_rows(p, p.key, p.K, b, m, keys, my.k);

@@ -83,7 +83,7 @@ static void finish_logits(const Attention& p, const Row& row, bool segments, flo
 static void logits(const Attention& p, const Block& block, const Rows& of, const Range* ranges,
                    int64_t row, const float* q, const float* k, float* s, float* uncap) {
   product<Stored::by_row, From::zero>(block.rows, (block.to - block.from) / W, p.K, q,
-                                      whole_vectors(p.K), k + block.from * p.K, PANEL, PANEL * p.K,
+                                      whole_vectors(p.K), k + block.from * p.K, TILE_COLUMNS, TILE_COLUMNS * p.K,
                                       s + block.from, STRIDE);
   if (block.plain && block.whole) return;
   for (int64_t r = 0; r < block.rows; ++r) {

@@ -130,7 +130,7 @@ static Block block_of(const Attention& p, const Rows& of, Range keys, const Rang
   const int64_t first = most(seen.any.first, keys.first) - keys.first;
   const int64_t past = least(seen.any.past, keys.past) - keys.first;
   if (first >= past) return {rows, keys.first, 0, 0};
-  Block block{rows, keys.first, first / PANEL * PANEL, whole_vectors(past)};
+  Block block{rows, keys.first, first / TILE_COLUMNS * TILE_COLUMNS, whole_vectors(past)};
   block.plain = one_segment && p.soft_cap == 0 && !p.bias.data && !p.mask.data;
   block.whole = seen.all.first <= keys.first + block.from && seen.all.past >= keys.first + block.to;
   block.segments = !one_segment;

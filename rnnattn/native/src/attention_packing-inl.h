@@ -64,25 +64,25 @@ RNNATTN_INLINE V max_of_each(V (&x)[W]) {
   return x[0];
 }
 
-// Keys [first, past) as columns, in panels of PANEL: number k of a key comes after number k − 1 of
+// Keys [first, past) as columns, in panels of TILE_COLUMNS: number k of a key comes after number k − 1 of
 // all keys of the panel. Zeros up to a whole number of vectors of keys.
 static void pack_columns(const Attention& p, const float* x, int64_t width, int64_t b, int64_t m,
                          Range keys, float* to) {
   const int64_t count = keys.past - keys.first, stride = p.M * width;
   for (int64_t s = 0; s < count; s += W) {
     const float* from = x + key_at(p, width, b, m, keys.first + s);
-    float* panel = to + s / PANEL * PANEL * width + s % PANEL;
-    for (int64_t k = 0; k < width; k += W, from += W, panel += W * PANEL) {
+    float* panel = to + s / TILE_COLUMNS * TILE_COLUMNS * width + s % TILE_COLUMNS;
+    for (int64_t k = 0; k < width; k += W, from += W, panel += W * TILE_COLUMNS) {
       V block[W];
       if (count - s >= W && width - k >= W) {
         unrolled<W>([&](auto i) RNNATTN_LAMBDA { block[i] = load(from + i * stride); });
         transpose(block);
-        unrolled<W>([&](auto i) RNNATTN_LAMBDA { store(panel + i * PANEL, block[i]); });
+        unrolled<W>([&](auto i) RNNATTN_LAMBDA { store(panel + i * TILE_COLUMNS, block[i]); });
       } else {
         const int wide = static_cast<int>(least(W, width - k));
         for (int i = 0; i < W; ++i) block[i] = s + i < count ? load(from + i * stride, wide) : V{};
         transpose(block);
-        for (int i = 0; i < wide; ++i) store(panel + i * PANEL, block[i]);
+        for (int i = 0; i < wide; ++i) store(panel + i * TILE_COLUMNS, block[i]);
       }
     }
   }
@@ -97,7 +97,7 @@ static bool pack_rows(const Attention& p, const float* x, int64_t width, int64_t
   return is_finite(to, count * padded);
 }
 
-static int64_t whole_panels(int64_t n) { return ceil_div(n, PANEL) * PANEL; }
+static int64_t whole_panels(int64_t n) { return ceil_div(n, TILE_COLUMNS) * TILE_COLUMNS; }
 
 }  // namespace rnnattn::RNNATTN_SET::attention
 RNNATTN_AFTER_NAMESPACE();

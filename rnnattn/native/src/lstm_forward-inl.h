@@ -5,10 +5,12 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "instruction_set.h"
 #include "kernels.h"
 #include "lstm_tiles-inl.h"
+#include "product-inl.h"
 #include "simd-inl.h"
 #include "threads.h"
 #include "util-inl.h"
@@ -26,12 +28,12 @@ struct PreactivationTile {
   int n;
 
   template <int R>
-  void run(int64_t r) const {
+  void operator()(std::integral_constant<int, R>, int64_t r) const {
     V z[R][4];
     unrolled<R>([&](auto i) RNNATTN_LAMBDA {
       unrolled<4>([&](auto g) RNNATTN_LAMBDA { z[i][g] = load(block + g * W); });
     });
-    multiply<R, 4>(z, a + r * stride, stride, 1, block + PANEL, K);
+    multiply<Held::a>(z, K, a + r * stride, stride, 1, block + PANEL, PANEL);
     unrolled<R>([&](auto i) RNNATTN_LAMBDA {
       unrolled<4>([&](auto g) RNNATTN_LAMBDA { out.put(r + i, g, u, z[i][g], n); });
     });
@@ -42,7 +44,7 @@ static void preactivate(const Cells& cells, const float* a, int64_t stride, int6
                         const Gates& out, int64_t lo, int64_t hi) {
   for (int64_t u = 0; u * W < cells.H; ++u) {
     const int n = static_cast<int>(least(W, cells.H - u * W));
-    over_tiles(lo, hi, PreactivationTile{a, stride, K, cells.block(u), out, u, n});
+    over_tiles<GATE_TILE_ROWS>(lo, hi, PreactivationTile{a, stride, K, cells.block(u), out, u, n});
   }
 }
 
@@ -80,7 +82,7 @@ struct CellTile {
   int n;
 
   template <int R>
-  void run(int64_t r) const {
+  void operator()(std::integral_constant<int, R>, int64_t r) const {
     const int64_t D = cells.D, H = cells.H, j = u * W;
     const float* block = cells.block(u);
     V z[R][4];
@@ -92,9 +94,9 @@ struct CellTile {
       unrolled<R>([&](auto i) RNNATTN_LAMBDA {
         unrolled<4>([&](auto g) RNNATTN_LAMBDA { z[i][g] = load(block + g * W); });
       });
-      multiply<R, 4>(z, step.x + r * D, D, 1, block + PANEL, D);
+      multiply<Held::a>(z, D, step.x + r * D, D, 1, block + PANEL, PANEL);
     }
-    multiply<R, 4>(z, state.h + r * state.stride, state.stride, 1, block + (1 + D) * PANEL, H);
+    multiply<Held::a>(z, H, state.h + r * state.stride, state.stride, 1, block + (1 + D) * PANEL, PANEL);
     // in memory, so that one body does for all rows
     V a[R][4];
     unrolled<R>([&](auto i) RNNATTN_LAMBDA {
@@ -134,7 +136,7 @@ static void advance(const Cells& cells, State& state, const Step& step, const ui
   state.turned = !state.turned;
   over_steps(state.turned, 0, ceil_div(cells.H, W), [&](int64_t u) {
     const int n = static_cast<int>(least(W, cells.H - u * W));
-    over_tiles(lo, hi, CellTile{cells, state, step, u, n});
+    over_tiles<GATE_TILE_ROWS>(lo, hi, CellTile{cells, state, step, u, n});
   });
   float* h = state.h;
   state.h = state.h_next;
@@ -235,11 +237,11 @@ static bool all_steps(Threads& threads, const LstmForward& s) {
   over_steps(s.reverse, 0, chunks, [&](int64_t k) {
     const int64_t from = k * length, to = least(from + length, T), rows = (to - from) * B;
     const Gates out = gates ? gates.from(from * B) : from_x;
-    ok = ok && parallel_for(threads, ceil_div(rows, 8 * TILE), s.threads, 0,
+    ok = ok && parallel_for(threads, ceil_div(rows, 8 * GATE_TILE_ROWS), s.threads, 0,
                             [&](int64_t item, float*) {
-                              const int64_t lo = item * 8 * TILE;
+                              const int64_t lo = item * 8 * GATE_TILE_ROWS;
                               preactivate(cells, s.x + from * B * D, D, D, out, lo,
-                                          least(lo + 8 * TILE, rows));
+                                          least(lo + 8 * GATE_TILE_ROWS, rows));
                             });
     run(k, state, 0, B);
   });

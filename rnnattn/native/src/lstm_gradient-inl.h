@@ -5,11 +5,13 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "instruction_set.h"
 #include "kernels.h"
 #include "lstm_forward-inl.h"
 #include "lstm_tiles-inl.h"
+#include "product-inl.h"
 #include "simd-inl.h"
 #include "threads.h"
 #include "util-inl.h"
@@ -50,7 +52,7 @@ struct WeightTile {
   bool adds;  // to what is there
 
   template <int R>
-  void run(int64_t m) const {
+  void operator()(std::integral_constant<int, R>, int64_t m) const {
     const int64_t H = s.H;
     const int n = static_cast<int>(least(W, H - u * W));
     float* row[R];
@@ -63,7 +65,7 @@ struct WeightTile {
         for (int g = 0; g < 4; ++g) __builtin_prefetch(row[i] + g * H, 1);
     }
     V sum[R][4] = {};
-    multiply<R, 4>(sum, a + m, 1, stride, panel, depth);
+    multiply<Held::a>(sum, depth, a + m, 1, stride, panel, PANEL);
     unrolled<R>([&](auto i) RNNATTN_LAMBDA {
       unrolled<4>([&](auto g) RNNATTN_LAMBDA {
         float* to = row[i] + g * H;
@@ -243,7 +245,7 @@ class Backward {
           for (int64_t u = 0; u * W < H; ++u)
             for (int g = 0; g < 4; ++g) dz_.put(k, g, u, splat(0), W);
       }
-      product(dz_.from(first), to_h_, dh_, stride, mask_at(s_.valid, t, B), lo, hi);
+      times_transposed(dz_.from(first), to_h_, dh_, stride, mask_at(s_.valid, t, B), lo, hi);
       for (int64_t r = lo; r < hi; ++r)
         if (is_fresh(t, r) && counts(s_.valid, t, r)) {
           std::memset(dh_ + r * stride, 0, sizeof(float) * static_cast<size_t>(stride));
@@ -257,18 +259,18 @@ class Backward {
     const int64_t rows = (chunk.to - chunk.from) * s_.B, M = s_.D + s_.H + 1;
     const int64_t panels = ceil_div(s_.H, W), dx_items = items_of(rows);
     // a block of [x h₋ 1] stays in a core's cache while it meets one panel after the other
-    const int64_t blocks = most(ceil_div(M, BLOCK), least(ceil_div(M, TILE), s_.threads / panels));
+    const int64_t blocks = most(ceil_div(M, BLOCK), least(ceil_div(M, GATE_TILE_ROWS), s_.threads / panels));
     return parallel_for(threads_, blocks * panels + dx_items, s_.threads, 0,
                         [&](int64_t item, float*) {
       if (item >= blocks * panels) {
         item -= blocks * panels;
-        product(dz_, to_x_, s_.dx + chunk.from * s_.B * s_.D, s_.D, nullptr,
+        times_transposed(dz_, to_x_, s_.dx + chunk.from * s_.B * s_.D, s_.D, nullptr,
                 rows * item / dx_items, rows * (item + 1) / dx_items);
         return;
       }
       const int64_t block = item / panels, u = item % panels;
       for (int64_t first = 0; first < rows; first += DEPTH)
-        over_tiles(M * block / blocks, M * (block + 1) / blocks,
+        over_tiles<GATE_TILE_ROWS>(M * block / blocks, M * (block + 1) / blocks,
                    WeightTile{s_, xh_ + first * width_, width_,
                               dz_.data + u * dz_.unit + first * dz_.row,
                               least(DEPTH, rows - first), u, !is_first || first > 0});

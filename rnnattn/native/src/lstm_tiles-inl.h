@@ -19,6 +19,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <type_traits>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -26,19 +27,21 @@
 
 #include "instruction_set.h"
 #include "kernels.h"
+#include "product-inl.h"
 #include "simd-inl.h"
 #include "util-inl.h"
 
 RNNATTN_BEFORE_NAMESPACE();
 namespace rnnattn::RNNATTN_SET::lstm {
 
-// Rows of a register tile 4 vectors wide: the sums, an element of each row, and one vector.
+// Rows of a register tile that is 4 vectors wide. It holds a number of each row, which is less than
+// the 4 vectors where registers are few: 3 × 4 sums, 3 numbers and a vector are 16 of AVX2.
 #if RNNATTN_LANES == 16
-constexpr int TILE = 6;
+constexpr int GATE_TILE_ROWS = 6;
 #elif RNNATTN_LANES == 8
-constexpr int TILE = 3;
+constexpr int GATE_TILE_ROWS = 3;
 #else
-constexpr int TILE = 2;
+constexpr int GATE_TILE_ROWS = 2;
 #endif
 
 constexpr int PANEL = 4 * W;  // the width of a tile
@@ -50,7 +53,7 @@ constexpr int64_t STEP_ALONE = 1 << 20;    // weights not worth a second thread
 constexpr int64_t CHUNK_ROWS = 2048;       // of the batch and time, of a chunk of the gradient
 constexpr int64_t CHUNK_FLOATS = 1 << 20;  // of its dz
 constexpr int64_t DEPTH = 512;        // rows of dz that a block of the weight gradient sums at once
-constexpr int64_t BLOCK = 32 * TILE;  // rows of such a block
+constexpr int64_t BLOCK = 32 * GATE_TILE_ROWS;  // rows of such a block
 constexpr int64_t ITEM_ROWS = 128;    // of the batch and time, of one item of a product
 
 // A large array may be memory that was never touched: asks for it in pages of 2 MiB instead of
@@ -98,41 +101,6 @@ RNNATTN_INLINE void store_units(float* p, V v, int n) {
     store(p, v);
   else
     store(p, v, n);
-}
-
-// sum += a w. Elements of a row of `a` are `step` apart, its rows `row`; w is packed, N vectors wide.
-template <int R, int N>
-RNNATTN_INLINE void multiply(V (&sum)[R][N], const float* a, int64_t row, int64_t step,
-                             const float* w, int64_t K) {
-  for (int64_t k = 0; k < K; ++k, a += step, w += N * W) {
-    V e[R];
-    unrolled<R>([&](auto r) RNNATTN_LAMBDA { e[r] = splat(a[r * row]); });
-    unrolled<N>([&](auto n) RNNATTN_LAMBDA {
-      const V v = load(w + n * W);
-      unrolled<R>([&](auto r) RNNATTN_LAMBDA { sum[r][n] = fma(e[r], v, sum[r][n]); });
-    });
-  }
-}
-
-// f.template operator()<R>(first) over rows [lo, hi) in tiles of R rows, as even as can be.
-template <class F>
-RNNATTN_INLINE void over_tiles(int64_t lo, int64_t hi, F f) {
-  for (int64_t tiles = ceil_div(hi - lo, TILE); tiles > 0; --tiles) {
-    const int64_t rows = (hi - lo) / tiles;
-    switch (rows) {
-#if RNNATTN_LANES == 16
-      case 6: f.template run<6>(lo); break;
-      case 5: f.template run<5>(lo); break;
-      case 4: f.template run<4>(lo); break;
-#endif
-#if RNNATTN_LANES >= 8
-      case 3: f.template run<3>(lo); break;
-#endif
-      case 2: f.template run<2>(lo); break;
-      default: f.template run<1>(lo);
-    }
-    lo += rows;
-  }
 }
 
 // [from, to) in either direction.
@@ -231,7 +199,7 @@ static void pack_transposed(const float* w, int64_t N, int64_t H, int64_t p, flo
 
 // out = dz wᵀ for one panel of N vectors; rows that are not `written` stay, or none if it is null.
 template <int N>
-struct ProductTile {
+struct TransposedTile {
   const Gates& dz;
   const float* w;
   int64_t panels;  // of dz
@@ -240,11 +208,11 @@ struct ProductTile {
   int64_t stride, columns;
 
   template <int R>
-  void run(int64_t r) const {
+  void operator()(std::integral_constant<int, R>, int64_t r) const {
     V sum[R][N] = {};
     const float *a = dz.data + r * dz.row, *b = w;
     for (int64_t u = 0; u < panels; ++u, a += dz.unit, b += PANEL * N * W)
-      multiply<R, N>(sum, a, dz.row, 1, b, PANEL);
+      multiply<Held::a>(sum, PANEL, a, dz.row, 1, b, N * W);
     unrolled<R>([&](auto i) RNNATTN_LAMBDA {
       if (written && !written[r + i]) return;
       float* row = out + (r + i) * stride;
@@ -257,19 +225,19 @@ struct ProductTile {
 };
 
 template <int N>
-static void product_panel(const Gates& dz, const Transposed& w, int64_t p, float* out,
-                          int64_t stride, const uint8_t* written, int64_t lo, int64_t hi) {
+static void times_panel(const Gates& dz, const Transposed& w, int64_t p, float* out, int64_t stride,
+                        const uint8_t* written, int64_t lo, int64_t hi) {
   const int64_t columns = least(PANEL, w.N - p * PANEL), panels = ceil_div(w.H, W);
-  over_tiles(lo, hi, ProductTile<N>{dz, w.panel(p), panels, out + p * PANEL, written, stride,
-                                    columns});
+  over_tiles<GATE_TILE_ROWS>(lo, hi, TransposedTile<N>{dz, w.panel(p), panels, out + p * PANEL, written,
+                                             stride, columns});
 }
 
-static void product(const Gates& dz, const Transposed& w, float* out, int64_t stride,
-                    const uint8_t* written, int64_t lo, int64_t hi) {
+static void times_transposed(const Gates& dz, const Transposed& w, float* out, int64_t stride,
+                             const uint8_t* written, int64_t lo, int64_t hi) {
   for (int64_t p = 0; p < Transposed::panels(w.N); ++p) switch (Transposed::vectors(w.N, p)) {
-      case 1: product_panel<1>(dz, w, p, out, stride, written, lo, hi); break;
-      case 2: product_panel<2>(dz, w, p, out, stride, written, lo, hi); break;
-      default: product_panel<4>(dz, w, p, out, stride, written, lo, hi);
+      case 1: times_panel<1>(dz, w, p, out, stride, written, lo, hi); break;
+      case 2: times_panel<2>(dz, w, p, out, stride, written, lo, hi); break;
+      default: times_panel<4>(dz, w, p, out, stride, written, lo, hi);
     }
 }
 

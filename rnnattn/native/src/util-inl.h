@@ -4,6 +4,7 @@
 #define RNNATTN_UTIL_INL_H_
 
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "instruction_set.h"
@@ -28,6 +29,14 @@ RNNATTN_INLINE void unrolled(F f, std::integer_sequence<int, i...>) {
 template <int count, class F>
 RNNATTN_INLINE void unrolled(F f) {
   unrolled(f, std::make_integer_sequence<int, count>{});
+}
+
+// f of n as a constant, and of LIMIT for any larger n.
+template <int LIMIT, class F>
+RNNATTN_INLINE void as_constant(int64_t n, F f) {
+  if constexpr (LIMIT > 1)
+    if (n < LIMIT) return as_constant<LIMIT - 1>(n, f);
+  f(std::integral_constant<int, LIMIT>{});
 }
 
 // f(item, workspace) for every item, see Threads::run.
