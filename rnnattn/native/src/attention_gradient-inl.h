@@ -5,7 +5,6 @@
 
 #include <math.h>
 #include <cstdint>
-#include <cstdlib>
 
 #include "attention_logits-inl.h"
 #include "attention_masks-inl.h"
@@ -184,18 +183,30 @@ struct BackwardPlan {
   }
 };
 
+// What work items share.
+struct SharedMemory {
+  Memory memory;
+  float *delta, *parts_of_dq;
+
+  SharedMemory(const AttentionBackward& p, const BackwardPlan& plan, float* base) : memory{base} {
+    const int64_t rows = p.B * p.M * p.G * p.T;
+    delta = memory.take(rows);
+    parts_of_dq = plan.parts > 1 ? memory.take(plan.parts * rows * p.K) : nullptr;
+  }
+};
+
 static bool backward(Threads& threads, const AttentionBackward& p) {
   const BackwardPlan plan(p);
   const RowBlocks blocks(p, ROWS);
   const int64_t heads = p.B * p.M * p.G, dq_size = heads * p.T * p.K;
-  const int64_t scratch = heads * p.T + (plan.parts > 1 ? plan.parts * dq_size : 0);
-  float* delta = static_cast<float*>(std::malloc(scratch * sizeof(float)));
-  if (!delta) return false;
-  float* parts_of_dq = delta + heads * p.T;
+  const SharedMemory size(p, plan, nullptr);
+  const Allocation allocation(size.memory.used);
+  if (!allocation.data()) return false;
+  const SharedMemory shared(p, plan, allocation.data());
 
   bool done = parallel_for(
       threads, heads, heads * p.T * p.V / WORK_OF_A_THREAD + 1, 0,
-      [&](int64_t i, float*) { row_sums(p, i / (p.M * p.G), i % (p.M * p.G), delta); });
+      [&](int64_t i, float*) { row_sums(p, i / (p.M * p.G), i % (p.M * p.G), shared.delta); });
   if (p.dbias.data) zero(p.dbias.data, p.dbias_size);
 
   const int64_t work = heads * p.T * p.S * (3 * p.K + 2 * p.V);
@@ -205,7 +216,7 @@ static bool backward(Threads& threads, const AttentionBackward& p) {
         const BackwardMemory my(p, memory);
         const int64_t group = item % plan.groups, part = item / plan.groups;
         const int64_t m_groups = p.M / plan.m_shared;
-        float* dq = plan.parts > 1 ? parts_of_dq + part * dq_size : p.dq;
+        float* dq = plan.parts > 1 ? shared.parts_of_dq + part * dq_size : p.dq;
         for (int64_t ib = 0; ib < plan.b_shared; ++ib)
           for (int64_t im = 0; im < plan.m_shared; ++im) {
             const int64_t b = group / m_groups * plan.b_shared + ib;
@@ -214,7 +225,8 @@ static bool backward(Threads& threads, const AttentionBackward& p) {
               zero(dq + ((b * p.T + t) * p.M + m) * p.G * p.K, p.G * p.K);
             const int64_t past = plan.key_blocks * (part + 1) / plan.parts;
             for (int64_t j = plan.key_blocks * part / plan.parts; j < past; ++j)
-              backward_keys(p, blocks, b, m, {j * KEYS, least((j + 1) * KEYS, p.S)}, delta, dq, my);
+              backward_keys(p, blocks, b, m, {j * KEYS, least((j + 1) * KEYS, p.S)}, shared.delta, dq,
+                            my);
           }
       });
 
@@ -226,14 +238,13 @@ static bool backward(Threads& threads, const AttentionBackward& p) {
           const int64_t past = least((item + 1) * chunk, dq_size);
           for (int64_t i = item * chunk; i < past; i += W) {
             const int there = static_cast<int>(least(W, past - i));
-            V sums = load(parts_of_dq + i, there);
+            V sums = load(shared.parts_of_dq + i, there);
             for (int64_t part = 1; part < plan.parts; ++part)
-              sums += load(parts_of_dq + part * dq_size + i, there);
+              sums += load(shared.parts_of_dq + part * dq_size + i, there);
             store(p.dq + i, sums, there);
           }
         });
   }
-  std::free(delta);
   return done;
 }
 

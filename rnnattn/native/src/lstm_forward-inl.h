@@ -14,6 +14,7 @@
 #include "simd-inl.h"
 #include "threads.h"
 #include "util-inl.h"
+#include "workspace-inl.h"
 
 RNNATTN_BEFORE_NAMESPACE();
 namespace rnnattn::RNNATTN_SET::lstm {
@@ -175,6 +176,20 @@ RNNATTN_INLINE float* at(float* array, int64_t t, int64_t floats) {
   return array ? array + t * floats : nullptr;
 }
 
+struct StepsMemory {
+  Memory memory;
+  float *cells, *from_x, *h, *h_next, *c;
+
+  StepsMemory(const Lstm& s, int64_t projected, float* base) : memory{base} {
+    const int64_t state = s.B * whole_vectors(s.H);
+    cells = memory.take(Cells::floats(s));
+    from_x = projected ? memory.take(projected) : nullptr;
+    h = memory.take(state);
+    h_next = memory.take(state);
+    c = memory.take(state);
+  }
+};
+
 static bool all_steps(Threads& threads, const LstmForward& s) {
   const int64_t T = s.T, B = s.B, D = s.D, H = s.H, stride = whole_vectors(H);
   const bool apart = B < FEW_ROWS;  // b + x w_x of many steps at once
@@ -182,19 +197,16 @@ static bool all_steps(Threads& threads, const LstmForward& s) {
       s.interval ? s.interval : apart ? most(1, least(T, CHUNK_ROWS / most(B, 1))) : most(T, 1);
   const int64_t pre =
       apart && !s.a ? ceil_div(H, W) * Gates::panel(least(length, T) * B) : 0;
-  const int64_t state_floats = Memory::rounded(B * stride);
-  Memory memory(Cells::floats(s) + pre + 3 * state_floats);
-  if (!memory.ok()) return false;
-
-  float* packed = memory.take(Cells::floats(s));
-  const Cells cells{packed, D, H};
+  const StepsMemory size(s, pre, nullptr);
+  const Allocation allocation(size.memory.used);
+  if (!allocation.data()) return false;
+  advise_huge_pages(allocation.data(), size.memory.used);
+  const StepsMemory my(s, pre, allocation.data());
+  const Cells cells{my.cells, D, H};
   const Gates gates = Gates::in_rows(s.a, H);
-  const Gates from_x =
-      Gates::in_panels(pre ? memory.take(pre) : nullptr, least(length, T) * B);
-  float *h = memory.take(B * stride), *h_next = memory.take(B * stride),
-        *c = memory.take(B * stride);
+  const Gates from_x = Gates::in_panels(my.from_x, least(length, T) * B);
   if (!parallel_for(threads, ceil_div(H, W), s.threads, 0,
-                    [&](int64_t u, float*) { pack_cells(s, u, packed); }))
+                    [&](int64_t u, float*) { pack_cells(s, u, my.cells); }))
     return false;
 
   auto run = [&](int64_t k, State& state, int64_t lo, int64_t hi) {
@@ -212,18 +224,18 @@ static bool all_steps(Threads& threads, const LstmForward& s) {
     });
   };
   auto enter = [&](int64_t lo, int64_t hi) {
-    copy_rows(s.h, H, h, stride, H, lo, hi);
-    copy_rows(s.c, H, c, stride, H, lo, hi);
-    return State{h, h_next, c, stride};
+    copy_rows(s.h, H, my.h, stride, H, lo, hi);
+    copy_rows(s.c, H, my.c, stride, H, lo, hi);
+    return State{my.h, my.h_next, my.c, stride};
   };
   auto leave = [&](const State& state, int64_t lo, int64_t hi) {
     copy_rows(state.h, stride, s.h_last, H, H, lo, hi);
     copy_rows(state.c, stride, s.c_last, H, H, lo, hi);
   };
 
-  expect_all_of(s.y, T * B * H);
-  expect_all_of(s.c_all, T * B * H);
-  expect_all_of(s.a, T * B * 4 * H);
+  advise_huge_pages(s.y, T * B * H);
+  advise_huge_pages(s.c_all, T * B * H);
+  advise_huge_pages(s.a, T * B * 4 * H);
   const int64_t chunks = ceil_div(T, length);
   if (!apart)
     return over_groups(threads, s, [&](int64_t lo, int64_t hi) {

@@ -15,6 +15,7 @@
 #include "simd-inl.h"
 #include "threads.h"
 #include "util-inl.h"
+#include "workspace-inl.h"
 
 RNNATTN_BEFORE_NAMESPACE();
 namespace rnnattn::RNNATTN_SET::lstm {
@@ -89,58 +90,39 @@ class Backward {
 
   bool run() {
     const int64_t T = s_.T, B = s_.B, D = s_.D, H = s_.H, stride = whole_vectors(H);
-    const int64_t H4 = 4 * H, panels_of_dz = ceil_div(H, W);
-    width_ = Memory::rounded(D + H + 1) + 16;
+    const int64_t H4 = 4 * H;
     recomputes_steps_ = s_.interval > 0;
-    const bool recomputes_a = !recomputes_steps_ && !s_.a;
+    recomputes_a_ = !recomputes_steps_ && !s_.a;
     length_ = recomputes_steps_ ? least(s_.interval, most(T, 1))
                                 : most(1, least(T, least(CHUNK_ROWS, CHUNK_FLOATS / H4) / most(B, 1)));
-    const int64_t rows = length_ * B;
-    const int64_t cells = recomputes_steps_ || recomputes_a ? Cells::floats(s_) : 0;
-    const int64_t to_h = Transposed::floats(H, H), to_x = Transposed::floats(D, H);
-    const int64_t dz = panels_of_dz * Gates::panel(rows);
-    const int64_t trace = recomputes_steps_ ? Memory::rounded(rows * H) : 0;
-    Memory memory(Memory::rounded(cells) + to_h + to_x + dz +
-                  Memory::rounded(rows * width_) + 5 * Memory::rounded(B * stride) + 2 * trace);
-    if (!memory.ok()) return false;
-    float* packed_cells = memory.take(cells);
-    float* packed_h = memory.take(to_h);
-    float* packed_x = memory.take(to_x);
-    cells_ = {packed_cells, D, H};
-    to_h_ = {packed_h, H, H};
-    to_x_ = {packed_x, D, H};
-    dz_ = Gates::in_panels(memory.take(dz), rows);
-    xh_ = memory.take(rows * width_);
-    dh_ = memory.take(B * stride);
-    dc_ = memory.take(B * stride);
-    if (recomputes_steps_) {
-      h_ = memory.take(B * stride);
-      h_next_ = memory.take(B * stride);
-      c_run_ = memory.take(B * stride);
-      y_ = memory.take(rows * H);
-      c_ = memory.take(rows * H);
-    }
+    Memory size{nullptr};
+    lay_out(size);
+    const Allocation allocation(size.used);
+    if (!allocation.data()) return false;
+    advise_huge_pages(allocation.data(), size.used);
+    Memory memory{allocation.data()};
+    lay_out(memory);
 
-    const int64_t blocks = cells ? panels_of_dz : 0, panels = Transposed::panels(H);
+    const int64_t blocks = packed_cells_ ? ceil_div(H, W) : 0, panels = Transposed::panels(H);
     bool ok = parallel_for(threads_, blocks + panels + Transposed::panels(D), s_.threads, 0,
                            [&](int64_t item, float*) {
                              if (item < blocks)
-                               pack_cells(s_, item, packed_cells);
+                               pack_cells(s_, item, packed_cells_);
                              else if (item < blocks + panels)
-                               pack_transposed(s_.w_h, H, H, item - blocks, packed_h);
+                               pack_transposed(s_.w_h, H, H, item - blocks, packed_h_);
                              else
-                               pack_transposed(s_.w_x, D, H, item - blocks - panels, packed_x);
+                               pack_transposed(s_.w_x, D, H, item - blocks - panels, packed_x_);
                            });
-    expect_all_of(s_.dx, T * B * D);
-    expect_all_of(s_.dw_x, D * H4);
-    expect_all_of(s_.dw_h, H * H4);
+    advise_huge_pages(s_.dx, T * B * D);
+    advise_huge_pages(s_.dw_x, D * H4);
+    advise_huge_pages(s_.dw_h, H * H4);
     copy_rows(s_.dh_last, H, dh_, stride, H, 0, B);
     copy_rows(s_.dc_last, H, dc_, stride, H, 0, B);
 
     bool is_first = true;
     over_steps(!s_.reverse, 0, ceil_div(T, length_), [&](int64_t k) {
       const Chunk chunk = chunk_at(k);
-      if (recomputes_a) ok = ok && preactivations(chunk);
+      if (recomputes_a_) ok = ok && preactivations(chunk);
       ok = ok && over_groups(threads_, s_, [&](int64_t lo, int64_t hi) { steps(chunk, lo, hi); });
       ok = ok && products(chunk, is_first);
       is_first = false;
@@ -151,6 +133,29 @@ class Backward {
   }
 
  private:
+  void lay_out(Memory& memory) {
+    const int64_t D = s_.D, H = s_.H, rows = length_ * s_.B, state = s_.B * whole_vectors(H);
+    packed_cells_ =
+        recomputes_steps_ || recomputes_a_ ? memory.take(Cells::floats(s_)) : nullptr;
+    packed_h_ = memory.take(Transposed::floats(H, H));
+    packed_x_ = memory.take(Transposed::floats(D, H));
+    dz_ = Gates::in_panels(memory.take(ceil_div(H, W) * Gates::panel(rows)), rows);
+    width_ = ceil_div(D + H + 1, 16) * 16 + 16;
+    xh_ = memory.take(rows * width_);
+    dh_ = memory.take(state);
+    dc_ = memory.take(state);
+    if (recomputes_steps_) {
+      h_ = memory.take(state);
+      h_next_ = memory.take(state);
+      c_run_ = memory.take(state);
+      y_ = memory.take(rows * H);
+      c_ = memory.take(rows * H);
+    }
+    cells_ = {packed_cells_, D, H};
+    to_h_ = {packed_h_, H, H};
+    to_x_ = {packed_x_, D, H};
+  }
+
   Chunk chunk_at(int64_t k) const {
     const int64_t BH = s_.B * s_.H, from = k * length_, to = least(from + length_, s_.T);
     if (recomputes_steps_)
@@ -232,12 +237,11 @@ class Backward {
   void steps(const Chunk& chunk, int64_t lo, int64_t hi) const {
     const int64_t B = s_.B, H = s_.H, stride = whole_vectors(H);
     if (recomputes_steps_) run_again(chunk, lo, hi);
-    const bool gathered = !recomputes_steps_ && !s_.a;
     over_steps(!s_.reverse, chunk.from, chunk.to, [&](int64_t t) {
       const int64_t first = (t - chunk.from) * B;
       for (int64_t r = lo; r < hi; ++r) {
         const int64_t k = first + r;
-        if (!gathered) gather(chunk, t, r);
+        if (!recomputes_a_) gather(chunk, t, r);
         if (counts(s_.valid, t, r))
           cell_gradient(chunk.a, chunk.c + k * H, c_before(chunk, t, r), s_.dy + (t * B + r) * H,
                         dh_ + r * stride, dc_ + r * stride, dz_, k, H);
@@ -280,7 +284,8 @@ class Backward {
   Threads& threads_;
   const LstmBackward& s_;
   int64_t length_ = 0, width_ = 0;
-  bool recomputes_steps_ = false;
+  bool recomputes_steps_ = false, recomputes_a_ = false;
+  float *packed_cells_ = nullptr, *packed_h_ = nullptr, *packed_x_ = nullptr;
   Cells cells_{};
   Transposed to_h_{}, to_x_{};
   Gates dz_{};

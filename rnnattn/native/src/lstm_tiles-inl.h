@@ -18,12 +18,7 @@
 #define RNNATTN_LSTM_TILES_INL_H_
 
 #include <cstdint>
-#include <cstdlib>
 #include <type_traits>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include "instruction_set.h"
 #include "kernels.h"
@@ -55,45 +50,6 @@ constexpr int64_t CHUNK_FLOATS = 1 << 20;  // of its dz
 constexpr int64_t DEPTH = 512;        // rows of dz that a block of the weight gradient sums at once
 constexpr int64_t BLOCK = 32 * GATE_TILE_ROWS;  // rows of such a block
 constexpr int64_t ITEM_ROWS = 128;    // of the batch and time, of one item of a product
-
-// A large array may be memory that was never touched: asks for it in pages of 2 MiB instead of
-// 4 KiB, where a fifth of the time of a long sequence's gradient would go into page faults, and
-// reading columns would miss a page's address at every row.
-static void expect_all_of(const float* array, int64_t floats) {
-#if defined(__linux__)
-  constexpr int64_t LARGE = 1 << 19;
-  constexpr uintptr_t PAGE = 4096;
-  if (array == nullptr || floats < LARGE) return;
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(array) + PAGE - 1) / PAGE * PAGE;
-  const uintptr_t end = reinterpret_cast<uintptr_t>(array + floats) / PAGE * PAGE;
-  madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
-#else
-  (void)array, (void)floats;
-#endif
-}
-
-// Memory of a call, 64-byte aligned.
-class Memory {
- public:
-  explicit Memory(int64_t floats)
-      : start_(static_cast<char*>(std::malloc(sizeof(float) * static_cast<size_t>(floats) + 64))),
-        next_(reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(start_) + 63) & ~uintptr_t{63})) {
-    if (ok()) expect_all_of(next_, floats);
-  }
-  ~Memory() { std::free(start_); }
-  Memory(const Memory&) = delete;
-  bool ok() const { return start_ != nullptr; }
-  static int64_t rounded(int64_t floats) { return ceil_div(floats, 16) * 16; }
-  float* take(int64_t floats) {
-    float* taken = next_;
-    next_ += rounded(floats);
-    return taken;
-  }
-
- private:
-  char* start_;
-  float* next_;
-};
 
 RNNATTN_INLINE V load_units(const float* p, int n) { return n == W ? load(p) : load(p, n); }
 RNNATTN_INLINE void store_units(float* p, V v, int n) {

@@ -28,10 +28,12 @@ class PoolThreads final : public Threads {
     int64_t threads = std::min({items, limit, pool_.num_threads() + 1});
     if (limit_ > 0) threads = std::min(threads, limit_);
     threads = std::max<int64_t>(threads, 1);
-    floats = (floats + 15) / 16 * 16;
+    constexpr int64_t line = CACHE_LINE / sizeof(float);
+    floats = (floats + line - 1) / line * line;
     std::unique_ptr<float, void (*)(void*)> memory(nullptr, std::free);
     if (floats > 0) {
-      memory.reset(static_cast<float*>(std::aligned_alloc(64, threads * floats * sizeof(float))));
+      memory.reset(static_cast<float*>(
+          std::aligned_alloc(CACHE_LINE, threads * floats * sizeof(float))));
       if (!memory) return false;
     }
     auto call = std::make_shared<Call>();

@@ -10,12 +10,15 @@
 
 namespace rnnattn {
 
+// Where arrays begin, in bytes.
+constexpr int64_t CACHE_LINE = 64;
+
 class Threads {
  public:
   // `work(argument, item, workspace)` for every item in [0, items). Threads that are free take the
   // items in this order; the calling thread is one of them, and at most `limit` take part. Each has
-  // a workspace of `floats` floats, aligned to 64 bytes and not initialised. False if there is no
-  // memory.
+  // a workspace of `floats` floats, which begins with a cache line and is not initialised. False if
+  // there is no memory.
   using Work = void (*)(void* argument, int64_t item, float* workspace);
   virtual bool run(int64_t items, int64_t limit, int64_t floats, Work work, void* argument) = 0;
 

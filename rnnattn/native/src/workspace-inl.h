@@ -4,24 +4,62 @@
 #define RNNATTN_WORKSPACE_INL_H_
 
 #include <cstdint>
+#include <cstdlib>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "instruction_set.h"
+#include "threads.h"
 #include "util-inl.h"
 
 RNNATTN_BEFORE_NAMESPACE();
 namespace rnnattn::RNNATTN_SET {
 
+// Arrays one after the other in one piece of memory, each from the start of a cache line on. Without
+// a base it counts what they take, so that the code that lays them out is the code that sizes them.
 struct Memory {
   float* base;
-  int64_t used = 0;
+  int64_t used = 0;  // in floats, a multiple of 16
 
   template <class T = float>
   T* take(int64_t count) {
     T* taken = base ? reinterpret_cast<T*>(base + used) : nullptr;
-    used += ceil_div(count * sizeof(T), 64) * 16;
+    used += ceil_div(count * sizeof(T), CACHE_LINE) * (CACHE_LINE / sizeof(float));
     return taken;
   }
 };
+
+// What a call needs beside its threads' workspaces; null if there is none to have.
+class Allocation {
+ public:
+  explicit Allocation(int64_t floats)
+      : data_(static_cast<float*>(std::aligned_alloc(CACHE_LINE, floats * sizeof(float)))) {}
+  ~Allocation() { std::free(data_); }
+  Allocation(const Allocation&) = delete;
+  Allocation& operator=(const Allocation&) = delete;
+  float* data() const { return data_; }
+
+ private:
+  float* data_;
+};
+
+// A large array may be memory that was never touched: asks for it in pages of 2 MiB instead of
+// 4 KiB, where a fifth of the time of a long sequence's gradient would go into page faults, and
+// reading columns would miss a page's address at every row.
+static inline void advise_huge_pages(const float* array, int64_t floats) {
+#if defined(__linux__)
+  constexpr int64_t LARGE = 1 << 19;
+  constexpr uintptr_t PAGE = 4096;
+  if (array == nullptr || floats < LARGE) return;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(array) + PAGE - 1) / PAGE * PAGE;
+  const uintptr_t end = reinterpret_cast<uintptr_t>(array + floats) / PAGE * PAGE;
+  madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#else
+  (void)array, (void)floats;
+#endif
+}
 
 }  // namespace rnnattn::RNNATTN_SET
 RNNATTN_AFTER_NAMESPACE();
