@@ -26,7 +26,7 @@ struct ForwardMemory {
   Range* ranges;
 
   ForwardMemory(const Attention& p, float* base) : memory{base} {
-    // No more than is used: fresh pages cost more than a small problem.
+    // No more than is used: to touch new pages would cost more than a small problem does.
     const int64_t rows = least(FORWARD_ROWS, p.G * p.T), keys = least(KEYS, whole_panels(p.S));
     q = memory.take(rows * whole_vectors(p.K));
     k = memory.take(keys * p.K);
@@ -47,9 +47,10 @@ static void weigh(const Block& block, int64_t rows, float* s, float* peak, float
   V highest[W];
   for (int64_t r = 0; r < W; ++r) highest[r] = splat(-INFINITY);
   for (int64_t r = 0; r < rows; ++r) {
-    V most = highest[r];
-    for (int64_t j = block.from; j < block.to; j += W) most = max(load(s + r * STRIDE + j), most);
-    highest[r] = most;
+    V largest = highest[r];
+    for (int64_t j = block.from; j < block.to; j += W)
+      largest = max(load(s + r * STRIDE + j), largest);
+    highest[r] = largest;
   }
   const V before = load(peak), after = max(max_of_each(highest), before);
   const V finite = after == -INFINITY ? V{} : after, factors = exp(before - finite);

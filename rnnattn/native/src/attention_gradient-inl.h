@@ -64,15 +64,15 @@ static void row_sums(const AttentionBackward& p, int64_t b, int64_t head, float*
 // P in place of s, dS before the soft cap in place of dP, and dbias grown by dS.
 static void logits_gradient(const Block& block, float lse, float delta, bool finite,
                             const float* uncap, float* s, float* dp, float* dbias,
-                            int64_t dbias_stride, int64_t there) {
+                            int64_t dbias_stride, int64_t keys) {
   V shared{};
   for (int64_t j = block.from; j < block.to; j += W) {
     const V weight = exp(load(s + j) - lse);
     V ds = weight * (load(dp + j) - delta);
     if (!finite) ds = weight == 0 ? V{} : ds;
     if (dbias && dbias_stride) {
-      const int here = static_cast<int>(least(W, there - j));
-      store(dbias + j, load(dbias + j, here) + ds, here);
+      const int width = static_cast<int>(least(W, keys - j));
+      store(dbias + j, load(dbias + j, width) + ds, width);
     }
     if (dbias) shared += ds;
     if (uncap) ds *= load(uncap + j);
@@ -89,7 +89,7 @@ static bool sees_nothing(const Block& block, const float* s) {
   return true;
 }
 
-// Zero what rows that see no key of the block hold, and what comes back to them, if it is NaN or ∞.
+// Zero the query, do and Δ of rows that see no key of the block, where NaN or ∞ is among them.
 static void hide_unseeing(const Block& block, int64_t k_width, int64_t v_width,
                           const BackwardMemory& my) {
   for (int64_t r = 0; r < block.rows; ++r) {
@@ -117,7 +117,7 @@ static void backward_keys(const AttentionBackward& p, const RowBlocks& blocks, i
       packed = true;
       pack_columns(p, p.key, p.K, b, m, keys, my.k_columns);
       pack_columns(p, p.value, p.V, b, m, keys, my.v_columns);
-      // The place of dv, which is not begun, is lent to the values: to look whether they are finite.
+      // The values are checked for NaN and ∞ in the memory of dv, which is not begun yet.
       finite = pack_rows(p, p.value, p.V, b, m, keys, my.dv) &
                pack_rows(p, p.key, p.K, b, m, keys, my.k);
       zero(my.dk, count * k_width);
@@ -237,11 +237,11 @@ static bool backward(Threads& threads, const AttentionBackward& p) {
         [&](int64_t item, float*) {
           const int64_t past = least((item + 1) * chunk, dq_size);
           for (int64_t i = item * chunk; i < past; i += W) {
-            const int there = static_cast<int>(least(W, past - i));
-            V sums = load(shared.parts_of_dq + i, there);
+            const int width = static_cast<int>(least(W, past - i));
+            V sums = load(shared.parts_of_dq + i, width);
             for (int64_t part = 1; part < plan.parts; ++part)
-              sums += load(shared.parts_of_dq + part * dq_size + i, there);
-            store(p.dq + i, sums, there);
+              sums += load(shared.parts_of_dq + part * dq_size + i, width);
+            store(p.dq + i, sums, width);
           }
         });
   }

@@ -24,12 +24,12 @@ RNNATTN_INLINE Integers count_from(int64_t first) {
   return lanes;
 }
 
-// W numbers from p on, of which `there` may be read.
+// W numbers from p on, of which `count` are there to read, and zeros.
 template <class Number>
-RNNATTN_INLINE auto load_few(const Number* p, int64_t there) {
+RNNATTN_INLINE auto load_few(const Number* p, int64_t count) {
   Number __attribute__((vector_size(W * sizeof(Number)))) x{};
-  if (there >= W) memcpy(&x, p, sizeof x);
-  else memcpy(&x, p, there * sizeof(Number));
+  if (count >= W) std::memcpy(&x, p, sizeof x);
+  else std::memcpy(&x, p, count * sizeof(Number));
   return x;
 }
 
@@ -59,22 +59,22 @@ static void finish_logits(const Attention& p, const Row& row, bool segments, flo
   const int32_t* of_keys = segments ? p.key_segments + row.b * p.S : nullptr;
   const int32_t segment = segments ? p.query_segments[row.b * p.T + row.t] : 0;
   for (int64_t j = row.from; j < row.to; j += W) {
-    const int64_t key = row.first + j, there = p.S - key;
+    const int64_t key = row.first + j, left = p.S - key;
     V x = load(s + j);
     if (p.soft_cap > 0) {
       const V y = tanh(x / p.soft_cap);
       x = p.soft_cap * y;
       if (uncap) store(uncap + j, 1.0f - y * y);
     }
-    if (bias) x += p.bias.s ? load_few(bias + key, there) : splat(bias[0]);
+    if (bias) x += p.bias.s ? load_few(bias + key, left) : splat(bias[0]);
     const Integers at = count_from(key);
     Integers sees = (at >= static_cast<int32_t>(row.sees.first)) &
                     (at < static_cast<int32_t>(row.sees.past));
     if (mask) {
-      if (p.mask.s) sees &= __builtin_convertvector(load_few(mask + key, there), Integers) != 0;
+      if (p.mask.s) sees &= __builtin_convertvector(load_few(mask + key, left), Integers) != 0;
       else if (!mask[0]) sees = Integers{};
     }
-    if (of_keys) sees &= load_few(of_keys + key, there) == segment;
+    if (of_keys) sees &= load_few(of_keys + key, left) == segment;
     store(s + j, sees ? x : splat(-INFINITY));
   }
 }
@@ -85,11 +85,11 @@ static void logits(const Attention& p, const Block& block, const Rows& of, const
   product<Stored::by_row, From::zero>(block.rows, (block.to - block.from) / W, p.K, q,
                                       whole_vectors(p.K), k + block.from * p.K, TILE_COLUMNS, TILE_COLUMNS * p.K,
                                       s + block.from, STRIDE);
-  if (block.plain && block.whole) return;
+  if (block.bare && block.in_range) return;
   for (int64_t r = 0; r < block.rows; ++r) {
     const Row at{of.b,      of.m,        of.head(row + r), of.time(row + r),
                  ranges[r], block.first, block.from,       block.to};
-    if (block.plain) mask_outside(at, s + r * STRIDE);
+    if (block.bare) mask_outside(at, s + r * STRIDE);
     else finish_logits(p, at, block.segments, s + r * STRIDE, uncap ? uncap + r * STRIDE : nullptr);
   }
 }

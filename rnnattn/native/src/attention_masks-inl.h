@@ -19,6 +19,7 @@
 #include "kernels.h"
 #include "product-inl.h"
 #include "simd-inl.h"
+#include "threads.h"
 #include "util-inl.h"
 
 RNNATTN_BEFORE_NAMESPACE();
@@ -26,10 +27,11 @@ namespace rnnattn::RNNATTN_SET::attention {
 
 constexpr int64_t KEYS = 256;         // of a block
 constexpr int64_t ROWS = 48;          // of a block
-constexpr int64_t FORWARD_ROWS = 288; // of a work item, which share a block of packed keys
-constexpr int64_t STRIDE = KEYS + 16; // of a row of logits: not a power of two, for the cache's sake
+constexpr int64_t FORWARD_ROWS = 288;  // of a work item, which share a block of packed keys
+// Of a row of logits: a power of two would put its columns into a few sets of a cache.
+constexpr int64_t STRIDE = KEYS + LINE;
 constexpr int64_t LEAST_ITEMS = 16;   // of the backward pass, if there are as many key blocks
-constexpr int64_t WORK_OF_A_THREAD = 1 << 21;  // multiply-adds: below, another thread does not pay
+constexpr int64_t WORK_OF_A_THREAD = 1 << 21;  // multiply-adds: with fewer, another thread does not pay
 
 struct Range {
   int64_t first, past;
@@ -60,7 +62,7 @@ struct Rows {
 struct Parts {
   int64_t size, count;
 
-  Parts(int64_t size, int64_t limit) : size(size), count(ceil_div(size, limit)) {}
+  Parts(int64_t n, int64_t limit) : size(n), count(ceil_div(n, limit)) {}
   int64_t start(int64_t i) const { return size * i / count; }
 };
 
@@ -94,9 +96,9 @@ static Seen seen_by(const Range* ranges, int64_t rows) {
   return seen;
 }
 
-// Whether segments leave any of the keys [first, past) to some row; `one`: if all to every row.
-static bool segments_meet(const Attention& p, const Rows& rows, Range keys, bool* one) {
-  if (!p.query_segments) return *one = true;
+// Whether segments leave any of the keys [first, past) to some row; `same`: if all to every row.
+static bool segments_meet(const Attention& p, const Rows& rows, Range keys, bool* same) {
+  if (!p.query_segments) return *same = true;
   const int32_t* of_query = p.query_segments + rows.b * p.T + rows.t;
   const int32_t* of_key = p.key_segments + rows.b * p.S + keys.first;
   int32_t query_least = of_query[0], query_most = of_query[0];
@@ -109,16 +111,17 @@ static bool segments_meet(const Attention& p, const Rows& rows, Range keys, bool
     key_least = of_key[i] < key_least ? of_key[i] : key_least;
     key_most = of_key[i] > key_most ? of_key[i] : key_most;
   }
-  *one = query_least == query_most && key_least == key_most && query_least == key_least;
+  *same = query_least == query_most && key_least == key_most && query_least == key_least;
   return query_least <= key_most && key_least <= query_most;
 }
 
 // The columns [from, to) of a block of keys that some row of a block of rows sees, and how.
 struct Block {
   int64_t rows, first, from, to;
-  bool plain;     // q kᵀ is all there is to its logits, but for what position and length hide
-  bool whole;     // which is nothing
-  bool segments;  // may hide something
+  bool bare = false;      // its logits are q kᵀ, but for what positions and lengths mask
+  bool in_range = false;  // positions and lengths mask nothing of it
+  bool segments = false;  // segments may mask some of it
+
   bool empty() const { return from >= to; }
 };
 
@@ -131,8 +134,8 @@ static Block block_of(const Attention& p, const Rows& of, Range keys, const Rang
   const int64_t past = least(seen.any.past, keys.past) - keys.first;
   if (first >= past) return {rows, keys.first, 0, 0};
   Block block{rows, keys.first, first / TILE_COLUMNS * TILE_COLUMNS, whole_vectors(past)};
-  block.plain = one_segment && p.soft_cap == 0 && !p.bias.data && !p.mask.data;
-  block.whole = seen.all.first <= keys.first + block.from && seen.all.past >= keys.first + block.to;
+  block.bare = one_segment && p.soft_cap == 0 && !p.bias.data && !p.mask.data;
+  block.in_range = seen.all.first <= keys.first + block.from && seen.all.past >= keys.first + block.to;
   block.segments = !one_segment;
   return block;
 }

@@ -4,7 +4,6 @@
 #define RNNATTN_ATTENTION_PACKING_INL_H_
 
 #include <cstdint>
-#include <cstring>
 
 #include "attention_masks-inl.h"
 #include "instruction_set.h"
@@ -54,7 +53,6 @@ static void add_row(const float* from, int64_t width, float* to) {
   const int rest = static_cast<int>(width - i);
   store(to + i, load(to + i, rest) + load(from + i), rest);
 }
-static void zero(float* to, int64_t n) { memset(to, 0, n * sizeof(float)); }
 
 // The largest number of each of W vectors.
 RNNATTN_INLINE V max_of_each(V (&x)[W]) {

@@ -55,7 +55,7 @@ struct Lstm {
   int64_t T, B, D, H;
   int64_t threads;
   bool reverse;
-  int64_t interval;  // of the states kept, in steps; 0: none are
+  int64_t interval;  // the state is kept every so many steps; 0: never
   const float *x, *w_x, *w_h, *b;
   const float *h, *c;            // the initial state
   const uint8_t *valid, *fresh;  // (T, B)

@@ -4,7 +4,6 @@
 #define RNNATTN_LSTM_FORWARD_INL_H_
 
 #include <cstdint>
-#include <cstring>
 #include <type_traits>
 
 #include "instruction_set.h"
@@ -59,7 +58,7 @@ RNNATTN_INLINE void cell(const V (&a)[4], V c_prev, V& c, V& h) {
 }
 
 // The state of all rows as the steps go: h before and after the step, c in place. Rows are whole
-// vectors apart.
+// vectors projects_first.
 struct State {
   float *h, *h_next, *c;
   int64_t stride;
@@ -130,8 +129,8 @@ static void advance(const Cells& cells, State& state, const Step& step, const ui
   if (fresh)
     for (int64_t r = lo; r < hi; ++r)
       if (fresh[r] && (!step.valid || step.valid[r])) {
-        std::memset(state.h + r * state.stride, 0, sizeof(float) * static_cast<size_t>(state.stride));
-        std::memset(state.c + r * state.stride, 0, sizeof(float) * static_cast<size_t>(state.stride));
+        zero(state.h + r * state.stride, state.stride);
+        zero(state.c + r * state.stride, state.stride);
       }
   // To and fro, so that a step begins with the weights that the one before left in the cache.
   state.turned = !state.turned;
@@ -155,7 +154,7 @@ static void copy_rows(const float* from, int64_t from_stride, float* to, int64_t
     }
 }
 
-// Whom the rows are split among: groups of no fewer than FEW_ROWS.
+// Into how many groups the rows are split, of FEW_ROWS at least.
 static int64_t groups_of(const Lstm& s) {
   return most(1, least(s.threads, s.B / FEW_ROWS));
 }
@@ -192,16 +191,16 @@ struct StepsMemory {
 
 static bool all_steps(Threads& threads, const LstmForward& s) {
   const int64_t T = s.T, B = s.B, D = s.D, H = s.H, stride = whole_vectors(H);
-  const bool apart = B < FEW_ROWS;  // b + x w_x of many steps at once
+  const bool projects_first = B < FEW_ROWS;  // b + x w_x of many steps at once
   const int64_t length =
-      s.interval ? s.interval : apart ? most(1, least(T, CHUNK_ROWS / most(B, 1))) : most(T, 1);
-  const int64_t pre =
-      apart && !s.a ? ceil_div(H, W) * Gates::panel(least(length, T) * B) : 0;
-  const StepsMemory size(s, pre, nullptr);
+      s.interval ? s.interval : projects_first ? most(1, least(T, CHUNK_ROWS / most(B, 1))) : most(T, 1);
+  const int64_t projected =
+      projects_first && !s.a ? ceil_div(H, W) * Gates::panel(least(length, T) * B) : 0;
+  const StepsMemory size(s, projected, nullptr);
   const Allocation allocation(size.memory.used);
   if (!allocation.data()) return false;
   advise_huge_pages(allocation.data(), size.memory.used);
-  const StepsMemory my(s, pre, allocation.data());
+  const StepsMemory my(s, projected, allocation.data());
   const Cells cells{my.cells, D, H};
   const Gates gates = Gates::in_rows(s.a, H);
   const Gates from_x = Gates::in_panels(my.from_x, least(length, T) * B);
@@ -218,7 +217,7 @@ static bool all_steps(Threads& threads, const LstmForward& s) {
     over_steps(s.reverse, from, to, [&](int64_t t) {
       const uint8_t* valid = mask_at(s.valid, t, B);
       const Gates a = gates.from(t * B);
-      const Gates pre = !apart ? Gates{} : a ? a : from_x.from((t - from) * B);
+      const Gates pre = !projects_first ? Gates{} : a ? a : from_x.from((t - from) * B);
       const Step step{s.x + t * B * D, pre, valid, s.y + t * B * H, at(s.c_all, t, B * H), a};
       advance(cells, state, step, mask_at(s.fresh, t, B), lo, hi);
     });
@@ -237,7 +236,7 @@ static bool all_steps(Threads& threads, const LstmForward& s) {
   advise_huge_pages(s.c_all, T * B * H);
   advise_huge_pages(s.a, T * B * 4 * H);
   const int64_t chunks = ceil_div(T, length);
-  if (!apart)
+  if (!projects_first)
     return over_groups(threads, s, [&](int64_t lo, int64_t hi) {
       State state = enter(lo, hi);
       over_steps(s.reverse, 0, chunks, [&](int64_t k) { run(k, state, lo, hi); });
@@ -300,8 +299,7 @@ static void step_of_units(const LstmForward& s, int64_t first, int64_t units, fl
   const int64_t H = s.H;
   for (int r = 0; r < R; ++r)
     for (int g = 0; g < 4; ++g)
-      std::memcpy(z + (r * 4 + g) * units, s.b + g * H + first,
-                  sizeof(float) * static_cast<size_t>(units));
+      copy(s.b + g * H + first, units, z + (r * 4 + g) * units);
   add_product<R>(s.x, s.w_x, s.D, H, first, units, z);
   add_product<R>(s.h, s.w_h, H, H, first, units, z);
   for (int r = 0; r < R; ++r)

@@ -4,7 +4,6 @@
 #define RNNATTN_LSTM_GRADIENT_INL_H_
 
 #include <cstdint>
-#include <cstring>
 #include <type_traits>
 
 #include "instruction_set.h"
@@ -50,7 +49,7 @@ struct WeightTile {
   int64_t stride;
   const float* panel;  // of dz
   int64_t depth, u;
-  bool adds;  // to what is there
+  bool adds;  // to what the gradient holds
 
   template <int R>
   void operator()(std::integral_constant<int, R>, int64_t m) const {
@@ -61,7 +60,7 @@ struct WeightTile {
       const int64_t k = m + i;
       float* of = k < s.D ? s.dw_x + k * 4 * H : k < s.D + H ? s.dw_h + (k - s.D) * 4 * H : s.db;
       row[i] = of + u * W;
-      // they are far away, and wanted when the product is done
+      // fetched while the product is computed, which is then added to them
       if (adds)
         for (int g = 0; g < 4; ++g) __builtin_prefetch(row[i] + g * H, 1);
     }
@@ -140,7 +139,7 @@ class Backward {
     packed_h_ = memory.take(Transposed::floats(H, H));
     packed_x_ = memory.take(Transposed::floats(D, H));
     dz_ = Gates::in_panels(memory.take(ceil_div(H, W) * Gates::panel(rows)), rows);
-    width_ = ceil_div(D + H + 1, 16) * 16 + 16;
+    width_ = ceil_div(D + H + 1, LINE) * LINE + LINE;
     xh_ = memory.take(rows * width_);
     dh_ = memory.take(state);
     dc_ = memory.take(state);
@@ -168,7 +167,7 @@ class Backward {
             s_.a ? kept.from(from * s_.B) : dz_, s_.h, is_first ? s_.c : s_.c_all + before * BH};
   }
 
-  bool counts(const uint8_t* mask, int64_t t, int64_t b) const { return !mask || mask[t * s_.B + b]; }
+  bool is_valid(int64_t t, int64_t b) const { return !s_.valid || s_.valid[t * s_.B + b]; }
 
   bool is_fresh(int64_t t, int64_t b) const { return s_.fresh && s_.fresh[t * s_.B + b]; }
 
@@ -177,7 +176,7 @@ class Backward {
     if (is_fresh(t, b)) return nullptr;
     const int64_t before = s_.reverse ? t + 1 : t - 1;
     const int64_t first = recomputes_steps_ ? chunk.from : 0, last = recomputes_steps_ ? chunk.to : s_.T;
-    if (before < first || before >= last || !counts(s_.valid, before, b))
+    if (before < first || before >= last || !is_valid(before, b))
       return chunk.h_start + b * s_.H;
     return chunk.y + ((before - chunk.from) * s_.B + b) * s_.H;
   }
@@ -192,15 +191,15 @@ class Backward {
   void gather(const Chunk& chunk, int64_t t, int64_t b) const {
     const int64_t D = s_.D, H = s_.H;
     float* row = xh_ + ((t - chunk.from) * s_.B + b) * width_;
-    if (!counts(s_.valid, t, b)) {
-      std::memset(row, 0, sizeof(float) * static_cast<size_t>(D + H + 1));
+    if (!is_valid(t, b)) {
+      zero(row, D + H + 1);
       return;
     }
-    std::memcpy(row, s_.x + (t * s_.B + b) * D, sizeof(float) * static_cast<size_t>(D));
+    copy(s_.x + (t * s_.B + b) * D, D, row);
     if (const float* h = h_before(chunk, t, b))
-      std::memcpy(row + D, h, sizeof(float) * static_cast<size_t>(H));
+      copy(h, H, row + D);
     else
-      std::memset(row + D, 0, sizeof(float) * static_cast<size_t>(H));
+      zero(row + D, H);
     row[D + H] = 1;
   }
 
@@ -242,7 +241,7 @@ class Backward {
       for (int64_t r = lo; r < hi; ++r) {
         const int64_t k = first + r;
         if (!recomputes_a_) gather(chunk, t, r);
-        if (counts(s_.valid, t, r))
+        if (is_valid(t, r))
           cell_gradient(chunk.a, chunk.c + k * H, c_before(chunk, t, r), s_.dy + (t * B + r) * H,
                         dh_ + r * stride, dc_ + r * stride, dz_, k, H);
         else
@@ -251,9 +250,9 @@ class Backward {
       }
       times_transposed(dz_.from(first), to_h_, dh_, stride, mask_at(s_.valid, t, B), lo, hi);
       for (int64_t r = lo; r < hi; ++r)
-        if (is_fresh(t, r) && counts(s_.valid, t, r)) {
-          std::memset(dh_ + r * stride, 0, sizeof(float) * static_cast<size_t>(stride));
-          std::memset(dc_ + r * stride, 0, sizeof(float) * static_cast<size_t>(stride));
+        if (is_fresh(t, r) && is_valid(t, r)) {
+          zero(dh_ + r * stride, stride);
+          zero(dc_ + r * stride, stride);
         }
     });
   }

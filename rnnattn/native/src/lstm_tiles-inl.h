@@ -24,6 +24,7 @@
 #include "kernels.h"
 #include "product-inl.h"
 #include "simd-inl.h"
+#include "threads.h"
 #include "util-inl.h"
 
 RNNATTN_BEFORE_NAMESPACE();
@@ -41,10 +42,10 @@ constexpr int GATE_TILE_ROWS = 2;
 
 constexpr int PANEL = 4 * W;  // the width of a tile
 
-constexpr int64_t FEW_ROWS = 3;            // fewer have the input projection as a product of its own
-constexpr int64_t STEP_ROWS = 4;           // no more have a single step that packs nothing
+constexpr int64_t FEW_ROWS = 3;            // with fewer, the input projection is a product by itself
+constexpr int64_t STEP_ROWS = 4;           // up to so many, a single step packs no weights
 constexpr int64_t STEP_UNITS = 256;        // of a work item of such a step
-constexpr int64_t STEP_ALONE = 1 << 20;    // weights not worth a second thread
+constexpr int64_t STEP_ALONE = 1 << 20;    // with fewer weights, another thread does not pay
 constexpr int64_t CHUNK_ROWS = 2048;       // of the batch and time, of a chunk of the gradient
 constexpr int64_t CHUNK_FLOATS = 1 << 20;  // of its dz
 constexpr int64_t DEPTH = 512;        // rows of dz that a block of the weight gradient sums at once
@@ -73,24 +74,24 @@ RNNATTN_INLINE void over_steps(bool backwards, int64_t from, int64_t to, F f) {
 struct Gates {
   float* data;
   int64_t row, gate, unit;
-  bool whole;  // the last units are whole vectors, too
+  bool padded;  // the last units take a whole vector, too
 
   // (rows, 4H), as in the arguments.
   static Gates in_rows(float* data, int64_t H) { return {data, 4 * H, H, W, false}; }
 
-  // Panels of W units each, (rows, 4, W), one cache line apart: so far that rows of different
-  // panels do not meet in the same few sets of a cache.
+  // Panels of W units each, (rows, 4, W), with a cache line between them: otherwise the same row
+  // of all panels may fall into a few sets of a cache.
   static Gates in_panels(float* data, int64_t rows) { return {data, PANEL, W, panel(rows), true}; }
-  static int64_t panel(int64_t rows) { return rows * PANEL + 16; }
+  static int64_t panel(int64_t rows) { return rows * PANEL + LINE; }
 
-  Gates from(int64_t r) const { return {data ? data + r * row : nullptr, row, gate, unit, whole}; }
+  Gates from(int64_t r) const { return {data ? data + r * row : nullptr, row, gate, unit, padded}; }
   explicit operator bool() const { return data != nullptr; }
 
   V get(int64_t r, int g, int64_t u, int n) const {
-    return load_units(data + r * row + g * gate + u * unit, whole ? W : n);
+    return load_units(data + r * row + g * gate + u * unit, padded ? W : n);
   }
   void put(int64_t r, int g, int64_t u, V v, int n) const {
-    store_units(data + r * row + g * gate + u * unit, v, whole ? W : n);
+    store_units(data + r * row + g * gate + u * unit, v, padded ? W : n);
   }
 };
 
@@ -153,7 +154,8 @@ static void pack_transposed(const float* w, int64_t N, int64_t H, int64_t p, flo
   }
 }
 
-// out = dz wᵀ for one panel of N vectors; rows that are not `written` stay, or none if it is null.
+// out = dz wᵀ for one panel of N vectors. Rows that are not `written` stay as they are; if that is
+// null, all are written.
 template <int N>
 struct TransposedTile {
   const Gates& dz;

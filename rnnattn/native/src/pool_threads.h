@@ -17,8 +17,9 @@
 
 namespace rnnattn {
 
-// XLA's pool. A helper that the pool starts too late finds nothing to do and touches nothing of the
-// call's, so that a call waits for items, never for a place in the pool: it cannot block it.
+// Work items on XLA's pool. A call waits until its items are done, not until the tasks that it gave
+// the pool have run, and so waits for nobody's turn: a task that starts later than that finds no item
+// left and touches nothing of the call's.
 class PoolThreads final : public Threads {
  public:
   PoolThreads(xla::ffi::ThreadPool pool, int64_t limit) : pool_(pool), limit_(limit) {}
@@ -28,12 +29,11 @@ class PoolThreads final : public Threads {
     int64_t threads = std::min({items, limit, pool_.num_threads() + 1});
     if (limit_ > 0) threads = std::min(threads, limit_);
     threads = std::max<int64_t>(threads, 1);
-    constexpr int64_t line = CACHE_LINE / sizeof(float);
-    floats = (floats + line - 1) / line * line;
+    floats = (floats + LINE - 1) / LINE * LINE;
     std::unique_ptr<float, void (*)(void*)> memory(nullptr, std::free);
     if (floats > 0) {
       memory.reset(static_cast<float*>(
-          std::aligned_alloc(CACHE_LINE, threads * floats * sizeof(float))));
+          std::aligned_alloc(LINE_BYTES, threads * floats * sizeof(float))));
       if (!memory) return false;
     }
     auto call = std::make_shared<Call>();
@@ -73,7 +73,7 @@ class PoolThreads final : public Threads {
 
     void wait() {
       const auto finished = [this] { return done.load(std::memory_order_acquire) == items; };
-      // most often the others are about to be done, and waking up would take longer
+      // the others are mostly about to be done, and going to sleep would take longer
       for (int i = 0; i < 100; ++i, std::this_thread::yield())
         if (finished()) return;
       std::unique_lock<std::mutex> lock(mutex);

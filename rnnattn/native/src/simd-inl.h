@@ -86,8 +86,8 @@ RNNATTN_INLINE void store(float* p, V v, int n) {
 
 // y 2ⁿ for whole n in [−252, 254]: two factors, so that neither leaves the normal numbers.
 RNNATTN_INLINE V scale_by_power(V y, V n) {
-  Integers whole = __builtin_convertvector(n, Integers), half = whole >> 1;
-  Integers first = (half + 127) << 23, second = (whole - half + 127) << 23;
+  Integers power = __builtin_convertvector(n, Integers), half = power >> 1;
+  Integers first = (half + 127) << 23, second = (power - half + 127) << 23;
   return y * reinterpret_cast<V>(first) * reinterpret_cast<V>(second);
 }
 
@@ -95,11 +95,12 @@ RNNATTN_INLINE V scale_by_power(V y, V n) {
 
 // eˣ within 1 ulp or so: 0 from −104 down, ∞ from 88.73 up, NaN of NaN.
 //
-// x = n ln 2 + r with |r| ≤ ½ ln 2; added to 1.5 · 2²³, n leaves no bits for a fraction.
+// x = n ln 2 + r with |r| ≤ ½ ln 2; added to 1.5 · 2²³, n is rounded, as no bits are left for a
+// fraction.
 RNNATTN_INLINE V exp(V x) {
   x = min(splat(89.0f), max(splat(-105.0f), x));
-  constexpr float whole = 12582912.0f;
-  V n = fma(x, splat(1.44269504f), splat(whole)) - whole;
+  constexpr float rounds = 12582912.0f;
+  V n = fma(x, splat(1.44269504f), splat(rounds)) - rounds;
   V r = fma(n, splat(-0.693359375f), x);
   r = fma(n, splat(2.12194440e-4f), r);
   V p = splat(1.9875691500e-4f);
@@ -139,9 +140,9 @@ RNNATTN_INLINE float sum(V v) {
   return v[0];
 }
 RNNATTN_INLINE float max(V v) {
-  float most = v[0];
-  for (int i = 1; i < W; ++i) most = v[i] > most ? v[i] : most;
-  return most;
+  float largest = v[0];
+  for (int i = 1; i < W; ++i) largest = v[i] > largest ? v[i] : largest;
+  return largest;
 }
 
 // W rows of W numbers to W columns, in place: 2 × 2 blocks of `half` change places, for each half.

@@ -10,8 +10,9 @@
 
 namespace rnnattn {
 
-// Where arrays begin, in bytes.
-constexpr int64_t CACHE_LINE = 64;
+// A cache line, with which arrays begin: bytes, and floats.
+constexpr int64_t LINE_BYTES = 64;
+constexpr int64_t LINE = LINE_BYTES / sizeof(float);
 
 class Threads {
  public:

@@ -3,7 +3,9 @@
 #ifndef RNNATTN_UTIL_INL_H_
 #define RNNATTN_UTIL_INL_H_
 
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 #include <utility>
 
@@ -20,6 +22,13 @@ namespace rnnattn::RNNATTN_SET {
 RNNATTN_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 RNNATTN_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 RNNATTN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+RNNATTN_INLINE void zero(float* to, int64_t n) {
+  std::memset(to, 0, sizeof(float) * static_cast<size_t>(n));
+}
+RNNATTN_INLINE void copy(const float* from, int64_t n, float* to) {
+  std::memcpy(to, from, sizeof(float) * static_cast<size_t>(n));
+}
 
 // f of 0 … count − 1, as constants: so that compilers keep arrays of vectors in registers.
 template <class F, int... i>

@@ -1,4 +1,4 @@
-// Memory of the kernels.
+// Memory of the kernels: how arrays are laid out, and where from.
 
 #ifndef RNNATTN_WORKSPACE_INL_H_
 #define RNNATTN_WORKSPACE_INL_H_
@@ -21,21 +21,21 @@ namespace rnnattn::RNNATTN_SET {
 // a base it counts what they take, so that the code that lays them out is the code that sizes them.
 struct Memory {
   float* base;
-  int64_t used = 0;  // in floats, a multiple of 16
+  int64_t used = 0;  // in floats, whole cache lines
 
   template <class T = float>
   T* take(int64_t count) {
     T* taken = base ? reinterpret_cast<T*>(base + used) : nullptr;
-    used += ceil_div(count * sizeof(T), CACHE_LINE) * (CACHE_LINE / sizeof(float));
+    used += ceil_div(count * sizeof(T), LINE_BYTES) * LINE;
     return taken;
   }
 };
 
-// What a call needs beside its threads' workspaces; null if there is none to have.
+// Memory of a call, beside the workspaces of its threads; `data` is null where there is none.
 class Allocation {
  public:
   explicit Allocation(int64_t floats)
-      : data_(static_cast<float*>(std::aligned_alloc(CACHE_LINE, floats * sizeof(float)))) {}
+      : data_(static_cast<float*>(std::aligned_alloc(LINE_BYTES, floats * sizeof(float)))) {}
   ~Allocation() { std::free(data_); }
   Allocation(const Allocation&) = delete;
   Allocation& operator=(const Allocation&) = delete;
@@ -45,9 +45,9 @@ class Allocation {
   float* data_;
 };
 
-// A large array may be memory that was never touched: asks for it in pages of 2 MiB instead of
-// 4 KiB, where a fifth of the time of a long sequence's gradient would go into page faults, and
-// reading columns would miss a page's address at every row.
+// Ask for a large array in pages of 2 MiB, as its memory may never have been touched. With those of
+// 4 KiB a fifth of the time of a long sequence's gradient goes into page faults, and reading columns
+// misses the TLB at every row.
 static inline void advise_huge_pages(const float* array, int64_t floats) {
 #if defined(__linux__)
   constexpr int64_t LARGE = 1 << 19;
