@@ -21,6 +21,7 @@ test: .venv/installed-$(subst $(comma),-,$(EXTRAS)) lint types
 lint: .venv/installed-$(subst $(comma),-,$(EXTRAS))
 	$(venv)/ruff format --check --quiet
 	$(venv)/ruff check --quiet
+	$(venv)/clang-format --dry-run --Werror rnnattn/native/src/*
 
 types: .venv/installed-$(subst $(comma),-,$(EXTRAS))
 	$(venv)/mypy
@@ -28,6 +29,7 @@ types: .venv/installed-$(subst $(comma),-,$(EXTRAS))
 format: .venv/installed-test
 	$(venv)/ruff format
 	$(venv)/ruff check --fix
+	$(venv)/clang-format -i rnnattn/native/src/*
 
 .venv/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rnnattn needs Python 3.11 or newer: make PYTHON=python3.11")'

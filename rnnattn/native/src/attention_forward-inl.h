@@ -105,8 +105,8 @@ static void forward_rows(const AttentionForward& p, const Rows& rows, float* bas
               my.total + (r + i) * W, my.shrink + i);
       const int64_t seen = least(block.to, keys.past - keys.first) - block.from;
       product<Stored::by_row, From::scaled>(block.rows, v_width / W, seen, my.s + block.from,
-                                            STRIDE, my.v + block.from * v_width, v_width, TILE_COLUMNS,
-                                            my.o + r * v_width, v_width, my.shrink);
+                                            STRIDE, my.v + block.from * v_width, v_width,
+                                            TILE_COLUMNS, my.o + r * v_width, v_width, my.shrink);
       if (!finite) pack_rows(p, p.value, p.V, rows.b, rows.m, keys, my.v);
     }
   }
@@ -114,8 +114,7 @@ static void forward_rows(const AttentionForward& p, const Rows& rows, float* bas
     const float total = sum(load(my.total + r * W)), peak = my.peak[r];
     const bool empty = total == 0;
     unpack_row(my.o + r * v_width, empty ? 0 : 1 / total, p.V, p.o + query_at(p, p.V, rows, r));
-    p.lse[row_at(p, rows, r)] =
-        empty ? -INFINITY : (peak == -INFINITY ? 0 : peak) + logf(total);
+    p.lse[row_at(p, rows, r)] = empty ? -INFINITY : (peak == -INFINITY ? 0 : peak) + logf(total);
   }
 }
 
@@ -124,12 +123,12 @@ static bool forward(Threads& threads, const AttentionForward& p) {
   const int64_t heads = p.B * p.M, items = heads * blocks.count();
   const int64_t work = p.B * p.M * p.G * p.T * p.S * (p.K + p.V);
   // The last queries first: with a causal mask they have the most to do.
-  return parallel_for(
-      threads, items, work / WORK_OF_A_THREAD + 1, ForwardMemory(p, nullptr).memory.used,
-      [&](int64_t item, float* memory) {
-        const int64_t head = item % heads, i = blocks.count() - 1 - item / heads;
-        forward_rows(p, blocks.rows(head / p.M, head % p.M, i), memory);
-      });
+  const auto forward_item = [&](int64_t item, float* memory) {
+    const int64_t head = item % heads, i = blocks.count() - 1 - item / heads;
+    forward_rows(p, blocks.rows(head / p.M, head % p.M, i), memory);
+  };
+  return parallel_for(threads, items, work / WORK_OF_A_THREAD + 1,
+                      ForwardMemory(p, nullptr).memory.used, forward_item);
 }
 
 }  // namespace rnnattn::RNNATTN_SET::attention

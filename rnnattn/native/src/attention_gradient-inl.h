@@ -150,7 +150,8 @@ static void backward_keys(const AttentionBackward& p, const RowBlocks& blocks, i
     product<Stored::by_step, From::c>(seen, k_width / W, block.rows, my.dp + from, STRIDE, my.q,
                                       k_width, TILE_COLUMNS, my.dk + from * k_width, k_width);
     product<Stored::by_row, From::zero>(block.rows, k_width / W, seen, my.dp + from, STRIDE,
-                                        my.k + from * k_width, k_width, TILE_COLUMNS, my.dq, k_width);
+                                        my.k + from * k_width, k_width, TILE_COLUMNS, my.dq,
+                                        k_width);
     for (int64_t r = 0; r < block.rows; ++r)
       add_row(my.dq + r * k_width, p.K, dq + query_at(p, p.K, rows, r));
     if (!finite) pack_rows(p, p.key, p.K, b, m, keys, my.k);
@@ -210,42 +211,41 @@ static bool backward(Threads& threads, const AttentionBackward& p) {
   if (p.dbias.data) zero(p.dbias.data, p.dbias_size);
 
   const int64_t work = heads * p.T * p.S * (3 * p.K + 2 * p.V);
-  done = done && parallel_for(
-      threads, plan.groups * plan.parts, work / WORK_OF_A_THREAD + 1,
-      BackwardMemory(p, nullptr).memory.used, [&](int64_t item, float* memory) {
-        const BackwardMemory my(p, memory);
-        const int64_t group = item % plan.groups, part = item / plan.groups;
-        const int64_t m_groups = p.M / plan.m_shared;
-        float* dq = plan.parts > 1 ? shared.parts_of_dq + part * dq_size : p.dq;
-        for (int64_t ib = 0; ib < plan.b_shared; ++ib)
-          for (int64_t im = 0; im < plan.m_shared; ++im) {
-            const int64_t b = group / m_groups * plan.b_shared + ib;
-            const int64_t m = group % m_groups * plan.m_shared + im;
-            for (int64_t t = 0; t < p.T; ++t)
-              zero(dq + ((b * p.T + t) * p.M + m) * p.G * p.K, p.G * p.K);
-            const int64_t past = plan.key_blocks * (part + 1) / plan.parts;
-            for (int64_t j = plan.key_blocks * part / plan.parts; j < past; ++j)
-              backward_keys(p, blocks, b, m, {j * KEYS, least((j + 1) * KEYS, p.S)}, shared.delta, dq,
-                            my);
-          }
-      });
+  const auto gradient_of_part = [&](int64_t item, float* memory) {
+    const BackwardMemory my(p, memory);
+    const int64_t group = item % plan.groups, part = item / plan.groups;
+    const int64_t m_groups = p.M / plan.m_shared;
+    float* dq = plan.parts > 1 ? shared.parts_of_dq + part * dq_size : p.dq;
+    for (int64_t ib = 0; ib < plan.b_shared; ++ib)
+      for (int64_t im = 0; im < plan.m_shared; ++im) {
+        const int64_t b = group / m_groups * plan.b_shared + ib;
+        const int64_t m = group % m_groups * plan.m_shared + im;
+        for (int64_t t = 0; t < p.T; ++t)
+          zero(dq + ((b * p.T + t) * p.M + m) * p.G * p.K, p.G * p.K);
+        const int64_t past = plan.key_blocks * (part + 1) / plan.parts;
+        for (int64_t j = plan.key_blocks * part / plan.parts; j < past; ++j) {
+          const Range keys{j * KEYS, least((j + 1) * KEYS, p.S)};
+          backward_keys(p, blocks, b, m, keys, shared.delta, dq, my);
+        }
+      }
+  };
+  done = done && parallel_for(threads, plan.groups * plan.parts, work / WORK_OF_A_THREAD + 1,
+                              BackwardMemory(p, nullptr).memory.used, gradient_of_part);
+  if (plan.parts == 1) return done;
 
-  if (plan.parts > 1) {
-    constexpr int64_t chunk = 1 << 14;
-    done = done && parallel_for(
-        threads, ceil_div(dq_size, chunk), dq_size * plan.parts / WORK_OF_A_THREAD + 1, 0,
-        [&](int64_t item, float*) {
-          const int64_t past = least((item + 1) * chunk, dq_size);
-          for (int64_t i = item * chunk; i < past; i += W) {
-            const int width = static_cast<int>(least(W, past - i));
-            V sums = load(shared.parts_of_dq + i, width);
-            for (int64_t part = 1; part < plan.parts; ++part)
-              sums += load(shared.parts_of_dq + part * dq_size + i, width);
-            store(p.dq + i, sums, width);
-          }
-        });
-  }
-  return done;
+  constexpr int64_t chunk = 1 << 14;
+  const auto sum_of_parts = [&](int64_t item, float*) {
+    const int64_t past = least((item + 1) * chunk, dq_size);
+    for (int64_t i = item * chunk; i < past; i += W) {
+      const int width = static_cast<int>(least(W, past - i));
+      V sums = load(shared.parts_of_dq + i, width);
+      for (int64_t part = 1; part < plan.parts; ++part)
+        sums += load(shared.parts_of_dq + part * dq_size + i, width);
+      store(p.dq + i, sums, width);
+    }
+  };
+  return done && parallel_for(threads, ceil_div(dq_size, chunk),
+                              dq_size * plan.parts / WORK_OF_A_THREAD + 1, 0, sum_of_parts);
 }
 
 }  // namespace rnnattn::RNNATTN_SET::attention

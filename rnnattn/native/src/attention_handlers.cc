@@ -52,8 +52,8 @@ ffi::Error attention_forward(ffi::ThreadPool pool, Buffer query, Buffer key, Buf
                              Buffer sinks, Result o, Result lse, AttentionOptions options) {
   Checks checks;
   AttentionForward p{};
-  fill(checks, p, query, key, value, bias, mask, offset, query_lengths, key_lengths,
-       query_segments, key_segments, options);
+  fill(checks, p, query, key, value, bias, mask, offset, query_lengths, key_lengths, query_segments,
+       key_segments, options);
   p.sinks = checks.optional<const float>("sinks", sinks, {1, p.M, p.G, 1});
   p.o = checks.data<float>("o", *o, {p.B, p.T, p.M, p.G, p.V});
   p.lse = checks.data<float>("lse", *lse, {p.B, p.M, p.G, p.T});
@@ -67,8 +67,8 @@ ffi::Error attention_backward(ffi::ThreadPool pool, Buffer query, Buffer key, Bu
                               Result dv, Result dbias, AttentionOptions options) {
   Checks checks;
   AttentionBackward p{};
-  fill(checks, p, query, key, value, bias, mask, offset, query_lengths, key_lengths,
-       query_segments, key_segments, options);
+  fill(checks, p, query, key, value, bias, mask, offset, query_lengths, key_lengths, query_segments,
+       key_segments, options);
   p.o = checks.data<const float>("o", o, {p.B, p.T, p.M, p.G, p.V});
   p.lse = checks.data<const float>("lse", lse, {p.B, p.M, p.G, p.T});
   p.d_o = checks.data<const float>("do", d_o, {p.B, p.T, p.M, p.G, p.V});
@@ -84,11 +84,13 @@ ffi::Error attention_backward(ffi::ThreadPool pool, Buffer query, Buffer key, Bu
 }  // namespace
 }  // namespace rnnattn
 
-XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
-    rnnattn::AttentionOptions, xla::ffi::StructMember<bool>("is_causal"),
-    xla::ffi::StructMember<int64_t>("left"), xla::ffi::StructMember<int64_t>("right"),
-    xla::ffi::StructMember<float>("soft_cap"), xla::ffi::StructMember<int64_t>("instruction_set"),
-    xla::ffi::StructMember<int64_t>("threads"));
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(rnnattn::AttentionOptions,
+                                      xla::ffi::StructMember<bool>("is_causal"),
+                                      xla::ffi::StructMember<int64_t>("left"),
+                                      xla::ffi::StructMember<int64_t>("right"),
+                                      xla::ffi::StructMember<float>("soft_cap"),
+                                      xla::ffi::StructMember<int64_t>("instruction_set"),
+                                      xla::ffi::StructMember<int64_t>("threads"));
 
 namespace rnnattn {
 namespace {
@@ -111,23 +113,20 @@ auto attention_arguments() {
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(rnnattn_attention_forward, attention_forward,
-                       attention_arguments()
-                           .Arg<Buffer>()
-                           .Ret<Buffer>()
-                           .Ret<Buffer>()
-                           .Attrs<AttentionOptions>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    rnnattn_attention_forward, attention_forward,
+    attention_arguments().Arg<Buffer>().Ret<Buffer>().Ret<Buffer>().Attrs<AttentionOptions>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(rnnattn_attention_backward, attention_backward,
-                       attention_arguments()
-                           .Arg<Buffer>()
-                           .Arg<Buffer>()
-                           .Arg<Buffer>()
-                           .Arg<Buffer>()
-                           .Ret<Buffer>()
-                           .Ret<Buffer>()
-                           .Ret<Buffer>()
-                           .Ret<Buffer>()
-                           .Attrs<AttentionOptions>());
+                              attention_arguments()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Attrs<AttentionOptions>());
 
 }  // namespace rnnattn

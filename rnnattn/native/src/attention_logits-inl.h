@@ -28,8 +28,10 @@ RNNATTN_INLINE Integers count_from(int64_t first) {
 template <class Number>
 RNNATTN_INLINE auto load_few(const Number* p, int64_t count) {
   Number __attribute__((vector_size(W * sizeof(Number)))) x{};
-  if (count >= W) std::memcpy(&x, p, sizeof x);
-  else std::memcpy(&x, p, count * sizeof(Number));
+  if (count >= W)
+    std::memcpy(&x, p, sizeof x);
+  else
+    std::memcpy(&x, p, count * sizeof(Number));
   return x;
 }
 
@@ -68,11 +70,13 @@ static void finish_logits(const Attention& p, const Row& row, bool segments, flo
     }
     if (bias) x += p.bias.s ? load_few(bias + key, left) : splat(bias[0]);
     const Integers at = count_from(key);
-    Integers sees = (at >= static_cast<int32_t>(row.sees.first)) &
-                    (at < static_cast<int32_t>(row.sees.past));
+    Integers sees =
+        (at >= static_cast<int32_t>(row.sees.first)) & (at < static_cast<int32_t>(row.sees.past));
     if (mask) {
-      if (p.mask.s) sees &= __builtin_convertvector(load_few(mask + key, left), Integers) != 0;
-      else if (!mask[0]) sees = Integers{};
+      if (p.mask.s)
+        sees &= __builtin_convertvector(load_few(mask + key, left), Integers) != 0;
+      else if (!mask[0])
+        sees = Integers{};
     }
     if (of_keys) sees &= load_few(of_keys + key, left) == segment;
     store(s + j, sees ? x : splat(-INFINITY));
@@ -83,14 +87,16 @@ static void finish_logits(const Attention& p, const Row& row, bool segments, flo
 static void logits(const Attention& p, const Block& block, const Rows& of, const Range* ranges,
                    int64_t row, const float* q, const float* k, float* s, float* uncap) {
   product<Stored::by_row, From::zero>(block.rows, (block.to - block.from) / W, p.K, q,
-                                      whole_vectors(p.K), k + block.from * p.K, TILE_COLUMNS, TILE_COLUMNS * p.K,
-                                      s + block.from, STRIDE);
+                                      whole_vectors(p.K), k + block.from * p.K, TILE_COLUMNS,
+                                      TILE_COLUMNS * p.K, s + block.from, STRIDE);
   if (block.bare && block.in_range) return;
   for (int64_t r = 0; r < block.rows; ++r) {
     const Row at{of.b,      of.m,        of.head(row + r), of.time(row + r),
                  ranges[r], block.first, block.from,       block.to};
-    if (block.bare) mask_outside(at, s + r * STRIDE);
-    else finish_logits(p, at, block.segments, s + r * STRIDE, uncap ? uncap + r * STRIDE : nullptr);
+    if (block.bare)
+      mask_outside(at, s + r * STRIDE);
+    else
+      finish_logits(p, at, block.segments, s + r * STRIDE, uncap ? uncap + r * STRIDE : nullptr);
   }
 }
 

@@ -1,4 +1,4 @@
-// The forward and backward kernels of attention: the equations of rnnattn/scores.py, in its letters.
+// The kernels of attention: the equations of rnnattn/scores.py, in its letters.
 //
 //     forward   per block: s, P v             per query block: O, L
 //     backward  per block: s, P, dP, dS, dv, dk, dq
@@ -25,13 +25,14 @@
 RNNATTN_BEFORE_NAMESPACE();
 namespace rnnattn::RNNATTN_SET::attention {
 
-constexpr int64_t KEYS = 256;         // of a block
-constexpr int64_t ROWS = 48;          // of a block
+constexpr int64_t KEYS = 256;          // of a block
+constexpr int64_t ROWS = 48;           // of a block
 constexpr int64_t FORWARD_ROWS = 288;  // of a work item, which share a block of packed keys
 // Of a row of logits: a power of two would put its columns into a few sets of a cache.
 constexpr int64_t STRIDE = KEYS + LINE;
-constexpr int64_t LEAST_ITEMS = 16;   // of the backward pass, if there are as many key blocks
-constexpr int64_t WORK_OF_A_THREAD = 1 << 21;  // multiply-adds: with fewer, another thread does not pay
+constexpr int64_t LEAST_ITEMS = 16;  // of the backward pass, if there are as many key blocks
+// Multiply-adds: with fewer, another thread does not pay.
+constexpr int64_t WORK_OF_A_THREAD = 1 << 21;
 
 struct Range {
   int64_t first, past;
@@ -43,8 +44,10 @@ static Range keys_of(const Attention& p, int64_t b, int64_t t) {
   const int64_t at = t + p.offset[b * p.offset_stride];
   int64_t first = 0, past = p.key_lengths ? least(p.key_lengths[b], p.S) : p.S;
   if (p.left >= 0) first = most(first, at - p.left);
-  if (p.is_causal) past = least(past, at + 1);
-  else if (p.right >= 0) past = least(past, at + p.right + 1);
+  if (p.is_causal)
+    past = least(past, at + 1);
+  else if (p.right >= 0)
+    past = least(past, at + p.right + 1);
   first = least(first, p.S);
   return {first, most(first, past)};
 }
@@ -75,8 +78,12 @@ struct RowBlocks {
   int64_t count() const { return times.count * heads.count; }
   Rows rows(int64_t b, int64_t m, int64_t i) const {
     const int64_t t = i % times.count, g = i / times.count;
-    return {b, m, heads.start(g), heads.start(g + 1) - heads.start(g),
-            times.start(t), times.start(t + 1) - times.start(t)};
+    return {b,
+            m,
+            heads.start(g),
+            heads.start(g + 1) - heads.start(g),
+            times.start(t),
+            times.start(t + 1) - times.start(t)};
   }
 };
 
@@ -135,7 +142,8 @@ static Block block_of(const Attention& p, const Rows& of, Range keys, const Rang
   if (first >= past) return {rows, keys.first, 0, 0};
   Block block{rows, keys.first, first / TILE_COLUMNS * TILE_COLUMNS, whole_vectors(past)};
   block.bare = one_segment && p.soft_cap == 0 && !p.bias.data && !p.mask.data;
-  block.in_range = seen.all.first <= keys.first + block.from && seen.all.past >= keys.first + block.to;
+  block.in_range =
+      seen.all.first <= keys.first + block.from && seen.all.past >= keys.first + block.to;
   block.segments = !one_segment;
   return block;
 }

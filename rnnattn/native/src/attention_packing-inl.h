@@ -62,8 +62,8 @@ RNNATTN_INLINE V max_of_each(V (&x)[W]) {
   return x[0];
 }
 
-// Keys [first, past) as columns, in panels of TILE_COLUMNS: number k of a key comes after number k − 1 of
-// all keys of the panel. Zeros up to a whole number of vectors of keys.
+// Keys [first, past) as columns, in panels of TILE_COLUMNS keys: of these first the numbers 0, then
+// the numbers 1, and so on. Zeros up to a whole number of vectors of keys.
 static void pack_columns(const Attention& p, const float* x, int64_t width, int64_t b, int64_t m,
                          Range keys, float* to) {
   const int64_t count = keys.past - keys.first, stride = p.M * width;

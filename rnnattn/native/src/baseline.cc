@@ -11,8 +11,9 @@
 namespace rnnattn {
 
 const Kernels* baseline_kernels() {
-  static constexpr Kernels kernels{"baseline", baseline::attention::forward, baseline::attention::backward,
-                                   baseline::lstm::forward, baseline::lstm::backward};
+  static constexpr Kernels kernels{"baseline", baseline::attention::forward,
+                                   baseline::attention::backward, baseline::lstm::forward,
+                                   baseline::lstm::backward};
   return &kernels;
 }
 

@@ -26,19 +26,20 @@
 #define RNNATTN_BEFORE_NAMESPACE() static_assert(true)
 #define RNNATTN_AFTER_NAMESPACE() static_assert(true)
 #elif defined(__clang__)
-#define RNNATTN_BEFORE_NAMESPACE()                                                              \
-  RNNATTN_PRAGMA(clang attribute push(__attribute__((target(RNNATTN_TARGET))), apply_to = function)) \
+#define RNNATTN_BEFORE_NAMESPACE()                                                        \
+  RNNATTN_PRAGMA(                                                                         \
+      clang attribute push(__attribute__((target(RNNATTN_TARGET))), apply_to = function)) \
   static_assert(true)
-#define RNNATTN_AFTER_NAMESPACE() \
+#define RNNATTN_AFTER_NAMESPACE()     \
   RNNATTN_PRAGMA(clang attribute pop) \
   static_assert(true)
 #else
-#define RNNATTN_BEFORE_NAMESPACE()   \
-  RNNATTN_PRAGMA(GCC push_options)   \
+#define RNNATTN_BEFORE_NAMESPACE()           \
+  RNNATTN_PRAGMA(GCC push_options)           \
   RNNATTN_PRAGMA(GCC target(RNNATTN_TARGET)) \
   static_assert(true)
-#define RNNATTN_AFTER_NAMESPACE()  \
-  RNNATTN_PRAGMA(GCC pop_options)  \
+#define RNNATTN_AFTER_NAMESPACE() \
+  RNNATTN_PRAGMA(GCC pop_options) \
   static_assert(true)
 #endif
 

@@ -96,7 +96,8 @@ struct CellTile {
       });
       multiply<Held::a>(z, D, step.x + r * D, D, 1, block + PANEL, PANEL);
     }
-    multiply<Held::a>(z, H, state.h + r * state.stride, state.stride, 1, block + (1 + D) * PANEL, PANEL);
+    multiply<Held::a>(z, H, state.h + r * state.stride, state.stride, 1, block + (1 + D) * PANEL,
+                      PANEL);
     // in memory, so that one body does for all rows
     V a[R][4];
     unrolled<R>([&](auto i) RNNATTN_LAMBDA {
@@ -155,9 +156,7 @@ static void copy_rows(const float* from, int64_t from_stride, float* to, int64_t
 }
 
 // Into how many groups the rows are split, of FEW_ROWS at least.
-static int64_t groups_of(const Lstm& s) {
-  return most(1, least(s.threads, s.B / FEW_ROWS));
-}
+static int64_t groups_of(const Lstm& s) { return most(1, least(s.threads, s.B / FEW_ROWS)); }
 
 template <class F>
 static bool over_groups(Threads& threads, const Lstm& s, F f) {
@@ -192,8 +191,9 @@ struct StepsMemory {
 static bool all_steps(Threads& threads, const LstmForward& s) {
   const int64_t T = s.T, B = s.B, D = s.D, H = s.H, stride = whole_vectors(H);
   const bool projects_first = B < FEW_ROWS;  // b + x w_x of many steps at once
-  const int64_t length =
-      s.interval ? s.interval : projects_first ? most(1, least(T, CHUNK_ROWS / most(B, 1))) : most(T, 1);
+  const int64_t length = s.interval       ? s.interval
+                         : projects_first ? most(1, least(T, CHUNK_ROWS / most(B, 1)))
+                                          : most(T, 1);
   const int64_t projected =
       projects_first && !s.a ? ceil_div(H, W) * Gates::panel(least(length, T) * B) : 0;
   const StepsMemory size(s, projected, nullptr);
@@ -298,8 +298,7 @@ template <int R>
 static void step_of_units(const LstmForward& s, int64_t first, int64_t units, float* z) {
   const int64_t H = s.H;
   for (int r = 0; r < R; ++r)
-    for (int g = 0; g < 4; ++g)
-      copy(s.b + g * H + first, units, z + (r * 4 + g) * units);
+    for (int g = 0; g < 4; ++g) copy(s.b + g * H + first, units, z + (r * 4 + g) * units);
   add_product<R>(s.x, s.w_x, s.D, H, first, units, z);
   add_product<R>(s.h, s.w_h, H, H, first, units, z);
   for (int r = 0; r < R; ++r)

@@ -78,8 +78,8 @@ struct WeightTile {
 // One chunk of steps [from, to): where its rows of y, c, a and what comes before them lie.
 struct Chunk {
   int64_t from, to;
-  const float *y, *c;  // of `from`
-  Gates a;             // likewise
+  const float *y, *c;              // of `from`
+  Gates a;                         // likewise
   const float *h_start, *c_start;  // before the first step run
 };
 
@@ -92,8 +92,9 @@ class Backward {
     const int64_t H4 = 4 * H;
     recomputes_steps_ = s_.interval > 0;
     recomputes_a_ = !recomputes_steps_ && !s_.a;
-    length_ = recomputes_steps_ ? least(s_.interval, most(T, 1))
-                                : most(1, least(T, least(CHUNK_ROWS, CHUNK_FLOATS / H4) / most(B, 1)));
+    length_ = recomputes_steps_
+                  ? least(s_.interval, most(T, 1))
+                  : most(1, least(T, least(CHUNK_ROWS, CHUNK_FLOATS / H4) / most(B, 1)));
     Memory size{nullptr};
     lay_out(size);
     const Allocation allocation(size.used);
@@ -134,8 +135,7 @@ class Backward {
  private:
   void lay_out(Memory& memory) {
     const int64_t D = s_.D, H = s_.H, rows = length_ * s_.B, state = s_.B * whole_vectors(H);
-    packed_cells_ =
-        recomputes_steps_ || recomputes_a_ ? memory.take(Cells::floats(s_)) : nullptr;
+    packed_cells_ = recomputes_steps_ || recomputes_a_ ? memory.take(Cells::floats(s_)) : nullptr;
     packed_h_ = memory.take(Transposed::floats(H, H));
     packed_x_ = memory.take(Transposed::floats(D, H));
     dz_ = Gates::in_panels(memory.take(ceil_div(H, W) * Gates::panel(rows)), rows);
@@ -163,8 +163,13 @@ class Backward {
     const bool is_first = before < 0 || before >= s_.T;
     // only read from
     const Gates kept = Gates::in_rows(const_cast<float*>(s_.a), s_.H);
-    return {from, to, s_.y + from * BH, s_.c_all + from * BH,
-            s_.a ? kept.from(from * s_.B) : dz_, s_.h, is_first ? s_.c : s_.c_all + before * BH};
+    return {from,
+            to,
+            s_.y + from * BH,
+            s_.c_all + from * BH,
+            s_.a ? kept.from(from * s_.B) : dz_,
+            s_.h,
+            is_first ? s_.c : s_.c_all + before * BH};
   }
 
   bool is_valid(int64_t t, int64_t b) const { return !s_.valid || s_.valid[t * s_.B + b]; }
@@ -175,9 +180,9 @@ class Backward {
   const float* h_before(const Chunk& chunk, int64_t t, int64_t b) const {
     if (is_fresh(t, b)) return nullptr;
     const int64_t before = s_.reverse ? t + 1 : t - 1;
-    const int64_t first = recomputes_steps_ ? chunk.from : 0, last = recomputes_steps_ ? chunk.to : s_.T;
-    if (before < first || before >= last || !is_valid(before, b))
-      return chunk.h_start + b * s_.H;
+    const int64_t first = recomputes_steps_ ? chunk.from : 0,
+                  last = recomputes_steps_ ? chunk.to : s_.T;
+    if (before < first || before >= last || !is_valid(before, b)) return chunk.h_start + b * s_.H;
     return chunk.y + ((before - chunk.from) * s_.B + b) * s_.H;
   }
   const float* c_before(const Chunk& chunk, int64_t t, int64_t b) const {
@@ -226,8 +231,8 @@ class Backward {
     State state{h_, h_next_, c_run_, stride};
     over_steps(s_.reverse, chunk.from, chunk.to, [&](int64_t t) {
       const int64_t row = (t - chunk.from) * B;
-      const Step step{s_.x + t * B * D, Gates{}, mask_at(s_.valid, t, B),
-                      y_ + row * H, c_ + row * H, dz_.from(row)};
+      const Step step{s_.x + t * B * D, Gates{},      mask_at(s_.valid, t, B),
+                      y_ + row * H,     c_ + row * H, dz_.from(row)};
       advance(cells_, state, step, mask_at(s_.fresh, t, B), lo, hi);
     });
   }
@@ -262,22 +267,28 @@ class Backward {
     const int64_t rows = (chunk.to - chunk.from) * s_.B, M = s_.D + s_.H + 1;
     const int64_t panels = ceil_div(s_.H, W), dx_items = items_of(rows);
     // a block of [x h₋ 1] stays in a core's cache while it meets one panel after the other
-    const int64_t blocks = most(ceil_div(M, BLOCK), least(ceil_div(M, GATE_TILE_ROWS), s_.threads / panels));
-    return parallel_for(threads_, blocks * panels + dx_items, s_.threads, 0,
-                        [&](int64_t item, float*) {
+    const int64_t blocks =
+        most(ceil_div(M, BLOCK), least(ceil_div(M, GATE_TILE_ROWS), s_.threads / panels));
+    const auto compute = [&](int64_t item, float*) {
       if (item >= blocks * panels) {
         item -= blocks * panels;
         times_transposed(dz_, to_x_, s_.dx + chunk.from * s_.B * s_.D, s_.D, nullptr,
-                rows * item / dx_items, rows * (item + 1) / dx_items);
+                         rows * item / dx_items, rows * (item + 1) / dx_items);
         return;
       }
       const int64_t block = item / panels, u = item % panels;
-      for (int64_t first = 0; first < rows; first += DEPTH)
-        over_tiles<GATE_TILE_ROWS>(M * block / blocks, M * (block + 1) / blocks,
-                   WeightTile{s_, xh_ + first * width_, width_,
+      for (int64_t first = 0; first < rows; first += DEPTH) {
+        const WeightTile tile{s_,
+                              xh_ + first * width_,
+                              width_,
                               dz_.data + u * dz_.unit + first * dz_.row,
-                              least(DEPTH, rows - first), u, !is_first || first > 0});
-    });
+                              least(DEPTH, rows - first),
+                              u,
+                              !is_first || first > 0};
+        over_tiles<GATE_TILE_ROWS>(M * block / blocks, M * (block + 1) / blocks, tile);
+      }
+    };
+    return parallel_for(threads_, blocks * panels + dx_items, s_.threads, 0, compute);
   }
 
   Threads& threads_;

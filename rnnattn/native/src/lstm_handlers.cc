@@ -91,10 +91,10 @@ ffi::Error lstm_backward(ffi::ThreadPool pool, Buffer x, Buffer w_x, Buffer w_h,
 }  // namespace
 }  // namespace rnnattn
 
-XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
-    rnnattn::LstmOptions, xla::ffi::StructMember<bool>("reverse"),
-    xla::ffi::StructMember<int64_t>("interval"), xla::ffi::StructMember<int64_t>("instruction_set"),
-    xla::ffi::StructMember<int64_t>("threads"));
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(rnnattn::LstmOptions, xla::ffi::StructMember<bool>("reverse"),
+                                      xla::ffi::StructMember<int64_t>("interval"),
+                                      xla::ffi::StructMember<int64_t>("instruction_set"),
+                                      xla::ffi::StructMember<int64_t>("threads"));
 
 namespace rnnattn {
 namespace {
@@ -116,32 +116,32 @@ auto lstm_arguments() {
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(rnnattn_lstm_forward, lstm_forward,
-                       lstm_arguments()
-                           .Ret<Buffer>()
-                           .Ret<Buffer>()
-                           .Ret<Buffer>()
-                           .Ret<Buffer>()
-                           .Ret<Buffer>()
-                           .Ret<Buffer>()
-                           .Ret<Buffer>()
-                           .Attrs<LstmOptions>());
+                              lstm_arguments()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Attrs<LstmOptions>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(rnnattn_lstm_backward, lstm_backward,
-                       lstm_arguments()
-                           .Arg<Buffer>()
-                           .Arg<Buffer>()
-                           .Arg<Buffer>()
-                           .Arg<Buffer>()
-                           .Arg<Buffer>()
-                           .Arg<Buffer>()
-                           .Arg<Buffer>()
-                           .Arg<Buffer>()
-                           .Ret<Buffer>()
-                           .Ret<Buffer>()
-                           .Ret<Buffer>()
-                           .Ret<Buffer>()
-                           .Ret<Buffer>()
-                           .Ret<Buffer>()
-                           .Attrs<LstmOptions>());
+                              lstm_arguments()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Attrs<LstmOptions>());
 
 }  // namespace rnnattn

@@ -42,15 +42,15 @@ constexpr int GATE_TILE_ROWS = 2;
 
 constexpr int PANEL = 4 * W;  // the width of a tile
 
-constexpr int64_t FEW_ROWS = 3;            // with fewer, the input projection is a product by itself
-constexpr int64_t STEP_ROWS = 4;           // up to so many, a single step packs no weights
-constexpr int64_t STEP_UNITS = 256;        // of a work item of such a step
-constexpr int64_t STEP_ALONE = 1 << 20;    // with fewer weights, another thread does not pay
-constexpr int64_t CHUNK_ROWS = 2048;       // of the batch and time, of a chunk of the gradient
+constexpr int64_t FEW_ROWS = 3;          // with fewer, the input projection is a product by itself
+constexpr int64_t STEP_ROWS = 4;         // up to so many, a single step packs no weights
+constexpr int64_t STEP_UNITS = 256;      // of a work item of such a step
+constexpr int64_t STEP_ALONE = 1 << 20;  // with fewer weights, another thread does not pay
+constexpr int64_t CHUNK_ROWS = 2048;     // of the batch and time, of a chunk of the gradient
 constexpr int64_t CHUNK_FLOATS = 1 << 20;  // of its dz
-constexpr int64_t DEPTH = 512;        // rows of dz that a block of the weight gradient sums at once
+constexpr int64_t DEPTH = 512;  // rows of dz that a block of the weight gradient sums at once
 constexpr int64_t BLOCK = 32 * GATE_TILE_ROWS;  // rows of such a block
-constexpr int64_t ITEM_ROWS = 128;    // of the batch and time, of one item of a product
+constexpr int64_t ITEM_ROWS = 128;              // of the batch and time, of one item of a product
 
 RNNATTN_INLINE V load_units(const float* p, int n) { return n == W ? load(p) : load(p, n); }
 RNNATTN_INLINE void store_units(float* p, V v, int n) {
@@ -186,8 +186,8 @@ template <int N>
 static void times_panel(const Gates& dz, const Transposed& w, int64_t p, float* out, int64_t stride,
                         const uint8_t* written, int64_t lo, int64_t hi) {
   const int64_t columns = least(PANEL, w.N - p * PANEL), panels = ceil_div(w.H, W);
-  over_tiles<GATE_TILE_ROWS>(lo, hi, TransposedTile<N>{dz, w.panel(p), panels, out + p * PANEL, written,
-                                             stride, columns});
+  over_tiles<GATE_TILE_ROWS>(
+      lo, hi, TransposedTile<N>{dz, w.panel(p), panels, out + p * PANEL, written, stride, columns});
 }
 
 static void times_transposed(const Gates& dz, const Transposed& w, float* out, int64_t stride,

@@ -57,8 +57,8 @@ PyMethodDef methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 PyModuleDef_Slot slots[] = {{0, nullptr}};
-PyModuleDef definition = {PyModuleDef_HEAD_INIT, "kernels", nullptr, 0, methods, slots,
-                          nullptr, nullptr, nullptr};
+PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "kernels", nullptr, 0, methods, slots, nullptr, nullptr, nullptr};
 
 }  // namespace
 }  // namespace rnnattn

@@ -18,8 +18,8 @@
 namespace rnnattn {
 
 // Work items on XLA's pool. A call waits until its items are done, not until the tasks that it gave
-// the pool have run, and so waits for nobody's turn: a task that starts later than that finds no item
-// left and touches nothing of the call's.
+// the pool have run, and so waits for nobody's turn: a task that starts later than that finds no
+// item left and touches nothing of the call's.
 class PoolThreads final : public Threads {
  public:
   PoolThreads(xla::ffi::ThreadPool pool, int64_t limit) : pool_(pool), limit_(limit) {}
@@ -32,8 +32,8 @@ class PoolThreads final : public Threads {
     floats = (floats + LINE - 1) / LINE * LINE;
     std::unique_ptr<float, void (*)(void*)> memory(nullptr, std::free);
     if (floats > 0) {
-      memory.reset(static_cast<float*>(
-          std::aligned_alloc(LINE_BYTES, threads * floats * sizeof(float))));
+      memory.reset(
+          static_cast<float*>(std::aligned_alloc(LINE_BYTES, threads * floats * sizeof(float))));
       if (!memory) return false;
     }
     auto call = std::make_shared<Call>();

@@ -17,8 +17,9 @@
 RNNATTN_BEFORE_NAMESPACE();
 namespace rnnattn::RNNATTN_SET {
 
-// Arrays one after the other in one piece of memory, each from the start of a cache line on. Without
-// a base it counts what they take, so that the code that lays them out is the code that sizes them.
+// Arrays one after the other in one piece of memory, each from the start of a cache line on.
+// Without a base it counts what they take, so that the code that lays them out is the code that
+// sizes them.
 struct Memory {
   float* base;
   int64_t used = 0;  // in floats, whole cache lines
@@ -46,8 +47,8 @@ class Allocation {
 };
 
 // Ask for a large array in pages of 2 MiB, as its memory may never have been touched. With those of
-// 4 KiB a fifth of the time of a long sequence's gradient goes into page faults, and reading columns
-// misses the TLB at every row.
+// 4 KiB a fifth of the time of a long sequence's gradient goes into page faults, and reading
+// columns misses the TLB at every row.
 static inline void advise_huge_pages(const float* array, int64_t floats) {
 #if defined(__linux__)
   constexpr int64_t LARGE = 1 << 19;
