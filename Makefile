@@ -31,6 +31,10 @@ format: .venv/installed-test
 	$(venv)/ruff check --fix
 	$(venv)/clang-format -i rnnattn/native/src/*
 
+# How each C++ source is compiled, for clangd and other tools that read C++.
+compile_commands.json: .venv/installed-$(subst $(comma),-,$(EXTRAS))
+	$(venv)/python setup.py --quiet compile_commands
+
 .venv/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rnnattn needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
@@ -45,4 +49,4 @@ format: .venv/installed-test
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info rnnattn/native/*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build dist *.egg-info rnnattn/native/*.so compile_commands.json .pytest_cache .mypy_cache .ruff_cache
