@@ -1,4 +1,4 @@
-"""The native schedule of attention on a CPU: the kernels of `rnnattn/native/src/attention.inc`.
+"""The native schedule of attention on a CPU: kernels in `rnnattn/native/src/attention_*-inl.h`.
 
 Elsewhere, and for derivatives beyond the first (`rnnattn.native.dispatch`), a schedule on XLA
 runs, which is the first argument of `forward` and `backward`.

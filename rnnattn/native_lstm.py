@@ -1,4 +1,4 @@
-"""The native schedule of the LSTM on a CPU: the kernels of `rnnattn/native/src/lstm.inc`.
+"""The native schedule of the LSTM on a CPU: kernels in `rnnattn/native/src/lstm_*-inl.h`.
 
 Elsewhere (`rnnattn.native.dispatch`), under `vmap` of weights, and for derivatives beyond the
 first, the schedule on XLA runs (`rnnattn.chunked`). Both leave the same for
