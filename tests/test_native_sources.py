@@ -17,7 +17,7 @@ COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_a_source_can_be_parsed_alone(source):
     """And no name of it hides another."""
-    command = [COMPILER, "-std=c++17", "-fsyntax-only", "-Wshadow", "-Werror=shadow"]
+    command = [str(COMPILER), "-std=c++17", "-fsyntax-only", "-Wshadow", "-Werror=shadow"]
     for folder in (jax.ffi.include_dir(), sysconfig.get_paths()["include"]):
         command += ["-isystem", folder]
     parsed = subprocess.run([*command, "-x", "c++", source], capture_output=True, text=True)
