@@ -21,6 +21,7 @@ test: .venv/installed-$(subst $(comma),-,$(EXTRAS)) lint types
 lint: .venv/installed-$(subst $(comma),-,$(EXTRAS))
 	$(venv)/ruff format --check --quiet
 	$(venv)/ruff check --quiet
+	$(venv)/clang-format --dry-run --Werror rnnattn/native/src/*
 
 types: .venv/installed-$(subst $(comma),-,$(EXTRAS))
 	$(venv)/mypy
@@ -28,6 +29,11 @@ types: .venv/installed-$(subst $(comma),-,$(EXTRAS))
 format: .venv/installed-test
 	$(venv)/ruff format
 	$(venv)/ruff check --fix
+	$(venv)/clang-format -i rnnattn/native/src/*
+
+# How each C++ source is compiled, for clangd and other tools that read C++.
+compile_commands.json: .venv/installed-$(subst $(comma),-,$(EXTRAS))
+	$(venv)/python setup.py --quiet compile_commands
 
 .venv/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rnnattn needs Python 3.11 or newer: make PYTHON=python3.11")'
@@ -43,4 +49,4 @@ format: .venv/installed-test
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info rnnattn/native/*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build dist *.egg-info rnnattn/native/*.so compile_commands.json .pytest_cache .mypy_cache .ruff_cache

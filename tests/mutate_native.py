@@ -23,6 +23,7 @@ import jaxlib
 
 ROOT = Path(__file__).resolve().parent.parent
 NATIVE = Path("rnnattn/native/src")
+HANDLERS = "module", "attention_handlers", "lstm_handlers"  # no change touches these
 # Tests, and which of them compare.
 COMPARING = "twin or feature or sizes or several_blocks or window_and or bias_that_is or hidden"
 LSTM = ("tests/test_native_lstm.py", COMPARING)
@@ -30,24 +31,25 @@ ATTENTION = ("tests/test_native.py", COMPARING)
 HIDDEN = ("tests/test_hidden.py", "test_attention and native")
 # Functions by file, and the tests of each.
 FUNCTIONS = [
-    ("lstm_forward.inc", LSTM, ["cell(const V"]),
-    ("lstm_gradient.inc", LSTM, ["cell_gradient(const Gates"]),
+    ("lstm_forward-inl.h", LSTM, ["cell(const V"]),
+    ("lstm_gradient-inl.h", LSTM, ["cell_gradient(const Gates"]),
+    ("attention_masks-inl.h", ATTENTION, ["keys_of(const Attention"]),
     (
-        "attention.inc",
+        "attention_logits-inl.h",
         ATTENTION,
-        [
-            "keys_of(const Attention",
-            "mask_outside(const Row",
-            "finish_logits(const Attention",
-            "weigh(const Block",
-            "row_sums(const AttentionBackward",
-            "logits_gradient(const Block",
-        ],
+        ["mask_outside(const Row", "finish_logits(const Attention"],
     ),
+    ("attention_forward-inl.h", ATTENTION, ["weigh(const Block"]),
     (
-        "attention.inc",
+        "attention_gradient-inl.h",
+        ATTENTION,
+        ["row_sums(const AttentionBackward", "logits_gradient(const Block"],
+    ),
+    ("attention_packing-inl.h", HIDDEN, ["is_finite(const float"]),
+    (
+        "attention_gradient-inl.h",
         HIDDEN,
-        ["is_finite(const float", "sees_nothing(const Block", "hide_unseeing(const Block"],
+        ["sees_nothing(const Block", "hide_unseeing(const Block"],
     ),
 ]
 PLACE = r"(?:[bjrtW]|at|key|STRIDE|p\.[GMTV])\b"  # in an array: for the sanitizers
@@ -116,7 +118,7 @@ def noticed(mutant: Mutant | None, folder: Path, tests: tuple[str, str]) -> str 
         lines[mutant.line] = mutant.after
         (folder / NATIVE / mutant.file).write_text("\n".join(lines) + "\n")
     try:
-        objects = [str(NATIVE / "baseline.cc"), "module.o", "none.o"]
+        objects = [str(NATIVE / "baseline.cc"), *(f"{name}.o" for name in (*HANDLERS, "none"))]
         if compiler(folder, "-shared", *objects, "-o", "rnnattn/native/kernels.abi3.so").returncode:
             return "the compiler"
         file, which = tests
@@ -154,8 +156,8 @@ def prepare(folder: Path) -> None:
     (folder / "none.cc").write_text(
         f'#include "{NATIVE}/kernels.h"\nnamespace rnnattn {{\n{none}}}\n'
     )
-    for source, object_file in ((NATIVE / "module.cc", "module.o"), ("none.cc", "none.o")):
-        compiler(folder, "-c", str(source), "-o", object_file).check_returncode()
+    for source in (*(NATIVE / f"{name}.cc" for name in HANDLERS), Path("none.cc")):
+        compiler(folder, "-c", str(source), "-o", f"{source.stem}.o").check_returncode()
 
 
 def main(part: str = "") -> int:

@@ -1,48 +1,35 @@
 // The kernels for x86-64 with AVX2 and FMA.
 
+#if defined(__x86_64__)
+
+#define RNNATTN_SET avx2
+#define RNNATTN_LANES 8
+#define RNNATTN_TARGET "avx2,fma"
+#include "attention_forward-inl.h"
+#include "attention_gradient-inl.h"
 #include "kernels.h"
+#include "lstm_forward-inl.h"
+#include "lstm_gradient-inl.h"
 
 namespace rnnattn {
 
-#if defined(__x86_64__)
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
-
-namespace avx2 {
-
-#define RNNATTN_LANES 8
-#include "vector.inc"
-
-#include "product.inc"
-
-#include "attention.inc"
-
-#include "lstm.inc"
-
-}  // namespace avx2
-
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-
 const Kernels* avx2_kernels() {
-  static constexpr Kernels kernels{"avx2", avx2::attention_forward, avx2::attention_backward,
-      avx2::lstm_forward, avx2::lstm_backward};
+  static constexpr Kernels kernels{"avx2", avx2::attention::forward, avx2::attention::backward,
+                                   avx2::lstm::forward, avx2::lstm::backward};
   const bool runs = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   return runs ? &kernels : nullptr;
 }
 
+}  // namespace rnnattn
+
 #else
+
+#include "kernels.h"
+
+namespace rnnattn {
 
 const Kernels* avx2_kernels() { return nullptr; }
 
-#endif
-
 }  // namespace rnnattn
+
+#endif

@@ -1,25 +1,19 @@
 // The kernels for every machine: SSE2 on x86-64, NEON on aarch64.
 
+#define RNNATTN_SET baseline
+#define RNNATTN_LANES 4
+#include "attention_forward-inl.h"
+#include "attention_gradient-inl.h"
 #include "kernels.h"
+#include "lstm_forward-inl.h"
+#include "lstm_gradient-inl.h"
 
 namespace rnnattn {
-namespace baseline {
-
-#define RNNATTN_LANES 4
-#include "vector.inc"
-
-#include "product.inc"
-
-#include "attention.inc"
-
-#include "lstm.inc"
-
-}  // namespace baseline
 
 const Kernels* baseline_kernels() {
-  static constexpr Kernels kernels{
-      "baseline", baseline::attention_forward, baseline::attention_backward,
-      baseline::lstm_forward, baseline::lstm_backward};
+  static constexpr Kernels kernels{"baseline", baseline::attention::forward,
+                                   baseline::attention::backward, baseline::lstm::forward,
+                                   baseline::lstm::backward};
   return &kernels;
 }
 

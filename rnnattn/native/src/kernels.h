@@ -1,23 +1,9 @@
 // What the kernels compute and with what; each instruction set has a table of them.
-//
-// The code of one instruction set (the .inc files, in its namespace) must use no inline function or
-// template of the standard library: the linker keeps one copy of such a function for all of them,
-// and it might be one that this machine cannot run.
 
-#pragma once
+#ifndef RNNATTN_KERNELS_H_
+#define RNNATTN_KERNELS_H_
 
-#include <math.h>
 #include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <utility>
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include "threads.h"
 
@@ -69,7 +55,7 @@ struct Lstm {
   int64_t T, B, D, H;
   int64_t threads;
   bool reverse;
-  int64_t interval;  // of the states kept, in steps; 0: none are
+  int64_t interval;  // the state is kept every so many steps; 0: never
   const float *x, *w_x, *w_h, *b;
   const float *h, *c;            // the initial state
   const uint8_t *valid, *fresh;  // (T, B)
@@ -101,4 +87,17 @@ const Kernels* avx512_kernels();
 const Kernels* avx2_kernels();
 const Kernels* baseline_kernels();
 
+// By number, in the order of preference; null where it does not run here.
+inline const Kernels* kernels_of(int64_t set) {
+  switch (set) {
+    case 0: return avx512_kernels();
+    case 1: return avx2_kernels();
+    case 2: return baseline_kernels();
+    default: return nullptr;
+  }
+}
+constexpr int64_t SETS = 3;
+
 }  // namespace rnnattn
+
+#endif  // RNNATTN_KERNELS_H_

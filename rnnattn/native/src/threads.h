@@ -3,17 +3,23 @@
 // Items are independent of one another and each is computed by one thread in one order, so that
 // results do not depend on how many threads there are.
 
-#pragma once
+#ifndef RNNATTN_THREADS_H_
+#define RNNATTN_THREADS_H_
 
 #include <cstdint>
 
 namespace rnnattn {
 
+// A cache line, with which arrays begin: bytes, and floats.
+constexpr int64_t LINE_BYTES = 64;
+constexpr int64_t LINE = LINE_BYTES / sizeof(float);
+
 class Threads {
  public:
-  // `work(argument, item, workspace)` for every item in [0, items): taken in this order by whoever
-  // is free, the calling thread among them. at most `limit` threads take part; each has a workspace
-  // of `floats` floats, aligned to 64 bytes and not initialised. False if there is no memory.
+  // `work(argument, item, workspace)` for every item in [0, items). Threads that are free take the
+  // items in this order; the calling thread is one of them, and at most `limit` take part. Each has
+  // a workspace of `floats` floats, which begins with a cache line and is not initialised. False if
+  // there is no memory.
   using Work = void (*)(void* argument, int64_t item, float* workspace);
   virtual bool run(int64_t items, int64_t limit, int64_t floats, Work work, void* argument) = 0;
 
@@ -22,3 +28,5 @@ class Threads {
 };
 
 }  // namespace rnnattn
+
+#endif  // RNNATTN_THREADS_H_

@@ -1,5 +1,23 @@
 // The LSTM forwards: L1 and L2 for all steps, or for a single one of few rows.
 
+#ifndef RNNATTN_LSTM_FORWARD_INL_H_
+#define RNNATTN_LSTM_FORWARD_INL_H_
+
+#include <cstdint>
+#include <type_traits>
+
+#include "instruction_set.h"
+#include "kernels.h"
+#include "lstm_tiles-inl.h"
+#include "product-inl.h"
+#include "simd-inl.h"
+#include "threads.h"
+#include "util-inl.h"
+#include "workspace-inl.h"
+
+RNNATTN_BEFORE_NAMESPACE();
+namespace rnnattn::RNNATTN_SET::lstm {
+
 // The halved pre-activations of rows [lo, hi), b + a w: `a` is x alone, or [x h₋].
 struct PreactivationTile {
   const float* a;
@@ -10,12 +28,12 @@ struct PreactivationTile {
   int n;
 
   template <int R>
-  void run(int64_t r) const {
+  void operator()(std::integral_constant<int, R>, int64_t r) const {
     V z[R][4];
     unrolled<R>([&](auto i) RNNATTN_LAMBDA {
       unrolled<4>([&](auto g) RNNATTN_LAMBDA { z[i][g] = load(block + g * W); });
     });
-    multiply<R, 4>(z, a + r * stride, stride, 1, block + PANEL, K);
+    multiply<Held::a>(z, K, a + r * stride, stride, 1, block + PANEL, PANEL);
     unrolled<R>([&](auto i) RNNATTN_LAMBDA {
       unrolled<4>([&](auto g) RNNATTN_LAMBDA { out.put(r + i, g, u, z[i][g], n); });
     });
@@ -26,7 +44,7 @@ static void preactivate(const Cells& cells, const float* a, int64_t stride, int6
                         const Gates& out, int64_t lo, int64_t hi) {
   for (int64_t u = 0; u * W < cells.H; ++u) {
     const int n = static_cast<int>(least(W, cells.H - u * W));
-    over_tiles(lo, hi, PreactivationTile{a, stride, K, cells.block(u), out, u, n});
+    over_tiles<GATE_TILE_ROWS>(lo, hi, PreactivationTile{a, stride, K, cells.block(u), out, u, n});
   }
 }
 
@@ -40,7 +58,7 @@ RNNATTN_INLINE void cell(const V (&a)[4], V c_prev, V& c, V& h) {
 }
 
 // The state of all rows as the steps go: h before and after the step, c in place. Rows are whole
-// vectors apart.
+// vectors projects_first.
 struct State {
   float *h, *h_next, *c;
   int64_t stride;
@@ -64,7 +82,7 @@ struct CellTile {
   int n;
 
   template <int R>
-  void run(int64_t r) const {
+  void operator()(std::integral_constant<int, R>, int64_t r) const {
     const int64_t D = cells.D, H = cells.H, j = u * W;
     const float* block = cells.block(u);
     V z[R][4];
@@ -76,9 +94,10 @@ struct CellTile {
       unrolled<R>([&](auto i) RNNATTN_LAMBDA {
         unrolled<4>([&](auto g) RNNATTN_LAMBDA { z[i][g] = load(block + g * W); });
       });
-      multiply<R, 4>(z, step.x + r * D, D, 1, block + PANEL, D);
+      multiply<Held::a>(z, D, step.x + r * D, D, 1, block + PANEL, PANEL);
     }
-    multiply<R, 4>(z, state.h + r * state.stride, state.stride, 1, block + (1 + D) * PANEL, H);
+    multiply<Held::a>(z, H, state.h + r * state.stride, state.stride, 1, block + (1 + D) * PANEL,
+                      PANEL);
     // in memory, so that one body does for all rows
     V a[R][4];
     unrolled<R>([&](auto i) RNNATTN_LAMBDA {
@@ -111,14 +130,14 @@ static void advance(const Cells& cells, State& state, const Step& step, const ui
   if (fresh)
     for (int64_t r = lo; r < hi; ++r)
       if (fresh[r] && (!step.valid || step.valid[r])) {
-        std::memset(state.h + r * state.stride, 0, sizeof(float) * static_cast<size_t>(state.stride));
-        std::memset(state.c + r * state.stride, 0, sizeof(float) * static_cast<size_t>(state.stride));
+        zero(state.h + r * state.stride, state.stride);
+        zero(state.c + r * state.stride, state.stride);
       }
   // To and fro, so that a step begins with the weights that the one before left in the cache.
   state.turned = !state.turned;
   over_steps(state.turned, 0, ceil_div(cells.H, W), [&](int64_t u) {
     const int n = static_cast<int>(least(W, cells.H - u * W));
-    over_tiles(lo, hi, CellTile{cells, state, step, u, n});
+    over_tiles<GATE_TILE_ROWS>(lo, hi, CellTile{cells, state, step, u, n});
   });
   float* h = state.h;
   state.h = state.h_next;
@@ -136,10 +155,8 @@ static void copy_rows(const float* from, int64_t from_stride, float* to, int64_t
     }
 }
 
-// Whom the rows are split among: groups of no fewer than FEW_ROWS.
-static int64_t groups_of(const Lstm& s) {
-  return most(1, least(s.threads, s.B / FEW_ROWS));
-}
+// Into how many groups the rows are split, of FEW_ROWS at least.
+static int64_t groups_of(const Lstm& s) { return most(1, least(s.threads, s.B / FEW_ROWS)); }
 
 template <class F>
 static bool over_groups(Threads& threads, const Lstm& s, F f) {
@@ -157,26 +174,38 @@ RNNATTN_INLINE float* at(float* array, int64_t t, int64_t floats) {
   return array ? array + t * floats : nullptr;
 }
 
-static bool forward(Threads& threads, const LstmForward& s) {
-  const int64_t T = s.T, B = s.B, D = s.D, H = s.H, stride = whole_vectors(H);
-  const bool apart = B < FEW_ROWS;  // b + x w_x of many steps at once
-  const int64_t length =
-      s.interval ? s.interval : apart ? most(1, least(T, CHUNK_ROWS / most(B, 1))) : most(T, 1);
-  const int64_t pre =
-      apart && !s.a ? ceil_div(H, W) * Gates::panel(least(length, T) * B) : 0;
-  const int64_t state_floats = Memory::rounded(B * stride);
-  Memory memory(Cells::floats(s) + pre + 3 * state_floats);
-  if (!memory.ok()) return false;
+struct StepsMemory {
+  Memory memory;
+  float *cells, *from_x, *h, *h_next, *c;
 
-  float* packed = memory.take(Cells::floats(s));
-  const Cells cells{packed, D, H};
+  StepsMemory(const Lstm& s, int64_t projected, float* base) : memory{base} {
+    const int64_t state = s.B * whole_vectors(s.H);
+    cells = memory.take(Cells::floats(s));
+    from_x = projected ? memory.take(projected) : nullptr;
+    h = memory.take(state);
+    h_next = memory.take(state);
+    c = memory.take(state);
+  }
+};
+
+static bool all_steps(Threads& threads, const LstmForward& s) {
+  const int64_t T = s.T, B = s.B, D = s.D, H = s.H, stride = whole_vectors(H);
+  const bool projects_first = B < FEW_ROWS;  // b + x w_x of many steps at once
+  const int64_t length = s.interval       ? s.interval
+                         : projects_first ? most(1, least(T, CHUNK_ROWS / most(B, 1)))
+                                          : most(T, 1);
+  const int64_t projected =
+      projects_first && !s.a ? ceil_div(H, W) * Gates::panel(least(length, T) * B) : 0;
+  const StepsMemory size(s, projected, nullptr);
+  const Allocation allocation(size.memory.used);
+  if (!allocation.data()) return false;
+  advise_huge_pages(allocation.data(), size.memory.used);
+  const StepsMemory my(s, projected, allocation.data());
+  const Cells cells{my.cells, D, H};
   const Gates gates = Gates::in_rows(s.a, H);
-  const Gates from_x =
-      Gates::in_panels(pre ? memory.take(pre) : nullptr, least(length, T) * B);
-  float *h = memory.take(B * stride), *h_next = memory.take(B * stride),
-        *c = memory.take(B * stride);
+  const Gates from_x = Gates::in_panels(my.from_x, least(length, T) * B);
   if (!parallel_for(threads, ceil_div(H, W), s.threads, 0,
-                    [&](int64_t u, float*) { pack_cells(s, u, packed); }))
+                    [&](int64_t u, float*) { pack_cells(s, u, my.cells); }))
     return false;
 
   auto run = [&](int64_t k, State& state, int64_t lo, int64_t hi) {
@@ -188,26 +217,26 @@ static bool forward(Threads& threads, const LstmForward& s) {
     over_steps(s.reverse, from, to, [&](int64_t t) {
       const uint8_t* valid = mask_at(s.valid, t, B);
       const Gates a = gates.from(t * B);
-      const Gates pre = !apart ? Gates{} : a ? a : from_x.from((t - from) * B);
+      const Gates pre = !projects_first ? Gates{} : a ? a : from_x.from((t - from) * B);
       const Step step{s.x + t * B * D, pre, valid, s.y + t * B * H, at(s.c_all, t, B * H), a};
       advance(cells, state, step, mask_at(s.fresh, t, B), lo, hi);
     });
   };
   auto enter = [&](int64_t lo, int64_t hi) {
-    copy_rows(s.h, H, h, stride, H, lo, hi);
-    copy_rows(s.c, H, c, stride, H, lo, hi);
-    return State{h, h_next, c, stride};
+    copy_rows(s.h, H, my.h, stride, H, lo, hi);
+    copy_rows(s.c, H, my.c, stride, H, lo, hi);
+    return State{my.h, my.h_next, my.c, stride};
   };
   auto leave = [&](const State& state, int64_t lo, int64_t hi) {
     copy_rows(state.h, stride, s.h_last, H, H, lo, hi);
     copy_rows(state.c, stride, s.c_last, H, H, lo, hi);
   };
 
-  expect_all_of(s.y, T * B * H);
-  expect_all_of(s.c_all, T * B * H);
-  expect_all_of(s.a, T * B * 4 * H);
+  advise_huge_pages(s.y, T * B * H);
+  advise_huge_pages(s.c_all, T * B * H);
+  advise_huge_pages(s.a, T * B * 4 * H);
   const int64_t chunks = ceil_div(T, length);
-  if (!apart)
+  if (!projects_first)
     return over_groups(threads, s, [&](int64_t lo, int64_t hi) {
       State state = enter(lo, hi);
       over_steps(s.reverse, 0, chunks, [&](int64_t k) { run(k, state, lo, hi); });
@@ -219,11 +248,11 @@ static bool forward(Threads& threads, const LstmForward& s) {
   over_steps(s.reverse, 0, chunks, [&](int64_t k) {
     const int64_t from = k * length, to = least(from + length, T), rows = (to - from) * B;
     const Gates out = gates ? gates.from(from * B) : from_x;
-    ok = ok && parallel_for(threads, ceil_div(rows, 8 * TILE), s.threads, 0,
+    ok = ok && parallel_for(threads, ceil_div(rows, 8 * GATE_TILE_ROWS), s.threads, 0,
                             [&](int64_t item, float*) {
-                              const int64_t lo = item * 8 * TILE;
+                              const int64_t lo = item * 8 * GATE_TILE_ROWS;
                               preactivate(cells, s.x + from * B * D, D, D, out, lo,
-                                          least(lo + 8 * TILE, rows));
+                                          least(lo + 8 * GATE_TILE_ROWS, rows));
                             });
     run(k, state, 0, B);
   });
@@ -269,9 +298,7 @@ template <int R>
 static void step_of_units(const LstmForward& s, int64_t first, int64_t units, float* z) {
   const int64_t H = s.H;
   for (int r = 0; r < R; ++r)
-    for (int g = 0; g < 4; ++g)
-      std::memcpy(z + (r * 4 + g) * units, s.b + g * H + first,
-                  sizeof(float) * static_cast<size_t>(units));
+    for (int g = 0; g < 4; ++g) copy(s.b + g * H + first, units, z + (r * 4 + g) * units);
   add_product<R>(s.x, s.w_x, s.D, H, first, units, z);
   add_product<R>(s.h, s.w_h, H, H, first, units, z);
   for (int r = 0; r < R; ++r)
@@ -308,3 +335,12 @@ static bool single_step(Threads& threads, const LstmForward& s) {
     }
   });
 }
+
+static bool forward(Threads& threads, const LstmForward& s) {
+  return is_single_step(s) ? single_step(threads, s) : all_steps(threads, s);
+}
+
+}  // namespace rnnattn::RNNATTN_SET::lstm
+RNNATTN_AFTER_NAMESPACE();
+
+#endif  // RNNATTN_LSTM_FORWARD_INL_H_

@@ -1,14 +1,28 @@
-// The vector type of one instruction set; included within its namespace, which RNNATTN_LANES tells
-// apart: 16 lanes (AVX-512), 8 (AVX2 and FMA), 4 (what every x86-64 or aarch64 has).
+// The vector type of an instruction set, by its lanes: 16 (AVX-512), 8 (AVX2 and FMA), 4 (what
+// every x86-64 or aarch64 has).
 //
 // Vector extensions of GCC and Clang, and intrinsics only where these have no expression for it.
+
+#ifndef RNNATTN_SIMD_INL_H_
+#define RNNATTN_SIMD_INL_H_
+
+#include <cstdint>
+#include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "instruction_set.h"
+#include "util-inl.h"
+
+RNNATTN_BEFORE_NAMESPACE();
+namespace rnnattn::RNNATTN_SET {
 
 constexpr int W = RNNATTN_LANES;
 
 using V = float __attribute__((vector_size(4 * W)));
 using Integers = int32_t __attribute__((vector_size(4 * W)));
-
-#define RNNATTN_INLINE static inline __attribute__((always_inline))
 
 // x − 0 is x for every x, and so compiles to a broadcast.
 RNNATTN_INLINE V splat(float x) { return x - V{}; }
@@ -72,8 +86,8 @@ RNNATTN_INLINE void store(float* p, V v, int n) {
 
 // y 2ⁿ for whole n in [−252, 254]: two factors, so that neither leaves the normal numbers.
 RNNATTN_INLINE V scale_by_power(V y, V n) {
-  Integers whole = __builtin_convertvector(n, Integers), half = whole >> 1;
-  Integers first = (half + 127) << 23, second = (whole - half + 127) << 23;
+  Integers power = __builtin_convertvector(n, Integers), half = power >> 1;
+  Integers first = (half + 127) << 23, second = (power - half + 127) << 23;
   return y * reinterpret_cast<V>(first) * reinterpret_cast<V>(second);
 }
 
@@ -81,11 +95,12 @@ RNNATTN_INLINE V scale_by_power(V y, V n) {
 
 // eˣ within 1 ulp or so: 0 from −104 down, ∞ from 88.73 up, NaN of NaN.
 //
-// x = n ln 2 + r with |r| ≤ ½ ln 2; added to 1.5 · 2²³, n leaves no bits for a fraction.
+// x = n ln 2 + r with |r| ≤ ½ ln 2; added to 1.5 · 2²³, n is rounded, as no bits are left for a
+// fraction.
 RNNATTN_INLINE V exp(V x) {
   x = min(splat(89.0f), max(splat(-105.0f), x));
-  constexpr float whole = 12582912.0f;
-  V n = fma(x, splat(1.44269504f), splat(whole)) - whole;
+  constexpr float rounds = 12582912.0f;
+  V n = fma(x, splat(1.44269504f), splat(rounds)) - rounds;
   V r = fma(n, splat(-0.693359375f), x);
   r = fma(n, splat(2.12194440e-4f), r);
   V p = splat(1.9875691500e-4f);
@@ -125,21 +140,10 @@ RNNATTN_INLINE float sum(V v) {
   return v[0];
 }
 RNNATTN_INLINE float max(V v) {
-  float most = v[0];
-  for (int i = 1; i < W; ++i) most = v[i] > most ? v[i] : most;
-  return most;
+  float largest = v[0];
+  for (int i = 1; i < W; ++i) largest = v[i] > largest ? v[i] : largest;
+  return largest;
 }
-
-// f of 0 … count − 1, as constants: so that compilers keep arrays of vectors in registers.
-template <class F, int... i>
-RNNATTN_INLINE void unrolled(F f, std::integer_sequence<int, i...>) {
-  (f(std::integral_constant<int, i>{}), ...);
-}
-template <int count, class F>
-RNNATTN_INLINE void unrolled(F f) {
-  unrolled(f, std::make_integer_sequence<int, count>{});
-}
-#define RNNATTN_LAMBDA __attribute__((always_inline))
 
 // W rows of W numbers to W columns, in place: 2 × 2 blocks of `half` change places, for each half.
 template <int half, int... lane>
@@ -164,16 +168,9 @@ RNNATTN_INLINE void transpose(V (&x)[W]) {
   exchange<1>(x, lanes);
 }
 
-// f(item, workspace) for every item, see Threads::run.
-template <class F>
-static bool parallel_for(Threads& threads, int64_t items, int64_t limit, int64_t floats, F f) {
-  return threads.run(
-      items, limit, floats,
-      [](void* f, int64_t item, float* workspace) { (*static_cast<F*>(f))(item, workspace); }, &f);
-}
-
-// The smaller and the larger: those of the standard library are templates, see kernels.h.
-RNNATTN_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-RNNATTN_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-RNNATTN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 RNNATTN_INLINE int64_t whole_vectors(int64_t n) { return ceil_div(n, W) * W; }
+
+}  // namespace rnnattn::RNNATTN_SET
+RNNATTN_AFTER_NAMESPACE();
+
+#endif  // RNNATTN_SIMD_INL_H_

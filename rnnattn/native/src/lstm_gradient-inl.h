@@ -1,5 +1,24 @@
 // The LSTM's gradient, L3 to L8: against the direction of running, chunk by chunk.
 
+#ifndef RNNATTN_LSTM_GRADIENT_INL_H_
+#define RNNATTN_LSTM_GRADIENT_INL_H_
+
+#include <cstdint>
+#include <type_traits>
+
+#include "instruction_set.h"
+#include "kernels.h"
+#include "lstm_forward-inl.h"
+#include "lstm_tiles-inl.h"
+#include "product-inl.h"
+#include "simd-inl.h"
+#include "threads.h"
+#include "util-inl.h"
+#include "workspace-inl.h"
+
+RNNATTN_BEFORE_NAMESPACE();
+namespace rnnattn::RNNATTN_SET::lstm {
+
 // L3, L4, L8 for one row r of a step: dz and, in place, dc; h's cotangent is dh + dy.
 RNNATTN_INLINE void cell_gradient(const Gates& a, const float* c, const float* c_prev,
                                   const float* dy, const float* dh, float* dc, const Gates& dz,
@@ -30,10 +49,10 @@ struct WeightTile {
   int64_t stride;
   const float* panel;  // of dz
   int64_t depth, u;
-  bool adds;  // to what is there
+  bool adds;  // to what the gradient holds
 
   template <int R>
-  void run(int64_t m) const {
+  void operator()(std::integral_constant<int, R>, int64_t m) const {
     const int64_t H = s.H;
     const int n = static_cast<int>(least(W, H - u * W));
     float* row[R];
@@ -41,12 +60,12 @@ struct WeightTile {
       const int64_t k = m + i;
       float* of = k < s.D ? s.dw_x + k * 4 * H : k < s.D + H ? s.dw_h + (k - s.D) * 4 * H : s.db;
       row[i] = of + u * W;
-      // they are far away, and wanted when the product is done
+      // fetched while the product is computed, which is then added to them
       if (adds)
         for (int g = 0; g < 4; ++g) __builtin_prefetch(row[i] + g * H, 1);
     }
     V sum[R][4] = {};
-    multiply<R, 4>(sum, a + m, 1, stride, panel, depth);
+    multiply<Held::a>(sum, depth, a + m, 1, stride, panel, PANEL);
     unrolled<R>([&](auto i) RNNATTN_LAMBDA {
       unrolled<4>([&](auto g) RNNATTN_LAMBDA {
         float* to = row[i] + g * H;
@@ -59,8 +78,8 @@ struct WeightTile {
 // One chunk of steps [from, to): where its rows of y, c, a and what comes before them lie.
 struct Chunk {
   int64_t from, to;
-  const float *y, *c;  // of `from`
-  Gates a;             // likewise
+  const float *y, *c;              // of `from`
+  Gates a;                         // likewise
   const float *h_start, *c_start;  // before the first step run
 };
 
@@ -70,58 +89,40 @@ class Backward {
 
   bool run() {
     const int64_t T = s_.T, B = s_.B, D = s_.D, H = s_.H, stride = whole_vectors(H);
-    const int64_t H4 = 4 * H, panels_of_dz = ceil_div(H, W);
-    width_ = Memory::rounded(D + H + 1) + 16;
+    const int64_t H4 = 4 * H;
     recomputes_steps_ = s_.interval > 0;
-    const bool recomputes_a = !recomputes_steps_ && !s_.a;
-    length_ = recomputes_steps_ ? least(s_.interval, most(T, 1))
-                                : most(1, least(T, least(CHUNK_ROWS, CHUNK_FLOATS / H4) / most(B, 1)));
-    const int64_t rows = length_ * B;
-    const int64_t cells = recomputes_steps_ || recomputes_a ? Cells::floats(s_) : 0;
-    const int64_t to_h = Transposed::floats(H, H), to_x = Transposed::floats(D, H);
-    const int64_t dz = panels_of_dz * Gates::panel(rows);
-    const int64_t trace = recomputes_steps_ ? Memory::rounded(rows * H) : 0;
-    Memory memory(Memory::rounded(cells) + to_h + to_x + dz +
-                  Memory::rounded(rows * width_) + 5 * Memory::rounded(B * stride) + 2 * trace);
-    if (!memory.ok()) return false;
-    float* packed_cells = memory.take(cells);
-    float* packed_h = memory.take(to_h);
-    float* packed_x = memory.take(to_x);
-    cells_ = {packed_cells, D, H};
-    to_h_ = {packed_h, H, H};
-    to_x_ = {packed_x, D, H};
-    dz_ = Gates::in_panels(memory.take(dz), rows);
-    xh_ = memory.take(rows * width_);
-    dh_ = memory.take(B * stride);
-    dc_ = memory.take(B * stride);
-    if (recomputes_steps_) {
-      h_ = memory.take(B * stride);
-      h_next_ = memory.take(B * stride);
-      c_run_ = memory.take(B * stride);
-      y_ = memory.take(rows * H);
-      c_ = memory.take(rows * H);
-    }
+    recomputes_a_ = !recomputes_steps_ && !s_.a;
+    length_ = recomputes_steps_
+                  ? least(s_.interval, most(T, 1))
+                  : most(1, least(T, least(CHUNK_ROWS, CHUNK_FLOATS / H4) / most(B, 1)));
+    Memory size{nullptr};
+    lay_out(size);
+    const Allocation allocation(size.used);
+    if (!allocation.data()) return false;
+    advise_huge_pages(allocation.data(), size.used);
+    Memory memory{allocation.data()};
+    lay_out(memory);
 
-    const int64_t blocks = cells ? panels_of_dz : 0, panels = Transposed::panels(H);
+    const int64_t blocks = packed_cells_ ? ceil_div(H, W) : 0, panels = Transposed::panels(H);
     bool ok = parallel_for(threads_, blocks + panels + Transposed::panels(D), s_.threads, 0,
                            [&](int64_t item, float*) {
                              if (item < blocks)
-                               pack_cells(s_, item, packed_cells);
+                               pack_cells(s_, item, packed_cells_);
                              else if (item < blocks + panels)
-                               pack_transposed(s_.w_h, H, H, item - blocks, packed_h);
+                               pack_transposed(s_.w_h, H, H, item - blocks, packed_h_);
                              else
-                               pack_transposed(s_.w_x, D, H, item - blocks - panels, packed_x);
+                               pack_transposed(s_.w_x, D, H, item - blocks - panels, packed_x_);
                            });
-    expect_all_of(s_.dx, T * B * D);
-    expect_all_of(s_.dw_x, D * H4);
-    expect_all_of(s_.dw_h, H * H4);
+    advise_huge_pages(s_.dx, T * B * D);
+    advise_huge_pages(s_.dw_x, D * H4);
+    advise_huge_pages(s_.dw_h, H * H4);
     copy_rows(s_.dh_last, H, dh_, stride, H, 0, B);
     copy_rows(s_.dc_last, H, dc_, stride, H, 0, B);
 
     bool is_first = true;
     over_steps(!s_.reverse, 0, ceil_div(T, length_), [&](int64_t k) {
       const Chunk chunk = chunk_at(k);
-      if (recomputes_a) ok = ok && preactivations(chunk);
+      if (recomputes_a_) ok = ok && preactivations(chunk);
       ok = ok && over_groups(threads_, s_, [&](int64_t lo, int64_t hi) { steps(chunk, lo, hi); });
       ok = ok && products(chunk, is_first);
       is_first = false;
@@ -132,6 +133,28 @@ class Backward {
   }
 
  private:
+  void lay_out(Memory& memory) {
+    const int64_t D = s_.D, H = s_.H, rows = length_ * s_.B, state = s_.B * whole_vectors(H);
+    packed_cells_ = recomputes_steps_ || recomputes_a_ ? memory.take(Cells::floats(s_)) : nullptr;
+    packed_h_ = memory.take(Transposed::floats(H, H));
+    packed_x_ = memory.take(Transposed::floats(D, H));
+    dz_ = Gates::in_panels(memory.take(ceil_div(H, W) * Gates::panel(rows)), rows);
+    width_ = ceil_div(D + H + 1, LINE) * LINE + LINE;
+    xh_ = memory.take(rows * width_);
+    dh_ = memory.take(state);
+    dc_ = memory.take(state);
+    if (recomputes_steps_) {
+      h_ = memory.take(state);
+      h_next_ = memory.take(state);
+      c_run_ = memory.take(state);
+      y_ = memory.take(rows * H);
+      c_ = memory.take(rows * H);
+    }
+    cells_ = {packed_cells_, D, H};
+    to_h_ = {packed_h_, H, H};
+    to_x_ = {packed_x_, D, H};
+  }
+
   Chunk chunk_at(int64_t k) const {
     const int64_t BH = s_.B * s_.H, from = k * length_, to = least(from + length_, s_.T);
     if (recomputes_steps_)
@@ -140,11 +163,16 @@ class Backward {
     const bool is_first = before < 0 || before >= s_.T;
     // only read from
     const Gates kept = Gates::in_rows(const_cast<float*>(s_.a), s_.H);
-    return {from, to, s_.y + from * BH, s_.c_all + from * BH,
-            s_.a ? kept.from(from * s_.B) : dz_, s_.h, is_first ? s_.c : s_.c_all + before * BH};
+    return {from,
+            to,
+            s_.y + from * BH,
+            s_.c_all + from * BH,
+            s_.a ? kept.from(from * s_.B) : dz_,
+            s_.h,
+            is_first ? s_.c : s_.c_all + before * BH};
   }
 
-  bool counts(const uint8_t* mask, int64_t t, int64_t b) const { return !mask || mask[t * s_.B + b]; }
+  bool is_valid(int64_t t, int64_t b) const { return !s_.valid || s_.valid[t * s_.B + b]; }
 
   bool is_fresh(int64_t t, int64_t b) const { return s_.fresh && s_.fresh[t * s_.B + b]; }
 
@@ -152,9 +180,9 @@ class Backward {
   const float* h_before(const Chunk& chunk, int64_t t, int64_t b) const {
     if (is_fresh(t, b)) return nullptr;
     const int64_t before = s_.reverse ? t + 1 : t - 1;
-    const int64_t first = recomputes_steps_ ? chunk.from : 0, last = recomputes_steps_ ? chunk.to : s_.T;
-    if (before < first || before >= last || !counts(s_.valid, before, b))
-      return chunk.h_start + b * s_.H;
+    const int64_t first = recomputes_steps_ ? chunk.from : 0,
+                  last = recomputes_steps_ ? chunk.to : s_.T;
+    if (before < first || before >= last || !is_valid(before, b)) return chunk.h_start + b * s_.H;
     return chunk.y + ((before - chunk.from) * s_.B + b) * s_.H;
   }
   const float* c_before(const Chunk& chunk, int64_t t, int64_t b) const {
@@ -168,15 +196,15 @@ class Backward {
   void gather(const Chunk& chunk, int64_t t, int64_t b) const {
     const int64_t D = s_.D, H = s_.H;
     float* row = xh_ + ((t - chunk.from) * s_.B + b) * width_;
-    if (!counts(s_.valid, t, b)) {
-      std::memset(row, 0, sizeof(float) * static_cast<size_t>(D + H + 1));
+    if (!is_valid(t, b)) {
+      zero(row, D + H + 1);
       return;
     }
-    std::memcpy(row, s_.x + (t * s_.B + b) * D, sizeof(float) * static_cast<size_t>(D));
+    copy(s_.x + (t * s_.B + b) * D, D, row);
     if (const float* h = h_before(chunk, t, b))
-      std::memcpy(row + D, h, sizeof(float) * static_cast<size_t>(H));
+      copy(h, H, row + D);
     else
-      std::memset(row + D, 0, sizeof(float) * static_cast<size_t>(H));
+      zero(row + D, H);
     row[D + H] = 1;
   }
 
@@ -203,8 +231,8 @@ class Backward {
     State state{h_, h_next_, c_run_, stride};
     over_steps(s_.reverse, chunk.from, chunk.to, [&](int64_t t) {
       const int64_t row = (t - chunk.from) * B;
-      const Step step{s_.x + t * B * D, Gates{}, mask_at(s_.valid, t, B),
-                      y_ + row * H, c_ + row * H, dz_.from(row)};
+      const Step step{s_.x + t * B * D, Gates{},      mask_at(s_.valid, t, B),
+                      y_ + row * H,     c_ + row * H, dz_.from(row)};
       advance(cells_, state, step, mask_at(s_.fresh, t, B), lo, hi);
     });
   }
@@ -213,24 +241,23 @@ class Backward {
   void steps(const Chunk& chunk, int64_t lo, int64_t hi) const {
     const int64_t B = s_.B, H = s_.H, stride = whole_vectors(H);
     if (recomputes_steps_) run_again(chunk, lo, hi);
-    const bool gathered = !recomputes_steps_ && !s_.a;
     over_steps(!s_.reverse, chunk.from, chunk.to, [&](int64_t t) {
       const int64_t first = (t - chunk.from) * B;
       for (int64_t r = lo; r < hi; ++r) {
         const int64_t k = first + r;
-        if (!gathered) gather(chunk, t, r);
-        if (counts(s_.valid, t, r))
+        if (!recomputes_a_) gather(chunk, t, r);
+        if (is_valid(t, r))
           cell_gradient(chunk.a, chunk.c + k * H, c_before(chunk, t, r), s_.dy + (t * B + r) * H,
                         dh_ + r * stride, dc_ + r * stride, dz_, k, H);
         else
           for (int64_t u = 0; u * W < H; ++u)
             for (int g = 0; g < 4; ++g) dz_.put(k, g, u, splat(0), W);
       }
-      product(dz_.from(first), to_h_, dh_, stride, mask_at(s_.valid, t, B), lo, hi);
+      times_transposed(dz_.from(first), to_h_, dh_, stride, mask_at(s_.valid, t, B), lo, hi);
       for (int64_t r = lo; r < hi; ++r)
-        if (is_fresh(t, r) && counts(s_.valid, t, r)) {
-          std::memset(dh_ + r * stride, 0, sizeof(float) * static_cast<size_t>(stride));
-          std::memset(dc_ + r * stride, 0, sizeof(float) * static_cast<size_t>(stride));
+        if (is_fresh(t, r) && is_valid(t, r)) {
+          zero(dh_ + r * stride, stride);
+          zero(dc_ + r * stride, stride);
         }
     });
   }
@@ -240,31 +267,45 @@ class Backward {
     const int64_t rows = (chunk.to - chunk.from) * s_.B, M = s_.D + s_.H + 1;
     const int64_t panels = ceil_div(s_.H, W), dx_items = items_of(rows);
     // a block of [x h₋ 1] stays in a core's cache while it meets one panel after the other
-    const int64_t blocks = most(ceil_div(M, BLOCK), least(ceil_div(M, TILE), s_.threads / panels));
-    return parallel_for(threads_, blocks * panels + dx_items, s_.threads, 0,
-                        [&](int64_t item, float*) {
+    const int64_t blocks =
+        most(ceil_div(M, BLOCK), least(ceil_div(M, GATE_TILE_ROWS), s_.threads / panels));
+    const auto compute = [&](int64_t item, float*) {
       if (item >= blocks * panels) {
         item -= blocks * panels;
-        product(dz_, to_x_, s_.dx + chunk.from * s_.B * s_.D, s_.D, nullptr,
-                rows * item / dx_items, rows * (item + 1) / dx_items);
+        times_transposed(dz_, to_x_, s_.dx + chunk.from * s_.B * s_.D, s_.D, nullptr,
+                         rows * item / dx_items, rows * (item + 1) / dx_items);
         return;
       }
       const int64_t block = item / panels, u = item % panels;
-      for (int64_t first = 0; first < rows; first += DEPTH)
-        over_tiles(M * block / blocks, M * (block + 1) / blocks,
-                   WeightTile{s_, xh_ + first * width_, width_,
+      for (int64_t first = 0; first < rows; first += DEPTH) {
+        const WeightTile tile{s_,
+                              xh_ + first * width_,
+                              width_,
                               dz_.data + u * dz_.unit + first * dz_.row,
-                              least(DEPTH, rows - first), u, !is_first || first > 0});
-    });
+                              least(DEPTH, rows - first),
+                              u,
+                              !is_first || first > 0};
+        over_tiles<GATE_TILE_ROWS>(M * block / blocks, M * (block + 1) / blocks, tile);
+      }
+    };
+    return parallel_for(threads_, blocks * panels + dx_items, s_.threads, 0, compute);
   }
 
   Threads& threads_;
   const LstmBackward& s_;
   int64_t length_ = 0, width_ = 0;
-  bool recomputes_steps_ = false;
+  bool recomputes_steps_ = false, recomputes_a_ = false;
+  float *packed_cells_ = nullptr, *packed_h_ = nullptr, *packed_x_ = nullptr;
   Cells cells_{};
   Transposed to_h_{}, to_x_{};
   Gates dz_{};
   float *xh_ = nullptr, *dh_ = nullptr, *dc_ = nullptr;
   float *h_ = nullptr, *h_next_ = nullptr, *c_run_ = nullptr, *y_ = nullptr, *c_ = nullptr;
 };
+
+static bool backward(Threads& threads, const LstmBackward& s) { return Backward(threads, s).run(); }
+
+}  // namespace rnnattn::RNNATTN_SET::lstm
+RNNATTN_AFTER_NAMESPACE();
+
+#endif  // RNNATTN_LSTM_GRADIENT_INL_H_

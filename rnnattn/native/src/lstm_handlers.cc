@@ -1,4 +1,15 @@
-// The handlers of the LSTM: see module.cc, which includes this.
+// The handlers of the LSTM.
+
+#include <algorithm>
+#include <cstdint>
+
+#include "checks.h"
+#include "handlers.h"
+#include "kernels.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace rnnattn {
+namespace {
 
 struct LstmOptions {
   bool reverse;
@@ -30,17 +41,6 @@ void fill(Checks& checks, Lstm& p, ffi::ThreadPool pool, Buffer x, Buffer w_x, B
 
 int64_t starts_of(const Lstm& p) { return p.interval ? (p.T - 1) / p.interval + 1 : 0; }
 
-template <class Arguments>
-ffi::Error run(const Checks& checks, ffi::ThreadPool pool, const LstmOptions& options,
-               bool (*Kernels::*kernel)(Threads&, const Arguments&), const Arguments& p) {
-  if (checks.error()) return wrong(*checks.error());
-  const Kernels* kernels = kernels_of(options.instruction_set);
-  if (!kernels) return wrong("instruction_set: one that does not run here");
-  PoolThreads threads(pool, options.threads);
-  if ((kernels->*kernel)(threads, p)) return ffi::Error::Success();
-  return ffi::Error(ffi::ErrorCode::kResourceExhausted, "rnnattn: no memory for an LSTM kernel");
-}
-
 ffi::Error lstm_forward(ffi::ThreadPool pool, Buffer x, Buffer w_x, Buffer w_h, Buffer b, Buffer h,
                         Buffer c, Buffer valid, Buffer fresh, Result y, Result h_last,
                         Result c_last, Result c_all, Result a, Result h_starts, Result c_starts,
@@ -57,7 +57,7 @@ ffi::Error lstm_forward(ffi::ThreadPool pool, Buffer x, Buffer w_x, Buffer w_h, 
     p.h_starts = checks.data<float>("h_starts", *h_starts, {starts_of(p), p.B, p.H});
     p.c_starts = checks.data<float>("c_starts", *c_starts, {starts_of(p), p.B, p.H});
   }
-  return run(checks, pool, options, &Kernels::lstm_forward, p);
+  return run("LSTM", &Kernels::lstm_forward, checks, pool, options, p);
 }
 
 ffi::Error lstm_backward(ffi::ThreadPool pool, Buffer x, Buffer w_x, Buffer w_h, Buffer b, Buffer h,
@@ -85,16 +85,16 @@ ffi::Error lstm_backward(ffi::ThreadPool pool, Buffer x, Buffer w_x, Buffer w_h,
   p.db = checks.data<float>("db", *db, {4 * p.H});
   p.dh = checks.data<float>("dh", *dh, {p.B, p.H});
   p.dc = checks.data<float>("dc", *dc, {p.B, p.H});
-  return run(checks, pool, options, &Kernels::lstm_backward, p);
+  return run("LSTM", &Kernels::lstm_backward, checks, pool, options, p);
 }
 
 }  // namespace
 }  // namespace rnnattn
 
-XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
-    rnnattn::LstmOptions, xla::ffi::StructMember<bool>("reverse"),
-    xla::ffi::StructMember<int64_t>("interval"), xla::ffi::StructMember<int64_t>("instruction_set"),
-    xla::ffi::StructMember<int64_t>("threads"));
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(rnnattn::LstmOptions, xla::ffi::StructMember<bool>("reverse"),
+                                      xla::ffi::StructMember<int64_t>("interval"),
+                                      xla::ffi::StructMember<int64_t>("instruction_set"),
+                                      xla::ffi::StructMember<int64_t>("threads"));
 
 namespace rnnattn {
 namespace {
@@ -113,31 +113,35 @@ auto lstm_arguments() {
       .Arg<Buffer>();
 }
 
-XLA_FFI_DEFINE_HANDLER(lstm_forward_handler, lstm_forward,
-                       lstm_arguments()
-                           .Ret<Buffer>()
-                           .Ret<Buffer>()
-                           .Ret<Buffer>()
-                           .Ret<Buffer>()
-                           .Ret<Buffer>()
-                           .Ret<Buffer>()
-                           .Ret<Buffer>()
-                           .Attrs<LstmOptions>());
+}  // namespace
 
-XLA_FFI_DEFINE_HANDLER(lstm_backward_handler, lstm_backward,
-                       lstm_arguments()
-                           .Arg<Buffer>()
-                           .Arg<Buffer>()
-                           .Arg<Buffer>()
-                           .Arg<Buffer>()
-                           .Arg<Buffer>()
-                           .Arg<Buffer>()
-                           .Arg<Buffer>()
-                           .Arg<Buffer>()
-                           .Ret<Buffer>()
-                           .Ret<Buffer>()
-                           .Ret<Buffer>()
-                           .Ret<Buffer>()
-                           .Ret<Buffer>()
-                           .Ret<Buffer>()
-                           .Attrs<LstmOptions>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(rnnattn_lstm_forward, lstm_forward,
+                              lstm_arguments()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Attrs<LstmOptions>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(rnnattn_lstm_backward, lstm_backward,
+                              lstm_arguments()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Attrs<LstmOptions>());
+
+}  // namespace rnnattn

@@ -1,0 +1,254 @@
+// Attention's backward pass: s, P, dP, dS, dv, dk, dq of each block.
+
+#ifndef RNNATTN_ATTENTION_GRADIENT_INL_H_
+#define RNNATTN_ATTENTION_GRADIENT_INL_H_
+
+#include <math.h>
+#include <cstdint>
+
+#include "attention_logits-inl.h"
+#include "attention_masks-inl.h"
+#include "attention_packing-inl.h"
+#include "instruction_set.h"
+#include "kernels.h"
+#include "product-inl.h"
+#include "simd-inl.h"
+#include "threads.h"
+#include "util-inl.h"
+#include "workspace-inl.h"
+
+RNNATTN_BEFORE_NAMESPACE();
+namespace rnnattn::RNNATTN_SET::attention {
+
+struct BackwardMemory {
+  Memory memory;
+  float *q, *d_o, *k_columns, *v_columns, *k, *s, *dp, *uncap, *dq, *dk, *dv, *lse, *delta;
+  Range* ranges;
+
+  BackwardMemory(const Attention& p, float* base) : memory{base} {
+    const int64_t rows = least(ROWS, p.G * p.T), keys = least(KEYS, whole_panels(p.S));
+    const int64_t k_width = whole_vectors(p.K), v_width = whole_vectors(p.V);
+    q = memory.take(rows * k_width);
+    d_o = memory.take(rows * v_width);
+    k_columns = memory.take(keys * p.K);
+    v_columns = memory.take(keys * p.V);
+    k = memory.take(keys * k_width);
+    s = memory.take(rows * STRIDE);
+    dp = memory.take(rows * STRIDE);
+    uncap = p.soft_cap > 0 ? memory.take(rows * STRIDE) : nullptr;
+    dq = memory.take(rows * k_width);
+    dk = memory.take(keys * k_width);
+    dv = memory.take(keys * v_width);
+    lse = memory.take(rows);
+    delta = memory.take(rows);
+    ranges = memory.take<Range>(rows);
+  }
+};
+
+// Δ − dL, (B, M, G, T), of one head.
+static void row_sums(const AttentionBackward& p, int64_t b, int64_t head, float* delta) {
+  const int64_t first = (b * p.M * p.G + head) * p.T;
+  for (int64_t t = 0; t < p.T; ++t) {
+    const int64_t at = ((b * p.T + t) * p.M * p.G + head) * p.V;
+    V sums{};
+    int64_t i = 0;
+    for (; i + W <= p.V; i += W) sums = fma(load(p.d_o + at + i), load(p.o + at + i), sums);
+    if (i < p.V) {
+      const int rest = static_cast<int>(p.V - i);
+      sums = fma(load(p.d_o + at + i, rest), load(p.o + at + i, rest), sums);
+    }
+    delta[first + t] = sum(sums) - p.dlse[first + t];
+  }
+}
+
+// P in place of s, dS before the soft cap in place of dP, and dbias grown by dS.
+static void logits_gradient(const Block& block, float lse, float delta, bool finite,
+                            const float* uncap, float* s, float* dp, float* dbias,
+                            int64_t dbias_stride, int64_t keys) {
+  V shared{};
+  for (int64_t j = block.from; j < block.to; j += W) {
+    const V weight = exp(load(s + j) - lse);
+    V ds = weight * (load(dp + j) - delta);
+    if (!finite) ds = weight == 0 ? V{} : ds;
+    if (dbias && dbias_stride) {
+      const int width = static_cast<int>(least(W, keys - j));
+      store(dbias + j, load(dbias + j, width) + ds, width);
+    }
+    if (dbias) shared += ds;
+    if (uncap) ds *= load(uncap + j);
+    store(s + j, weight);
+    store(dp + j, ds);
+  }
+  if (dbias && !dbias_stride) *dbias += sum(shared);
+}
+
+// Whether a row of logits sees no key of its block.
+static bool sees_nothing(const Block& block, const float* s) {
+  for (int64_t j = block.from; j < block.to; ++j)
+    if (s[j] != -INFINITY) return false;
+  return true;
+}
+
+// Zero the query, do and Δ of rows that see no key of the block, where NaN or ∞ is among them.
+static void hide_unseeing(const Block& block, int64_t k_width, int64_t v_width,
+                          const BackwardMemory& my) {
+  for (int64_t r = 0; r < block.rows; ++r) {
+    float *q = my.q + r * k_width, *d_o = my.d_o + r * v_width;
+    if (is_finite(q, k_width) && is_finite(d_o, v_width) && 0.0f * my.delta[r] == 0) continue;
+    if (!sees_nothing(block, my.s + r * STRIDE)) continue;
+    zero(q, k_width);
+    zero(d_o, v_width);
+    my.delta[r] = 0;
+  }
+}
+
+// dk and dv of a block of keys of a key/value head, and what they add to dq and dbias.
+static void backward_keys(const AttentionBackward& p, const RowBlocks& blocks, int64_t b, int64_t m,
+                          Range keys, const float* delta, float* dq, const BackwardMemory& my) {
+  const int64_t k_width = whole_vectors(p.K), v_width = whole_vectors(p.V);
+  const int64_t count = keys.past - keys.first;
+  bool packed = false, finite = true;
+  for (int64_t i = 0; i < blocks.count(); ++i) {
+    const Rows rows = blocks.rows(b, m, i);
+    for (int64_t r = 0; r < rows.count(); ++r) my.ranges[r] = keys_of(p, b, rows.time(r));
+    const Block block = block_of(p, rows, keys, my.ranges, rows.count());
+    if (block.empty()) continue;
+    if (!packed) {
+      packed = true;
+      pack_columns(p, p.key, p.K, b, m, keys, my.k_columns);
+      pack_columns(p, p.value, p.V, b, m, keys, my.v_columns);
+      // The values are checked for NaN and ∞ in the memory of dv, which is not begun yet.
+      finite = pack_rows(p, p.value, p.V, b, m, keys, my.dv) &
+               pack_rows(p, p.key, p.K, b, m, keys, my.k);
+      zero(my.dk, count * k_width);
+      zero(my.dv, count * v_width);
+    }
+    for (int64_t r = 0; r < block.rows; ++r) {
+      pack_row(p.query + query_at(p, p.K, rows, r), p.K, my.q + r * k_width);
+      pack_row(p.d_o + query_at(p, p.V, rows, r), p.V, my.d_o + r * v_width);
+      const int64_t row = row_at(p, rows, r);
+      my.lse[r] = p.lse[row] == -INFINITY ? INFINITY : p.lse[row];
+      my.delta[r] = delta[row];
+    }
+    const int64_t from = block.from, vectors = (block.to - from) / W;
+    const int64_t seen = least(block.to, count) - from;
+    logits(p, block, rows, my.ranges, 0, my.q, my.k_columns, my.s, my.uncap);
+    if (!finite) hide_unseen(block, my.s, my.k, k_width);
+    hide_unseeing(block, k_width, v_width, my);
+    product<Stored::by_row, From::zero>(block.rows, vectors, p.V, my.d_o, v_width,
+                                        my.v_columns + from * p.V, TILE_COLUMNS, TILE_COLUMNS * p.V,
+                                        my.dp + from, STRIDE);
+    for (int64_t r = 0; r < block.rows; ++r) {
+      float* dbias = p.dbias.data ? p.dbias.row(b, m, rows.head(r), rows.time(r)) : nullptr;
+      if (dbias && p.dbias.s) dbias += keys.first;
+      logits_gradient(block, my.lse[r], my.delta[r], finite,
+                      my.uncap ? my.uncap + r * STRIDE : nullptr, my.s + r * STRIDE,
+                      my.dp + r * STRIDE, dbias, p.dbias.s, count);
+    }
+    product<Stored::by_step, From::c>(seen, v_width / W, block.rows, my.s + from, STRIDE, my.d_o,
+                                      v_width, TILE_COLUMNS, my.dv + from * v_width, v_width);
+    product<Stored::by_step, From::c>(seen, k_width / W, block.rows, my.dp + from, STRIDE, my.q,
+                                      k_width, TILE_COLUMNS, my.dk + from * k_width, k_width);
+    product<Stored::by_row, From::zero>(block.rows, k_width / W, seen, my.dp + from, STRIDE,
+                                        my.k + from * k_width, k_width, TILE_COLUMNS, my.dq,
+                                        k_width);
+    for (int64_t r = 0; r < block.rows; ++r)
+      add_row(my.dq + r * k_width, p.K, dq + query_at(p, p.K, rows, r));
+    if (!finite) pack_rows(p, p.key, p.K, b, m, keys, my.k);
+  }
+  if (!packed) {
+    zero(my.dk, count * k_width);
+    zero(my.dv, count * v_width);
+  }
+  for (int64_t s = 0; s < count; ++s) {
+    unpack_row(my.dk + s * k_width, 1, p.K, p.dk + key_at(p, p.K, b, m, keys.first + s));
+    unpack_row(my.dv + s * v_width, 1, p.V, p.dv + key_at(p, p.V, b, m, keys.first + s));
+  }
+}
+
+// What one work item does: the key blocks of a part, of all heads that share a dbias.
+//
+// Every sum is made by one item, in one order, but for dq over the parts: each has a dq of its own,
+// and these are added in the end. How many parts there are depends on the shapes alone.
+struct BackwardPlan {
+  int64_t b_shared, m_shared;  // batch rows and key/value heads of one item
+  int64_t groups, key_blocks, parts;
+
+  explicit BackwardPlan(const AttentionBackward& p) {
+    b_shared = p.dbias.data && p.dbias.b == 0 ? p.B : 1;
+    m_shared = p.dbias.data && p.dbias.m == 0 ? p.M : 1;
+    groups = p.B / b_shared * (p.M / m_shared);
+    key_blocks = ceil_div(p.S, KEYS);
+    const bool keys_shared = p.dbias.data && p.dbias.s == 0;
+    parts = keys_shared ? 1 : least(key_blocks, ceil_div(LEAST_ITEMS, groups));
+  }
+};
+
+// What work items share.
+struct SharedMemory {
+  Memory memory;
+  float *delta, *parts_of_dq;
+
+  SharedMemory(const AttentionBackward& p, const BackwardPlan& plan, float* base) : memory{base} {
+    const int64_t rows = p.B * p.M * p.G * p.T;
+    delta = memory.take(rows);
+    parts_of_dq = plan.parts > 1 ? memory.take(plan.parts * rows * p.K) : nullptr;
+  }
+};
+
+static bool backward(Threads& threads, const AttentionBackward& p) {
+  const BackwardPlan plan(p);
+  const RowBlocks blocks(p, ROWS);
+  const int64_t heads = p.B * p.M * p.G, dq_size = heads * p.T * p.K;
+  const SharedMemory size(p, plan, nullptr);
+  const Allocation allocation(size.memory.used);
+  if (!allocation.data()) return false;
+  const SharedMemory shared(p, plan, allocation.data());
+
+  bool done = parallel_for(
+      threads, heads, heads * p.T * p.V / WORK_OF_A_THREAD + 1, 0,
+      [&](int64_t i, float*) { row_sums(p, i / (p.M * p.G), i % (p.M * p.G), shared.delta); });
+  if (p.dbias.data) zero(p.dbias.data, p.dbias_size);
+
+  const int64_t work = heads * p.T * p.S * (3 * p.K + 2 * p.V);
+  const auto gradient_of_part = [&](int64_t item, float* memory) {
+    const BackwardMemory my(p, memory);
+    const int64_t group = item % plan.groups, part = item / plan.groups;
+    const int64_t m_groups = p.M / plan.m_shared;
+    float* dq = plan.parts > 1 ? shared.parts_of_dq + part * dq_size : p.dq;
+    for (int64_t ib = 0; ib < plan.b_shared; ++ib)
+      for (int64_t im = 0; im < plan.m_shared; ++im) {
+        const int64_t b = group / m_groups * plan.b_shared + ib;
+        const int64_t m = group % m_groups * plan.m_shared + im;
+        for (int64_t t = 0; t < p.T; ++t)
+          zero(dq + ((b * p.T + t) * p.M + m) * p.G * p.K, p.G * p.K);
+        const int64_t past = plan.key_blocks * (part + 1) / plan.parts;
+        for (int64_t j = plan.key_blocks * part / plan.parts; j < past; ++j) {
+          const Range keys{j * KEYS, least((j + 1) * KEYS, p.S)};
+          backward_keys(p, blocks, b, m, keys, shared.delta, dq, my);
+        }
+      }
+  };
+  done = done && parallel_for(threads, plan.groups * plan.parts, work / WORK_OF_A_THREAD + 1,
+                              BackwardMemory(p, nullptr).memory.used, gradient_of_part);
+  if (plan.parts == 1) return done;
+
+  constexpr int64_t chunk = 1 << 14;
+  const auto sum_of_parts = [&](int64_t item, float*) {
+    const int64_t past = least((item + 1) * chunk, dq_size);
+    for (int64_t i = item * chunk; i < past; i += W) {
+      const int width = static_cast<int>(least(W, past - i));
+      V sums = load(shared.parts_of_dq + i, width);
+      for (int64_t part = 1; part < plan.parts; ++part)
+        sums += load(shared.parts_of_dq + part * dq_size + i, width);
+      store(p.dq + i, sums, width);
+    }
+  };
+  return done && parallel_for(threads, ceil_div(dq_size, chunk),
+                              dq_size * plan.parts / WORK_OF_A_THREAD + 1, 0, sum_of_parts);
+}
+
+}  // namespace rnnattn::RNNATTN_SET::attention
+RNNATTN_AFTER_NAMESPACE();
+
+#endif  // RNNATTN_ATTENTION_GRADIENT_INL_H_

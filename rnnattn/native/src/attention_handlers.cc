@@ -1,0 +1,132 @@
+// The handlers of attention.
+
+#include <cstdint>
+
+#include "checks.h"
+#include "handlers.h"
+#include "kernels.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace rnnattn {
+namespace {
+
+struct AttentionOptions {
+  bool is_causal;
+  int64_t left, right;
+  float soft_cap;
+  int64_t instruction_set, threads;
+};
+
+void fill(Checks& checks, Attention& p, Buffer query, Buffer key, Buffer value, Buffer bias,
+          Buffer mask, Buffer offset, Buffer query_lengths, Buffer key_lengths,
+          Buffer query_segments, Buffer key_segments, const AttentionOptions& options) {
+  checks.require(query.dimensions().size() == 5, "query", "another rank than 5");
+  checks.require(key.dimensions().size() == 4, "key", "another rank than 4");
+  checks.require(value.dimensions().size() == 4, "value", "another rank than 4");
+  if (checks.error()) return;
+  const auto q = query.dimensions();
+  p.B = q[0], p.T = q[1], p.M = q[2], p.G = q[3], p.K = q[4];
+  p.S = key.dimensions()[1], p.V = value.dimensions()[3];
+  checks.require(query.element_count() > 0 && p.S > 0 && p.V > 0, "query, key, value", "empty");
+  checks.require(p.T < INT32_MAX && p.S < INT32_MAX, "query, key", "too long");
+  p.query = checks.data<const float>("query", query, {p.B, p.T, p.M, p.G, p.K});
+  p.key = checks.data<const float>("key", key, {p.B, p.S, p.M, p.K});
+  p.value = checks.data<const float>("value", value, {p.B, p.S, p.M, p.V});
+  p.bias = checks.of_logits<const float>("bias", bias, {p.B, p.M, p.G, p.T, p.S});
+  p.mask = checks.of_logits<const uint8_t>("mask", mask, {p.B, p.M, p.G, p.T, p.S});
+  p.offset_stride = offset.element_count() == 1 ? 0 : 1;
+  p.offset = checks.data<const int32_t>("offset", offset, {p.offset_stride ? p.B : 1});
+  p.query_lengths = checks.optional<const int32_t>("query_lengths", query_lengths, {p.B});
+  p.key_lengths = checks.optional<const int32_t>("key_lengths", key_lengths, {p.B});
+  p.query_segments = checks.optional<const int32_t>("query_segments", query_segments, {p.B, p.T});
+  p.key_segments = checks.optional<const int32_t>("key_segments", key_segments, {p.B, p.S});
+  checks.require(!p.query_segments == !p.key_segments, "segments", "one without the other");
+  p.is_causal = options.is_causal;
+  p.left = options.left, p.right = options.right;
+  p.soft_cap = options.soft_cap;
+}
+
+ffi::Error attention_forward(ffi::ThreadPool pool, Buffer query, Buffer key, Buffer value,
+                             Buffer bias, Buffer mask, Buffer offset, Buffer query_lengths,
+                             Buffer key_lengths, Buffer query_segments, Buffer key_segments,
+                             Buffer sinks, Result o, Result lse, AttentionOptions options) {
+  Checks checks;
+  AttentionForward p{};
+  fill(checks, p, query, key, value, bias, mask, offset, query_lengths, key_lengths, query_segments,
+       key_segments, options);
+  p.sinks = checks.optional<const float>("sinks", sinks, {1, p.M, p.G, 1});
+  p.o = checks.data<float>("o", *o, {p.B, p.T, p.M, p.G, p.V});
+  p.lse = checks.data<float>("lse", *lse, {p.B, p.M, p.G, p.T});
+  return run("attention", &Kernels::attention_forward, checks, pool, options, p);
+}
+
+ffi::Error attention_backward(ffi::ThreadPool pool, Buffer query, Buffer key, Buffer value,
+                              Buffer bias, Buffer mask, Buffer offset, Buffer query_lengths,
+                              Buffer key_lengths, Buffer query_segments, Buffer key_segments,
+                              Buffer o, Buffer lse, Buffer d_o, Buffer dlse, Result dq, Result dk,
+                              Result dv, Result dbias, AttentionOptions options) {
+  Checks checks;
+  AttentionBackward p{};
+  fill(checks, p, query, key, value, bias, mask, offset, query_lengths, key_lengths, query_segments,
+       key_segments, options);
+  p.o = checks.data<const float>("o", o, {p.B, p.T, p.M, p.G, p.V});
+  p.lse = checks.data<const float>("lse", lse, {p.B, p.M, p.G, p.T});
+  p.d_o = checks.data<const float>("do", d_o, {p.B, p.T, p.M, p.G, p.V});
+  p.dlse = checks.data<const float>("dlse", dlse, {p.B, p.M, p.G, p.T});
+  p.dq = checks.data<float>("dq", *dq, {p.B, p.T, p.M, p.G, p.K});
+  p.dk = checks.data<float>("dk", *dk, {p.B, p.S, p.M, p.K});
+  p.dv = checks.data<float>("dv", *dv, {p.B, p.S, p.M, p.V});
+  p.dbias = checks.of_logits<float>("dbias", *dbias, {p.B, p.M, p.G, p.T, p.S});
+  p.dbias_size = dbias->element_count();
+  return run("attention", &Kernels::attention_backward, checks, pool, options, p);
+}
+
+}  // namespace
+}  // namespace rnnattn
+
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(rnnattn::AttentionOptions,
+                                      xla::ffi::StructMember<bool>("is_causal"),
+                                      xla::ffi::StructMember<int64_t>("left"),
+                                      xla::ffi::StructMember<int64_t>("right"),
+                                      xla::ffi::StructMember<float>("soft_cap"),
+                                      xla::ffi::StructMember<int64_t>("instruction_set"),
+                                      xla::ffi::StructMember<int64_t>("threads"));
+
+namespace rnnattn {
+namespace {
+
+// The operands and the masking, in the order of `fill`.
+auto attention_arguments() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<Buffer>()
+      .Arg<Buffer>()
+      .Arg<Buffer>()
+      .Arg<Buffer>()
+      .Arg<Buffer>()
+      .Arg<Buffer>()
+      .Arg<Buffer>()
+      .Arg<Buffer>()
+      .Arg<Buffer>()
+      .Arg<Buffer>();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    rnnattn_attention_forward, attention_forward,
+    attention_arguments().Arg<Buffer>().Ret<Buffer>().Ret<Buffer>().Attrs<AttentionOptions>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(rnnattn_attention_backward, attention_backward,
+                              attention_arguments()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Attrs<AttentionOptions>());
+
+}  // namespace rnnattn

@@ -1,0 +1,154 @@
+// The kernels of attention: the equations of rnnattn/scores.py, in its letters.
+//
+//     forward   per block: s, P v             per query block: O, L
+//     backward  per block: s, P, dP, dS, dv, dk, dq
+//
+// A block is of some queries of one key/value head ("rows": those of several query heads, where a
+// head has few) and KEYS keys. Keys are in the lanes of a vector. Forward, a work item is a set of
+// rows, and the softmax is kept as a running peak, total and weighted sum; backward, it is a range
+// of keys, and the weights are computed again from the log-sum-exp.
+//
+// This file: who sees whom, and so what blocks there are.
+
+#ifndef RNNATTN_ATTENTION_MASKS_INL_H_
+#define RNNATTN_ATTENTION_MASKS_INL_H_
+
+#include <cstdint>
+
+#include "instruction_set.h"
+#include "kernels.h"
+#include "product-inl.h"
+#include "simd-inl.h"
+#include "threads.h"
+#include "util-inl.h"
+
+RNNATTN_BEFORE_NAMESPACE();
+namespace rnnattn::RNNATTN_SET::attention {
+
+constexpr int64_t KEYS = 256;          // of a block
+constexpr int64_t ROWS = 48;           // of a block
+constexpr int64_t FORWARD_ROWS = 288;  // of a work item, which share a block of packed keys
+// Of a row of logits: a power of two would put its columns into a few sets of a cache.
+constexpr int64_t STRIDE = KEYS + LINE;
+constexpr int64_t LEAST_ITEMS = 16;  // of the backward pass, if there are as many key blocks
+// Multiply-adds: with fewer, another thread does not pay.
+constexpr int64_t WORK_OF_A_THREAD = 1 << 21;
+
+struct Range {
+  int64_t first, past;
+};
+
+// The keys that positions and lengths leave to a query.
+static Range keys_of(const Attention& p, int64_t b, int64_t t) {
+  if (p.query_lengths && t >= p.query_lengths[b]) return {0, 0};
+  const int64_t at = t + p.offset[b * p.offset_stride];
+  int64_t first = 0, past = p.key_lengths ? least(p.key_lengths[b], p.S) : p.S;
+  if (p.left >= 0) first = most(first, at - p.left);
+  if (p.is_causal)
+    past = least(past, at + 1);
+  else if (p.right >= 0)
+    past = least(past, at + p.right + 1);
+  first = least(first, p.S);
+  return {first, most(first, past)};
+}
+
+// Of the query heads of one key/value head, `heads` from g on; of each the `times` queries from t.
+struct Rows {
+  int64_t b, m, g, heads, t, times;
+
+  int64_t count() const { return heads * times; }
+  int64_t head(int64_t r) const { return g + r / times; }
+  int64_t time(int64_t r) const { return t + r % times; }
+};
+
+// An axis in parts of about the same size, `limit` at most.
+struct Parts {
+  int64_t size, count;
+
+  Parts(int64_t n, int64_t limit) : size(n), count(ceil_div(n, limit)) {}
+  int64_t start(int64_t i) const { return size * i / count; }
+};
+
+// The queries of a key/value head in sets of at most `limit` rows.
+struct RowBlocks {
+  Parts times, heads;
+
+  RowBlocks(const Attention& p, int64_t limit)
+      : times(p.T, limit), heads(p.G, most(1, limit / p.T)) {}
+  int64_t count() const { return times.count * heads.count; }
+  Rows rows(int64_t b, int64_t m, int64_t i) const {
+    const int64_t t = i % times.count, g = i / times.count;
+    return {b,
+            m,
+            heads.start(g),
+            heads.start(g + 1) - heads.start(g),
+            times.start(t),
+            times.start(t + 1) - times.start(t)};
+  }
+};
+
+// What some row sees, and what all do.
+struct Seen {
+  Range any, all;
+};
+
+static Seen seen_by(const Range* ranges, int64_t rows) {
+  Seen seen{{INT64_MAX, 0}, {0, INT64_MAX}};
+  for (int64_t r = 0; r < rows; ++r) {
+    const Range range = ranges[r];
+    seen.all = {most(seen.all.first, range.first), least(seen.all.past, range.past)};
+    if (range.first < range.past)
+      seen.any = {least(seen.any.first, range.first), most(seen.any.past, range.past)};
+  }
+  return seen;
+}
+
+// Whether segments leave any of the keys [first, past) to some row; `same`: if all to every row.
+static bool segments_meet(const Attention& p, const Rows& rows, Range keys, bool* same) {
+  if (!p.query_segments) return *same = true;
+  const int32_t* of_query = p.query_segments + rows.b * p.T + rows.t;
+  const int32_t* of_key = p.key_segments + rows.b * p.S + keys.first;
+  int32_t query_least = of_query[0], query_most = of_query[0];
+  int32_t key_least = of_key[0], key_most = of_key[0];
+  for (int64_t i = 1; i < rows.times; ++i) {
+    query_least = of_query[i] < query_least ? of_query[i] : query_least;
+    query_most = of_query[i] > query_most ? of_query[i] : query_most;
+  }
+  for (int64_t i = 1; i < keys.past - keys.first; ++i) {
+    key_least = of_key[i] < key_least ? of_key[i] : key_least;
+    key_most = of_key[i] > key_most ? of_key[i] : key_most;
+  }
+  *same = query_least == query_most && key_least == key_most && query_least == key_least;
+  return query_least <= key_most && key_least <= query_most;
+}
+
+// The columns [from, to) of a block of keys that some row of a block of rows sees, and how.
+struct Block {
+  int64_t rows, first, from, to;
+  bool bare = false;      // its logits are q kᵀ, but for what positions and lengths mask
+  bool in_range = false;  // positions and lengths mask nothing of it
+  bool segments = false;  // segments may mask some of it
+
+  bool empty() const { return from >= to; }
+};
+
+static Block block_of(const Attention& p, const Rows& of, Range keys, const Range* ranges,
+                      int64_t rows) {
+  const Seen seen = seen_by(ranges, rows);
+  bool one_segment;
+  if (!segments_meet(p, of, keys, &one_segment)) return {rows, keys.first, 0, 0};
+  const int64_t first = most(seen.any.first, keys.first) - keys.first;
+  const int64_t past = least(seen.any.past, keys.past) - keys.first;
+  if (first >= past) return {rows, keys.first, 0, 0};
+  Block block{rows, keys.first, first / TILE_COLUMNS * TILE_COLUMNS, whole_vectors(past)};
+  block.bare = one_segment && p.soft_cap == 0 && !p.bias.data && !p.mask.data;
+  block.in_range =
+      seen.all.first <= keys.first + block.from && seen.all.past >= keys.first + block.to;
+  block.segments = !one_segment;
+  return block;
+}
+
+}  // namespace rnnattn::RNNATTN_SET::attention
+RNNATTN_AFTER_NAMESPACE();
+
+#endif  // RNNATTN_ATTENTION_MASKS_INL_H_

@@ -1,0 +1,103 @@
+// Rows and columns of attention's operands, packed for products.
+
+#ifndef RNNATTN_ATTENTION_PACKING_INL_H_
+#define RNNATTN_ATTENTION_PACKING_INL_H_
+
+#include <cstdint>
+
+#include "attention_masks-inl.h"
+#include "instruction_set.h"
+#include "kernels.h"
+#include "product-inl.h"
+#include "simd-inl.h"
+#include "util-inl.h"
+
+RNNATTN_BEFORE_NAMESPACE();
+namespace rnnattn::RNNATTN_SET::attention {
+
+// Where a query, and a key, of a given width begin.
+static int64_t query_at(const Attention& p, int64_t width, const Rows& rows, int64_t r) {
+  const int64_t head = rows.m * p.G + rows.head(r);
+  return ((rows.b * p.T + rows.time(r)) * p.M * p.G + head) * width;
+}
+static int64_t key_at(const Attention& p, int64_t width, int64_t b, int64_t m, int64_t s) {
+  return ((b * p.S + s) * p.M + m) * width;
+}
+// The same of L.
+static int64_t row_at(const Attention& p, const Rows& rows, int64_t r) {
+  return ((rows.b * p.M + rows.m) * p.G + rows.head(r)) * p.T + rows.time(r);
+}
+
+// Rows of packed arrays are whole vectors, with zeros behind what they hold.
+static void pack_row(const float* from, int64_t width, float* to) {
+  int64_t i = 0;
+  for (; i + W <= width; i += W) store(to + i, load(from + i));
+  if (i < width) store(to + i, load(from + i, static_cast<int>(width - i)));
+}
+// Whether a packed row holds no NaN and no ∞.
+static bool is_finite(const float* row, int64_t padded) {
+  V products{};
+  for (int64_t i = 0; i < padded; i += W) products += 0.0f * load(row + i);
+  return sum(products) == 0;
+}
+// Back again, times a factor.
+static void unpack_row(const float* from, float factor, int64_t width, float* to) {
+  int64_t i = 0;
+  for (; i + W <= width; i += W) store(to + i, load(from + i) * factor);
+  if (i < width) store(to + i, load(from + i) * factor, static_cast<int>(width - i));
+}
+static void add_row(const float* from, int64_t width, float* to) {
+  int64_t i = 0;
+  for (; i + W <= width; i += W) store(to + i, load(to + i) + load(from + i));
+  if (i == width) return;
+  const int rest = static_cast<int>(width - i);
+  store(to + i, load(to + i, rest) + load(from + i), rest);
+}
+
+// The largest number of each of W vectors.
+RNNATTN_INLINE V max_of_each(V (&x)[W]) {
+  transpose(x);
+  for (int half = W / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) x[i] = max(x[i], x[i + half]);
+  return x[0];
+}
+
+// Keys [first, past) as columns, in panels of TILE_COLUMNS keys: of these first the numbers 0, then
+// the numbers 1, and so on. Zeros up to a whole number of vectors of keys.
+static void pack_columns(const Attention& p, const float* x, int64_t width, int64_t b, int64_t m,
+                         Range keys, float* to) {
+  const int64_t count = keys.past - keys.first, stride = p.M * width;
+  for (int64_t s = 0; s < count; s += W) {
+    const float* from = x + key_at(p, width, b, m, keys.first + s);
+    float* panel = to + s / TILE_COLUMNS * TILE_COLUMNS * width + s % TILE_COLUMNS;
+    for (int64_t k = 0; k < width; k += W, from += W, panel += W * TILE_COLUMNS) {
+      V block[W];
+      if (count - s >= W && width - k >= W) {
+        unrolled<W>([&](auto i) RNNATTN_LAMBDA { block[i] = load(from + i * stride); });
+        transpose(block);
+        unrolled<W>([&](auto i) RNNATTN_LAMBDA { store(panel + i * TILE_COLUMNS, block[i]); });
+      } else {
+        const int wide = static_cast<int>(least(W, width - k));
+        for (int i = 0; i < W; ++i) block[i] = s + i < count ? load(from + i * stride, wide) : V{};
+        transpose(block);
+        for (int i = 0; i < wide; ++i) store(panel + i * TILE_COLUMNS, block[i]);
+      }
+    }
+  }
+}
+
+// Keys [first, past) as rows. Whether none of them holds NaN or ∞.
+static bool pack_rows(const Attention& p, const float* x, int64_t width, int64_t b, int64_t m,
+                      Range keys, float* to) {
+  const int64_t padded = whole_vectors(width), count = keys.past - keys.first;
+  for (int64_t i = 0; i < count; ++i)
+    pack_row(x + key_at(p, width, b, m, keys.first + i), width, to + i * padded);
+  return is_finite(to, count * padded);
+}
+
+static int64_t whole_panels(int64_t n) { return ceil_div(n, TILE_COLUMNS) * TILE_COLUMNS; }
+
+}  // namespace rnnattn::RNNATTN_SET::attention
+RNNATTN_AFTER_NAMESPACE();
+
+#endif  // RNNATTN_ATTENTION_PACKING_INL_H_

@@ -1,0 +1,17 @@
+// What XLA calls: the handlers of the kernels.
+
+#ifndef RNNATTN_HANDLERS_H_
+#define RNNATTN_HANDLERS_H_
+
+#include "xla/ffi/api/ffi.h"
+
+namespace rnnattn {
+
+XLA_FFI_DECLARE_HANDLER_SYMBOL(rnnattn_attention_forward);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(rnnattn_attention_backward);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(rnnattn_lstm_forward);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(rnnattn_lstm_backward);
+
+}  // namespace rnnattn
+
+#endif  // RNNATTN_HANDLERS_H_

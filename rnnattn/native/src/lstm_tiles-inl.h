@@ -1,0 +1,206 @@
+// The LSTM: forward, backward, and a single step of few rows. The equations are those of
+// rnnattn/cell.py, in its letters; arrays are time-major.
+//
+// A register tile holds all four gates of W hidden units for a few rows of the batch, so that the
+// cell is computed where the product ends, and x w_x + h₋ w_h is one product. Rows of the batch
+// are split over the threads, and each runs all steps of its rows: nobody waits in between.
+//
+// The gradient goes chunk by chunk of steps against the direction of running:
+//
+//     for each row        the steps: dz, then dh₋ = dz w_hᵀ                    (L3, L4, L7, L8)
+//     for each block      of dw_x, dw_h, db (one product, of dz with [x h₋ 1]), and of dx  (L5–L7)
+//
+// No row's result depends on which rows stand beside it, and no sum is split over threads.
+//
+// This file: tiles of registers, how gates and weights lie in memory, and products of these.
+
+#ifndef RNNATTN_LSTM_TILES_INL_H_
+#define RNNATTN_LSTM_TILES_INL_H_
+
+#include <cstdint>
+#include <type_traits>
+
+#include "instruction_set.h"
+#include "kernels.h"
+#include "product-inl.h"
+#include "simd-inl.h"
+#include "threads.h"
+#include "util-inl.h"
+
+RNNATTN_BEFORE_NAMESPACE();
+namespace rnnattn::RNNATTN_SET::lstm {
+
+// Rows of a register tile that is 4 vectors wide. It holds a number of each row, which is less than
+// the 4 vectors where registers are few: 3 × 4 sums, 3 numbers and a vector are 16 of AVX2. Those
+// of aarch64 are 32 and would hold more, which nobody has measured.
+#if RNNATTN_LANES == 16
+constexpr int GATE_TILE_ROWS = 6;
+#elif RNNATTN_LANES == 8
+constexpr int GATE_TILE_ROWS = 3;
+#else
+constexpr int GATE_TILE_ROWS = 2;
+#endif
+
+constexpr int PANEL = 4 * W;  // the width of a tile
+
+constexpr int64_t FEW_ROWS = 3;          // with fewer, the input projection is a product by itself
+constexpr int64_t STEP_ROWS = 4;         // up to so many, a single step packs no weights
+constexpr int64_t STEP_UNITS = 256;      // of a work item of such a step
+constexpr int64_t STEP_ALONE = 1 << 20;  // with fewer weights, another thread does not pay
+constexpr int64_t CHUNK_ROWS = 2048;     // of the batch and time, of a chunk of the gradient
+constexpr int64_t CHUNK_FLOATS = 1 << 20;  // of its dz
+constexpr int64_t DEPTH = 512;  // rows of dz that a block of the weight gradient sums at once
+constexpr int64_t BLOCK = 32 * GATE_TILE_ROWS;  // rows of such a block
+constexpr int64_t ITEM_ROWS = 128;              // of the batch and time, of one item of a product
+
+RNNATTN_INLINE V load_units(const float* p, int n) { return n == W ? load(p) : load(p, n); }
+RNNATTN_INLINE void store_units(float* p, V v, int n) {
+  if (n == W)
+    store(p, v);
+  else
+    store(p, v, n);
+}
+
+// [from, to) in either direction.
+template <class F>
+RNNATTN_INLINE void over_steps(bool backwards, int64_t from, int64_t to, F f) {
+  if (backwards)
+    for (int64_t t = to - 1; t >= from; --t) f(t);
+  else
+    for (int64_t t = from; t < to; ++t) f(t);
+}
+
+// How the four gates of many rows lie: W units of gate g of row r, the u-th such, are at
+// r `row` + g `gate` + u `unit`.
+struct Gates {
+  float* data;
+  int64_t row, gate, unit;
+  bool padded;  // the last units take a whole vector, too
+
+  // (rows, 4H), as in the arguments.
+  static Gates in_rows(float* data, int64_t H) { return {data, 4 * H, H, W, false}; }
+
+  // Panels of W units each, (rows, 4, W), with a cache line between them: otherwise the same row
+  // of all panels may fall into a few sets of a cache.
+  static Gates in_panels(float* data, int64_t rows) { return {data, PANEL, W, panel(rows), true}; }
+  static int64_t panel(int64_t rows) { return rows * PANEL + LINE; }
+
+  Gates from(int64_t r) const { return {data ? data + r * row : nullptr, row, gate, unit, padded}; }
+  explicit operator bool() const { return data != nullptr; }
+
+  V get(int64_t r, int g, int64_t u, int n) const {
+    return load_units(data + r * row + g * gate + u * unit, padded ? W : n);
+  }
+  void put(int64_t r, int g, int64_t u, V v, int n) const {
+    store_units(data + r * row + g * gate + u * unit, v, padded ? W : n);
+  }
+};
+
+// ---- packed weights ---------------------------------------------------------------------------
+
+// For each W hidden units: b, the rows of w_x, those of w_h, each of the four gates, those of a
+// sigmoid halved (see `halve_params`); zero beyond H.
+struct Cells {
+  const float* packed;
+  int64_t D, H;
+
+  static int64_t floats(const Lstm& s) { return ceil_div(s.H, W) * (1 + s.D + s.H) * PANEL; }
+  const float* block(int64_t u) const { return packed + u * (1 + D + H) * PANEL; }
+};
+
+static void pack_cells(const Lstm& s, int64_t u, float* packed) {
+  const int64_t H = s.H, j = u * W;
+  const int n = static_cast<int>(least(W, H - j));
+  float* out = packed + u * (1 + s.D + H) * PANEL;
+  auto put = [&](const float* row) {
+    for (int g = 0; g < 4; ++g, out += W)
+      store(out, load_units(row + g * H + j, n) * splat(g == 2 ? 1.0f : 0.5f));
+  };
+  put(s.b);
+  for (int64_t k = 0; k < s.D; ++k) put(s.w_x + k * 4 * H);
+  for (int64_t k = 0; k < H; ++k) put(s.w_h + k * 4 * H);
+}
+
+// wᵀ of w (N, 4H) in panels of 4 vectors; the last may have 1 or 2. Its rows are in the order of
+// `Gates::in_panels`: for each W units their four gates, zero beyond H.
+struct Transposed {
+  const float* packed;
+  int64_t N, H;
+
+  static int64_t panels(int64_t N) { return ceil_div(N, PANEL); }
+  static int64_t depth(int64_t H) { return ceil_div(H, W) * PANEL; }
+  static int64_t floats(int64_t N, int64_t H) { return panels(N) * PANEL * depth(H); }
+  static int vectors(int64_t N, int64_t p) {
+    const int64_t n = ceil_div(N - p * PANEL, W);
+    return n > 2 ? 4 : static_cast<int>(n);
+  }
+  const float* panel(int64_t p) const { return packed + p * PANEL * depth(H); }
+};
+
+static void pack_transposed(const float* w, int64_t N, int64_t H, int64_t p, float* packed) {
+  const int64_t width = Transposed::vectors(N, p) * W, first = p * PANEL;
+  float* out = packed + first * Transposed::depth(H);
+  for (int64_t j = 0; j < H; j += W) {
+    const int n = static_cast<int>(least(W, H - j));
+    for (int64_t g = 0; g < 4; ++g, out += W * width)
+      for (int64_t column = 0; column < width; column += W) {
+        V block[W];
+        for (int64_t i = 0; i < W; ++i) {
+          const int64_t row = first + column + i;
+          block[i] = row < N ? load_units(w + row * 4 * H + g * H + j, n) : V{};
+        }
+        transpose(block);
+        unrolled<W>([&](auto i) RNNATTN_LAMBDA { store(out + i * width + column, block[i]); });
+      }
+  }
+}
+
+// out = dz wᵀ for one panel of N vectors. Rows that are not `written` stay as they are; if that is
+// null, all are written.
+template <int N>
+struct TransposedTile {
+  const Gates& dz;
+  const float* w;
+  int64_t panels;  // of dz
+  float* out;
+  const uint8_t* written;
+  int64_t stride, columns;
+
+  template <int R>
+  void operator()(std::integral_constant<int, R>, int64_t r) const {
+    V sum[R][N] = {};
+    const float *a = dz.data + r * dz.row, *b = w;
+    for (int64_t u = 0; u < panels; ++u, a += dz.unit, b += PANEL * N * W)
+      multiply<Held::a>(sum, PANEL, a, dz.row, 1, b, N * W);
+    unrolled<R>([&](auto i) RNNATTN_LAMBDA {
+      if (written && !written[r + i]) return;
+      float* row = out + (r + i) * stride;
+      unrolled<N>([&](auto n) RNNATTN_LAMBDA {
+        const int64_t left = columns - n * W;
+        if (left > 0) store_units(row + n * W, sum[i][n], static_cast<int>(least(W, left)));
+      });
+    });
+  }
+};
+
+template <int N>
+static void times_panel(const Gates& dz, const Transposed& w, int64_t p, float* out, int64_t stride,
+                        const uint8_t* written, int64_t lo, int64_t hi) {
+  const int64_t columns = least(PANEL, w.N - p * PANEL), panels = ceil_div(w.H, W);
+  over_tiles<GATE_TILE_ROWS>(
+      lo, hi, TransposedTile<N>{dz, w.panel(p), panels, out + p * PANEL, written, stride, columns});
+}
+
+static void times_transposed(const Gates& dz, const Transposed& w, float* out, int64_t stride,
+                             const uint8_t* written, int64_t lo, int64_t hi) {
+  for (int64_t p = 0; p < Transposed::panels(w.N); ++p) switch (Transposed::vectors(w.N, p)) {
+      case 1: times_panel<1>(dz, w, p, out, stride, written, lo, hi); break;
+      case 2: times_panel<2>(dz, w, p, out, stride, written, lo, hi); break;
+      default: times_panel<4>(dz, w, p, out, stride, written, lo, hi);
+    }
+}
+
+}  // namespace rnnattn::RNNATTN_SET::lstm
+RNNATTN_AFTER_NAMESPACE();
+
+#endif  // RNNATTN_LSTM_TILES_INL_H_

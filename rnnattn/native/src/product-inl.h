@@ -1,0 +1,105 @@
+// Products of small matrices in tiles of registers: the loops of both kernels, and the product of
+// two matrices that are in a cache.
+
+#ifndef RNNATTN_PRODUCT_INL_H_
+#define RNNATTN_PRODUCT_INL_H_
+
+#include <cstdint>
+
+#include "instruction_set.h"
+#include "simd-inl.h"
+#include "util-inl.h"
+
+RNNATTN_BEFORE_NAMESPACE();
+namespace rnnattn::RNNATTN_SET {
+
+// A step of a product takes R numbers of A and N vectors of B. One of the two is held in registers
+// through the step, beside the R × N sums, and the other passes through a single one: which it is
+// decides what tiles fit. The bits are the same.
+enum class Held { a, b };
+
+// sums += A B. Number (r, step) of A is a[r * a_row + step * a_step]; rows of B are b_step apart.
+template <Held held, int R, int N>
+RNNATTN_INLINE void multiply(V (&sums)[R][N], int64_t steps, const float* a, int64_t a_row,
+                             int64_t a_step, const float* b, int64_t b_step) {
+  for (int64_t step = 0; step < steps; ++step, b += b_step) {
+    if constexpr (held == Held::a) {
+      V column[R];
+      unrolled<R>([&](auto r) RNNATTN_LAMBDA { column[r] = splat(a[r * a_row + step * a_step]); });
+      unrolled<N>([&](auto n) RNNATTN_LAMBDA {
+        const V y = load(b + n * W);
+        unrolled<R>([&](auto r) RNNATTN_LAMBDA { sums[r][n] = fma(column[r], y, sums[r][n]); });
+      });
+    } else {
+      V row[N];
+      unrolled<N>([&](auto n) RNNATTN_LAMBDA { row[n] = load(b + n * W); });
+      unrolled<R>([&](auto r) RNNATTN_LAMBDA {
+        const V x = splat(a[r * a_row + step * a_step]);
+        unrolled<N>([&](auto n) RNNATTN_LAMBDA { sums[r][n] = fma(x, row[n], sums[r][n]); });
+      });
+    }
+  }
+}
+
+// f(R, first) for rows [first, past) in tiles of R rows, LIMIT at most, as even as can be.
+template <int LIMIT, class F>
+RNNATTN_INLINE void over_tiles(int64_t first, int64_t past, F f) {
+  for (int64_t tiles = ceil_div(past - first, LIMIT); tiles > 0; --tiles) {
+    const int64_t rows = (past - first) / tiles;
+    as_constant<LIMIT>(rows, [&](auto R) RNNATTN_LAMBDA { f(R, first); });
+    first += rows;
+  }
+}
+
+// A tile of `product`, which holds vectors of B: 6 × 2 sums, 2 vectors and a number are 15 of AVX2.
+constexpr int TILE_ROWS = 6;
+#if RNNATTN_LANES == 16 || defined(__aarch64__)
+constexpr int TILE_VECTORS = 4;  // of 32 registers
+#else
+constexpr int TILE_VECTORS = 2;  // of 16
+#endif
+constexpr int TILE_COLUMNS = TILE_VECTORS * W;
+
+// Element (row, step) of A.
+enum class Stored { by_row, by_step };
+
+// What C begins with: nothing, itself, or row r of it times scale[r].
+enum class From { zero, c, scaled };
+
+template <int R, int N, Stored stored, From from>
+static void tile(int64_t steps, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+                 float* c, int64_t c_stride, const float* scale) {
+  V sums[R][N];
+  unrolled<R>([&](auto r) RNNATTN_LAMBDA {
+    unrolled<N>([&](auto n) RNNATTN_LAMBDA {
+      sums[r][n] = from == From::zero ? V{} : load(c + r * c_stride + n * W);
+      if constexpr (from == From::scaled) sums[r][n] *= scale[r];
+    });
+  });
+  constexpr bool by_row = stored == Stored::by_row;
+  multiply<Held::b>(sums, steps, a, by_row ? a_stride : 1, by_row ? 1 : a_stride, b, b_stride);
+  unrolled<R>([&](auto r) RNNATTN_LAMBDA {
+    unrolled<N>([&](auto n) RNNATTN_LAMBDA { store(c + r * c_stride + n * W, sums[r][n]); });
+  });
+}
+
+// C = A B, or C + A B, of `columns` vectors. B is in panels of TILE_COLUMNS: the next one is
+// `b_panel` floats on, TILE_COLUMNS where B is one matrix.
+template <Stored stored, From from>
+static void product(int64_t rows, int64_t columns, int64_t steps, const float* a, int64_t a_stride,
+                    const float* b, int64_t b_stride, int64_t b_panel, float* c, int64_t c_stride,
+                    const float* scale = nullptr) {
+  for (; columns > 0; columns -= TILE_VECTORS, b += b_panel, c += TILE_COLUMNS)
+    as_constant<TILE_VECTORS>(columns, [&](auto N) RNNATTN_LAMBDA {
+      over_tiles<TILE_ROWS>(0, rows, [&](auto R, int64_t r) RNNATTN_LAMBDA {
+        tile<R, N, stored, from>(steps, a + r * (stored == Stored::by_row ? a_stride : 1), a_stride,
+                                 b, b_stride, c + r * c_stride, c_stride,
+                                 from == From::scaled ? scale + r : nullptr);
+      });
+    });
+}
+
+}  // namespace rnnattn::RNNATTN_SET
+RNNATTN_AFTER_NAMESPACE();
+
+#endif  // RNNATTN_PRODUCT_INL_H_
