@@ -35,7 +35,7 @@ def test_a_recipe_lists_every_file_that_knows_the_name(name):
 
 
 def test_there_is_a_recipe_for_each_kind_of_addition():
-    assert list(RECIPES) == ["coupled", "blockwise", "soft_cap", "haiku"]
+    assert list(RECIPES) == ["coupled", "blockwise", "soft_cap", "lstm_from_haiku"]
 
 
 # ---- a schedule of attention: one query after another ------------------------------------------
