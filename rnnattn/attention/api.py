@@ -98,6 +98,7 @@ def dot_product_attention(
         function itself raises a TypeError ("can't apply forward-mode autodiff (jvp) to a custom_vjp
         function"): that is what `rnnattn.attention.dot_product_attention_jvp` is for.
     Example:
+        >>> import jax.numpy as jnp
         >>> q, k, v = jnp.ones((3, 2, 5, 4, 8))
         >>> dot_product_attention(q, k, v, is_causal=True).shape
         (2, 5, 4, 8)
@@ -153,6 +154,7 @@ def dot_product_attention_jvp(
         The tangent dO = (P ∘ dS) v + P dv − μ O, dL = μ = Σ P ∘ dS, block by block (Lu & Song
         2024); its transpose is the gradient.
     Example:
+        >>> import jax.numpy as jnp
         >>> q, k, v = jnp.ones((3, 2, 5, 4, 8))
         >>> out, dout = jax.jvp(lambda q: dot_product_attention_jvp(q, k, v), (q,), (q,))
         >>> dout.shape

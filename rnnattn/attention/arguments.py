@@ -19,6 +19,8 @@ _FAR = 2**30  # a window's side of this many keys is open: sums of positions sta
 
 
 class Arrays(NamedTuple):
+    """The arguments that are arrays, or may be."""
+
     query: Any
     key: Any
     value: Any

@@ -36,6 +36,7 @@ def bidirectional_lstm(
     Gradient:
         That of `lstm`, with respect to the parameters, `x` and `states`.
     Example:
+        >>> from rnnattn import init_lstm
         >>> ahead, back = (init_lstm(jax.random.key(k), 3, 5) for k in (0, 1))
         >>> y, (last, first) = bidirectional_lstm(ahead, back, jnp.ones((2, 7, 3)))
         >>> y.shape
@@ -75,6 +76,7 @@ def stacked_lstm(
     Example:
         Truncated back-propagation through time: carry the state, and stop its gradient.
 
+        >>> from rnnattn import init_lstm
         >>> layers = [init_lstm(jax.random.key(0), 3, 5), init_lstm(jax.random.key(1), 5, 5)]
         >>> def loss(layers, x, states):
         ...     y, states = stacked_lstm(layers, x, jax.lax.stop_gradient(states))
