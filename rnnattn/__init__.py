@@ -1,8 +1,8 @@
 """LSTM, attention and rotary positions for JAX, with gradients derived by hand."""
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-from rnnattn import interop, reference
 from rnnattn.attention import KVCache, dot_product_attention, update_cache
 from rnnattn.patches import (
     conv_stem,
@@ -68,9 +68,13 @@ __all__ = [
 ]
 
 
+if TYPE_CHECKING:
+    from rnnattn import interop, nn, parallel, reference
+
+
 def __getattr__(name):
-    """What takes time to import, when it is asked for; `nn` needs flax."""
-    if name in ("nn", "parallel"):
+    """What not everybody needs is imported when it is asked for; `nn` needs flax."""
+    if name in ("interop", "nn", "parallel", "reference"):
         return import_module(f"rnnattn.{name}")
     if name == "__version__":
         return import_module("importlib.metadata").version("rnnattn")
