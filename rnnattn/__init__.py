@@ -69,7 +69,7 @@ __all__ = [
 
 
 if TYPE_CHECKING:
-    from rnnattn import interop, nn, parallel, reference
+    from rnnattn import interop as interop, nn as nn, parallel as parallel, reference as reference
 
 
 def __getattr__(name):
