@@ -4,7 +4,6 @@
 #define RNNATTN_LSTM_FORWARD_INL_H_
 
 #include <cstdint>
-#include <type_traits>
 
 #include "instruction_set.h"
 #include "kernels.h"
@@ -28,7 +27,7 @@ struct PreactivationTile {
   int n;
 
   template <int R>
-  void operator()(std::integral_constant<int, R>, int64_t r) const {
+  void run(int64_t r) const {
     V z[R][4];
     unrolled<R>([&](auto i) RNNATTN_LAMBDA {
       unrolled<4>([&](auto g) RNNATTN_LAMBDA { z[i][g] = load(block + g * W); });
@@ -82,7 +81,7 @@ struct CellTile {
   int n;
 
   template <int R>
-  void operator()(std::integral_constant<int, R>, int64_t r) const {
+  void run(int64_t r) const {
     const int64_t D = cells.D, H = cells.H, j = u * W;
     const float* block = cells.block(u);
     V z[R][4];

@@ -4,7 +4,6 @@
 #define RNNATTN_LSTM_GRADIENT_INL_H_
 
 #include <cstdint>
-#include <type_traits>
 
 #include "instruction_set.h"
 #include "kernels.h"
@@ -52,7 +51,7 @@ struct WeightTile {
   bool adds;  // to what the gradient holds
 
   template <int R>
-  void operator()(std::integral_constant<int, R>, int64_t m) const {
+  void run(int64_t m) const {
     const int64_t H = s.H;
     const int n = static_cast<int>(least(W, H - u * W));
     float* row[R];

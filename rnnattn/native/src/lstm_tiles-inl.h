@@ -18,7 +18,6 @@
 #define RNNATTN_LSTM_TILES_INL_H_
 
 #include <cstdint>
-#include <type_traits>
 
 #include "instruction_set.h"
 #include "kernels.h"
@@ -167,7 +166,7 @@ struct TransposedTile {
   int64_t stride, columns;
 
   template <int R>
-  void operator()(std::integral_constant<int, R>, int64_t r) const {
+  void run(int64_t r) const {
     V sum[R][N] = {};
     const float *a = dz.data + r * dz.row, *b = w;
     for (int64_t u = 0; u < panels; ++u, a += dz.unit, b += PANEL * N * W)

@@ -15,7 +15,8 @@ namespace rnnattn::RNNATTN_SET {
 
 // A step of a product takes R numbers of A and N vectors of B. One of the two is held in registers
 // through the step, beside the R × N sums, and the other passes through a single one: which it is
-// decides what tiles fit. The bits are the same.
+// decides what tiles fit. The bits are the same. Steps of A are a moving pointer in one case and an
+// index in the other, whichever GCC makes the better loop of.
 enum class Held { a, b };
 
 // sums += A B. Number (r, step) of A is a[r * a_row + step * a_step]; rows of B are b_step apart.
@@ -25,11 +26,12 @@ RNNATTN_INLINE void multiply(V (&sums)[R][N], int64_t steps, const float* a, int
   for (int64_t step = 0; step < steps; ++step, b += b_step) {
     if constexpr (held == Held::a) {
       V column[R];
-      unrolled<R>([&](auto r) RNNATTN_LAMBDA { column[r] = splat(a[r * a_row + step * a_step]); });
+      unrolled<R>([&](auto r) RNNATTN_LAMBDA { column[r] = splat(a[r * a_row]); });
       unrolled<N>([&](auto n) RNNATTN_LAMBDA {
         const V y = load(b + n * W);
         unrolled<R>([&](auto r) RNNATTN_LAMBDA { sums[r][n] = fma(column[r], y, sums[r][n]); });
       });
+      a += a_step;
     } else {
       V row[N];
       unrolled<N>([&](auto n) RNNATTN_LAMBDA { row[n] = load(b + n * W); });
@@ -41,12 +43,12 @@ RNNATTN_INLINE void multiply(V (&sums)[R][N], int64_t steps, const float* a, int
   }
 }
 
-// f(R, first) for rows [first, past) in tiles of R rows, LIMIT at most, as even as can be.
-template <int LIMIT, class F>
-RNNATTN_INLINE void over_tiles(int64_t first, int64_t past, F f) {
+// tile.run<R>(first) for rows [first, past) in tiles of R rows, LIMIT at most, as even as can be.
+template <int LIMIT, class Tile>
+RNNATTN_INLINE void over_tiles(int64_t first, int64_t past, Tile tile) {
   for (int64_t tiles = ceil_div(past - first, LIMIT); tiles > 0; --tiles) {
     const int64_t rows = (past - first) / tiles;
-    as_constant<LIMIT>(rows, [&](auto R) RNNATTN_LAMBDA { f(R, first); });
+    as_constant<LIMIT>(rows, [&](auto R) RNNATTN_LAMBDA { tile.template run<R>(first); });
     first += rows;
   }
 }
@@ -66,22 +68,35 @@ enum class Stored { by_row, by_step };
 // What C begins with: nothing, itself, or row r of it times scale[r].
 enum class From { zero, c, scaled };
 
-template <int R, int N, Stored stored, From from>
-static void tile(int64_t steps, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
-                 float* c, int64_t c_stride, const float* scale) {
-  V sums[R][N];
-  unrolled<R>([&](auto r) RNNATTN_LAMBDA {
-    unrolled<N>([&](auto n) RNNATTN_LAMBDA {
-      sums[r][n] = from == From::zero ? V{} : load(c + r * c_stride + n * W);
-      if constexpr (from == From::scaled) sums[r][n] *= scale[r];
+template <int N, Stored stored, From from>
+struct ProductTile {
+  int64_t steps;
+  const float* a;
+  int64_t a_stride;
+  const float* b;
+  int64_t b_stride;
+  float* c;
+  int64_t c_stride;
+  const float* scale;
+
+  template <int R>
+  void run(int64_t first) const {
+    constexpr bool by_row = stored == Stored::by_row;
+    const int64_t a_row = by_row ? a_stride : 1, a_step = by_row ? 1 : a_stride;
+    float* rows = c + first * c_stride;
+    V sums[R][N];
+    unrolled<R>([&](auto r) RNNATTN_LAMBDA {
+      unrolled<N>([&](auto n) RNNATTN_LAMBDA {
+        sums[r][n] = from == From::zero ? V{} : load(rows + r * c_stride + n * W);
+        if constexpr (from == From::scaled) sums[r][n] *= scale[first + r];
+      });
     });
-  });
-  constexpr bool by_row = stored == Stored::by_row;
-  multiply<Held::b>(sums, steps, a, by_row ? a_stride : 1, by_row ? 1 : a_stride, b, b_stride);
-  unrolled<R>([&](auto r) RNNATTN_LAMBDA {
-    unrolled<N>([&](auto n) RNNATTN_LAMBDA { store(c + r * c_stride + n * W, sums[r][n]); });
-  });
-}
+    multiply<Held::b>(sums, steps, a + first * a_row, a_row, a_step, b, b_stride);
+    unrolled<R>([&](auto r) RNNATTN_LAMBDA {
+      unrolled<N>([&](auto n) RNNATTN_LAMBDA { store(rows + r * c_stride + n * W, sums[r][n]); });
+    });
+  }
+};
 
 // C = A B, or C + A B, of `columns` vectors. B is in panels of TILE_COLUMNS: the next one is
 // `b_panel` floats on, TILE_COLUMNS where B is one matrix.
@@ -91,11 +106,9 @@ static void product(int64_t rows, int64_t columns, int64_t steps, const float* a
                     const float* scale = nullptr) {
   for (; columns > 0; columns -= TILE_VECTORS, b += b_panel, c += TILE_COLUMNS)
     as_constant<TILE_VECTORS>(columns, [&](auto N) RNNATTN_LAMBDA {
-      over_tiles<TILE_ROWS>(0, rows, [&](auto R, int64_t r) RNNATTN_LAMBDA {
-        tile<R, N, stored, from>(steps, a + r * (stored == Stored::by_row ? a_stride : 1), a_stride,
-                                 b, b_stride, c + r * c_stride, c_stride,
-                                 from == From::scaled ? scale + r : nullptr);
-      });
+      over_tiles<TILE_ROWS>(
+          0, rows,
+          ProductTile<N, stored, from>{steps, a, a_stride, b, b_stride, c, c_stride, scale});
     });
 }
 
