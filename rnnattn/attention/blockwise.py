@@ -135,6 +135,9 @@ class _Grid(NamedTuple):
 
 
 def _axis(size, longest):
+    """In equal blocks of at most `longest`; in one, where the size is symbolic."""
+    if not isinstance(size, int):
+        return _Axis(size, size)
     count = -(-size // longest)
     return _Axis(size, -(-size // count))
 
@@ -338,7 +341,9 @@ def _tangent(options, operands, masking, o, lse, doperands):
     """dO and dL, linear in `doperands`: no block's weights are kept, here or for the transpose."""
     # what the transpose adds up block by block is wide, too
     operands, doperands = jax.tree.map(lambda x: x.astype(lse.dtype), (operands, doperands))
-    rows = max(int((_TANGENT_LOGITS / (o.shape[0] * o.shape[1])) ** 0.5), _LEAST_TANGENT_BLOCK)
+    heads = o.shape[0] * o.shape[1]
+    rows = int((_TANGENT_LOGITS / heads) ** 0.5) if isinstance(heads, int) else 0
+    rows = max(rows, _LEAST_TANGENT_BLOCK)
     grid = _grid(operands, (rows, rows))
     key_blocks = _key_blocks(options, grid, masking)
 

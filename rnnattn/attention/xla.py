@@ -45,5 +45,6 @@ BLOCKWISE = Schedule(enter, blockwise.forward, blockwise.backward, leave)
 
 
 def by_size(T, S):
-    """The faster of the two."""
-    return DENSE if T * S < DENSE_LOGITS else BLOCKWISE
+    """The faster of the two; the one in blocks where a size is symbolic."""
+    few = isinstance(T * S, int) and T * S < DENSE_LOGITS
+    return DENSE if few else BLOCKWISE

@@ -60,12 +60,16 @@ def _outer(x, dz):
 def chunk_length(residuals, steps, H):
     """The steps of a chunk: what `residuals` says, or what fills `_CHUNK_BYTES`.
 
-    No more than 512, and a divisor of T if there is one among those not much smaller.
+    No more than 512, and a divisor of T if there is one among those not much smaller. All of T
+    where that is symbolic.
     """
     T, B, _ = steps.x.shape
+    if not isinstance(T, int):
+        return T
     if isinstance(residuals, int):
         return min(residuals, max(T, 1))
-    row = B * 4 * H * accumulator(steps.x.dtype).itemsize
+    rows = B if isinstance(B, int) else _FEW_ROWS
+    row = rows * 4 * H * accumulator(steps.x.dtype).itemsize
     most = min(max(_CHUNK_BYTES // max(row, 1), 1), 512, max(T, 1))
     return max(range((most + 1) // 2, most + 1), key=lambda n: (T % n == 0, n))
 
@@ -100,7 +104,7 @@ def _scan_chunks(chunk, carry, per_step, per_chunk, length, reverse):
 def _chunk_forward(options, halved, state, steps, keep):
     """Run the steps of one chunk; `keep` names what of the trace besides y is wanted."""
     x, w_x, w_h = select(steps.valid, steps.x, 0), halved.w_x, halved.w_h
-    merged = x.shape[1] >= _FEW_ROWS and w_x.nbytes + w_h.nbytes <= _MERGED_BYTES
+    merged = not _few_rows(x) and w_x.nbytes + w_h.nbytes <= _MERGED_BYTES
     if merged:
         w = jnp.concatenate([w_x, w_h])
     else:
@@ -181,8 +185,13 @@ def _chunk_backward(options, params, halved, carry, steps, dy, trace, start):
 
 def _unroll(x):
     """Steps in one turn of the backward loop, as `lax.scan` wants it."""
-    T, B, _ = x.shape
-    return min(4, T) if B < _FEW_ROWS else T == 1
+    T = x.shape[0]
+    return min(4, T) if _few_rows(x) and isinstance(T, int) else T == 1
+
+
+def _few_rows(x):
+    B = x.shape[1]
+    return isinstance(B, int) and B < _FEW_ROWS
 
 
 def _states_before(after, start, reverse):
