@@ -79,11 +79,11 @@ def run(config: Config, session: Session = SILENT) -> Result:
             value = random.standard_normal((n, n))
             query = betas[:, None] * (key[0] + key[1])
             # one query for each β, one head, no batch
-            c, p = rnnattn.dot_product_attention(
+            out, applied = rnnattn.dot_product_attention(
                 jnp.asarray(query)[:, None], jnp.asarray(key)[:, None],
                 jnp.asarray(value)[:, None], scale=1.0, return_weights=True,
             )  # fmt: skip
-            c, p = np.asarray(c)[:, 0], np.asarray(p)[0]
+            c, p = np.asarray(out)[:, 0], np.asarray(applied)[0]
             middle, others = value[:2].mean(axis=0), value[2:].mean(axis=0)
             delta = left_over(betas, np.array(n))[:, None]
             errors.append(np.max(np.abs(c - middle - delta * (others - middle)), axis=1))

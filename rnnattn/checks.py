@@ -7,10 +7,13 @@ In a function `lstm`:
     check(clip is None or clip > 0, "clip", "positive or None", clip)
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
+from operator import index
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Check(NamedTuple):
@@ -26,7 +29,7 @@ class Check(NamedTuple):
         """As many axes as `axes` names, such as "(B, T, D)"."""
         self(jnp.ndim(x) == axes.count(",") + 1, name, f"of shape {axes}", jnp.shape(x))
 
-    def shape(self, name: str, x: Any, shape: tuple[int, ...], axes: str) -> None:
+    def shape(self, name: str, x: Any, shape: tuple[Any, ...], axes: str) -> None:
         """The shape, of which `axes` tells the meaning."""
         self(jnp.shape(x) == shape, name, f"of shape {axes} = {shape}", jnp.shape(x))
 
@@ -63,15 +66,29 @@ class Check(NamedTuple):
         holds = value > 0 and value % divisor == 0
         self(holds, name, f"a positive multiple of {of or divisor}", value)
 
+    def integer(self, name: str, n: Any, least: int, expected: str = "") -> int:
+        """An integer of Python, NumPy or JAX that is known when the function is traced."""
+        number = _known(index, n)
+        holds = number is not None and number >= least
+        self(holds, name, expected or f"an integer of at least {least}", _shown(n))
+        return index(n)
+
+    def number(self, name: str, x: Any, above: float | int, expected: str) -> float:
+        """A number of Python, NumPy or JAX that is known when the function is traced."""
+        number = _known(float, x)
+        self(number is not None and number > above, name, expected, _shown(x))
+        return float(x)
+
     def pair(self, name: str, size: Any, *, or_one: bool = False) -> tuple[int, int]:
         """Rows and columns as a tuple, which jit can hash; with `or_one`, one number is both."""
-        pair = (size, size) if or_one and type(size) is int else size
-        holds = isinstance(pair, Sequence) and len(pair) == 2
-        holds = holds and all(type(n) is int and n > 0 for n in pair)
         one = ", or one for both" if or_one else ""
-        self(holds, name, f"(rows, columns), two ints of at least 1{one}", repr(size))
-        rows, columns = pair
-        return rows, columns
+        expected = f"(rows, columns), two integers of at least 1{one}"
+        pair = (size, size) if or_one and not several(size) else size
+        self(several(pair) and len(pair) == 2, name, expected, _shown(size))
+        rows, columns = (_known(index, n) for n in pair)
+        positive = rows is not None and columns is not None and min(rows, columns) > 0
+        self(positive, name, expected, _shown(size))
+        return index(pair[0]), index(pair[1])
 
     def patches(
         self, name: str, size: tuple[int, ...], patch_size: tuple[int, int], advice: str = ""
@@ -82,10 +99,11 @@ class Check(NamedTuple):
         self(not (rows % p or columns % q), name, expected, f"{tuple(size)}{advice}")
         return rows // p, columns // q
 
-    def share(self, name: str, rate: Any) -> None:
+    def share(self, name: str, rate: Any) -> float:
         """A rate of dropout."""
-        holds = isinstance(rate, int | float) and 0 <= rate < 1
-        self(holds, name, "a number in [0, 1)", repr(rate))
+        number = _known(float, rate)
+        self(number is not None and 0 <= number < 1, name, "a number in [0, 1)", _shown(rate))
+        return float(rate)
 
     def served(self, implementation: str, unserved: list[str]) -> None:
         """An implementation that is asked for by name, and what of the call it cannot serve."""
@@ -94,6 +112,27 @@ class Check(NamedTuple):
                 f"{self.function}: `implementation={implementation!r}` cannot serve "
                 f"{' or '.join(unserved)}; 'xla' can"
             )
+
+
+def several(x: Any) -> bool:
+    """Whether an option is a sequence or an array of axes, and not one number."""
+    return isinstance(x, tuple | list) or getattr(x, "ndim", 0) > 0
+
+
+def _known(convert, x):
+    """x by `operator.index` or `float`; None where it is no such number, or a traced one."""
+    if isinstance(x, bool | np.bool | str) or several(x):
+        return None
+    try:
+        return convert(x)
+    except TypeError:
+        return None
+
+
+def _shown(x):
+    parts = x if several(x) else [x]
+    traced = any(isinstance(part, jax.core.Tracer) for part in parts)
+    return "a traced value, which is known only when the program runs" if traced else repr(x)
 
 
 def those_that_hold(reasons: Mapping[str, Any]) -> list[str]:

@@ -87,7 +87,9 @@ def ring_attention(
         >>> out.shape, out.sharding.spec[1]
         ((2, 16, 4, 8), 'sequence')
     """
+    check = Check("ring_attention")
     arguments = sorted_arguments(
+        check.function,
         query,
         key,
         value,
@@ -100,7 +102,6 @@ def ring_attention(
         key_value_segment_ids=key_value_segment_ids,
         logits_soft_cap=logits_soft_cap,
     )
-    check = Check("ring_attention")
     arrays, options = checked(check.function, *arguments)
     if axis_name in jax.sharding.get_abstract_mesh().manual_axes:
         outside = (mesh, batch_axis_name, head_axis_name) != (None, None, None)

@@ -25,7 +25,7 @@ Axes: B batch, D width of a token; rows, columns and channels of an image by the
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import Literal, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -36,9 +36,12 @@ from jaxtyping import Array, Bool, Float, Shaped
 from rnnattn.checks import Check
 from rnnattn.precision import accumulator
 
+Pair = Sequence[SupportsIndex] | np.ndarray  # (rows, columns)
+Size = SupportsIndex | Pair  # one number stands for both
+
 
 def patchify(
-    images: Shaped[Array, "B rows columns channels"], patch_size: int | tuple[int, int]
+    images: Shaped[Array, "B rows columns channels"], patch_size: Size
 ) -> Shaped[Array, "B tokens values"]:
     """Cut each image into patches, and lay each patch out as one row (V1).
 
@@ -67,8 +70,8 @@ def patchify(
 
 def unpatchify(
     tokens: Shaped[Array, "B tokens values"],
-    size: tuple[int, int],
-    patch_size: int | tuple[int, int],
+    size: Pair,
+    patch_size: Size,
 ) -> Shaped[Array, "B rows columns channels"]:
     """The images that `patchify` cut into `tokens`, bit for bit.
 
@@ -100,11 +103,11 @@ def unpatchify(
 
 def resample_grid(
     embeddings: Float[Array, "old_tokens D"],
-    old: tuple[int, int],
-    new: tuple[int, int],
+    old: Pair,
+    new: Pair,
     *,
     method: Literal["bicubic", "bilinear"] = "bicubic",
-    prefix_tokens: int = 0,
+    prefix_tokens: SupportsIndex = 0,
 ) -> Float[Array, "new_tokens D"]:
     """Position embeddings learned on the grid `old`, for the grid `new` (V2, V4).
 
@@ -132,8 +135,7 @@ def resample_grid(
     check.floating("embeddings", embeddings)
     old, new = check.pair("old", old), check.pair("new", new)
     check.one_of("method", method, _METHODS)
-    counts = type(prefix_tokens) is int and prefix_tokens >= 0
-    check(counts, "prefix_tokens", "an int of at least 0", repr(prefix_tokens))
+    prefix_tokens = check.integer("prefix_tokens", prefix_tokens, 0)
     tokens = prefix_tokens + old[0] * old[1]
     expected = f"of {prefix_tokens} + {old[0]} × {old[1]} = {tokens} tokens"
     check(len(embeddings) == tokens, "embeddings", expected, len(embeddings))
@@ -151,7 +153,7 @@ def _resample_grid(embeddings, old, new, method, prefix_tokens):
 
 def resize_patch_kernel(
     kernel: Float[Array, "rows columns channels D"],
-    patch_size: int | tuple[int, int],
+    patch_size: Size,
     *,
     method: Literal["bicubic", "bilinear"] = "bilinear",
 ) -> Float[Array, "new_rows new_columns channels D"]:
@@ -198,7 +200,7 @@ def _resize_patch_kernel(kernel, new, method):
 
 
 def crop_and_pad(
-    images: Shaped[Array, "B rows columns channels"], size: tuple[int, int]
+    images: Shaped[Array, "B rows columns channels"], size: Pair
 ) -> tuple[Shaped[Array, "B new_rows new_columns channels"], Bool[Array, "B new_rows new_columns"]]:
     """The images at `size`, cut where they are larger and padded with zeros where smaller (V5).
 
@@ -231,9 +233,7 @@ def crop_and_pad(
     return place(images, [(0, 0, 0), *margins, (0, 0, 0)]), valid
 
 
-def token_mask(
-    valid: Bool[Array, "B rows columns"], patch_size: int | tuple[int, int]
-) -> Bool[Array, "B tokens"]:
+def token_mask(valid: Bool[Array, "B rows columns"], patch_size: Size) -> Bool[Array, "B tokens"]:
     """Which tokens of `patchify` hold at least one valid pixel (V5).
 
     A token with some valid pixels is valid, and carries its padding with it: what that holds must
@@ -261,7 +261,7 @@ def conv_stem(
     images: Float[Array, "B rows columns channels"],
     kernels: Sequence[Float[Array, "..."]],
     biases: Sequence[Float[Array, "..."]],
-    grid: tuple[int, int],
+    grid: Pair,
 ) -> Float[Array, "B tokens D"]:
     """Strided convolutions, then a mean, that bring images of any size to the `grid` (V6).
 
@@ -313,7 +313,7 @@ def _conv_stem(images, kernels, biases, grid):
 
 
 def stem_strides(
-    size: tuple[int, int], grid: tuple[int, int], kernel_sizes: Sequence[tuple[int, int]]
+    size: Pair, grid: Pair, kernel_sizes: Sequence[Pair]
 ) -> tuple[tuple[int, int], ...]:
     """The strides of `conv_stem` for images of `size`, a (rows, columns) for each kernel.
 

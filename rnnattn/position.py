@@ -29,7 +29,7 @@ corrected.
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsFloat, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -42,9 +42,9 @@ from rnnattn.checks import Check
 
 def sinusoids(
     positions: Real[ArrayLike, "..."],
-    dim: int,
+    dim: SupportsIndex,
     *,
-    base: float | int = 10_000.0,
+    base: SupportsFloat = 10_000.0,
     first: int = 0,
     dtype: Any = jnp.float32,
 ) -> Float[Array, "... {dim}"]:
@@ -66,8 +66,8 @@ def sinusoids(
         [0.8399999737739563, 0.5399999618530273, 0.009999999776482582, 1.0]
     """
     check = Check("sinusoids")
+    dim, base = check.integer("dim", dim, 0), _checked_base(check, base)
     check.multiple("dim", dim, 2)
-    _check_base(check, base)
     check.float_dtype("dtype", dtype)
     t = _as_positions(check, "positions", positions)
     return _run_sinusoids(dim, base, first, jax.dtypes.canonicalize_dtype(dtype), t)
@@ -75,9 +75,9 @@ def sinusoids(
 
 def shift_matrix(
     offset: Real[ArrayLike, ""],
-    dim: int,
+    dim: SupportsIndex,
     *,
-    base: float | int = 10_000.0,
+    base: SupportsFloat = 10_000.0,
     first: int = 0,
     dtype: Any = jnp.float32,
 ) -> Float[Array, "{dim} {dim}"]:
@@ -99,8 +99,8 @@ def shift_matrix(
         True
     """
     check = Check("shift_matrix")
+    dim, base = check.integer("dim", dim, 0), _checked_base(check, base)
     check.multiple("dim", dim, 2)
-    _check_base(check, base)
     check.float_dtype("dtype", dtype)
     k = _as_positions(check, "offset", offset)
     check(k.ndim == 0, "offset", "a scalar", f"shape {k.shape}")
@@ -270,8 +270,8 @@ def rope(
     x: Float[Array, "*batch T N K"],
     positions: Real[ArrayLike, "..."],
     *,
-    base: float | int = 10_000.0,
-    rotary_dim: int | None = None,
+    base: SupportsFloat = 10_000.0,
+    rotary_dim: SupportsIndex | None = None,
     interleaved: bool = False,
     scaling: Scaling | None = None,
     inverse: bool = False,
@@ -312,7 +312,7 @@ def rope_2d(
     rows: Real[ArrayLike, "..."],
     columns: Real[ArrayLike, "..."],
     *,
-    base: float | int = 100.0,
+    base: SupportsFloat = 100.0,
     interleaved: bool = False,
     scaling: Scaling | None = None,
     inverse: bool = False,
@@ -487,8 +487,8 @@ _rotate.defvjp(_rotate_fwd, _rotate_bwd, symbolic_zeros=True)
 class RopeOptions(NamedTuple):
     """What of a call is fixed when it is traced."""
 
-    base: float | int
-    rotary_dim: int | None
+    base: Any
+    rotary_dim: Any
     interleaved: bool
     scaling: Scaling | None
     inverse: bool
@@ -523,14 +523,15 @@ def _run_shift_matrix(dim, base, first, dtype, offset):
 def call_rope(function, rotate, x, positions, options):
     """`rope` by `_rotate` or `rotate_plain`."""
     check = Check(function)
-    _check_x(check, x)
-    _check_options(check, options)
-    K = x.shape[-1]
-    if options.rotary_dim is None:
+    x, options = _checked_x(check, x), _checked_options(check, options)
+    K, d = x.shape[-1], options.rotary_dim
+    if d is None:
         check.multiple("x.shape[-1]", K, 2)
-        options = options._replace(rotary_dim=K)
-    check.multiple("rotary_dim", options.rotary_dim, 2)
-    check(options.rotary_dim <= K, "rotary_dim", f"at most K = {K}", options.rotary_dim)
+        d = K
+    d = check.integer("rotary_dim", d, 0)
+    check.multiple("rotary_dim", d, 2)
+    check(d <= K, "rotary_dim", f"at most K = {K}", d)
+    options = options._replace(rotary_dim=d)
     t = _positions_of(check, "positions", positions, x)
     return _run_rope(rotate, options, x, t)
 
@@ -544,8 +545,7 @@ def _run_rope(rotate, options, x, t):
 def call_rope_2d(function, rotate, x, rows, columns, options):
     """`rope_2d` by `_rotate` or `rotate_plain`."""
     check = Check(function)
-    _check_x(check, x)
-    _check_options(check, options)
+    x, options = _checked_x(check, x), _checked_options(check, options)
     check.multiple("x.shape[-1]", x.shape[-1], 4)
     rows = _positions_of(check, "rows", rows, x)
     columns = _positions_of(check, "columns", columns, x)
@@ -564,7 +564,7 @@ def _run_rope_2d(rotate, options, x, rows, columns):
 def call_rope_mixed(function, rotate, x, rows, columns, frequencies, interleaved, inverse):
     """`rope_mixed` by `_rotate` or `rotate_plain`."""
     check = Check(function)
-    _check_x(check, x)
+    x, frequencies = _checked_x(check, x), jnp.asarray(frequencies)
     N, K = x.shape[-2:]
     check.multiple("x.shape[-1]", K, 2)
     own, shared = (2, N, K // 2), (2, 1, K // 2)
@@ -599,20 +599,21 @@ def _wide(*dtypes):
 # ---- checks -----------------------------------------------------------------------------------
 
 
-def _check_base(check, base):
-    holds = isinstance(base, float | int) and base > 1
-    check(holds, "base", "a Python number above 1", repr(base))
+def _checked_base(check, base):
+    return check.number("base", base, 1, "a number above 1")
 
 
-def _check_x(check, x):
+def _checked_x(check, x):
+    x = jnp.asarray(x)
     check(x.ndim >= 3, "x", "of shape (B, T, N, K)", x.shape)
     check.floating("x", x)
+    return x
 
 
-def _check_options(check, options):
-    _check_base(check, options.base)
+def _checked_options(check, options):
     scaling = options.scaling
     check(isinstance(scaling, Scaling | None), "scaling", "a Scaling or None", repr(scaling))
+    return options._replace(base=_checked_base(check, options.base))
 
 
 def _as_positions(check, name, positions):

@@ -6,16 +6,17 @@ plain way to say what the fast one computes.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, SupportsFloat, SupportsIndex, Unpack
 
-import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, Real
 
 from rnnattn.attention.api import call
 from rnnattn.attention.arguments import sorted_arguments
 from rnnattn.attention.rule import plain
+from rnnattn.attention.signature import typed
 from rnnattn.attention.xla import DENSE
+from rnnattn.checks import Check
 from rnnattn.position import (
     RopeOptions,
     Scaling,
@@ -25,16 +26,22 @@ from rnnattn.position import (
     rotate_plain,
 )
 from rnnattn.recurrent.arguments import (
+    SequenceOptions,
+    StackOptions,
     as_given,
-    check_sequence,
-    check_step,
+    batch_of,
+    checked_residuals,
+    checked_sequence,
+    checked_step,
+    checked_variant,
     full_state,
+    time_back,
+    time_first,
     time_major_steps,
 )
 from rnnattn.recurrent.equations import (
     LSTMParams,
     LSTMState,
-    Variant,
     advance,
     dot,
     halve_params,
@@ -42,20 +49,24 @@ from rnnattn.recurrent.equations import (
 )
 from rnnattn.recurrent.stack import Dropout, both_directions, stack
 
+_IMPLEMENTATIONS = (None, "xla", "native", "cudnn")  # which make no difference here
+
 
 def lstm(
     params: LSTMParams,
     x: Float[Array, "... D"],
     state: LSTMState | None = None,
     *,
-    lengths: Int[Array, " B"] | None = None,
+    lengths: Int[Array, "*B"] | None = None,
     resets: Bool[Array, "..."] | None = None,
     reverse: bool = False,
     time_major: bool = False,
-    clip: float | None = None,
+    clip: SupportsFloat | None = None,
     coupled: bool = False,
+    residuals: Literal["gates", "states"] | SupportsIndex = "states",
+    implementation: Literal["xla", "native", "cudnn"] | None = None,
 ) -> tuple[Float[Array, "... R"], LSTMState]:
-    """`rnnattn.lstm` as a scan over single steps.
+    """`rnnattn.lstm` as a scan over single steps, whatever the last two options say.
 
     Gradient: JAX's own, in every mode.
     Example:
@@ -66,11 +77,15 @@ def lstm(
         >>> dy.shape
         (2, 7, 5)
     """
-    check_sequence("reference.lstm", params, x, state, lengths, resets, time_major, clip)
-    if not time_major:
-        x = jnp.swapaxes(x, 0, 1)
-        resets = None if resets is None else jnp.swapaxes(resets, 0, 1)
-    halved, variant = halve_params(params), Variant(clip, coupled)
+    function = "reference.lstm"
+    arguments = checked_sequence(function, params, x, state, lengths, resets, time_major)
+    x, state, lengths, resets = arguments
+    checked_residuals(function, residuals)
+    Check(function).one_of("implementation", implementation, _IMPLEMENTATIONS)
+    halved, variant = halve_params(params), checked_variant(function, clip, coupled)
+    batch = batch_of(x, time_major)
+    x = time_first(x, batch, time_major)
+    resets = None if resets is None else time_first(resets, batch, time_major)
 
     def step(state, inputs):
         x, valid, fresh = inputs
@@ -80,23 +95,25 @@ def lstm(
         return state, select(valid, state.h, 0)
 
     steps = time_major_steps(x, lengths, resets, reverse)
-    final, y = lax.scan(step, full_state(params, state, x.shape[1]), steps, reverse=reverse)
-    return (y if time_major else jnp.swapaxes(y, 0, 1)), as_given(final, state)
+    final, y = lax.scan(step, full_state(params, state, batch), steps, reverse=reverse)
+    return time_back(y, batch, time_major), as_given(final, state, batch)
 
 
 def lstm_step(
     params: LSTMParams,
-    x: Float[Array, "B D"],
+    x: Float[Array, "*B D"],
     state: LSTMState,
     *,
-    clip: float | None = None,
+    clip: SupportsFloat | None = None,
     coupled: bool = False,
+    implementation: Literal["xla", "native"] | None = None,
 ) -> LSTMState:
     """`rnnattn.lstm_step` without its rule.
 
     Gradient: JAX's own, in every mode.
     """
-    check_step("reference.lstm_step", params, x, state, clip)
+    x, state = checked_step("reference.lstm_step", params, x, state)
+    checked_variant("reference.lstm_step", clip, coupled)
     return lstm(params, x[None], state, time_major=True, clip=clip, coupled=coupled)[1]
 
 
@@ -104,8 +121,8 @@ def bidirectional_lstm(
     forward: LSTMParams,
     backward: LSTMParams,
     x: Float[Array, "... D"],
-    states: tuple[LSTMState | None, LSTMState | None] = (None, None),
-    **options: Any,
+    states: tuple[LSTMState | None, LSTMState | None] | None = None,
+    **options: Unpack[SequenceOptions],
 ) -> tuple[Float[Array, "... width"], tuple[LSTMState, LSTMState]]:
     """`rnnattn.bidirectional_lstm` over plain scans.
 
@@ -119,11 +136,11 @@ def stacked_lstm(
     x: Float[Array, "... D"],
     states: Sequence[Any] | None = None,
     *,
-    dropout_rate: float = 0.0,
+    dropout_rate: SupportsFloat = 0.0,
     dropout_key: PRNGKeyArray | None = None,
     variational: bool = False,
     time_major: bool = False,
-    **options: Any,
+    **options: Unpack[StackOptions],
 ) -> tuple[Float[Array, "... R"], tuple[Any, ...]]:
     """`rnnattn.stacked_lstm` over plain scans.
 
@@ -133,11 +150,12 @@ def stacked_lstm(
     return stack(lstm, layers, x, states, dropout, {"time_major": time_major, **options})
 
 
+@typed
 def dot_product_attention(
     query: Float[Array, "*B T N K"],
     key: Float[Array, "*B S M K"],
     value: Float[Array, "*B S M V"],
-    bias: Float[Array, "..."] | None = None,
+    bias: Real[Array, "..."] | None = None,
     mask: Bool[Array, "..."] | None = None,
     **options: Any,
 ) -> Any:
@@ -149,15 +167,16 @@ def dot_product_attention(
         >>> dot_product_attention(q, k, v, is_causal=True).shape
         (2, 5, 4, 8)
     """
-    arguments = sorted_arguments(query, key, value, bias, mask, **options)
-    return call("reference.dot_product_attention", plain, arguments, DENSE)
+    function = "reference.dot_product_attention"
+    arguments = sorted_arguments(function, query, key, value, bias, mask, **options)
+    return call(function, plain, arguments, DENSE)
 
 
 def rope(
     x: Float[Array, "*batch T N K"],
     positions: Real[ArrayLike, "..."],
     *,
-    base: float | int = 10_000.0,
+    base: SupportsFloat = 10_000.0,
     rotary_dim: int | None = None,
     interleaved: bool = False,
     scaling: Scaling | None = None,
@@ -176,7 +195,7 @@ def rope_2d(
     rows: Real[ArrayLike, "..."],
     columns: Real[ArrayLike, "..."],
     *,
-    base: float | int = 100.0,
+    base: SupportsFloat = 100.0,
     interleaved: bool = False,
     scaling: Scaling | None = None,
     inverse: bool = False,

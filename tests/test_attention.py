@@ -1085,9 +1085,9 @@ def _bad_calls() -> dict[str, Any]:
     )
     i32, ids = jnp.int32, jnp.zeros((2, 3), jnp.int32)
     implementations = "None, 'dense', 'blockwise', 'xla', 'native', 'cudnn' or 'tokamax'"
-    window = "`local_window_size` must be None, an int of at least 0, or a pair of them, None for "
+    window = "`local_window_size` must be None, an integer of at least 0, or a pair of them, None "
     return {
-        "dot_product_attention: `query` must be of shape (B, T, N, K) or (T, N, K), got (4, 6)": (
+        "dot_product_attention: `query` must be of shape (*B, T, N, K), got (4, 6)": (
             run(query=q[0, 0])
         ),
         "`key` must be of shape (B, S, M, K) to go with query's (2, 3, 4, 6), got (2, 5, 2, 5)": (
@@ -1117,8 +1117,8 @@ def _bad_calls() -> dict[str, Any]:
         "`bias` must be of a shape that broadcasts to (B, N, T, S) = (2, 4, 3, 5), got (2, 3, 5)": (
             run(bias=jnp.zeros((2, 3, 5)))
         ),
-        "`bias` must be of a shape that broadcasts to (N, T, S) = (4, 3, 5), got (1, 4, 3, 5)": (
-            one(bias=jnp.zeros((1, 4, 3, 5)))
+        "`bias` must be of a shape that broadcasts to (N, T, S) = (4, 3, 5), got (2, 4, 3, 5)": (
+            one(bias=jnp.zeros((2, 4, 3, 5)))
         ),
         "`bias` must be of a floating dtype, got bool": run(bias=jnp.ones((3, 5), bool)),
         "`mask` must be of a shape that broadcasts to (B, N, T, S) = (2, 4, 3, 5), got (5, 3)": (
@@ -1134,14 +1134,14 @@ def _bad_calls() -> dict[str, Any]:
         "`key_value_seq_lengths` must be of shape (B,) = (2,), got ()": run(
             key_value_seq_lengths=jnp.ones((), i32)
         ),
-        "`key_value_seq_lengths` must be of shape (), got (1,)": one(
-            key_value_seq_lengths=jnp.ones(1, i32)
+        "`key_value_seq_lengths` must be of shape (), got (2,)": one(
+            key_value_seq_lengths=jnp.ones(2, i32)
         ),
-        "`query_offset` must be an int or of shape (B,) = (2,), got (4,)": run(
+        "`query_offset` must be an integer or of shape (B,) = (2,), got (4,)": run(
             query_offset=jnp.ones(4, i32)
         ),
-        "`query_offset` must be an int or of shape (), got (1,)": one(
-            query_offset=jnp.ones(1, i32)
+        "`query_offset` must be an integer or of shape (), got (2,)": one(
+            query_offset=jnp.ones(2, i32)
         ),
         "`query_offset` must be of integers, got float64": run(query_offset=1.0),
         "`key_value_segment_ids` must be given where `query_segment_ids` is, got None": run(
@@ -1161,13 +1161,13 @@ def _bad_calls() -> dict[str, Any]:
         ),
         "`sinks` must be of shape (N,) = (4,), got (2,)": run(sinks=jnp.ones(2)),
         "`sinks` must be of a floating dtype, got int32": run(sinks=jnp.ones(4, i32)),
-        f"{window}an open side, got -1": run(local_window_size=-1),
-        f"{window}an open side, got (1, -2)": run(local_window_size=(1, -2)),
-        f"{window}an open side, got (1,)": run(local_window_size=(1,)),
-        f"{window}an open side, got 1.5": run(local_window_size=1.5),
+        f"{window}for an open side, got -1": run(local_window_size=-1),
+        f"{window}for an open side, got -2": run(local_window_size=(1, -2)),
+        f"{window}for an open side, got (1,)": run(local_window_size=(1,)),
+        f"{window}for an open side, got 1.5": run(local_window_size=1.5),
         "`logits_soft_cap` must be a positive number or None, got 0.0": run(logits_soft_cap=0.0),
-        "`logits_soft_cap` must be a positive number or None, got Array(2., ": run(
-            logits_soft_cap=jnp.array(2.0)
+        "`logits_soft_cap` must be a positive number or None, got Array([1., 1.], ": run(
+            logits_soft_cap=jnp.ones(2)
         ),
         "`dropout_rate` must be a number in [0, 1), got 1.0": run(dropout_rate=1.0),
         "`dropout_rate` must be a number in [0, 1), got -0.1": run(dropout_rate=-0.1),

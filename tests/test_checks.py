@@ -20,7 +20,7 @@ import pytest
 from flax import nnx
 
 import rnnattn
-from rnnattn import dot_product_attention, init_lstm, interop, lstm
+from rnnattn import dot_product_attention, init_lstm, interop, lstm, reference
 from rnnattn.parallel import ring_attention
 from tests import test_attention, test_parallel, test_patches, test_position, test_recurrent
 from tests.test_interop import timm_weights
@@ -82,12 +82,22 @@ def wrong_calls():
         partial(within_shard_map, layout="zigzag"),
     )
     row, h = jnp.ones((1, 2), jnp.float32), jnp.ones((1, 3), jnp.float32)
-    state, step = rnnattn.LSTMState(h, h), rnnattn.lstm_step
+    state = rnnattn.LSTMState(h, h)
+    rope: Any = partial(rnnattn.rope, jnp.ones((1, 1, 1, 2)))
+    step: Any = rnnattn.lstm_step
+    twin: Any = reference.lstm
+    shift: Any = rnnattn.shift_matrix
+    both: Any = rnnattn.bidirectional_lstm
     yield from (
-        lambda: step(PARAMS, jnp.ones((1, 1, 2)), state),
+        lambda: step(PARAMS, jnp.float32(1), state),
         lambda: step(PARAMS, jnp.ones((1, 2), int), state),
         lambda: step(PARAMS, row, state._replace(c=jnp.ones(3))),
         lambda: step(PARAMS._replace(w_h=jnp.ones((4, 12))), jnp.ones((1, 2)), state),
+        lambda: step(PARAMS, row, state, implementation="cudnn"),
+        lambda: twin(PARAMS, row[None], implementation="cuda"),
+        lambda: both(PARAMS, PARAMS, row[None], reverse=True),
+        lambda: shift(1, 2.5),
+        lambda: rope(jnp.ones(1), rotary_dim=1.5),
         lambda: rnnattn.sinusoids(jnp.ones(1), 4, dtype=jnp.int32),
         lambda: rnnattn.shift_matrix(1, 4, dtype=jnp.int32),
         lambda: rnnattn.rope(jnp.ones((1, 1, 1, 2)), jnp.ones(1, complex)),

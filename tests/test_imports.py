@@ -39,7 +39,7 @@ PARTS = {
 
 # The files of a primitive's folder, from the ground up: one imports those of its floor and below.
 FLOORS = [
-    {"problem", "equations", "masking", "dropout"},
+    {"problem", "equations", "masking", "dropout", "signature"},
     {"dense", "blockwise", "chunked", "xla", "native"},  # the schedules
     {"rule"},
     {"arguments", "peers", "cache", "init"},

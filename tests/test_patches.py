@@ -377,7 +377,7 @@ def _bad_calls() -> dict[str, Any]:
     )
     place, tokens_of, strides = map(bind, (crop_and_pad, token_mask, stem_strides))
     stem = partial(bind(conv_stem), images)
-    pair = "must be (rows, columns), two ints of at least 1, or one for both"
+    pair = "must be (rows, columns), two integers of at least 1, or one for both"
     return {
         "patchify: `images` must be of shape (B, rows, columns, channels), got (6, 8, 3)": cut(
             images[0], 2
@@ -398,7 +398,9 @@ def _bad_calls() -> dict[str, Any]:
         "`size` must be of (rows, columns) in multiples of `patch_size` (3, 2), got (6, 7)": join(
             tokens, (6, 7), (3, 2)
         ),
-        "`size` must be (rows, columns), two ints of at least 1, got 6": join(tokens, 6, (3, 2)),
+        "`size` must be (rows, columns), two integers of at least 1, got 6": join(
+            tokens, 6, (3, 2)
+        ),
         "`embeddings` must be of 0 + 2 × 8 = 16 tokens, got 17": resample(table, (2, 8), (4, 4)),
         "resample_grid: `embeddings` must be of shape (tokens, D), got (1, 17, 2)": resample(
             table[None], (1, 17), (4, 4)
@@ -409,9 +411,9 @@ def _bad_calls() -> dict[str, Any]:
         "resample_grid: `method` must be 'bicubic' or 'bilinear', got 'nearest'": resample(
             table, (1, 17), (4, 4), method="nearest"
         ),
-        "`old` must be (rows, columns), two ints": resample(table, (17,), (4, 4)),
-        "`new` must be (rows, columns), two ints": resample(table, (1, 17), (4, 0)),
-        "`prefix_tokens` must be an int of at least 0, got -1": resample(
+        "`old` must be (rows, columns), two integers": resample(table, (17,), (4, 4)),
+        "`new` must be (rows, columns), two integers": resample(table, (1, 17), (4, 0)),
+        "`prefix_tokens` must be an integer of at least 0, got -1": resample(
             table, (2, 9), (4, 4), prefix_tokens=-1
         ),
         "`kernel` must be of shape (rows, columns, channels, D), got (3, 3, 3)": resize(

@@ -584,7 +584,7 @@ def _bad_calls() -> dict[str, Any]:
     before = f"must be of a shape that broadcasts to {axes}, got"
     return {
         "sinusoids: `dim` must be a positive multiple of 2, got 3": lambda: sinusoids(t, 3),
-        "sinusoids: `base` must be a Python number above 1, got 1": lambda: sinusoids(t, 2, base=1),
+        "sinusoids: `base` must be a number above 1, got 1": lambda: sinusoids(t, 2, base=1),
         "sinusoids: `dtype` must be a floating dtype, got int32": lambda: sinusoids(
             t, 2, dtype=jnp.int32
         ),
@@ -603,7 +603,7 @@ def _bad_calls() -> dict[str, Any]:
         f"rope: `positions` {before} (3,)": lambda: rope(x, t[:3]),
         f"rope: `positions` {before} (2, 1, 5)": lambda: rope(x, jnp.zeros((2, 1, 5))),
         f"reference.rope: `positions` {before} (2,)": lambda: reference.rope(x, t[:2]),
-        "rope: `base` must be a Python number above 1, got 0.5": lambda: rope(x, t, base=0.5),
+        "rope: `base` must be a number above 1, got 0.5": lambda: rope(x, t, base=0.5),
         "rope: `scaling` must be a Scaling or None, got 'linear'": lambda: rope(
             x, t, scaling=wrong
         ),

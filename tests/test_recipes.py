@@ -76,7 +76,7 @@ def test_a_schedule_of_attention_needs_the_contract_and_nothing_else():
     case = make_case(bias=(1, 4, 7, 10), mask=(3, 1, 7, 10), scale=(4,), sinks=True, is_causal=True)
 
     def by_row(query, key, value, bias=None, mask=None, **options):
-        arguments = sorted_arguments(query, key, value, bias, mask, **options)
+        arguments = sorted_arguments("by_row", query, key, value, bias, mask, **options)
         return attention.call("by_row", rule.attend, arguments, ROW_BY_ROW)
 
     expected = value_and_gradients(case, reference.dot_product_attention)

@@ -523,7 +523,7 @@ def _bad_calls():
     run = lambda **change: lambda: lstm(**{"params": params, "x": x, "state": state, **change})
     short = jnp.zeros(3, jnp.int32)
     return {
-        "`x` must be of shape (B, T, D), got (2, 3)": run(x=x[:, 0]),
+        "`x` must be of shape (*B, T, D), got (3,)": run(x=x[0, 0]),
         "`x` must be of a floating dtype, got int64": run(x=x.astype(jnp.int64)),
         "`params.w_x` must be of shape (D, 4H) = (3, 20), got (4, 20)": run(
             params=params._replace(w_x=jnp.zeros((4, 20)))
@@ -558,7 +558,7 @@ def _bad_calls():
             resets=jnp.zeros((4, 2), bool)
         ),
         "`resets` must be of dtype bool, got int32": run(resets=jnp.zeros((2, 4), jnp.int32)),
-        "`clip` must be positive or None, got -1": run(clip=-1),
+        "`clip` must be a positive number or None, got -1": run(clip=-1),
         "`residuals` must be 'gates', 'states' or a number of steps of at least 1, got 0": run(
             residuals=0
         ),

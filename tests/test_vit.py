@@ -316,7 +316,7 @@ ERRORS: dict[str, Any] = {
     "`width` must be a multiple of 4, got 6": lambda: make(width=6, position="sincos2d"),
     "`depth` must be at least 1, got 0": lambda: make(depth=0),
     r"`drop_path_rate` must be in \[0, 1\), got 1.0": lambda: make(drop_path_rate=1.0),
-    r"`patch_size` must be \(rows, columns\), two ints of at least 1, or one for both, "
+    r"`patch_size` must be \(rows, columns\), two integers of at least 1, or one for both, "
     "got 0": lambda: make(patch_size=0),
 }
 

@@ -7,8 +7,8 @@ behind `xla`) and `native`, `equations` with `masking` and `dropout`; `ring` is 
 """
 
 from rnnattn.attention.api import dot_product_attention, dot_product_attention_jvp
-from rnnattn.attention.arguments import Implementation
 from rnnattn.attention.cache import KVCache, update_cache
+from rnnattn.attention.signature import Implementation
 
 __all__ = [
     "Implementation",

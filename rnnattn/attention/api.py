@@ -4,46 +4,47 @@ Axes: B batch, T queries, S keys, N query heads, M key/value heads, K head width
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, SupportsFloat, SupportsIndex
 
 import jax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Real
 
 import rnnattn.attention.native as native
 import rnnattn.attention.xla as xla
 from rnnattn.attention.arguments import (
-    Implementation,
     checked,
     problem,
     sorted_arguments,
-    with_batch,
+    with_one_batch_axis,
 )
 from rnnattn.attention.peers import hand_over
 from rnnattn.attention.rule import attend, plain, with_weights
+from rnnattn.attention.signature import Implementation, Window, typed
 from rnnattn.checks import Check
 from rnnattn.precision import varying_together
 
 
+@typed
 def dot_product_attention(
     query: Float[Array, "*B T N K"],
     key: Float[Array, "*B S M K"],
     value: Float[Array, "*B S M V"],
-    bias: Float[Array, "..."] | None = None,
+    bias: Real[Array, "..."] | None = None,
     mask: Bool[Array, "..."] | None = None,
     *,
     scale: float | Float[Array, "..."] | None = None,
     is_causal: bool = False,
     query_seq_lengths: Int[Array, "..."] | None = None,
     key_value_seq_lengths: Int[Array, "..."] | None = None,
-    local_window_size: int | tuple[int | None, int | None] | None = None,
+    local_window_size: Window | None = None,
     implementation: Implementation | None = None,
     return_residual: bool = False,
-    query_offset: int | Int[Array, "..."] = 0,
+    query_offset: SupportsIndex | Int[Array, "..."] = 0,
     query_segment_ids: Int[Array, "..."] | None = None,
     key_value_segment_ids: Int[Array, "..."] | None = None,
-    logits_soft_cap: float | None = None,
+    logits_soft_cap: SupportsFloat | None = None,
     sinks: Float[Array, " N"] | None = None,
-    dropout_rate: float = 0.0,
+    dropout_rate: SupportsFloat = 0.0,
     dropout_key: PRNGKeyArray | None = None,
     return_weights: bool = False,
 ) -> Any:
@@ -52,11 +53,11 @@ def dot_product_attention(
     In place of `jax.nn.dot_product_attention`: the arguments up to `return_residual` are the same.
 
     Args:
-        query: (B, T, N, K); B may be absent, here and in all that follows.
+        query: (B, T, N, K); B may be absent, or several axes, here and in all that follows.
         key, value: (B, S, M, K) and (B, S, M, V), with N a multiple of M: query head n reads
             key/value head n // (N / M).
-        bias: added to the logits; up to four axes that broadcast to (B, N, T, S).
-        mask: False hides a key from a query; up to four axes that broadcast to (B, N, T, S).
+        bias: added to the logits; of axes that broadcast to (B, N, T, S). Integers are constants.
+        mask: False hides a key from a query; of axes that broadcast to (B, N, T, S).
         scale: of the logits, 1/√K by default; a number, or an array () or (N,).
         is_causal: hides keys behind the query's position.
         query_seq_lengths, key_value_seq_lengths: (B,), what is valid of each row, 0 included.
@@ -73,7 +74,8 @@ def dot_product_attention(
             cache's length while decoding; S − T aligns the last query with the last key.
         query_segment_ids, key_value_segment_ids: (B, T) and (B, S): a query sees the keys of its
             own segment. Sorted ids let whole blocks be skipped.
-        logits_soft_cap: c: scaled logits s become c tanh(s / c), before bias and masks, as in ONNX.
+        logits_soft_cap: a number c: scaled logits s become c tanh(s / c), before bias and masks,
+            as in ONNX.
         sinks: (N,), a logit of each head that joins the softmax's sum, and L, but has no value.
         dropout_rate: the share of weights set to zero, in [0, 1); the rest is scaled up.
         dropout_key: needed where `dropout_rate` is above 0. Both schedules drop the same weights.
@@ -108,7 +110,9 @@ def dot_product_attention(
         >>> bool((jax.grad(loss)(k)[:, 3:] == 0).all())
         True
     """
+    function = "dot_product_attention"
     arguments = sorted_arguments(
+        function,
         query,
         key,
         value,
@@ -130,14 +134,15 @@ def dot_product_attention(
         dropout_key=dropout_key,
         return_weights=return_weights,
     )
-    return call("dot_product_attention", attend, arguments)
+    return call(function, attend, arguments)
 
 
+@typed
 def dot_product_attention_jvp(
     query: Float[Array, "*B T N K"],
     key: Float[Array, "*B S M K"],
     value: Float[Array, "*B S M V"],
-    bias: Float[Array, "..."] | None = None,
+    bias: Real[Array, "..."] | None = None,
     mask: Bool[Array, "..."] | None = None,
     **options: Any,
 ) -> Any:
@@ -160,8 +165,9 @@ def dot_product_attention_jvp(
         >>> dout.shape
         (2, 5, 4, 8)
     """
-    arguments = sorted_arguments(query, key, value, bias, mask, **options)
-    return call("dot_product_attention_jvp", plain, arguments)
+    function = "dot_product_attention_jvp"
+    arguments = sorted_arguments(function, query, key, value, bias, mask, **options)
+    return call(function, plain, arguments)
 
 
 def call(function, rule, arguments, schedule=None):
@@ -205,9 +211,8 @@ def _suited(arrays, options, request):
 def _run_attention(rule, schedule, options, arrays):
     """O, L and what else `rule` returns, in the layout of the arguments."""
     arrays = varying_together(arrays)
-    batched = arrays.query.ndim == 4
-    if not batched:
-        arrays = with_batch(arrays)
+    batch = arrays.query.shape[:-3]
+    arrays = with_one_batch_axis(arrays)
     B, T, N, _ = arrays.query.shape
     operands, masking = problem(options, arrays)
     operands = schedule.enter(options, operands, masking)
@@ -217,4 +222,4 @@ def _run_attention(rule, schedule, options, arrays):
     lse = xla.time_first(lse).reshape(B, T, N)
     weights = [w.reshape(B, N, *w.shape[3:]) for w in weights]
     results = (o, lse, *weights)
-    return results if batched else tuple(x[0] for x in results)
+    return results if len(batch) == 1 else tuple(x.reshape(*batch, *x.shape[1:]) for x in results)

@@ -3,17 +3,23 @@
 Axes: B batch, T queries, S keys, N query heads, M key/value heads, K head width, V value width.
 """
 
-from typing import Any, Literal, NamedTuple, get_args
+import math
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
 from rnnattn.attention.dropout import dropout_keys
 from rnnattn.attention.problem import Masking, Operands, Options
-from rnnattn.checks import Check
+from rnnattn.attention.signature import Implementation
+from rnnattn.checks import Check, several
 from rnnattn.precision import accumulator
 
-Implementation = Literal["dense", "blockwise", "xla", "native", "cudnn", "tokamax"]
+# What has the leading axes of the query.
+_PER_ROW = (
+    *("query", "key", "value", "query_seq_lengths", "key_value_seq_lengths"),
+    *("query_offset", "query_segment_ids", "key_value_segment_ids"),
+)
 
 _FAR = 2**30  # a window's side of this many keys is open: sums of positions stay in int32
 
@@ -45,6 +51,7 @@ class Request(NamedTuple):
 
 
 def sorted_arguments(
+    function,
     query,
     key,
     value,
@@ -61,6 +68,8 @@ def sorted_arguments(
     **arrays,
 ):
     """The arguments of a call by what becomes of them."""
+    for name in arrays.keys() - set(Arrays._fields):
+        raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
     return (
         Arrays(query, key, value, bias, mask, **arrays),
         Options(is_causal, local_window_size, logits_soft_cap, dropout_rate),
@@ -68,14 +77,29 @@ def sorted_arguments(
     )
 
 
-def with_batch(arrays):
-    """One row, where there is no batch axis."""
-    first = lambda x: None if x is None else x[None]
+def with_one_batch_axis(arrays):
+    """The same with the leading axes of the query made one; one row, where it has none."""
+    batch = arrays.query.shape[:-3]
+    if len(batch) == 1:
+        return arrays
+    B = math.prod(batch)
+
+    def rows(x):
+        return x.reshape(B, *x.shape[len(batch) :]) if jnp.shape(x)[: len(batch)] == batch else x
+
+    def of_logits(x):
+        if x is None or x.ndim < 4 or not batch:
+            return x
+        shared = all(n == 1 for n in x.shape[:-3])
+        leading = (1,) * len(batch) if shared else batch
+        return jnp.broadcast_to(x, (*leading, *x.shape[-3:])).reshape(-1, *x.shape[-3:])
+
     per_row = {
-        name: first(getattr(arrays, name))
-        for name in ("query", "key", "value", "query_segment_ids", "key_value_segment_ids")
+        name: None if x is None else rows(jnp.asarray(x))
+        for name, x in arrays._asdict().items()
+        if name in _PER_ROW
     }
-    return arrays._replace(**per_row)
+    return arrays._replace(**per_row, bias=of_logits(arrays.bias), mask=of_logits(arrays.mask))
 
 
 def problem(options, arrays):
@@ -100,13 +124,13 @@ def problem(options, arrays):
         x = jnp.asarray(x, wide)
         return x.reshape(1, *((M, G) if x.size == N else (1, 1)), 1)
 
-    scale = of_heads(K**-0.5 if arrays.scale is None else arrays.scale)[..., None]
+    scale = max(K, 1) ** -0.5 if arrays.scale is None else arrays.scale
     key = arrays.dropout_key if options.dropout_rate > 0 else None
     operands = Operands(
         query=arrays.query.reshape(B, T, M, G, K),
         key=arrays.key,
         value=arrays.value,
-        scale=scale,
+        scale=of_heads(scale)[..., None],
         bias=of_logits(arrays.bias),
         sinks=None if arrays.sinks is None else of_heads(arrays.sinks),
     )
@@ -134,9 +158,10 @@ def checked(function, arrays, options, request):
     arrays = Arrays(**{n: x if n in numbers else array(x) for n, x in given.items()})
     q, k, v = arrays.query, arrays.key, arrays.value
 
-    check(q.ndim in (3, 4), "query", "of shape (B, T, N, K) or (T, N, K)", q.shape)
+    check(q.ndim >= 3, "query", "of shape (*B, T, N, K)", q.shape)
     batch, (T, N, K), (S, M) = q.shape[:-3], q.shape[-3:], (*k.shape[-3:], 0, 0)[:2]
-    rows = "of shape (B, S, M," if batch else "of shape (S, M,"
+    B = ("", "B, ", "*B, ")[min(len(batch), 2)]
+    rows = f"of shape ({B}S, M,"
     check(k.shape == (*batch, S, M, K), "key", f"{rows} K) to go with query's {q.shape}", k.shape)
     check(v.shape[:-1] == k.shape[:-1], "value", f"{rows} V) to go with key's {k.shape}", v.shape)
     check(M > 0 and N % M == 0, "query", f"of a multiple of key's {M} heads", f"{N} heads")
@@ -144,22 +169,28 @@ def checked(function, arrays, options, request):
     for name in ("key", "value"):
         check.dtype_of(name, getattr(arrays, name), "query", q)
 
-    logits = (*batch, N, T, S)
-    axes = "(B, N, T, S)" if batch else "(N, T, S)"
-    broadcast = f"of a shape that broadcasts to {axes} = {logits}"
-    for name, of_kind in (("bias", check.floating), ("mask", check.booleans)):
+    # one row may say that it is one, as it may in `jax.nn`
+    logits, one = (*batch, N, T, S), () if batch else (1,)
+    expected = f"of a shape that broadcasts to ({B}N, T, S) = {logits}"
+    for name in ("bias", "mask"):
         x = getattr(arrays, name)
         if x is not None:
-            check(_broadcasts(x.shape, logits), name, broadcast, x.shape)
-            of_kind(name, x)
+            check(_broadcasts(x.shape, (*one, *logits)), name, expected, x.shape)
+    if arrays.mask is not None:
+        check.booleans("mask", arrays.mask)
+    if arrays.bias is not None and jnp.issubdtype(arrays.bias.dtype, jnp.integer):
+        arrays = arrays._replace(bias=arrays.bias.astype(accumulator(q.dtype)))
+    elif arrays.bias is not None:
+        check.floating("bias", arrays.bias)
 
-    per_row = "(B,)" if batch else "()"
     for name in ("query_seq_lengths", "key_value_seq_lengths", "query_offset"):
         x = getattr(arrays, name)
         if x is not None:
-            shapes = [batch, ()] if name == "query_offset" else [batch]
-            expected = f"of shape {per_row} = {batch}" if batch else "of shape ()"
-            expected = f"an int or {expected}" if name == "query_offset" else expected
+            shapes, expected = [batch, (*one, *batch)], f"of shape {batch}"
+            if batch:
+                expected = f"of shape ({B.removesuffix(' ')}) = {batch}"
+            if name == "query_offset":
+                shapes, expected = [*shapes, ()], f"an integer or {expected}"
             check(jnp.shape(x) in shapes, name, expected, jnp.shape(x))
             check.integers(name, x)
 
@@ -180,27 +211,34 @@ def checked(function, arrays, options, request):
     if arrays.sinks is not None:
         check.shape("sinks", arrays.sinks, (N,), "(N,)")
         check.floating("sinks", arrays.sinks)
-    _check_options(check, options, arrays.dropout_key)
     _check_request(check, request)
-    return arrays, options._replace(
-        is_causal=bool(options.is_causal), window=_bounded(options.window)
-    )
+    return arrays, _checked_options(check, options, arrays.dropout_key)
 
 
-def _check_options(check, options, dropout_key):
-    window, cap, rate = options.window, options.soft_cap, options.dropout_rate
-    sides = both_sides(window) if isinstance(window, int | tuple | list | None) else ()
-    sizes = all(side is None or (isinstance(side, int) and side >= 0) for side in sides)
-    expected = "None, an int of at least 0, or a pair of them, None for an open side"
-    check(len(sides) == 2 and sizes, "local_window_size", expected, repr(window))
-    positive = isinstance(cap, int | float) and cap > 0
-    check(cap is None or positive, "logits_soft_cap", "a positive number or None", repr(cap))
-    check.share("dropout_rate", rate)
+def _checked_options(check, options, dropout_key):
+    cap, rate = options.soft_cap, check.share("dropout_rate", options.dropout_rate)
+    if cap is not None:
+        cap = check.number("logits_soft_cap", cap, 0, "a positive number or None")
     if rate > 0:
         check(dropout_key is not None, "dropout_key", "given where `dropout_rate` is above 0", None)
         typed = jnp.issubdtype(dropout_key.dtype, jax.dtypes.prng_key)
         single = dropout_key.ndim == (0 if typed else 1)
         check(single, "dropout_key", "a single key", f"an array {dropout_key.shape} of them")
+    window = _checked_window(check, options.window)
+    return Options(bool(options.is_causal), window, cap, rate)
+
+
+def _checked_window(check, size):
+    """(left, right), None for an open side; None where both are."""
+    expected = "None, an integer of at least 0, or a pair of them, None for an open side"
+    side = lambda n: None if n is None else check.integer("local_window_size", n, 0, expected)
+    if several(size):
+        check(len(size) == 2, "local_window_size", expected, repr(size))
+        sides = [side(n) for n in size]
+    else:
+        sides = [side(size)] * 2
+    left, right = (None if n is None or n >= _FAR else n for n in sides)
+    return None if left is None and right is None else (left, right)
 
 
 def _check_request(check, request):
@@ -216,16 +254,3 @@ def _broadcasts(shape, target):
     return len(padded) == len(target) and all(
         n in (1, want) for n, want in zip(padded, target, strict=True)
     )
-
-
-def both_sides(size):
-    """(left, right), None for an open side."""
-    if size is None or isinstance(size, int):
-        return size, size
-    return tuple(size)
-
-
-def _bounded(window):
-    """(left, right), None for a side so far that it is open; None where both are."""
-    sides = tuple(None if n is None or n >= _FAR else n for n in both_sides(window))
-    return None if sides == (None, None) else sides

@@ -40,6 +40,8 @@ def update_cache(
         >>> cache.length.tolist(), out.shape
         ([1, 1], (2, 1, 4, 8))
     """
+    cache = KVCache(*map(jnp.asarray, cache))
+    key, value = jnp.asarray(key), jnp.asarray(value)
     _check_cache(cache, key, value)
     T = key.shape[1]
     rows = jnp.arange(key.shape[0], dtype=jnp.int32)[:, None]

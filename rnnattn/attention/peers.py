@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import jax
 import jax.numpy as jnp
 
-from rnnattn.attention.arguments import with_batch
+from rnnattn.attention.arguments import with_one_batch_axis
 from rnnattn.checks import Check, those_that_hold
 
 
@@ -14,9 +14,8 @@ def hand_over(function, arrays, options, request):
     """The call by `jax.nn` with cuDNN, or by tokamax."""
     name = request.implementation
     Check(function).served(name, _unserved(arrays, options, request))
-    batched = arrays.query.ndim == 4
-    if not batched:
-        arrays = with_batch(arrays)
+    shape = arrays.query.shape
+    arrays = with_one_batch_axis(arrays)
     lengths = lambda x: None if x is None else x.astype(jnp.int32).reshape(-1)
     four_axes = lambda x: None if x is None else x.reshape((1,) * (4 - x.ndim) + x.shape)
     shared = {
@@ -35,7 +34,7 @@ def hand_over(function, arrays, options, request):
         shared["logits_soft_cap"] = options.soft_cap
     bias, mask = four_axes(arrays.bias), four_axes(arrays.mask)
     out = attend(arrays.query, arrays.key, arrays.value, bias, mask, **shared)
-    return out if batched else out[0]
+    return out.reshape(*shape[:-1], out.shape[-1])
 
 
 def _unserved(arrays, options, request):

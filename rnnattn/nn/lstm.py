@@ -1,6 +1,6 @@
 """The LSTM as a cell and as a stack of layers; axes as in `rnnattn.nn`."""
 
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -16,14 +16,25 @@ class LSTMCell(nnx.RNNCellBase):
 
     Args:
         input_size, hidden_size, options: those of `rnnattn.init_lstm`.
+        clip, coupled: those of `rnnattn.lstm_step`.
     Example:
         >>> rnn = nnx.RNN(LSTMCell(3, 5, rngs=nnx.Rngs(0)))
         >>> rnn(jnp.ones((2, 7, 3))).shape
         (2, 7, 5)
     """
 
-    def __init__(self, input_size: int, hidden_size: int, *, rngs: nnx.Rngs, **options: Any):
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        *,
+        clip: float | None = None,
+        coupled: bool = False,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ):
         params = init_lstm(rngs.params(), input_size, hidden_size, **options)
+        self.clip, self.coupled = clip, coupled
         self.w_x = nnx.Param(params.w_x)
         self.w_h = nnx.Param(params.w_h)
         self.b = nnx.Param(params.b)
@@ -39,16 +50,16 @@ class LSTMCell(nnx.RNNCellBase):
         )
 
     def __call__(
-        self, carry: LSTMState, inputs: Float[Array, "B D"]
-    ) -> tuple[LSTMState, Float[Array, "B R"]]:
+        self, carry: LSTMState, inputs: Float[Array, "*B D"]
+    ) -> tuple[LSTMState, Float[Array, "*B R"]]:
         """One step: `rnnattn.lstm_step`."""
-        state = lstm_step(self.params, inputs, carry)
+        state = lstm_step(self.params, inputs, carry, clip=self.clip, coupled=self.coupled)
         return state, state.h
 
     def initialize_carry(
         self, input_shape: tuple[int, ...], rngs: Any = None, carry_init: Any = None
     ) -> LSTMState:
-        """Zeros for inputs of `input_shape` (B, D)."""
+        """Zeros for inputs of `input_shape` (*B, D)."""
         R, H = self.w_h.shape[0], self.w_h.shape[1] // 4
         dtype = self.b.dtype
         leading = input_shape[:-1]
@@ -70,6 +81,7 @@ class LSTM(nnx.Module):
         dropout_rate: the share of outputs dropped between layers, while training
             (`module.train()`, `module.eval()`).
         projection_size: R, the width h is projected to; None for none.
+        clip, coupled, residuals, implementation: those of `rnnattn.lstm`.
         options: the others of `rnnattn.init_lstm`.
         rngs: streams `params` and, with dropout, `dropout`.
     Raises:
@@ -90,19 +102,25 @@ class LSTM(nnx.Module):
         bidirectional: bool = False,
         dropout_rate: float = 0.0,
         projection_size: int | None = None,
+        clip: float | None = None,
+        coupled: bool = False,
+        residuals: Literal["gates", "states"] | int = "states",
+        implementation: Literal["xla", "native", "cudnn"] | None = None,
         rngs: nnx.Rngs,
         **options: Any,
     ):
         Check("LSTM")(num_layers >= 1, "num_layers", "at least 1", num_layers)
         directions = 2 if bidirectional else 1
         width = directions * (hidden_size if projection_size is None else projection_size)
-        options["projection_size"] = projection_size
+        options |= {"projection_size": projection_size, "clip": clip, "coupled": coupled}
         self.forward = nnx.List()
         self.backward = nnx.List()
         for size in [input_size] + [width] * (num_layers - 1):
             self.forward.append(LSTMCell(size, hidden_size, rngs=rngs, **options))
             if bidirectional:
                 self.backward.append(LSTMCell(size, hidden_size, rngs=rngs, **options))
+        self.clip, self.coupled = clip, coupled
+        self.residuals, self.implementation = residuals, implementation
         self.dropout_rate = dropout_rate
         self.deterministic = False
         self.rngs = nnx.data(rngs["dropout"].fork() if dropout_rate > 0 else None)
@@ -117,12 +135,12 @@ class LSTM(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B T D"],
+        x: Float[Array, "*B T D"],
         states: Any = None,
         *,
-        lengths: Int[Array, " B"] | None = None,
-        resets: Bool[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T width"], tuple[Any, ...]]:
+        lengths: Int[Array, "*B"] | None = None,
+        resets: Bool[Array, "*B T"] | None = None,
+    ) -> tuple[Float[Array, "*B T width"], tuple[Any, ...]]:
         """The outputs of the top layer and the final states of all; see `rnnattn.stacked_lstm`."""
         dropping = self.dropout_rate > 0 and not self.deterministic
         return stacked_lstm(
@@ -131,6 +149,10 @@ class LSTM(nnx.Module):
             states,
             lengths=lengths,
             resets=resets,
+            clip=self.clip,
+            coupled=self.coupled,
+            residuals=self.residuals,
+            implementation=self.implementation,
             dropout_rate=self.dropout_rate if dropping else 0.0,
             dropout_key=self.rngs() if dropping else None,
         )

@@ -4,10 +4,9 @@ Axes: B batch, T time, D input width, H hidden width, R width of h (H without a 
 """
 
 from functools import partial
-from typing import Literal
+from typing import Literal, SupportsFloat, SupportsIndex
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 import rnnattn.recurrent.native as native
@@ -15,13 +14,18 @@ from rnnattn.checks import Check
 from rnnattn.precision import varying_together
 from rnnattn.recurrent.arguments import (
     as_given,
-    check_sequence,
-    check_step,
+    batch_of,
+    checked_residuals,
+    checked_sequence,
+    checked_step,
+    checked_variant,
     full_state,
+    time_back,
+    time_first,
     time_major_steps,
 )
 from rnnattn.recurrent.chunked import CHUNKED
-from rnnattn.recurrent.equations import LSTMParams, LSTMState, Variant
+from rnnattn.recurrent.equations import LSTMParams, LSTMState
 from rnnattn.recurrent.peers import run_cudnn, unserved_by_cudnn
 from rnnattn.recurrent.problem import Options
 from rnnattn.recurrent.rule import sequence
@@ -29,17 +33,20 @@ from rnnattn.recurrent.rule import sequence
 
 def lstm_step(
     params: LSTMParams,
-    x: Float[Array, "B D"],
+    x: Float[Array, "*B D"],
     state: LSTMState,
     *,
-    clip: float | None = None,
+    clip: SupportsFloat | None = None,
     coupled: bool = False,
+    implementation: Literal["xla", "native"] | None = None,
 ) -> LSTMState:
     """One step (L1, L2): the state after `x`, given the state before it, and in its dtypes.
 
     Args:
+        x: (B, D); B may be absent, or several axes, here and in the state.
         clip: bounds every pre-activation to ±clip, as ONNX does; None bounds nothing.
         coupled: f = 1 − i (CIFG); the forget gate's own weights then get a gradient of zero.
+        implementation: as in `lstm`.
     Raises:
         ValueError: a shape or dtype is off; the message says which, what was expected and
             what came.
@@ -52,9 +59,10 @@ def lstm_step(
         >>> lstm_step(params, jnp.ones((2, 3)), state).h.shape
         (2, 5)
     """
-    check_step("lstm_step", params, x, state, clip)
-    options = Options(False, "gates", Variant(clip, coupled))
-    schedule = CHUNKED if native.unserved(params, x, options.variant) else native.NATIVE
+    x, state = checked_step("lstm_step", params, x, state)
+    Check("lstm_step").one_of("implementation", implementation, (None, "xla", "native"))
+    options = Options(False, "gates", checked_variant("lstm_step", clip, coupled))
+    schedule = _suited("lstm_step", implementation, params, x, options)
     _, state = _run_lstm(schedule, options, True, params, x[None], state, None, None)
     return state
 
@@ -64,19 +72,20 @@ def lstm(
     x: Float[Array, "... D"],
     state: LSTMState | None = None,
     *,
-    lengths: Int[Array, " B"] | None = None,
+    lengths: Int[Array, "*B"] | None = None,
     resets: Bool[Array, "..."] | None = None,
     reverse: bool = False,
     time_major: bool = False,
-    clip: float | None = None,
+    clip: SupportsFloat | None = None,
     coupled: bool = False,
-    residuals: Literal["gates", "states"] | int = "states",
+    residuals: Literal["gates", "states"] | SupportsIndex = "states",
     implementation: Literal["xla", "native", "cudnn"] | None = None,
 ) -> tuple[Float[Array, "... R"], LSTMState]:
     """The hidden state after every step of `x`, and the state after the last one (L1, L2).
 
     Args:
-        x: (B, T, D), or (T, B, D) with `time_major`.
+        x: (B, T, D), or (T, B, D) with `time_major`; B may be absent, or several axes, here and in
+            all that follows.
         state: the initial state; None is zeros.
         lengths: the valid steps of each row, 0 to T. Outputs past them are zero, whatever x holds
             there reaches nothing, and the returned state is that after the last valid step run
@@ -120,33 +129,35 @@ def lstm(
         >>> y.shape, bool((y[1, 4:] == 0).all()), bool((y[1, 3] == state.h[1]).all())
         ((2, 7, 5), True, True)
     """
-    check_sequence("lstm", params, x, state, lengths, resets, time_major, clip)
-    check = Check("lstm")
-    steps = type(residuals) is int and residuals > 0
-    expected = "'gates', 'states' or a number of steps of at least 1"
-    check(steps or residuals in ("gates", "states"), "residuals", expected, repr(residuals))
+    arguments = checked_sequence("lstm", params, x, state, lengths, resets, time_major)
+    x, state, lengths, resets = arguments
+    check, keeps = Check("lstm"), checked_residuals("lstm", residuals)
     check.one_of("implementation", implementation, (None, "xla", "native", "cudnn"))
-    options = Options(reverse, residuals, Variant(clip, coupled))
+    options = Options(bool(reverse), keeps, checked_variant("lstm", clip, coupled))
     if implementation == "cudnn":
         check.served("cudnn", unserved_by_cudnn(params, x, options, resets))
         return run_cudnn(time_major, params, x, state, lengths)
-    schedule = CHUNKED
-    if implementation != "xla":
-        unserved = native.unserved(params, x, options.variant)
-        if implementation == "native":
-            check.served("native", unserved)
-        schedule = CHUNKED if unserved else native.NATIVE
+    schedule = _suited("lstm", implementation, params, x, options)
     return _run_lstm(schedule, options, time_major, params, x, state, lengths, resets)
+
+
+def _suited(function, implementation, params, x, options):
+    """The schedule that is asked for, or the faster of those that serve."""
+    if implementation == "xla":
+        return CHUNKED
+    unserved = native.unserved(params, x, options.variant)
+    if implementation == "native":
+        Check(function).served("native", unserved)
+    return CHUNKED if unserved else native.NATIVE
 
 
 @partial(jax.jit, static_argnames=("schedule", "options", "time_major"))
 def _run_lstm(schedule, options, time_major, params, x, state, lengths, resets):
     """`lstm` after its arguments are checked."""
     params, x, state, lengths, resets = varying_together((params, x, state, lengths, resets))
-    if not time_major:
-        x = jnp.swapaxes(x, 0, 1)
-        resets = None if resets is None else jnp.swapaxes(resets, 0, 1)
+    batch = batch_of(x, time_major)
+    x = time_first(x, batch, time_major)
+    resets = None if resets is None else time_first(resets, batch, time_major)
     steps = time_major_steps(x, lengths, resets, options.reverse)
-    start = full_state(params, state, x.shape[1])
-    y, final = sequence(schedule, options, params, start, steps)
-    return (y if time_major else jnp.swapaxes(y, 0, 1)), as_given(final, state)
+    y, final = sequence(schedule, options, params, full_state(params, state, batch), steps)
+    return time_back(y, batch, time_major), as_given(final, state, batch)

@@ -1,21 +1,43 @@
 """From the arguments of a sequence, checked, to what a schedule is given."""
 
+import math
+from typing import Literal, NamedTuple, SupportsFloat, SupportsIndex, TypedDict
+
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
 
 from rnnattn.checks import Check
 from rnnattn.precision import accumulator
-from rnnattn.recurrent.equations import LSTMState
+from rnnattn.recurrent.equations import LSTMState, Variant
 from rnnattn.recurrent.problem import Steps
 
 
-def full_state(params, state, B):
-    """The initial state in the dtypes the steps carry; None is zeros."""
-    H, dtype = params.w_h.shape[1] // 4, params.b.dtype
+def batch_of(x, time_major):
+    """The sizes of the axes of x (*B, T, D), or (T, *B, D), besides time and width."""
+    return x.shape[1:-1] if time_major else x.shape[:-2]
+
+
+def time_first(x, batch, time_major):
+    """(*B, T, …), or (T, *B, …), → (T, B, …)."""
+    x = x if time_major else jnp.moveaxis(x, len(batch), 0)
+    return x if len(batch) == 1 else x.reshape(x.shape[0], -1, *x.shape[1 + len(batch) :])
+
+
+def time_back(y, batch, time_major):
+    """(T, B, …) → (*B, T, …), or (T, *B, …)."""
+    y = y if len(batch) == 1 else y.reshape(y.shape[0], *batch, *y.shape[2:])
+    return y if time_major else jnp.moveaxis(y, 0, len(batch))
+
+
+def full_state(params, state, batch):
+    """The initial state, (B, …), in the dtypes the steps carry; None is zeros."""
+    B, H, dtype = math.prod(batch), params.w_h.shape[1] // 4, params.b.dtype
     if state is None:
         zeros = lambda width, dtype: jnp.zeros_like(params.b, dtype, shape=(B, width))
         return LSTMState(zeros(params.w_h.shape[0], dtype), zeros(H, accumulator(dtype)))
-    return LSTMState(jnp.asarray(state.h), jnp.asarray(state.c, accumulator(dtype)))
+    rows = lambda x: x if len(batch) == 1 else x.reshape(B, x.shape[-1])
+    return LSTMState(rows(state.h), rows(state.c).astype(accumulator(dtype)))
 
 
 def time_major_steps(x, lengths, resets, reverse):
@@ -23,7 +45,7 @@ def time_major_steps(x, lengths, resets, reverse):
     valid = None
     if lengths is not None:
         steps = jnp.arange(x.shape[0], dtype=jnp.int32)
-        valid = steps[:, None] < lengths.astype(jnp.int32)[None, :]
+        valid = steps[:, None] < lengths.astype(jnp.int32).reshape(1, -1)
     if resets is None:
         return Steps(x, valid, None)
     if valid is not None:
@@ -33,41 +55,93 @@ def time_major_steps(x, lengths, resets, reverse):
     return Steps(x, valid, resets)
 
 
-def as_given(final, state):
-    """The final state in the dtypes of the initial one, so that a loop can carry it."""
+def as_given(final, state, batch):
+    """The final state in the axes and dtypes of the initial one, so that a loop can carry it."""
+    if len(batch) != 1:
+        final = LSTMState(*(x.reshape(*batch, x.shape[-1]) for x in final))
     return final if state is None else jax.tree.map(lambda x, s: x.astype(s.dtype), final, state)
 
 
 # ---- checks -----------------------------------------------------------------------------------
 
 
-def check_sequence(function, params, x, state, lengths, resets, time_major, clip):
-    """Raises `ValueError` for the first argument of a sequence that is off."""
+class StackOptions(TypedDict, total=False):
+    """Options of `rnnattn.lstm` that a stack hands on to each of its layers."""
+
+    lengths: Int[Array, "*B"] | None
+    resets: Bool[Array, "..."] | None
+    reverse: bool
+    clip: SupportsFloat | None
+    coupled: bool
+    residuals: Literal["gates", "states"] | SupportsIndex
+    implementation: Literal["xla", "native", "cudnn"] | None
+
+
+class SequenceOptions(TypedDict, total=False):
+    """Options of `rnnattn.lstm` that both directions have in common."""
+
+    lengths: Int[Array, "*B"] | None
+    resets: Bool[Array, "..."] | None
+    time_major: bool
+    clip: SupportsFloat | None
+    coupled: bool
+    residuals: Literal["gates", "states"] | SupportsIndex
+    implementation: Literal["xla", "native", "cudnn"] | None
+
+
+class Arguments(NamedTuple):
+    """Of a sequence, as arrays."""
+
+    x: Array
+    state: LSTMState | None
+    lengths: Array | None
+    resets: Array | None
+
+
+def checked_sequence(function, params, x, state, lengths, resets, time_major):
+    """The arguments as arrays; `ValueError` for the first that is off."""
     check = Check(function)
-    check.axes("x", x, "(T, B, D)" if time_major else "(B, T, D)")
+    array = lambda x: None if x is None else jnp.asarray(x)
+    x, lengths, resets = map(array, (x, lengths, resets))
+    expected = "of shape (T, *B, D)" if time_major else "of shape (*B, T, D)"
+    check(x.ndim >= 2, "x", expected, x.shape)
     check.floating("x", x)
     _check_params(check, params, x)
-    B = x.shape[1] if time_major else x.shape[0]
-    if state is not None:
-        _check_state(check, params, state, B)
+    batch = batch_of(x, time_major)
+    state = None if state is None else _checked_state(check, params, state, batch)
+    axes = ("", "B", "*B")[min(len(batch), 2)]
     if lengths is not None:
-        check.shape("lengths", lengths, (B,), "(B,)")
+        check.shape("lengths", lengths, batch, f"({axes},)" if batch else "()")
         check.integers("lengths", lengths)
     if resets is not None:
-        axes = "(T, B)" if time_major else "(B, T)"
-        check.shape("resets", resets, x.shape[:2], axes)
+        inner = ("T", axes) if time_major else (axes, "T")
+        named = ", ".join(name for name in inner if name)
+        check.shape("resets", resets, x.shape[:-1], f"({named})" if batch else "(T,)")
         check.booleans("resets", resets)
-    _check_clip(check, clip)
+    return Arguments(x, state, lengths, resets)
 
 
-def check_step(function, params, x, state, clip):
-    """Raises `ValueError` for the first argument of a step that is off."""
-    check = Check(function)
-    check.axes("x", x, "(B, D)")
+def checked_step(function, params, x, state):
+    """x and the state of a step as arrays; `ValueError` for the first that is off."""
+    check, x = Check(function), jnp.asarray(x)
+    check(x.ndim >= 1, "x", "of shape (*B, D)", x.shape)
     check.floating("x", x)
     _check_params(check, params, x)
-    _check_state(check, params, state, x.shape[0])
-    _check_clip(check, clip)
+    return x, _checked_state(check, params, state, x.shape[:-1])
+
+
+def checked_variant(function, clip, coupled):
+    expected = "a positive number or None"
+    clip = None if clip is None else Check(function).number("clip", clip, 0, expected)
+    return Variant(clip, bool(coupled))
+
+
+def checked_residuals(function, residuals):
+    """A word or a number of steps."""
+    if isinstance(residuals, str) and residuals in ("gates", "states"):
+        return residuals
+    expected = "'gates', 'states' or a number of steps of at least 1"
+    return Check(function).integer("residuals", residuals, 1, expected)
 
 
 def _check_params(check, params, x):
@@ -88,14 +162,13 @@ def _check_params(check, params, x):
             check.dtype_of(f"params.{name}", value, "x", x)
 
 
-def _check_state(check, params, state, B):
+def _checked_state(check, params, state, batch):
     R, H, dtype = params.w_h.shape[0], params.w_h.shape[1] // 4, jnp.result_type(params.b)
-    check.shape("state.h", state.h, (B, R), "(B, H)" if R == H else "(B, R)")
-    check.shape("state.c", state.c, (B, H), "(B, H)")
-    check.dtype_of("state.h", state.h, "x", params.b)
-    c, wide = jnp.result_type(state.c), accumulator(dtype)
-    check(c in (dtype, wide), "state.c", f"of dtype {wide.name}", c.name)
-
-
-def _check_clip(check, clip):
-    check(clip is None or clip > 0, "clip", "positive or None", repr(clip))
+    B = ("", "B, ", "*B, ")[min(len(batch), 2)]
+    h, c = map(jnp.asarray, state)
+    check.shape("state.h", h, (*batch, R), f"({B}H)" if R == H else f"({B}R)")
+    check.shape("state.c", c, (*batch, H), f"({B}H)")
+    check.dtype_of("state.h", h, "x", params.b)
+    wide = accumulator(dtype)
+    check(c.dtype in (dtype, wide), "state.c", f"of dtype {wide.name}", c.dtype.name)
+    return LSTMState(h, c)

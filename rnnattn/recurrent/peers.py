@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from rnnattn.checks import those_that_hold
-from rnnattn.recurrent.arguments import full_state
+from rnnattn.recurrent.arguments import as_given, batch_of, full_state, time_back, time_first
 from rnnattn.recurrent.equations import LSTMState, Variant
 
 
@@ -30,13 +30,13 @@ def run_cudnn(time_major, params, x, state, lengths):
     """`lstm` by `jax.experimental.rnn`: batch first, weights transposed in one row, two biases."""
     from jax.experimental import rnn
 
-    if time_major:
-        x = jnp.swapaxes(x, 0, 1)
+    batch = batch_of(x, time_major)
+    x = jnp.swapaxes(time_first(x, batch, time_major), 0, 1)
     B, T, D = x.shape
-    h, c = full_state(params, state, B)
-    if lengths is None:
-        lengths = jnp.full((B,), T)
+    h, c = full_state(params, state, batch)
+    lengths = jnp.full((B,), T) if lengths is None else lengths.reshape(B)
     transposed = [params.w_x.T.ravel(), params.w_h.T.ravel(), params.b, jnp.zeros_like(params.b)]
     weights, H = jnp.concatenate(transposed), params.w_h.shape[0]
     y, h, c = rnn.lstm(x, h[None], c[None], weights, lengths.astype(jnp.int32), D, H, 1, 0.0, False)
-    return (jnp.swapaxes(y, 0, 1) if time_major else y), LSTMState(h[0], c[0])
+    y = time_back(jnp.swapaxes(y, 0, 1), batch, time_major)
+    return y, as_given(LSTMState(h[0], c[0]), state, batch)

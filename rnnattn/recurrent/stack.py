@@ -5,7 +5,7 @@ Axes: B batch, T time, D input width, H hidden width, R width of h (H without a 
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsFloat, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from rnnattn.checks import Check
 from rnnattn.recurrent.api import lstm
+from rnnattn.recurrent.arguments import SequenceOptions, StackOptions
 from rnnattn.recurrent.equations import LSTMParams, LSTMState
 
 
@@ -20,13 +21,14 @@ def bidirectional_lstm(
     forward: LSTMParams,
     backward: LSTMParams,
     x: Float[Array, "... D"],
-    states: tuple[LSTMState | None, LSTMState | None] = (None, None),
-    **options: Any,
+    states: tuple[LSTMState | None, LSTMState | None] | None = None,
+    **options: Unpack[SequenceOptions],
 ) -> tuple[Float[Array, "... width"], tuple[LSTMState, LSTMState]]:
     """`lstm` in both directions over the same `x`, side by side.
 
     Args:
-        states: the initial states of the two; the backward one enters at the last valid step.
+        states: the initial states of the two, or None for zeros; the backward one enters at the
+            last valid step.
         options: those of `lstm`, `reverse` apart.
     Returns:
         y, the outputs of `forward` beside those of `backward`, both in the order of x; and the
@@ -50,11 +52,11 @@ def stacked_lstm(
     x: Float[Array, "... D"],
     states: Sequence[Any] | None = None,
     *,
-    dropout_rate: float = 0.0,
+    dropout_rate: SupportsFloat = 0.0,
     dropout_key: PRNGKeyArray | None = None,
     variational: bool = False,
     time_major: bool = False,
-    **options: Any,
+    **options: Unpack[StackOptions],
 ) -> tuple[Float[Array, "... R"], tuple[Any, ...]]:
     """Layers one above the other, each reading the outputs of the one below.
 
@@ -90,32 +92,35 @@ def stacked_lstm(
 
 
 class Dropout(NamedTuple):
-    rate: float
+    rate: Any
     key: PRNGKeyArray | None
     variational: bool
 
 
 def both_directions(run, pair, x, states, options):
     forward, backward = pair
-    ahead, last = run(forward, x, states[0], **options)
-    back, first = run(backward, x, states[1], reverse=True, **options)
+    given = "reverse" in options
+    Check("bidirectional_lstm")(not given, "reverse", "left out: both directions are run", "it")
+    state_ahead, state_back = states or (None, None)
+    ahead, last = run(forward, x, state_ahead, **options)
+    back, first = run(backward, x, state_back, reverse=True, **options)
     return jnp.concatenate([ahead, back], axis=-1), (last, first)
 
 
 def stack(run, layers, x, states, dropout, options):
     """`stacked_lstm` with `run` as its sequence."""
-    _check_stack(layers, states, dropout)
-    finals = []
+    dropout = _checked_dropout(layers, states, dropout)
+    x, finals = jnp.asarray(x), []
     for n, layer in enumerate(layers):
         if n > 0 and dropout.rate > 0:
             key = jax.random.fold_in(dropout.key, n)
-            time_axis = 0 if options["time_major"] else 1
+            time_axis = 0 if options["time_major"] else x.ndim - 2
             x = _drop(key, x, dropout.rate, time_axis if dropout.variational else None)
         state = None if states is None else states[n]
         if isinstance(layer, LSTMParams):
             x, final = run(layer, x, state, **options)
         else:
-            x, final = both_directions(run, layer, x, state or (None, None), options)
+            x, final = both_directions(run, layer, x, state, options)
         finals.append(final)
     return x, tuple(finals)
 
@@ -128,12 +133,13 @@ def _drop(key, x, rate, shared_axis):
     return jnp.where(keep, x / (1 - rate), 0)
 
 
-def _check_stack(layers, states, dropout):
+def _checked_dropout(layers, states, dropout):
     check = Check("stacked_lstm")
     check(layers, "layers", "at least one layer", "none")
     if states is not None:
         expected = f"one for each of the {len(layers)} layers"
         check(len(states) == len(layers), "states", expected, len(states))
-    check.share("dropout_rate", dropout.rate)
-    needed = dropout.rate > 0 and dropout.key is None
+    rate = check.share("dropout_rate", dropout.rate)
+    needed = rate > 0 and dropout.key is None
     check(not needed, "dropout_key", "given where `dropout_rate` is above 0", None)
+    return dropout._replace(rate=rate)
