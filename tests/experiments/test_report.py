@@ -189,8 +189,8 @@ def test_the_code_of_a_run_is_all_that_it_imports():
              report.sources(Path(attention_averaging.__file__))}  # fmt: skip
     assert {
         "experiments/attention_averaging.py", "experiments/claims.py", "experiments/figures.py",
-        "experiments/session.py", "rnnattn/__init__.py", "rnnattn/attention.py",
-        "rnnattn/dense.py", "rnnattn/scores.py",
+        "experiments/session.py", "rnnattn/__init__.py", "rnnattn/attention/api.py",
+        "rnnattn/attention/dense.py", "rnnattn/attention/equations.py",
     } <= names  # fmt: skip
     assert not names & {"experiments/report.py", "experiments/__main__.py"}
 

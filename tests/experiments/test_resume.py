@@ -135,7 +135,7 @@ def test_parameters_are_exported_and_read_back(whole, tmp_path):
     params = read_safetensors(file, like)
     kept = read_params(whole / "checkpoints")
     np.testing.assert_array_equal(params.lstm.w_h, kept["lstm"]["w_h"])
-    with pytest.raises(ValueError, match=r"`b`: expected float32\[2\], got float32\[1\]"):
+    with pytest.raises(ValueError, match=r"`b` must be float32\[2\], got float32\[1\]"):
         read_safetensors(file, like._replace(b=jnp.zeros(2, jnp.float32)))
 
 
