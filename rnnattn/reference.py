@@ -71,6 +71,7 @@ def lstm(
     Gradient: JAX's own, in every mode.
     Example:
         >>> import jax, rnnattn
+        >>> import jax.numpy as jnp
         >>> params = rnnattn.init_lstm(jax.random.key(0), input_size=3, hidden_size=5)
         >>> x = jnp.ones((2, 7, 3))
         >>> (y, state), (dy, dstate) = jax.jvp(lambda x: lstm(params, x), (x,), (x,))
@@ -163,6 +164,7 @@ def dot_product_attention(
 
     Gradient: JAX's own, in every mode.
     Example:
+        >>> import jax.numpy as jnp
         >>> q, k, v = jnp.ones((3, 2, 5, 4, 8))
         >>> dot_product_attention(q, k, v, is_causal=True).shape
         (2, 5, 4, 8)

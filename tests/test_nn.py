@@ -36,6 +36,22 @@ def test_the_module_is_the_stack_of_its_weights(bidirectional, projection_size):
     assert_close(again, rnnattn.stacked_lstm(module.layers, x, states)[0], 1e-12)
 
 
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
+def test_the_cell_runs_over_any_leading_axes_in_flax_rnn(batch):
+    cell = LSTMCell(3, 5, rngs=nnx.Rngs(0), clip=0.5, coupled=True, **OPTIONS)
+    x = jax.random.normal(jax.random.key(0), (*batch, 7, 3))
+    expected, _ = rnnattn.lstm(cell.params, x, clip=0.5, coupled=True)
+    np.testing.assert_allclose(nnx.RNN(cell)(x), expected, atol=1e-12)
+
+
+def test_the_lstm_hands_its_options_on():
+    options: dict[str, Any] = {"clip": 0.5, "coupled": True, "residuals": 3, "implementation": "xla"}
+    module = LSTM(3, 5, num_layers=2, rngs=nnx.Rngs(0), **options, **OPTIONS)
+    x = jax.random.normal(jax.random.key(0), (2, 7, 3))
+    expected, _ = rnnattn.stacked_lstm(module.layers, x, **options)
+    np.testing.assert_array_equal(module(x)[0], expected)
+
+
 def test_the_cell_plugs_into_flax_rnn():
     cell = LSTMCell(3, 5, rngs=nnx.Rngs(0), peephole=True, **OPTIONS)
     x = make_case(4, 2, 3, 5).x
