@@ -45,7 +45,8 @@ def test_the_cell_runs_over_any_leading_axes_in_flax_rnn(batch):
 
 
 def test_the_lstm_hands_its_options_on():
-    options: dict[str, Any] = {"clip": 0.5, "coupled": True, "residuals": 3, "implementation": "xla"}
+    options: dict[str, Any] = {"clip": 0.5, "coupled": True, "residuals": 3}
+    options["implementation"] = "xla"
     module = LSTM(3, 5, num_layers=2, rngs=nnx.Rngs(0), **options, **OPTIONS)
     x = jax.random.normal(jax.random.key(0), (2, 7, 3))
     expected, _ = rnnattn.stacked_lstm(module.layers, x, **options)
