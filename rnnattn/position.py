@@ -38,6 +38,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Real
 
 from rnnattn.checks import Check
+from rnnattn.precision import varying_together
 
 
 def sinusoids(
@@ -537,6 +538,7 @@ def call_rope(function, rotate, x, positions, options):
 
 @partial(jax.jit, static_argnames=("rotate", "options"))
 def _run_rope(rotate, options, x, t):
+    x, t = varying_together((x, t))
     angles = options.angles(_align(t, x), options.rotary_dim, x.dtype)
     return options.rotate(rotate, x, angles)
 
@@ -554,6 +556,7 @@ def call_rope_2d(function, rotate, x, rows, columns, options):
 
 @partial(jax.jit, static_argnames=("rotate", "options"))
 def _run_rope_2d(rotate, options, x, rows, columns):
+    x, rows, columns = varying_together((x, rows, columns))
     half, dtype = x.shape[-1] // 2, _wide(x.dtype, rows.dtype, columns.dtype)
     by_axis = [options.angles(_align(t, x), half, dtype) for t in (rows, columns)]
     angles = jnp.stack(jnp.broadcast_arrays(*by_axis), axis=-2)
@@ -578,6 +581,7 @@ def call_rope_mixed(function, rotate, x, rows, columns, frequencies, interleaved
 
 @partial(jax.jit, static_argnames=("rotate", "interleaved", "inverse"))
 def _run_rope_mixed(rotate, interleaved, inverse, x, rows, columns, frequencies):
+    x, rows, columns, frequencies = varying_together((x, rows, columns, frequencies))
     dtype = _wide(x.dtype, rows.dtype, columns.dtype, frequencies.dtype)
     rows, columns = (_align(t, x)[..., None].astype(dtype) for t in (rows, columns))
     f_r, f_c = jnp.expand_dims(frequencies.astype(dtype), range(1, x.ndim - 1))

@@ -24,6 +24,7 @@ from rnnattn.position import (
     call_rope_mixed,
     rotate_plain,
 )
+from rnnattn.precision import varying_together
 from rnnattn.recurrent.arguments import (
     as_given,
     check_sequence,
@@ -67,6 +68,7 @@ def lstm(
         (2, 7, 5)
     """
     check_sequence("reference.lstm", params, x, state, lengths, resets, time_major, clip)
+    params, x, state, lengths, resets = varying_together((params, x, state, lengths, resets))
     if not time_major:
         x = jnp.swapaxes(x, 0, 1)
         resets = None if resets is None else jnp.swapaxes(resets, 0, 1)
