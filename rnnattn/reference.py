@@ -30,6 +30,7 @@ from rnnattn.recurrent.arguments import (
     check_sequence,
     check_step,
     full_state,
+    on_mesh,
     time_major_steps,
 )
 from rnnattn.recurrent.equations import (
@@ -68,11 +69,17 @@ def lstm(
         (2, 7, 5)
     """
     check_sequence("reference.lstm", params, x, state, lengths, resets, time_major, clip)
+    given = {"params": params, "x": x, "state": state, "lengths": lengths, "resets": resets}
+    run = lambda given: _run_lstm(Variant(clip, coupled), reverse, time_major, **given)
+    return on_mesh("reference.lstm", run, time_major, given)
+
+
+def _run_lstm(variant, reverse, time_major, params, x, state, lengths, resets):
     params, x, state, lengths, resets = varying_together((params, x, state, lengths, resets))
     if not time_major:
         x = jnp.swapaxes(x, 0, 1)
         resets = None if resets is None else jnp.swapaxes(resets, 0, 1)
-    halved, variant = halve_params(params), Variant(clip, coupled)
+    halved = halve_params(params)
 
     def step(state, inputs):
         x, valid, fresh = inputs

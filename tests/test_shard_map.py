@@ -151,3 +151,24 @@ def test_any_argument_may_be_the_same_on_all_devices(function, argument, alone):
         for name in of_floats
     }
     assert_same(found, (value, gradient))
+
+
+@pytest.mark.parametrize(
+    "function", ["lstm", "attention, dense", "attention, blockwise", "rope_2d"]
+)
+def test_the_gradient_can_be_differentiated(function):
+    """With what comes back to a part of the results alone."""
+    run, _ = FUNCTIONS[function]
+    arrays = {name: x[0] for name, x in _draw(function).items()}
+    replicated = [name for name in arrays if name not in ("query", "x", "positions")]
+
+    def product(arrays):
+        floats = {name: x for name, x in arrays.items() if _is_float(x)}
+        first = lambda floats: jnp.sin(jax.tree.leaves(run(**{**arrays, **floats}))[0]).sum()
+        return jax.jvp(jax.grad(first), (floats,), (floats,))[1]
+
+    specs = {name: P() if name in replicated else P("devices") for name in arrays}
+    mesh = jax.make_mesh((1,), ("devices",), (AxisType.Auto,), devices=jax.devices()[:1])
+    of_floats = {name: spec for name, spec in specs.items() if _is_float(arrays[name])}
+    divided = jax.shard_map(product, mesh=mesh, in_specs=(specs,), out_specs=of_floats)
+    assert_same(*(jax.jit(f, compiler_options=QUICK)(arrays) for f in (divided, product)))

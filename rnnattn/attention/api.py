@@ -14,6 +14,7 @@ import rnnattn.attention.xla as xla
 from rnnattn.attention.arguments import (
     Implementation,
     checked,
+    on_mesh,
     problem,
     sorted_arguments,
     with_batch,
@@ -180,7 +181,7 @@ def call(function, rule, arguments, schedule=None):
         rule = with_weights
     if schedule is None:
         schedule = _suited(arrays, options, request)
-    results = _run_attention(rule, schedule, options, arrays)
+    results = _run_attention(function, rule, schedule, options, arrays)
     wanted = (True, request.return_residual, request.return_weights)
     results = [result for result, want in zip(results, wanted, strict=False) if want]
     return results[0] if len(results) == 1 else tuple(results)
@@ -201,13 +202,21 @@ def _suited(arrays, options, request):
     return xla.by_size(T, S)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _run_attention(rule, schedule, options, arrays):
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _run_attention(function, rule, schedule, options, arrays):
     """O, L and what else `rule` returns, in the layout of the arguments."""
     arrays = varying_together(arrays)
     batched = arrays.query.ndim == 4
     if not batched:
         arrays = with_batch(arrays)
+    run = partial(_run_parts, rule, schedule, options)
+    axes = ("BTNV", "BTN", "BNTS") if rule is with_weights else ("BTNV", "BTN")
+    results = on_mesh(function, run, options, arrays, axes)
+    return results if batched else tuple(x[0] for x in results)
+
+
+def _run_parts(rule, schedule, options, arrays):
+    arrays = varying_together(arrays)
     B, T, N, _ = arrays.query.shape
     operands, masking = problem(options, arrays)
     operands = schedule.enter(options, operands, masking)
@@ -216,5 +225,4 @@ def _run_attention(rule, schedule, options, arrays):
     o = o.reshape(B, T, N, o.shape[-1]).astype(arrays.value.dtype)
     lse = xla.time_first(lse).reshape(B, T, N)
     weights = [w.reshape(B, N, *w.shape[3:]) for w in weights]
-    results = (o, lse, *weights)
-    return results if batched else tuple(x[0] for x in results)
+    return (o, lse, *weights)

@@ -18,6 +18,7 @@ from rnnattn.recurrent.arguments import (
     check_sequence,
     check_step,
     full_state,
+    on_mesh,
     time_major_steps,
 )
 from rnnattn.recurrent.chunked import CHUNKED
@@ -55,7 +56,7 @@ def lstm_step(
     check_step("lstm_step", params, x, state, clip)
     options = Options(False, "gates", Variant(clip, coupled))
     schedule = CHUNKED if native.unserved(params, x, options.variant) else native.NATIVE
-    _, state = _run_lstm(schedule, options, True, params, x[None], state, None, None)
+    _, state = _run_lstm("lstm_step", schedule, options, True, params, x[None], state, None, None)
     return state
 
 
@@ -136,12 +137,21 @@ def lstm(
         if implementation == "native":
             check.served("native", unserved)
         schedule = CHUNKED if unserved else native.NATIVE
-    return _run_lstm(schedule, options, time_major, params, x, state, lengths, resets)
+    return _run_lstm("lstm", schedule, options, time_major, params, x, state, lengths, resets)
 
 
-@partial(jax.jit, static_argnames=("schedule", "options", "time_major"))
-def _run_lstm(schedule, options, time_major, params, x, state, lengths, resets):
+@partial(jax.jit, static_argnames=("function", "schedule", "options", "time_major"))
+def _run_lstm(function, schedule, options, time_major, params, x, state, lengths, resets):
     """`lstm` after its arguments are checked."""
+
+    def run(given):
+        return _run_parts(schedule, options, time_major, **given)
+
+    given = {"params": params, "x": x, "state": state, "lengths": lengths, "resets": resets}
+    return on_mesh(function, run, time_major, given)
+
+
+def _run_parts(schedule, options, time_major, params, x, state, lengths, resets):
     params, x, state, lengths, resets = varying_together((params, x, state, lengths, resets))
     if not time_major:
         x = jnp.swapaxes(x, 0, 1)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from rnnattn.checks import Check
+from rnnattn.meshes import in_parts
 from rnnattn.precision import accumulator
 from rnnattn.recurrent.equations import LSTMState
 from rnnattn.recurrent.problem import Steps
@@ -36,6 +37,16 @@ def time_major_steps(x, lengths, resets, reverse):
 def as_given(final, state):
     """The final state in the dtypes of the initial one, so that a loop can carry it."""
     return final if state is None else jax.tree.map(lambda x, s: x.astype(s.dtype), final, state)
+
+
+def on_mesh(function, run, time_major, given):
+    """`run(given)`, the arguments of a sequence by name; with explicit axes, in parts of rows."""
+    steps = "TB" if time_major else "BT"
+    final = LSTMState("BR", "BH")  # type: ignore[arg-type]
+    axes = {"params": "", "x": steps + "D", "state": final, "lengths": "B", "resets": steps}
+    results = (steps + "R", final)
+    whole = {"T": "time"}
+    return in_parts(Check(function), run, given, axes, results, divided="B", whole=whole)
 
 
 # ---- checks -----------------------------------------------------------------------------------
