@@ -25,7 +25,7 @@ Axes: B batch, D width of a token; rows, columns and channels of an image by the
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal, SupportsIndex
+from typing import Literal, NamedTuple, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Shaped
 
 from rnnattn.checks import Check
+from rnnattn.meshes import explicit_mesh, in_parts
 from rnnattn.precision import accumulator
 
 Pair = Sequence[SupportsIndex] | np.ndarray  # (rows, columns)
@@ -61,9 +62,14 @@ def patchify(
     """
     check = Check("patchify")
     check.axes("images", images, "(B, rows, columns, channels)")
-    B, channels = images.shape[0], images.shape[3]
     p, q = check.pair("patch_size", patch_size, or_one=True)
-    rows, columns = check.patches("images", images.shape[1:3], (p, q))
+    check.patches("images", images.shape[1:3], (p, q))
+    return _on_mesh("patchify", _patchify, (p, q), _IMAGES, "B", images=images)
+
+
+def _patchify(patch_size, images):
+    B, *size, channels = images.shape
+    (p, q), (rows, columns) = patch_size, (n // m for n, m in zip(size, patch_size, strict=True))
     split = images.reshape(B, rows, p, columns, q, channels)
     return split.swapaxes(2, 3).reshape(B, rows * columns, p * q * channels)
 
@@ -89,7 +95,7 @@ def unpatchify(
     """
     check = Check("unpatchify")
     check.axes("tokens", tokens, "(B, tokens, values)")
-    B, count, values = tokens.shape
+    _, count, values = tokens.shape
     p, q = check.pair("patch_size", patch_size, or_one=True)
     size = check.pair("size", size)
     rows, columns = check.patches("size", size, (p, q))
@@ -97,8 +103,14 @@ def unpatchify(
     expected = f"of shape {shape} for images of {size} in patches of {(p, q)}"
     fits = count == rows * columns and values % (p * q) == 0
     check(fits, "tokens", expected, tokens.shape)
-    split = tokens.reshape(B, rows, columns, p, q, values // (p * q))
-    return split.swapaxes(2, 3).reshape(B, *size, values // (p * q))
+    return _on_mesh("unpatchify", _unpatchify, (size, (p, q)), _TOKENS, "B", tokens=tokens)
+
+
+def _unpatchify(sizes, tokens):
+    B, _, values = tokens.shape
+    (height, width), (p, q) = sizes
+    split = tokens.reshape(B, height // p, width // q, p, q, values // (p * q))
+    return split.swapaxes(2, 3).reshape(B, height, width, values // (p * q))
 
 
 def resample_grid(
@@ -141,11 +153,14 @@ def resample_grid(
     check(len(embeddings) == tokens, "embeddings", expected, len(embeddings))
     if old == new:
         return embeddings
-    return _resample_grid(embeddings, old, new, method, prefix_tokens)
+    how = (old, new, method, prefix_tokens)
+    given = {"embeddings": embeddings}
+    return _on_mesh("resample_grid", _resample_grid, how, _EMBEDDINGS, ".D", **given)
 
 
-@partial(jax.jit, static_argnames=("old", "new", "method", "prefix_tokens"))
-def _resample_grid(embeddings, old, new, method, prefix_tokens):
+@partial(jax.jit, static_argnums=0)
+def _resample_grid(how, embeddings):
+    old, new, method, prefix_tokens = how
     prefix, grid = embeddings[:prefix_tokens], embeddings[prefix_tokens:]
     grid = _resize(grid.reshape(1, *old, -1), new, _METHODS[method])
     return jnp.concatenate([prefix, grid.reshape(new[0] * new[1], -1)])
@@ -187,11 +202,14 @@ def resize_patch_kernel(
     new = check.pair("patch_size", patch_size, or_one=True)
     if kernel.shape[:2] == new:
         return kernel
-    return _resize_patch_kernel(kernel, new, method)
+    how = (new, method)
+    function = "resize_patch_kernel"
+    return _on_mesh(function, _resize_patch_kernel, how, _KERNEL, "..CD", kernel=kernel)
 
 
-@partial(jax.jit, static_argnames=("new", "method"))
-def _resize_patch_kernel(kernel, new, method):
+@partial(jax.jit, static_argnums=0)
+def _resize_patch_kernel(how, kernel):
+    new, method = how
     # the pseudo-inverse of a Kronecker product is that of its factors: one small one for each axis
     weights = lambda n, m: np.linalg.pinv(_METHODS[method](n, m)).T
     rows, columns, channels, D = kernel.shape
@@ -224,6 +242,10 @@ def crop_and_pad(
     check = Check("crop_and_pad")
     check.axes("images", images, "(B, rows, columns, channels)")
     size = check.pair("size", size)
+    return _on_mesh("crop_and_pad", _crop_and_pad, size, _IMAGES, ("B", "B"), images=images)
+
+
+def _crop_and_pad(size, images):
     margins = []  # before and after, negative where the image is cut
     for n, m in zip(images.shape[1:3], size, strict=True):
         before = int((m - n) / 2)
@@ -293,11 +315,12 @@ def conv_stem(
     _check_layers(check, images, kernels, biases)
     grid = check.pair("grid", grid)
     _check_covers(check, "images", images.shape[1:3], grid)
-    return _conv_stem(images, tuple(kernels), tuple(biases), grid)
+    given = {"images": images, "kernels": tuple(kernels), "biases": tuple(biases)}
+    return _on_mesh("conv_stem", _conv_stem, grid, _IMAGES, "B", **given)
 
 
-@partial(jax.jit, static_argnames="grid")
-def _conv_stem(images, kernels, biases, grid):
+@partial(jax.jit, static_argnums=0)
+def _conv_stem(grid, images, kernels, biases):
     x = images
     strides = stem_strides(x.shape[1:3], grid, [kernel.shape[:2] for kernel in kernels])
     for n, (kernel, bias, stride) in enumerate(zip(kernels, biases, strides, strict=True)):
@@ -393,6 +416,39 @@ def _resize(images, new, weights):
     # to 1
     exact = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
     return exact("ir,jc,brcd->bijd", rows, columns, images.astype(dtype)).astype(images.dtype)
+
+
+# ---- on meshes of explicit axes ---------------------------------------------------------------
+
+
+class _Axes(NamedTuple):
+    """An argument and the letters of its axes; which of them are divided, and which may not be."""
+
+    argument: str
+    letters: str
+    divided: str
+    whole: tuple[tuple[str, str], ...] = ()
+
+
+_IMAGES = _Axes("images", "Brck", "B", (("r", "rows"), ("c", "columns"), ("k", "channels")))
+_TOKENS = _Axes("tokens", "Btv", "B", (("t", "tokens"), ("v", "values")))
+_EMBEDDINGS = _Axes("embeddings", "tD", "D")
+_KERNEL = _Axes("kernel", "rcCD", "D")
+
+
+def _on_mesh(function, run, static, axes, results, **given):
+    """`run(static, …)` of the arguments, on a mesh of explicit axes in parts."""
+    if explicit_mesh(given) is None:
+        return run(static, **given)
+    return _run_in_parts(function, run, static, axes, results, given)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _run_in_parts(function, run, static, axes, results, given):
+    letters = dict.fromkeys(given, "") | {axes.argument: axes.letters}
+    run_parts = lambda given: run(static, **given)
+    check, whole = Check(function), dict(axes.whole)
+    return in_parts(check, run_parts, given, letters, results, divided=axes.divided, whole=whole)
 
 
 # ---- checks -----------------------------------------------------------------------------------

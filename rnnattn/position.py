@@ -38,6 +38,8 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Real
 
 from rnnattn.checks import Check
+from rnnattn.meshes import in_parts
+from rnnattn.precision import varying_together
 
 
 def sinusoids(
@@ -533,13 +535,16 @@ def call_rope(function, rotate, x, positions, options):
     check(d <= K, "rotary_dim", f"at most K = {K}", d)
     options = options._replace(rotary_dim=d)
     t = _positions_of(check, "positions", positions, x)
-    return _run_rope(rotate, options, x, t)
+    return _run_rope(function, rotate, options, x, t)
 
 
-@partial(jax.jit, static_argnames=("rotate", "options"))
-def _run_rope(rotate, options, x, t):
-    angles = options.angles(_align(t, x), options.rotary_dim, x.dtype)
-    return options.rotate(rotate, x, angles)
+@partial(jax.jit, static_argnames=("function", "rotate", "options"))
+def _run_rope(function, rotate, options, x, t):
+    def run(x, positions):
+        angles = options.angles(_align(positions, x), options.rotary_dim, x.dtype)
+        return options.rotate(rotate, x, angles)
+
+    return _on_mesh(function, run, {"x": x, "positions": t})
 
 
 def call_rope_2d(function, rotate, x, rows, columns, options):
@@ -549,16 +554,19 @@ def call_rope_2d(function, rotate, x, rows, columns, options):
     check.multiple("x.shape[-1]", x.shape[-1], 4)
     rows = _positions_of(check, "rows", rows, x)
     columns = _positions_of(check, "columns", columns, x)
-    return _run_rope_2d(rotate, options, x, rows, columns)
+    return _run_rope_2d(function, rotate, options, x, rows, columns)
 
 
-@partial(jax.jit, static_argnames=("rotate", "options"))
-def _run_rope_2d(rotate, options, x, rows, columns):
-    half, dtype = x.shape[-1] // 2, _wide(x.dtype, rows.dtype, columns.dtype)
-    by_axis = [options.angles(_align(t, x), half, dtype) for t in (rows, columns)]
-    angles = jnp.stack(jnp.broadcast_arrays(*by_axis), axis=-2)
-    halves = x.reshape(*x.shape[:-1], 2, half)
-    return options.rotate(rotate, halves, angles).reshape(x.shape)
+@partial(jax.jit, static_argnames=("function", "rotate", "options"))
+def _run_rope_2d(function, rotate, options, x, rows, columns):
+    def run(x, rows, columns):
+        half, dtype = x.shape[-1] // 2, _wide(x.dtype, rows.dtype, columns.dtype)
+        by_axis = [options.angles(_align(t, x), half, dtype) for t in (rows, columns)]
+        angles = jnp.stack(jnp.broadcast_arrays(*by_axis), axis=-2)
+        halves = x.reshape(*x.shape[:-1], 2, half)
+        return options.rotate(rotate, halves, angles).reshape(x.shape)
+
+    return _on_mesh(function, run, {"x": x, "rows": rows, "columns": columns})
 
 
 def call_rope_mixed(function, rotate, x, rows, columns, frequencies, interleaved, inverse):
@@ -573,16 +581,31 @@ def call_rope_mixed(function, rotate, x, rows, columns, frequencies, interleaved
     check.floating("frequencies", frequencies)
     rows = _positions_of(check, "rows", rows, x)
     columns = _positions_of(check, "columns", columns, x)
-    return _run_rope_mixed(rotate, interleaved, inverse, x, rows, columns, frequencies)
+    return _run_rope_mixed(function, rotate, interleaved, inverse, x, rows, columns, frequencies)
 
 
-@partial(jax.jit, static_argnames=("rotate", "interleaved", "inverse"))
-def _run_rope_mixed(rotate, interleaved, inverse, x, rows, columns, frequencies):
-    dtype = _wide(x.dtype, rows.dtype, columns.dtype, frequencies.dtype)
-    rows, columns = (_align(t, x)[..., None].astype(dtype) for t in (rows, columns))
-    f_r, f_c = jnp.expand_dims(frequencies.astype(dtype), range(1, x.ndim - 1))
-    angles = rows * f_r + columns * f_c
-    return rotate(interleaved, 1.0, x, -angles if inverse else angles)
+@partial(jax.jit, static_argnames=("function", "rotate", "interleaved", "inverse"))
+def _run_rope_mixed(function, rotate, interleaved, inverse, x, rows, columns, frequencies):
+    def run(x, rows, columns, frequencies):
+        dtype = _wide(x.dtype, rows.dtype, columns.dtype, frequencies.dtype)
+        rows, columns = (_align(t, x)[..., None].astype(dtype) for t in (rows, columns))
+        f_r, f_c = jnp.expand_dims(frequencies.astype(dtype), range(1, x.ndim - 1))
+        angles = rows * f_r + columns * f_c
+        return rotate(interleaved, 1.0, x, -angles if inverse else angles)
+
+    given = {"x": x, "rows": rows, "columns": columns, "frequencies": frequencies}
+    return _on_mesh(function, run, given)
+
+
+def _on_mesh(function, run, given):
+    """`run` of the arguments by name; on a mesh of explicit axes, in parts of tokens and heads."""
+    before_heads = given["x"].ndim - 2
+    tokens = "".join(chr(ord("a") + n) for n in range(before_heads))
+    axes = {name: tokens[before_heads - t.ndim :] for name, t in given.items() if name != "x"}
+    axes |= {"x": tokens + "NK", "frequencies": ".N"}
+    run_parts = lambda given: run(**varying_together(given))
+    check, divided = Check(function), tokens + "N"
+    return in_parts(check, run_parts, given, axes, axes["x"], divided=divided, whole={})
 
 
 def _align(positions, x):

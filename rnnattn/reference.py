@@ -25,6 +25,7 @@ from rnnattn.position import (
     call_rope_mixed,
     rotate_plain,
 )
+from rnnattn.precision import varying_together
 from rnnattn.recurrent.arguments import (
     SequenceOptions,
     StackOptions,
@@ -35,6 +36,7 @@ from rnnattn.recurrent.arguments import (
     checked_step,
     checked_variant,
     full_state,
+    on_mesh,
     time_back,
     time_first,
     time_major_steps,
@@ -80,13 +82,19 @@ def lstm(
     """
     function = "reference.lstm"
     arguments = checked_sequence(function, params, x, state, lengths, resets, time_major)
-    x, state, lengths, resets = arguments
     checked_residuals(function, residuals)
     Check(function).one_of("implementation", implementation, _IMPLEMENTATIONS)
-    halved, variant = halve_params(params), checked_variant(function, clip, coupled)
+    variant = checked_variant(function, clip, coupled)
+    run = lambda given: _run_lstm(variant, reverse, time_major, **given)
+    return on_mesh(function, run, time_major, {"params": params, **arguments._asdict()})
+
+
+def _run_lstm(variant, reverse, time_major, params, x, state, lengths, resets):
+    params, x, state, lengths, resets = varying_together((params, x, state, lengths, resets))
     batch = batch_of(x, time_major)
     x = time_first(x, batch, time_major)
     resets = None if resets is None else time_first(resets, batch, time_major)
+    halved = halve_params(params)
 
     def step(state, inputs):
         x, valid, fresh = inputs

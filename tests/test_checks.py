@@ -22,11 +22,25 @@ from flax import nnx
 import rnnattn
 from rnnattn import dot_product_attention, init_lstm, interop, lstm, reference
 from rnnattn.parallel import ring_attention
-from tests import test_attention, test_parallel, test_patches, test_position, test_recurrent
+from tests import (
+    test_attention,
+    test_meshes,
+    test_parallel,
+    test_patches,
+    test_position,
+    test_recurrent,
+)
 from tests.test_interop import timm_weights
 
 LIBRARY = Path(rnnattn.__file__).parent
-TABLES = [test_attention, test_parallel, test_patches, test_position, test_recurrent]
+TABLES = [
+    test_attention,
+    test_meshes,
+    test_parallel,
+    test_patches,
+    test_position,
+    test_recurrent,
+]
 PARAMS = init_lstm(jax.random.key(0), 2, 3, peephole=True)
 
 

@@ -19,10 +19,11 @@ MORE = {"rnnattn.nn": {"flax"}, "rnnattn.interop": {"safetensors"}}
 MORE["rnnattn.attention.peers"] = {"tokamax"}
 
 # What the parts may import of the library, besides themselves: primitives none of each other.
-HELPERS = {"rnnattn.checks", "rnnattn.precision"}
+HELPERS = {"rnnattn.checks", "rnnattn.meshes", "rnnattn.precision"}
 PRIMITIVE = HELPERS | {"rnnattn.native"}
 PARTS = {
     "rnnattn.checks": set(),
+    "rnnattn.meshes": set(),
     "rnnattn.precision": set(),
     "rnnattn.native": set(),
     "rnnattn.attention": PRIMITIVE,

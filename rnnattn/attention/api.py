@@ -13,6 +13,7 @@ import rnnattn.attention.native as native
 import rnnattn.attention.xla as xla
 from rnnattn.attention.arguments import (
     checked,
+    on_mesh,
     problem,
     sorted_arguments,
     with_one_batch_axis,
@@ -186,7 +187,7 @@ def call(function, rule, arguments, schedule=None):
         rule = with_weights
     if schedule is None:
         schedule = _suited(arrays, options, request)
-    results = _run_attention(rule, schedule, options, arrays)
+    results = _run_attention(function, rule, schedule, options, arrays)
     wanted = (True, request.return_residual, request.return_weights)
     results = [result for result, want in zip(results, wanted, strict=False) if want]
     return results[0] if len(results) == 1 else tuple(results)
@@ -207,12 +208,20 @@ def _suited(arrays, options, request):
     return xla.by_size(T, S)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _run_attention(rule, schedule, options, arrays):
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _run_attention(function, rule, schedule, options, arrays):
     """O, L and what else `rule` returns, in the layout of the arguments."""
     arrays = varying_together(arrays)
     batch = arrays.query.shape[:-3]
     arrays = with_one_batch_axis(arrays)
+    run = partial(_run_parts, rule, schedule, options)
+    axes = ("BTNV", "BTN", "BNTS") if rule is with_weights else ("BTNV", "BTN")
+    results = on_mesh(function, run, options, arrays, axes)
+    return results if len(batch) == 1 else tuple(x.reshape(*batch, *x.shape[1:]) for x in results)
+
+
+def _run_parts(rule, schedule, options, arrays):
+    arrays = varying_together(arrays)
     B, T, N, _ = arrays.query.shape
     operands, masking = problem(options, arrays)
     operands = schedule.enter(options, operands, masking)
@@ -221,5 +230,4 @@ def _run_attention(rule, schedule, options, arrays):
     o = o.reshape(B, T, N, o.shape[-1]).astype(arrays.value.dtype)
     lse = xla.time_first(lse).reshape(B, T, N)
     weights = [w.reshape(B, N, *w.shape[3:]) for w in weights]
-    results = (o, lse, *weights)
-    return results if len(batch) == 1 else tuple(x.reshape(*batch, *x.shape[1:]) for x in results)
+    return (o, lse, *weights)

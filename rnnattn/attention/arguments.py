@@ -13,6 +13,7 @@ from rnnattn.attention.dropout import dropout_keys
 from rnnattn.attention.problem import Masking, Operands, Options
 from rnnattn.attention.signature import Implementation
 from rnnattn.checks import Check, several
+from rnnattn.meshes import explicit_mesh, in_parts, parts_of
 from rnnattn.precision import accumulator
 
 # What has the leading axes of the query.
@@ -125,7 +126,10 @@ def problem(options, arrays):
         return x.reshape(1, *((M, G) if x.size == N else (1, 1)), 1)
 
     scale = max(K, 1) ** -0.5 if arrays.scale is None else arrays.scale
-    key = arrays.dropout_key if options.dropout_rate > 0 else None
+    keys = arrays.dropout_key if options.dropout_rate > 0 else None
+    if keys is not None:  # of each head already, where these are divided
+        made = keys.ndim == 2
+        keys = keys.reshape(B, M, G) if made else dropout_keys(keys, B, M, G)
     operands = Operands(
         query=arrays.query.reshape(B, T, M, G, K),
         key=arrays.key,
@@ -141,9 +145,37 @@ def problem(options, arrays):
         key_lengths=ints(arrays.key_value_seq_lengths),
         query_segments=ids(arrays.query_segment_ids),
         key_segments=ids(arrays.key_value_segment_ids),
-        dropout_keys=None if key is None else dropout_keys(key, B, M, G),
+        dropout_keys=keys,
     )
     return operands, masking
+
+
+def on_mesh(function, run, options, arrays, results):
+    """`run(arrays)`; on a mesh of explicit axes, in parts of rows and heads."""
+    if explicit_mesh(arrays) is None:
+        return run(arrays)
+    B, _, N, _ = arrays.query.shape
+    M, parts = arrays.key.shape[2], parts_of(arrays.query, 2)
+    if 1 < M and M % parts:  # several devices read one head: each gets its own
+        copies = math.lcm(M, parts) // M
+        key, value = (jnp.repeat(x, copies, axis=2) for x in (arrays.key, arrays.value))
+        arrays = arrays._replace(key=key, value=value)
+    if options.dropout_rate > 0:  # the same wherever a head is
+        keys = dropout_keys(arrays.dropout_key, B, 1, N).reshape(B, N)
+        arrays = arrays._replace(dropout_key=keys)
+    given = {name: x for name, x in arrays._asdict().items() if x is not None}
+    last = lambda letters, x: letters[len(letters) - jnp.ndim(x) :]
+    axes = Arrays("BTNK", "BSNK", "BSNV", "BNTS", "BNTS", "N", "B", "B", "B", "BT", "BS", "N", "BN")
+    letters = {name: last(getattr(axes, name), x) for name, x in given.items()}
+    return in_parts(
+        Check(function),
+        lambda given: run(Arrays(**given)),
+        given,
+        letters,
+        results,
+        divided="BN",
+        whole={"T": "the queries (see `ring_attention`)", "S": "the keys (see `ring_attention`)"},
+    )
 
 
 # ---- checks -----------------------------------------------------------------------------------

@@ -2,10 +2,12 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rnnattn.checks import Check
+from rnnattn.meshes import explicit_mesh, in_parts
 
 
 class KVCache(NamedTuple):
@@ -43,6 +45,21 @@ def update_cache(
     cache = KVCache(*map(jnp.asarray, cache))
     key, value = jnp.asarray(key), jnp.asarray(value)
     _check_cache(cache, key, value)
+    given = {"cache": cache, "key": key, "value": value}
+    return _update(**given) if explicit_mesh(given) is None else _update_in_parts(given)
+
+
+@jax.jit
+def _update_in_parts(given):
+    """On a mesh of explicit axes: rows and heads by themselves."""
+    letters = KVCache("BSMK", "BSMV", "B")  # type: ignore[arg-type]
+    axes = {"cache": letters, "key": "BTMK", "value": "BTMV"}
+    run, whole = lambda given: _update(**given), {"S": "the cache", "T": "the tokens"}
+    check = Check("update_cache")
+    return in_parts(check, run, given, axes, letters, divided="BM", whole=whole)
+
+
+def _update(cache, key, value):
     T = key.shape[1]
     rows = jnp.arange(key.shape[0], dtype=jnp.int32)[:, None]
     at = cache.length.astype(jnp.int32)[:, None] + jnp.arange(T, dtype=jnp.int32)[None]

@@ -49,7 +49,9 @@ def wanted(x):
 
 def instantiated(cotangents, operands):
     """dO, in the dtype of the values as O was, and dL; arrays of zeros for symbolic ones."""
-    full = lambda d: jnp.zeros(d.shape, d.dtype) if isinstance(d, SymbolicZero) else d
+    # zeros of the type that the operands have in `jax.shard_map`
+    zeros = lambda d: jnp.zeros_like(operands.value, d.dtype, shape=d.shape)
+    full = lambda d: zeros(d) if isinstance(d, SymbolicZero) else d
     do, dlse = map(full, cotangents)
     return do.astype(operands.value.dtype), dlse
 

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from rnnattn.checks import Check
+from rnnattn.meshes import explicit_sharding
 from rnnattn.nn.attention import LayerNorm, MultiHeadAttention
 from rnnattn.patches import conv_stem, patchify, resample_grid, token_mask
 from rnnattn.position import rope_2d, sinusoids
@@ -236,7 +237,9 @@ class ViT(nnx.Module):
             mask = token_mask(valid, self.patch_size)
         x = self.stem(images)
         if self.cls is not None:
-            cls = jnp.broadcast_to(self.cls[...].astype(x.dtype)[None], (len(x), 1, x.shape[2]))
+            cls = self.cls[...].astype(x.dtype)[None]
+            shape, place = (len(x), 1, x.shape[2]), explicit_sharding(x)
+            cls = jnp.broadcast_to(cls, shape, out_sharding=place)
             x = jnp.concatenate([cls, x], axis=1)
             mask = None if mask is None else jnp.pad(mask, ((0, 0), (1, 0)), constant_values=True)
         table = self.position_table(size)

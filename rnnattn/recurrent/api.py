@@ -20,6 +20,7 @@ from rnnattn.recurrent.arguments import (
     checked_step,
     checked_variant,
     full_state,
+    on_mesh,
     time_back,
     time_first,
     time_major_steps,
@@ -64,7 +65,7 @@ def lstm_step(
     Check("lstm_step").one_of("implementation", implementation, (None, "xla", "native"))
     options = Options(False, "gates", checked_variant("lstm_step", clip, coupled))
     schedule = _suited("lstm_step", implementation, params, x, options)
-    _, state = _run_lstm(schedule, options, True, params, x[None], state, None, None)
+    _, state = _run_lstm("lstm_step", schedule, options, True, params, x[None], state, None, None)
     return state
 
 
@@ -140,7 +141,7 @@ def lstm(
         check.served("cudnn", unserved_by_cudnn(params, x, options, resets))
         return run_cudnn(time_major, params, x, state, lengths)
     schedule = _suited("lstm", implementation, params, x, options)
-    return _run_lstm(schedule, options, time_major, params, x, state, lengths, resets)
+    return _run_lstm("lstm", schedule, options, time_major, params, x, state, lengths, resets)
 
 
 def _suited(function, implementation, params, x, options):
@@ -153,9 +154,18 @@ def _suited(function, implementation, params, x, options):
     return CHUNKED if unserved else native.NATIVE
 
 
-@partial(jax.jit, static_argnames=("schedule", "options", "time_major"))
-def _run_lstm(schedule, options, time_major, params, x, state, lengths, resets):
+@partial(jax.jit, static_argnames=("function", "schedule", "options", "time_major"))
+def _run_lstm(function, schedule, options, time_major, params, x, state, lengths, resets):
     """`lstm` after its arguments are checked."""
+
+    def run(given):
+        return _run_parts(schedule, options, time_major, **given)
+
+    given = {"params": params, "x": x, "state": state, "lengths": lengths, "resets": resets}
+    return on_mesh(function, run, time_major, given)
+
+
+def _run_parts(schedule, options, time_major, params, x, state, lengths, resets):
     params, x, state, lengths, resets = varying_together((params, x, state, lengths, resets))
     batch = batch_of(x, time_major)
     x = time_first(x, batch, time_major)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from rnnattn.checks import Check
+from rnnattn.meshes import in_parts
 from rnnattn.precision import accumulator
 from rnnattn.recurrent.equations import LSTMState, Variant
 from rnnattn.recurrent.problem import Steps
@@ -60,6 +61,18 @@ def as_given(final, state, batch):
     if len(batch) != 1:
         final = LSTMState(*(x.reshape(*batch, x.shape[-1]) for x in final))
     return final if state is None else jax.tree.map(lambda x, s: x.astype(s.dtype), final, state)
+
+
+def on_mesh(function, run, time_major, given):
+    """`run(given)`, the arguments of a sequence by name; with explicit axes, in parts of rows."""
+    if len(batch_of(given["x"], time_major)) != 1:
+        return run(given)
+    steps = "TB" if time_major else "BT"
+    final = LSTMState("BR", "BH")  # type: ignore[arg-type]
+    axes = {"params": "", "x": steps + "D", "state": final, "lengths": "B", "resets": steps}
+    results = (steps + "R", final)
+    whole = {"T": "time"}
+    return in_parts(Check(function), run, given, axes, results, divided="B", whole=whole)
 
 
 # ---- checks -----------------------------------------------------------------------------------
