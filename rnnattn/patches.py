@@ -222,6 +222,11 @@ def crop_and_pad(
     check = Check("crop_and_pad")
     check.axes("images", images, "(B, rows, columns, channels)")
     size = check.pair("size", size)
+    return _crop_and_pad(images, size)
+
+
+@partial(jax.jit, static_argnames="size")
+def _crop_and_pad(images, size):
     margins = []  # before and after, negative where the image is cut
     for n, m in zip(images.shape[1:3], size, strict=True):
         before = int((m - n) / 2)

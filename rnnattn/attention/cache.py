@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -41,6 +42,11 @@ def update_cache(
         ([1, 1], (2, 1, 4, 8))
     """
     _check_cache(cache, key, value)
+    return _update_cache(cache, key, value)
+
+
+@jax.jit
+def _update_cache(cache, key, value):
     T = key.shape[1]
     rows = jnp.arange(key.shape[0], dtype=jnp.int32)[:, None]
     at = cache.length.astype(jnp.int32)[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
