@@ -180,10 +180,11 @@ def call(function, rule, arguments, schedule=None):
         rule = with_weights
     if schedule is None:
         schedule = _suited(arrays, options, request)
-    results = _run_attention(rule, schedule, options, arrays)
+    if isinstance(arrays.query_offset, int) and arrays.query_offset == 0:
+        arrays = arrays._replace(query_offset=None)  # a constant, which nobody has to send
     wanted = (True, request.return_residual, request.return_weights)
-    results = [result for result, want in zip(results, wanted, strict=False) if want]
-    return results[0] if len(results) == 1 else tuple(results)
+    results = _run_attention(rule, schedule, options, wanted, arrays)
+    return results[0] if len(results) == 1 else results
 
 
 def _suited(arrays, options, request):
@@ -201,9 +202,12 @@ def _suited(arrays, options, request):
     return xla.by_size(T, S)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _run_attention(rule, schedule, options, arrays):
-    """O, L and what else `rule` returns, in the layout of the arguments."""
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _run_attention(rule, schedule, options, wanted, arrays):
+    """What is wanted of O, L and the weights, in the layout of the arguments.
+
+    L is no result where nobody asked: it may be −∞, which `jax.debug_infs` takes for a mistake.
+    """
     arrays = varying_together(arrays)
     batched = arrays.query.ndim == 4
     if not batched:
@@ -216,5 +220,5 @@ def _run_attention(rule, schedule, options, arrays):
     o = o.reshape(B, T, N, o.shape[-1]).astype(arrays.value.dtype)
     lse = xla.time_first(lse).reshape(B, T, N)
     weights = [w.reshape(B, N, *w.shape[3:]) for w in weights]
-    results = (o, lse, *weights)
-    return results if batched else tuple(x[0] for x in results)
+    results = zip((o, lse, *weights), wanted, strict=False)
+    return tuple(x if batched else x[0] for x, want in results if want)
