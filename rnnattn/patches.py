@@ -245,6 +245,7 @@ def crop_and_pad(
     return _on_mesh("crop_and_pad", _crop_and_pad, size, _IMAGES, ("B", "B"), images=images)
 
 
+@partial(jax.jit, static_argnames="size")
 def _crop_and_pad(size, images):
     margins = []  # before and after, negative where the image is cut
     for n, m in zip(images.shape[1:3], size, strict=True):

@@ -187,10 +187,11 @@ def call(function, rule, arguments, schedule=None):
         rule = with_weights
     if schedule is None:
         schedule = _suited(arrays, options, request)
-    results = _run_attention(function, rule, schedule, options, arrays)
+    if isinstance(arrays.query_offset, int) and arrays.query_offset == 0:
+        arrays = arrays._replace(query_offset=None)  # a constant, which nobody has to send
     wanted = (True, request.return_residual, request.return_weights)
-    results = [result for result, want in zip(results, wanted, strict=False) if want]
-    return results[0] if len(results) == 1 else tuple(results)
+    results = _run_attention(function, rule, schedule, options, wanted, arrays)
+    return results[0] if len(results) == 1 else results
 
 
 def _suited(arrays, options, request):
@@ -208,16 +209,20 @@ def _suited(arrays, options, request):
     return xla.by_size(T, S)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _run_attention(function, rule, schedule, options, arrays):
-    """O, L and what else `rule` returns, in the layout of the arguments."""
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _run_attention(function, rule, schedule, options, wanted, arrays):
+    """What is wanted of O, L and the weights, in the layout of the arguments.
+
+    L is no result where nobody asked: it may be −∞, which `jax.debug_infs` takes for a mistake.
+    """
     arrays = varying_together(arrays)
     batch = arrays.query.shape[:-3]
     arrays = with_one_batch_axis(arrays)
     run = partial(_run_parts, rule, schedule, options)
     axes = ("BTNV", "BTN", "BNTS") if rule is with_weights else ("BTNV", "BTN")
     results = on_mesh(function, run, options, arrays, axes)
-    return results if len(batch) == 1 else tuple(x.reshape(*batch, *x.shape[1:]) for x in results)
+    results = [x for x, want in zip(results, wanted, strict=False) if want]
+    return tuple(x if len(batch) == 1 else x.reshape(*batch, *x.shape[1:]) for x in results)
 
 
 def _run_parts(rule, schedule, options, arrays):

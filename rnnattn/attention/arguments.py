@@ -138,8 +138,9 @@ def problem(options, arrays):
         bias=of_logits(arrays.bias),
         sinks=None if arrays.sinks is None else of_heads(arrays.sinks),
     )
+    offset = 0 if arrays.query_offset is None else arrays.query_offset
     masking = Masking(
-        offset=jnp.asarray(arrays.query_offset, jnp.int32).reshape(-1),
+        offset=jnp.asarray(offset, jnp.int32).reshape(-1),
         mask=of_logits(arrays.mask),
         query_lengths=ints(arrays.query_seq_lengths),
         key_lengths=ints(arrays.key_value_seq_lengths),

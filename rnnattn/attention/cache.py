@@ -59,6 +59,7 @@ def _update_in_parts(given):
     return in_parts(check, run, given, axes, letters, divided="BM", whole=whole)
 
 
+@jax.jit
 def _update(cache, key, value):
     T = key.shape[1]
     rows = jnp.arange(key.shape[0], dtype=jnp.int32)[:, None]

@@ -154,6 +154,14 @@ def _finite(peak):
     return jnp.where(peak == -jnp.inf, 0, peak)
 
 
+def finite_lse(lse):
+    """L as it is kept for the gradient: so large where nothing is seen that exp(s − L) is zero.
+
+    Not ∞, which `jax.debug_infs` would take for a mistake.
+    """
+    return jnp.where(lse == -jnp.inf, jnp.finfo(lse.dtype).max, lse)
+
+
 def _lse_for_exp(lse):
     """L for e^(s − L): +∞ for a row that sees nothing, so that its weights are zero."""
     return jnp.where(lse == -jnp.inf, jnp.inf, lse)

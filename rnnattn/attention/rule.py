@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 import rnnattn.attention.dense as dense
+from rnnattn.attention.equations import finite_lse
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -23,7 +24,7 @@ def _attend_fwd(schedule, options, operands, masking):
     asked = (wanted(operands.bias), wanted(operands.scale))
     operands, masking = jax.tree.map(lambda x: x.value, (operands, masking))
     o, lse = schedule.forward(options, operands, masking)
-    return (o, lse), (operands, masking, o, lse, asked)
+    return (o, lse), (operands, masking, o, finite_lse(lse), asked)
 
 
 def _attend_bwd(schedule, options, residuals, cotangents):

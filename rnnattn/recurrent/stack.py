@@ -110,12 +110,12 @@ def both_directions(run, pair, x, states, options):
 def stack(run, layers, x, states, dropout, options):
     """`stacked_lstm` with `run` as its sequence."""
     dropout = _checked_dropout(layers, states, dropout)
+    keys = _keys(dropout.key, len(layers)) if dropout.rate > 0 else ()
     x, finals = jnp.asarray(x), []
     for n, layer in enumerate(layers):
         if n > 0 and dropout.rate > 0:
-            key = jax.random.fold_in(dropout.key, n)
             time_axis = 0 if options["time_major"] else x.ndim - 2
-            x = _drop(key, x, dropout.rate, time_axis if dropout.variational else None)
+            x = _drop(keys[n], x, dropout.rate, time_axis if dropout.variational else None)
         state = None if states is None else states[n]
         if isinstance(layer, LSTMParams):
             x, final = run(layer, x, state, **options)
@@ -125,11 +125,18 @@ def stack(run, layers, x, states, dropout, options):
     return x, tuple(finals)
 
 
+@partial(jax.jit, static_argnames="count")
+def _keys(key, count):
+    """A key for each layer."""
+    return tuple(jax.random.fold_in(key, n) for n in range(count))
+
+
 @partial(jax.jit, static_argnames=("rate", "shared_axis"))
 def _drop(key, x, rate, shared_axis):
     """Zero a share of x and scale up the rest, alike along `shared_axis`."""
     shape = [1 if axis == shared_axis else size for axis, size in enumerate(x.shape)]
-    keep = jax.random.bernoulli(key, 1 - rate, shape)
+    # a float32, so that x64 mode draws the same bits
+    keep = jax.random.bernoulli(key, jnp.float32(1 - rate), shape)
     return jnp.where(keep, x / (1 - rate), 0)
 
 
