@@ -431,7 +431,7 @@ FUNCTIONS: dict[Callable, Callable[[], list[Problem]]] = {
     position._angle_gradient: rotary_problems,
 }
 
-_BLOCK = "max(int((_TANGENT_LOGITS / (o.shape[0] * o.shape[1])) ** 0.5), _LEAST_TANGENT_BLOCK)"
+_BLOCK = "int((_TANGENT_LOGITS / heads) ** 0.5) if isinstance(heads, int) else"
 
 # Changes that change no gradient, and why.
 EQUIVALENT = {
@@ -468,10 +468,11 @@ EQUIVALENT = {
 EQUIVALENT |= {
     ("blockwise._tangent", change): "the size of the blocks"
     for change in (
-        f"{_BLOCK} → int((_TANGENT_LOGITS / (o.shape[0] * o.shape[1])) ** 0.5)",
-        "_TANGENT_LOGITS / (o.shape[0] * o.shape[1]) → _TANGENT_LOGITS",
-        "(_TANGENT_LOGITS / (o.shape[0] * o.shape[1])) ** 0.5 → "
-        "(_TANGENT_LOGITS / (o.shape[0] * o.shape[1])) ** 1.0",
+        "isinstance(heads, int) → heads",
+        f"{_BLOCK} 0 → {_BLOCK} 1",
+        "_TANGENT_LOGITS / heads → _TANGENT_LOGITS",
+        "(_TANGENT_LOGITS / heads) ** 0.5 → (_TANGENT_LOGITS / heads) ** 1.0",
+        "max(rows, _LEAST_TANGENT_BLOCK) → rows",
         "o.shape[0] * o.shape[1] → o.shape[0]",
         "o.shape[0] * o.shape[1] → o.shape[1]",
         "o.shape[0] → o.shape[1]",
