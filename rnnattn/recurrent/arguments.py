@@ -14,6 +14,27 @@ from rnnattn.recurrent.equations import LSTMState, Variant
 from rnnattn.recurrent.problem import Steps
 
 
+class _SharedOptions(TypedDict, total=False):
+    lengths: Int[Array, "*B"] | None
+    resets: Bool[Array, "..."] | None
+    clip: SupportsFloat | None
+    coupled: bool
+    residuals: Literal["gates", "states"] | SupportsIndex
+    implementation: Literal["xla", "native", "cudnn"] | None
+
+
+class StackOptions(_SharedOptions, total=False):
+    """Options of `rnnattn.lstm` that a stack hands on to each of its layers."""
+
+    reverse: bool
+
+
+class SequenceOptions(_SharedOptions, total=False):
+    """Options of `rnnattn.lstm` that both directions have in common."""
+
+    time_major: bool
+
+
 def batch_of(x, time_major):
     """The sizes of the axes of x (*B, T, D), or (T, *B, D), besides time and width."""
     return x.shape[1:-1] if time_major else x.shape[:-2]
@@ -76,30 +97,6 @@ def on_mesh(function, run, time_major, given):
 
 
 # ---- checks -----------------------------------------------------------------------------------
-
-
-class StackOptions(TypedDict, total=False):
-    """Options of `rnnattn.lstm` that a stack hands on to each of its layers."""
-
-    lengths: Int[Array, "*B"] | None
-    resets: Bool[Array, "..."] | None
-    reverse: bool
-    clip: SupportsFloat | None
-    coupled: bool
-    residuals: Literal["gates", "states"] | SupportsIndex
-    implementation: Literal["xla", "native", "cudnn"] | None
-
-
-class SequenceOptions(TypedDict, total=False):
-    """Options of `rnnattn.lstm` that both directions have in common."""
-
-    lengths: Int[Array, "*B"] | None
-    resets: Bool[Array, "..."] | None
-    time_major: bool
-    clip: SupportsFloat | None
-    coupled: bool
-    residuals: Literal["gates", "states"] | SupportsIndex
-    implementation: Literal["xla", "native", "cudnn"] | None
 
 
 class Arguments(NamedTuple):
