@@ -11,7 +11,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import dataclasses
 import io
 import logging
-import os
 import re
 import shlex
 import sys
@@ -25,32 +24,24 @@ from typing import Annotated, Any, NamedTuple
 import jax
 import tyro
 
-from experiments import (
+from experiments.claims import (
     attention_averaging,
     attention_copying,
-    compare,
     dot_product_variance,
     key_noise,
-    lstm_adding,
-    lstm_digits,
     lstm_equations,
     lstm_gradient,
     lstm_gradient_training,
-    lstm_text,
-    mesh,
     multi_head_noise,
-    processes,
-    report,
     rotary_relative,
-    runs,
     sinusoidal_shift,
     softmax_saturation,
     subspace_projection,
-    vit_digits,
     vit_resolution,
 )
-from experiments.checkpoints import read_params
-from experiments.config import (
+from experiments.engine import compare, devices as mesh, processes, runs
+from experiments.engine.checkpoints import read_params
+from experiments.engine.config import (
     Count,
     UsageError,
     check,
@@ -60,8 +51,11 @@ from experiments.config import (
     read,
     to_table,
 )
-from experiments.files import locked, written
-from experiments.session import Stopped
+from experiments.engine.experiment import ROOT, config_paths, find_config
+from experiments.engine.files import locked, written
+from experiments.engine.session import Stopped
+from experiments.report import page as report
+from experiments.tasks import lstm_adding, lstm_digits, lstm_text, vit_digits
 from rnnattn import native
 
 EXPERIMENTS: dict[str, Any] = {
@@ -84,8 +78,6 @@ EXPERIMENTS: dict[str, Any] = {
     "vit_resolution": vit_resolution,
 }
 CONFIG_TYPES = {name: experiment.Config for name, experiment in EXPERIMENTS.items()}
-ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = ROOT / "configs"
 PROGRAM = "python -m experiments"
 
 LONGEST = 4096
@@ -133,7 +125,7 @@ class Run(Options):
     """
 
     path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
-    """A TOML file, as configs/lstm_digits.toml; it comes first."""
+    """A TOML file, or the name of one of configs/, as lstm_digits; it comes first."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +152,7 @@ class Sweep:
     """
 
     path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
-    """A TOML file, as configs/lstm_digits.toml."""
+    """A TOML file, or the name of one of configs/, as lstm_digits."""
     grid: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE,VALUE…")]
     """Keys of the config with their values, as train.learning_rate=1e-3,3e-3 seed=0,1,2."""
     quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -204,7 +196,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         _check_arguments(arguments)
         if len(arguments) > 1 and arguments[0] == "run" and not arguments[1].startswith("-"):
-            return _run(Path(arguments[1]), arguments[2:])
+            return _run(find_config(Path(arguments[1])), arguments[2:])
         command = tyro.cli(
             Run | Report | List | Sweep | Compare | Export,
             args=arguments,
@@ -389,7 +381,7 @@ def _execute(study: Study, group: str) -> tuple[Path, Any]:
 def _report(command: Report) -> int:
     _check_kernels()
     processes.check_devices()
-    sizes = report.sizes(EXPERIMENTS, CONFIGS, full=command.full)
+    sizes = report.sizes(EXPERIMENTS, full=command.full)
     findings = report.measure(EXPERIMENTS, sizes, command.output)
     folder = command.output / "report"
     report.write(findings, folder, full=command.full)
@@ -406,16 +398,16 @@ def _report(command: Report) -> int:
 def _sweep(command: Sweep) -> int:
     from experiments.figures import save
 
-    grid = compare.parse_grid(command.grid)
+    path, grid = find_config(command.path), compare.parse_grid(command.grid)
     for key in grid.keys() & {option.name for option in dataclasses.fields(Options)}:
         raise UsageError(f"--grid: {key} is an option of the command, and no key of the config")
-    group = f"{runs.group_of(command.path)}-sweep"
+    group = f"{runs.group_of(path)}-sweep"
     combinations = compare.combinations(grid)
     each = {compare.name_of(values): values for values in combinations}
     common = ["--quick"] if command.quick else []
     asked = {name: [*compare.options_of(values), *common] for name, values in each.items()}
     # what is wrong with any is said before the first begins
-    prepared = {name: _prepare(command.path, options) for name, options in asked.items()}
+    prepared = {name: _prepare(path, options) for name, options in asked.items()}
     configs = {runs.hash_of(study.config) for study in prepared.values()}
     if len(configs) < len(combinations):
         raise UsageError(
@@ -487,10 +479,9 @@ def _export(command: Export) -> int:
 
 
 def _list() -> int:
-    paths = sorted(CONFIGS.glob("*.toml"))
-    names = [os.path.relpath(path) for path in paths]
-    width = max(map(len, names), default=0)
-    for name, path in zip(names, paths, strict=True):
+    paths = config_paths()
+    width = max(map(len, paths), default=0)
+    for name, path in paths.items():
         print(f"{name:{width}}  {claim(path)}")
     return 0
 

@@ -37,11 +37,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.__main__ import CONFIGS, EXPERIMENTS, main
-from experiments.mnist import IDX_NAMES, NPZ_NAMES
+from experiments.__main__ import EXPERIMENTS, main
+from experiments.data.mnist import IDX_NAMES, NPZ_NAMES
+from experiments.engine.experiment import ROOT
 from tests.experiments.test_configs import TINY
 
-ROOT = CONFIGS.parent
 MEMORY = 40 * 2**30
 """Of addresses, of which a process of JAX reserves more than it uses."""
 SECONDS = 150

@@ -10,10 +10,11 @@ from pathlib import Path
 import jax
 import pytest
 
-from experiments.__main__ import CONFIGS, EXPERIMENTS, main
-from experiments.config import UsageError, claim, read, to_table
-from experiments.runs import CHECKPOINTS, CONFIG, CURVES, FIGURE, METRICS, RESULT, SUMMARY
-from experiments.training import TrainConfig, make_schedule
+from experiments.__main__ import EXPERIMENTS, main
+from experiments.engine.config import UsageError, claim, read, to_table
+from experiments.engine.experiment import CONFIGS, ROOT, config_paths
+from experiments.engine.runs import CHECKPOINTS, CONFIG, CURVES, FIGURE, METRICS, RESULT, SUMMARY
+from experiments.engine.training import TrainConfig, make_schedule
 
 TINY_TRAINING = (
     "--train.steps 4 --train.batch-size 4 --train.log-every 2 --train.evaluate-every 2"
@@ -62,7 +63,7 @@ TYPES = {name: experiment.Config for name, experiment in EXPERIMENTS.items()}
 
 
 def paths() -> list[Path]:
-    return sorted(CONFIGS.glob("*.toml"))
+    return list(config_paths().values())
 
 
 @pytest.mark.parametrize("path", paths(), ids=lambda path: path.stem)
@@ -82,11 +83,11 @@ def test_every_config_runs_at_a_tiny_size(path, tmp_path):
 @pytest.mark.parametrize("path", paths(), ids=lambda path: path.stem)
 def test_every_config_says_what_it_claims_and_how_to_run_it(path):
     assert claim(path)
-    assert f"# python -m experiments run configs/{path.name}\n" in path.read_text()
+    assert f"# python -m experiments run {path.stem}\n" in path.read_text()
 
 
 def test_quick_takes_the_defaults_of_the_experiment_for_the_values_of_the_file(tmp_path):
-    path = CONFIGS / "attention_averaging.toml"
+    path = CONFIGS / "claims" / "attention_averaging.toml"
     options = ["--quick", "--betas", "1", "2", "--name", "x", "--output", str(tmp_path)]
     assert main(["run", str(path), *options]) == 0
     name, config = read(tmp_path / path.stem / "x" / CONFIG, TYPES)
@@ -110,7 +111,7 @@ def test_list_names_every_config_with_its_claim(capsys):
     assert main(["list"]) == 0
     output = capsys.readouterr().out
     for path in paths():
-        assert path.name in output and claim(path) in output
+        assert path.stem in output and claim(path) in output
 
 
 @pytest.mark.parametrize(
@@ -314,17 +315,41 @@ TOO_LARGE = {
 def test_what_does_not_fit_into_memory_is_refused_before_anything_is_made(name, tmp_path, capsys):
     output = tmp_path / "outputs"
     options = [*TINY[name].split(), *TOO_LARGE[name].split(), "--output", str(output)]
-    assert main(["run", str(CONFIGS / f"{name}.toml"), *options]) == 2
+    assert main(["run", name, *options]) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and not output.exists()
     assert re.search(r"needs about [\d,.]+ .iB of memory, and there are [\d,.]+ .iB", message)
 
 
 def test_a_missing_config_names_the_nearest(capsys):
-    assert main(["run", str(CONFIGS / "lstm_digit.toml")]) == 2
+    assert main(["run", str(CONFIGS / "tasks" / "lstm_digit.toml")]) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     assert "no such config file" in message and "lstm_digits.toml?" in message
+
+
+@pytest.mark.parametrize("command", [["run"], ["sweep", "--grid", "seed=0"]])
+@pytest.mark.parametrize(
+    "name, hint",
+    [
+        ("lstm_digit", "did you mean lstm_digits"),
+        ("os.system", "no such config file; "),
+        ("x" * 300, "`python -m experiments list` has all"),
+    ],
+)
+def test_a_name_that_no_config_has_is_told_with_those_near_it(command, name, hint, capsys):
+    assert main([command[0], name, *command[1:]]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "no such config" in message and hint in message
+
+
+def test_a_config_is_found_by_its_name_wherever_one_is(tmp_path, monkeypatch):
+    """Also where a folder has it, as that of its runs does."""
+    monkeypatch.chdir(tmp_path)
+    Path("attention_averaging").mkdir()
+    options = ["--quick", "--name", "x", "--output", "."]
+    assert main(["run", "attention_averaging", *options]) == 0
+    assert Path("attention_averaging", "x", FIGURE).exists()
 
 
 def test_a_folder_is_no_config(tmp_path, capsys):
@@ -342,7 +367,7 @@ def test_a_folder_is_no_config(tmp_path, capsys):
 )
 def test_a_bad_option_names_the_right_one(options, parts, capsys):
     with pytest.raises(SystemExit) as end:
-        main(["run", str(CONFIGS / "lstm_digits.toml"), *options])
+        main(["run", "lstm_digits", *options])
     assert end.value.code == 2
     message = capsys.readouterr().err
     for part in parts:
@@ -358,7 +383,7 @@ def test_a_bad_option_names_the_right_one(options, parts, capsys):
     ],
 )
 def test_an_option_out_of_range_is_one_line_that_names_file_and_key(options, part, capsys):
-    path = CONFIGS / "lstm_digits.toml"
+    path = CONFIGS / "tasks" / "lstm_digits.toml"
     assert main(["run", str(path), *options]) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1
@@ -366,7 +391,7 @@ def test_an_option_out_of_range_is_one_line_that_names_file_and_key(options, par
 
 
 def test_the_config_comes_first(capsys):
-    assert main(["run", "--name", "x", "configs/lstm_digits.toml"]) == 2
+    assert main(["run", "--name", "x", "configs/tasks/lstm_digits.toml"]) == 2
     assert "the config comes first" in capsys.readouterr().err
 
 
@@ -403,7 +428,7 @@ def asked_in_a_new_process(arguments, folder, **environment):
     """What a process that was asked so says, in bytes."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     command = [sys.executable, "-m", "experiments", *arguments]
-    environment = clean | {"PYTHONPATH": str(CONFIGS.parent)} | environment
+    environment = clean | {"PYTHONPATH": str(ROOT)} | environment
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True)
 
 
@@ -416,7 +441,7 @@ def asked_in_a_new_process(arguments, folder, **environment):
     ],
 )
 def test_devices_and_kernels_that_are_not_there_leave_no_folder(variable, value, parts, tmp_path):
-    config = str(CONFIGS / "attention_averaging.toml")
+    config = "attention_averaging"
     done = asked_in_a_new_process(["run", config, "--name", "x"], tmp_path, **{variable: value})
     message = done.stderr.decode()
     assert done.returncode == 2, message
