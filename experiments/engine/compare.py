@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from experiments.engine import runs
-from experiments.engine.config import UsageError, read
+from experiments.engine.config import UsageError
 from experiments.engine.cost import mean_and_spread
+from experiments.engine.experiment import Experiment, read
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,12 +24,12 @@ class Run(NamedTuple):
     """A finished run, as it lies in its folder."""
 
     name: str
-    experiment: str
+    experiment: Experiment
     records: list[dict[str, Any]]
     scores: dict[str, float]
 
 
-def read_run(folder: Path, types: Mapping[str, type]) -> Run:
+def read_run(folder: Path) -> Run:
     """The run in the folder.
 
     Raises:
@@ -38,7 +39,7 @@ def read_run(folder: Path, types: Mapping[str, type]) -> Run:
         raise UsageError(f"{folder}: is not the folder of a run")
     if not runs.finished(folder):
         raise UsageError(f"{folder}: is not finished; `run … --resume` goes on with it")
-    experiment, _ = read(folder / runs.CONFIG, types)
+    experiment, _ = read(folder / runs.CONFIG)
     summary = runs.read_summary(folder)
     scores = {name: value for name, value in summary.items() if isinstance(value, int | float)}
     return Run(folder.name, experiment, runs.read_metrics(folder), scores)
@@ -121,7 +122,7 @@ def repetitions(found: Mapping[str, Run], grid: Mapping[str, Mapping[str, str]])
     rows: dict[str, list[Run]] = {}
     for name, run in found.items():
         rest = {key: value for key, value in grid[name].items() if key != SEED}
-        rows.setdefault(name_of(rest) or run.experiment, []).append(run)
+        rows.setdefault(name_of(rest) or run.experiment.name, []).append(run)
     return rows
 
 
