@@ -223,14 +223,6 @@ def variance_interval(samples: np.ndarray, level: float, mean: float | None = No
     return mean_interval((samples - centre) ** 2, level)
 
 
-def normal_variance_interval(samples: np.ndarray, level: float) -> Estimate:
-    """The variance of independent normal samples, exactly, by χ²."""
-    freedom = samples.size - 1
-    variance = float(np.var(samples, ddof=1))
-    low, high = freedom * variance / stats.chi2.isf([level / 2, 1 - level / 2], freedom)
-    return Estimate(variance, float(low), float(high))
-
-
 def quantile_interval(samples: np.ndarray, probability: float, level: float) -> Estimate:
     """A quantile of independent samples of any law: order statistics, exactly, by the binomial."""
     ordered = np.sort(samples)

@@ -111,7 +111,6 @@ def coverage(interval, truth: float, draws: int = 2000) -> float:
 
 INTERVALS = {
     "mean": (lambda r: claims.mean_interval(r.normal(3, 2, 20), 0.1), 3),
-    "variance of a normal": (lambda r: claims.normal_variance_interval(r.normal(3, 2, 9), 0.1), 4),
     "variance": (lambda r: claims.variance_interval(r.uniform(0, 1, 400), 0.1), 1 / 12),
     "median": (lambda r: claims.quantile_interval(r.exponential(1, 51), 0.5, 0.1), math.log(2)),
     "quantile": (lambda r: claims.quantile_interval(r.normal(0, 1, 80), 0.1, 0.1), -1.2815515655),
