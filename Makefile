@@ -2,7 +2,7 @@
 # Both make .venv first, once; a second call installs nothing.
 
 PYTHON ?= python3
-CONFIG ?= configs/lstm_digits.toml
+CONFIG ?= lstm_digits
 # What `make test` installs besides the package; EXTRAS=test,oracles adds the live peers.
 EXTRAS ?= test
 

@@ -16,11 +16,12 @@ import jax.numpy as jnp
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import timing
-from experiments import lstm_text, mesh, vit
-from experiments.digits import Digits
-from experiments.mesh import ParallelConfig
-from experiments.text import Windows
-from experiments.training import TrainConfig, make_optimizer, shardings, start, train_step
+from experiments.data.digits import Digits
+from experiments.data.text import Windows
+from experiments.engine import devices as mesh
+from experiments.engine.devices import ParallelConfig
+from experiments.engine.training import TrainConfig, make_optimizer, shardings, start, train_step
+from experiments.models import text as lstm_text, vit
 
 ROWS, CHARACTERS = 64, 100
 MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]

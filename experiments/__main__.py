@@ -11,7 +11,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import dataclasses
 import io
 import logging
-import os
 import re
 import shlex
 import sys
@@ -22,70 +21,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import jax
 import tyro
 
-from experiments import (
-    attention_averaging,
-    attention_copying,
-    compare,
-    dot_product_variance,
-    key_noise,
-    lstm_adding,
-    lstm_digits,
-    lstm_equations,
-    lstm_gradient,
-    lstm_gradient_training,
-    lstm_text,
-    mesh,
-    multi_head_noise,
-    processes,
-    report,
-    rotary_relative,
-    runs,
-    sinusoidal_shift,
-    softmax_saturation,
-    subspace_projection,
-    vit_digits,
-    vit_resolution,
-)
-from experiments.checkpoints import read_params
-from experiments.config import (
-    Count,
-    UsageError,
-    check,
-    claim,
-    escaped,
-    on_same_data,
-    read,
-    to_table,
-)
-from experiments.files import locked, written
-from experiments.session import Stopped
-from rnnattn import native
+from experiments.engine.config import Count, UsageError, check, claim, escaped, to_table
+from experiments.engine.experiment import ROOT, Experiment, config_paths, find_config, read
 
-EXPERIMENTS: dict[str, Any] = {
-    "attention_averaging": attention_averaging,
-    "attention_copying": attention_copying,
-    "dot_product_variance": dot_product_variance,
-    "key_noise": key_noise,
-    "lstm_adding": lstm_adding,
-    "lstm_digits": lstm_digits,
-    "lstm_equations": lstm_equations,
-    "lstm_gradient": lstm_gradient,
-    "lstm_gradient_training": lstm_gradient_training,
-    "lstm_text": lstm_text,
-    "multi_head_noise": multi_head_noise,
-    "rotary_relative": rotary_relative,
-    "sinusoidal_shift": sinusoidal_shift,
-    "softmax_saturation": softmax_saturation,
-    "subspace_projection": subspace_projection,
-    "vit_digits": vit_digits,
-    "vit_resolution": vit_resolution,
-}
-CONFIG_TYPES = {name: experiment.Config for name, experiment in EXPERIMENTS.items()}
-ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = ROOT / "configs"
 PROGRAM = "python -m experiments"
 
 LONGEST = 4096
@@ -133,7 +73,7 @@ class Run(Options):
     """
 
     path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
-    """A TOML file, as configs/lstm_digits.toml; it comes first."""
+    """A TOML file, or the name of one of configs/, as lstm_digits; it comes first."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +100,7 @@ class Sweep:
     """
 
     path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
-    """A TOML file, as configs/lstm_digits.toml."""
+    """A TOML file, or the name of one of configs/, as lstm_digits."""
     grid: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE,VALUE…")]
     """Keys of the config with their values, as train.learning_rate=1e-3,3e-3 seed=0,1,2."""
     quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -204,7 +144,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         _check_arguments(arguments)
         if len(arguments) > 1 and arguments[0] == "run" and not arguments[1].startswith("-"):
-            return _run(Path(arguments[1]), arguments[2:])
+            return _run(find_config(Path(arguments[1])), arguments[2:])
         command = tyro.cli(
             Run | Report | List | Sweep | Compare | Export,
             args=arguments,
@@ -230,23 +170,37 @@ def main(arguments: Sequence[str]) -> int:
         print(f"stopped: no memory left: {error}; a smaller model or batch may fit",
               file=sys.stderr)  # fmt: skip
         return 1
-    except Stopped as stopped:
-        print(f"{stopped}; --resume goes on from there", file=sys.stderr)
-        return 75
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"stopped: {where}{error.strerror or error}", file=sys.stderr)
         return 1
-    except jax.errors.JaxRuntimeError as error:
-        if processes.alone():
-            raise
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        return _ended(error)
+
+
+def _ended(error: Exception) -> int:
+    """The exit code of a run that ended so, told in a line; any other error is raised."""
+    import jax
+
+    from experiments.engine import processes
+    from experiments.engine.runs import ResultError
+    from experiments.engine.session import Stopped
+
+    if isinstance(error, Stopped):
+        print(f"{error}; --resume goes on from there", file=sys.stderr)
+        return 75
+    if isinstance(error, ResultError):
+        print(f"stopped: {error}; mended, --resume goes on from there", file=sys.stderr)
+        return 1
+    if isinstance(error, jax.errors.JaxRuntimeError) and not processes.alone():
         reason = str(error).splitlines()[0]
         print(f"stopped: another process may have died ({reason}); --resume goes on from the last "
               "checkpoint", file=sys.stderr)  # fmt: skip
         return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    raise error
 
 
 def _check_arguments(arguments: Sequence[str]) -> None:
@@ -264,6 +218,8 @@ def _check_arguments(arguments: Sequence[str]) -> None:
 
 def _check_kernels() -> None:
     """Raise a `UsageError` if the environment asks for native kernels that there are not."""
+    from rnnattn import native
+
     try:
         native.status()
     except ValueError as error:
@@ -293,19 +249,20 @@ class Study(NamedTuple):
 
     path: Path
     arguments: Sequence[str]
-    experiment: str
+    experiment: Experiment
     config: Any
     options: Any
 
 
 def _prepare(path: Path, arguments: Sequence[str]) -> Study:
-    experiment, config = read(path, CONFIG_TYPES)
-    options = _options(path, experiment, config, arguments)
-    module = EXPERIMENTS[experiment]
+    from experiments.engine import devices, processes, runs
+
+    experiment, config = read(path)
+    options = _options(path, experiment.name, config, arguments)
     if options.quick:
-        small = getattr(module, "quick", on_same_data)(options.config)
-        options = _options(path, experiment, small, arguments)
-    table = to_table(experiment, options.config)
+        small = experiment.quick(options.config)
+        options = _options(path, experiment.name, small, arguments)
+    table = to_table(experiment.name, options.config)
     fields = {key: value for key, value in table.items() if key != "experiment"}
     config = check(type(config), fields, f"{path}, with the options given")
     for option in ("overwrite", "resume"):
@@ -316,7 +273,8 @@ def _prepare(path: Path, arguments: Sequence[str]) -> Study:
         raise UsageError("--processes, --cluster: need the --name of the run, the same for all")
     if (several or options.profile) and not hasattr(config, runs.WHERE):
         raise UsageError(
-            f"--profile, --processes, --cluster: are for what trains, which {experiment} does not"
+            "--profile, --processes, --cluster: are for what trains, which "
+            f"{experiment.name} does not"
         )
     if options.overwrite and options.resume:
         raise UsageError("--resume: goes on with a run that --overwrite would remove; give one")
@@ -325,13 +283,14 @@ def _prepare(path: Path, arguments: Sequence[str]) -> Study:
     processes.check_devices()
     processes.check_same(dataclasses.replace(options, process=None))
     if hasattr(config, runs.WHERE):
-        mesh.check(config.parallel, config.train.batch_size)
-    if hasattr(module, "check"):
-        module.check(config)
+        devices.check(config.parallel, config.train.batch_size)
+    experiment.check(config)
     return Study(path, arguments, experiment, config, options)
 
 
 def _run(path: Path, arguments: Sequence[str]) -> int:
+    from experiments.engine import processes, runs
+
     study = _prepare(path, arguments)
     folder, result = _execute(study, runs.group_of(path))
     if not processes.is_first():
@@ -346,18 +305,21 @@ def _run(path: Path, arguments: Sequence[str]) -> int:
     width = max(map(len, result.scores), default=0)
     for name, value in result.scores.items():
         print(f"{name:{width}} {value if isinstance(value, str) else format(value, '.6g')}")
-    module = EXPERIMENTS[study.experiment]
-    if hasattr(module, "claims"):
-        for each in module.claims(study.config, runs.read_result(folder, module.Result)):
-            print(f"{each.id:4} {each.verdict}: {each.title}")
+    for each in study.experiment.claims(study.config, result):
+        print(f"{each.id:4} {each.verdict}: {study.experiment.CLAIMS[each.id]}")
     print(folder)
     return 0
 
 
 def _execute(study: Study, group: str) -> tuple[Path, Any]:
     """The folder of the run, and what came of it; None if it was finished before."""
+    import jax
+
+    from experiments.engine import processes, runs
+    from experiments.engine.files import locked
+
     path, arguments, experiment, config, options = study
-    table = to_table(experiment, config)
+    table = to_table(experiment.name, config)
     folder: Path = options.output / group / (options.name or "")
 
     def begin(held: ExitStack) -> bool:
@@ -378,7 +340,7 @@ def _execute(study: Study, group: str) -> tuple[Path, Any]:
             return folder, None
         asked = {name: getattr(options, name) for name in ("profile", "tensorboard")}
         try:
-            return folder, runs.record(EXPERIMENTS[experiment], config, folder, **asked)
+            return folder, runs.record(experiment, config, folder, **asked)
         except jax.errors.JaxRuntimeError as error:
             reason = str(error).splitlines()[0]
             if "RESOURCE_EXHAUSTED" not in reason:
@@ -387,41 +349,46 @@ def _execute(study: Study, group: str) -> tuple[Path, Any]:
 
 
 def _report(command: Report) -> int:
+    from experiments.engine import processes
+    from experiments.report import page
+
     _check_kernels()
     processes.check_devices()
-    sizes = report.sizes(EXPERIMENTS, CONFIGS, full=command.full)
-    findings = report.measure(EXPERIMENTS, sizes, command.output)
+    findings = page.measure(page.sizes(full=command.full), command.output)
     folder = command.output / "report"
-    report.write(findings, folder, full=command.full)
+    page.write(findings, folder, full=command.full)
     if command.readme:
-        report.update_readme(ROOT / "README.md", findings.rows)
+        page.update_readme(ROOT / "README.md", findings.rows)
     for row in findings.rows:
         print(f"{row.id:4} {row.verdict}: {row.title}")
     for error in findings.errors:
         print(error)
-    print(folder / report.PAGE)
+    print(folder / page.PAGE)
     return int(bool(findings.errors))
 
 
 def _sweep(command: Sweep) -> int:
+    import jax
+
+    from experiments.engine import compare, runs
+    from experiments.engine.files import written
     from experiments.figures import save
 
-    grid = compare.parse_grid(command.grid)
+    path, grid = find_config(command.path), compare.parse_grid(command.grid)
     for key in grid.keys() & {option.name for option in dataclasses.fields(Options)}:
         raise UsageError(f"--grid: {key} is an option of the command, and no key of the config")
-    group = f"{runs.group_of(command.path)}-sweep"
+    group = f"{runs.group_of(path)}-sweep"
     combinations = compare.combinations(grid)
     each = {compare.name_of(values): values for values in combinations}
     common = ["--quick"] if command.quick else []
     asked = {name: [*compare.options_of(values), *common] for name, values in each.items()}
     # what is wrong with any is said before the first begins
-    prepared = {name: _prepare(command.path, options) for name, options in asked.items()}
+    prepared = {name: _prepare(path, options) for name, options in asked.items()}
     configs = {runs.hash_of(study.config) for study in prepared.values()}
     if len(configs) < len(combinations):
         raise UsageError(
             "--grid: two of the runs would be one, or have one name; give each value once"
         )
-    (experiment,) = {study.experiment for study in prepared.values()}
     failed: dict[str, str] = {}
     for name, study in prepared.items():
         options = study.options
@@ -430,14 +397,15 @@ def _sweep(command: Sweep) -> int:
         )
         try:
             _execute(study, group)
-        except (UsageError, FloatingPointError, MemoryError, jax.errors.JaxRuntimeError) as error:
+        except (
+            UsageError, FloatingPointError, MemoryError, jax.errors.JaxRuntimeError,
+            runs.ResultError,
+        ) as error:  # fmt: skip
             failed[name] = str(error).splitlines()[0]
             print(f"{name}: {failed[name]}", file=sys.stderr)
     folder = command.output / group
-    found = {
-        name: compare.read_run(folder / name, CONFIG_TYPES) for name in each if name not in failed
-    }
-    rows, labels = compare.repetitions(found, each), EXPERIMENTS[experiment].LABELS
+    found = {name: compare.read_run(folder / name) for name in each if name not in failed}
+    rows, labels = compare.repetitions(found, each), study.experiment.LABELS
     table = compare.score_table(rows, labels)
     table += "".join(f"\n{name}: failed: {error}\n" for name, error in failed.items())
     with written(folder / "sweep.md") as file:
@@ -448,15 +416,16 @@ def _sweep(command: Sweep) -> int:
 
 
 def _compare(command: Compare) -> int:
+    from experiments.engine import compare
     from experiments.figures import save
 
     if not command.folders:
         raise UsageError("compare: give the folder of a run or more")
-    found = [compare.read_run(folder, CONFIG_TYPES) for folder in command.folders]
-    experiments = sorted({run.experiment for run in found})
+    found = [compare.read_run(folder) for folder in command.folders]
+    experiments = sorted({run.experiment.name for run in found})
     if len(experiments) != 1:
         raise UsageError(f"compare: runs of one experiment only, got {', '.join(experiments)}")
-    labels = EXPERIMENTS[experiments[0]].LABELS
+    labels = found[0].experiment.LABELS
     if not labels:
         raise UsageError(f"compare: {experiments[0]} logs no metrics to compare")
     # the names of folders may be the same where the folders above differ
@@ -474,6 +443,8 @@ def _compare(command: Compare) -> int:
 
 
 def _export(command: Export) -> int:
+    from experiments.engine import runs
+    from experiments.engine.checkpoints import read_params
     from rnnattn.interop import write_safetensors
 
     if not (command.folder / runs.CONFIG).is_file():
@@ -487,10 +458,9 @@ def _export(command: Export) -> int:
 
 
 def _list() -> int:
-    paths = sorted(CONFIGS.glob("*.toml"))
-    names = [os.path.relpath(path) for path in paths]
-    width = max(map(len, names), default=0)
-    for name, path in zip(names, paths, strict=True):
+    paths = config_paths()
+    width = max(map(len, paths), default=0)
+    for name, path in paths.items():
         print(f"{name:{width}}  {claim(path)}")
     return 0
 
@@ -506,5 +476,10 @@ if __name__ == "__main__":
     if isinstance(sys.stdout, io.TextIOWrapper):
         # a question mark for what a terminal's encoding does not have
         sys.stdout.reconfigure(errors="replace")
-    with processes.leaving():
+    if sys.argv[1:] == ["list"]:
+        # which needs no JAX: that takes most of a second to import
+        sys.exit(main(["list"]))
+    from experiments.engine.processes import leaving
+
+    with leaving():
         sys.exit(main(sys.argv[1:]))

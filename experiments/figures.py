@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from experiments.config import UsageError
-from experiments.files import written
+from experiments.engine.config import UsageError
+from experiments.engine.files import written
 
 # Okabe and Ito's palette
 BLACK, BLUE, ORANGE, GREEN, RED = "#000000", "#0072B2", "#E69F00", "#009E73", "#D55E00"

@@ -28,11 +28,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from tensorboardX.proto import event_pb2
 
-from experiments.__main__ import CONFIGS, main
+from experiments.__main__ import main
 
 RUN = Path("outputs/lstm_text/x")
 COMMAND = [
-    "run", str(CONFIGS / "lstm_text.toml"), *"--name x --output outputs --resume --tensorboard"
+    "run", "lstm_text", *"--name x --output outputs --resume --tensorboard"
     " --train.steps 24 --train.batch-size 4 --train.log-every 3 --train.evaluate-every 8"
     " --train.checkpoint-every 6 --model.hidden-size 3 --compare-steps 0 --data.window 5"
     " --sample-length 20".split(),

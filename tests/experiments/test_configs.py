@@ -4,113 +4,66 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import pytest
 
-from experiments.__main__ import CONFIGS, EXPERIMENTS, main
-from experiments.config import UsageError, claim, read, to_table
-from experiments.runs import CHECKPOINTS, CONFIG, CURVES, FIGURE, METRICS, RESULT, SUMMARY
-from experiments.training import TrainConfig, make_schedule
-
-TINY_TRAINING = (
-    "--train.steps 4 --train.batch-size 4 --train.log-every 2 --train.evaluate-every 2"
-    " --model.hidden-size 3 --compare-steps 2"
-)
-TINY_VIT = (
-    "--train.steps 4 --train.batch-size 4 --train.log-every 2 --train.evaluate-every 2"
-    " --model.width 8 --model.depth 1 --model.num-heads 2"
-)
-TINY = {
-    "attention_averaging": "--several-keys 3 --betas 1 2",
-    "attention_copying": "--draws 3 --keys 3 --scales 1 --lengths 0.5 1",
-    "dot_product_variance": "--widths 1 4 --samples 1000",
-    "key_noise": "--samples 100 --keys 3 --several-keys 2 --betas 1",
-    "multi_head_noise": "--samples 100 --keys 3 --several-keys 2 --betas 10 --heads 2",
-    "softmax_saturation": "--widths 4 1024 --samples 100 --keys 3",
-    "subspace_projection": "--width 5 --rank 2 --draws 2",
-    "lstm_adding": f"{TINY_TRAINING} --data.length 4 --data.held-out 8",
-    "lstm_digits": TINY_TRAINING,
-    "lstm_equations": "--length 2 --hidden-size 2",
-    "lstm_gradient": "--lengths 1 --cases 2 --hidden-size 2",
-    "lstm_gradient_training": (
-        "--train.steps 2 --train.batch-size 4 --train.log-every 1 --train.evaluate-every 2"
-        " --runs 1 --hidden-size 3 --data.length 4 --data.held-out 8"
-    ),
-    "lstm_text": f"{TINY_TRAINING} --data.window 5 --sample-length 20",
-    "mnist_rows_lstm": f"{TINY_TRAINING} --data.source digits",
-    "rotary_relative": "--dim 4 --distances 5 --powers 0 8",
-    "sinusoidal_shift": "--dim 4 --positions 20 --offsets 1 2.5 --powers 6",
-    "vit_digits": TINY_VIT,
-    "vit_mnist": f"{TINY_VIT} --data.source digits",
-    "vit_resolution": (
-        f"{TINY_VIT} --data.source digits --runs 1 --tune-steps 2 --methods learned pad"
-    ),
-}
-TEXTS = {
-    "lstm_digits": {"table.txt"},
-    "lstm_text": {"sample.txt"},
-    "mnist_rows_lstm": {"table.txt"},
-    "vit_digits": {"table.txt"},
-    "vit_mnist": {"table.txt"},
-    "vit_resolution": {"table.txt", "verdicts.txt"},
-}
-TRAINING = {name for name, options in TINY.items() if "--train.steps" in options}
-TYPES = {name: experiment.Config for name, experiment in EXPERIMENTS.items()}
+from experiments.__main__ import main
+from experiments.engine.config import claim
+from experiments.engine.experiment import CONFIGS, ROOT, config_paths, read
+from experiments.engine.runs import CONFIG, FIGURE
+from experiments.engine.training import TrainConfig, make_schedule
+from experiments.tasks import lstm_adding
+from tests.experiments.sizes import tiny_options
 
 
 def paths() -> list[Path]:
-    return sorted(CONFIGS.glob("*.toml"))
-
-
-@pytest.mark.parametrize("path", paths(), ids=lambda path: path.stem)
-def test_every_config_runs_at_a_tiny_size(path, tmp_path):
-    assert path.stem in TINY, f"{path.name} has no tiny size in this test's table"
-    options = ["--name", "tiny", "--output", str(tmp_path)]
-    assert main(["run", str(path), *TINY[path.stem].split(), *options]) == 0
-    folder = tmp_path / path.stem / "tiny"
-    # what logs nothing has no curves
-    curves = {CURVES} if EXPERIMENTS[read(path, TYPES)[0]].LABELS else set()
-    files = {CONFIG, METRICS, SUMMARY, RESULT, FIGURE} | curves | TEXTS.get(path.stem, set())
-    if path.stem in TRAINING:
-        files.add(CHECKPOINTS)
-    assert {file.name for file in folder.iterdir()} == files
+    return list(config_paths().values())
 
 
 @pytest.mark.parametrize("path", paths(), ids=lambda path: path.stem)
 def test_every_config_says_what_it_claims_and_how_to_run_it(path):
     assert claim(path)
-    assert f"# python -m experiments run configs/{path.name}\n" in path.read_text()
+    assert f"# python -m experiments run {path.stem}\n" in path.read_text()
 
 
 def test_quick_takes_the_defaults_of_the_experiment_for_the_values_of_the_file(tmp_path):
-    path = CONFIGS / "attention_averaging.toml"
+    path = CONFIGS / "claims" / "attention_averaging.toml"
     options = ["--quick", "--betas", "1", "2", "--name", "x", "--output", str(tmp_path)]
     assert main(["run", str(path), *options]) == 0
-    name, config = read(tmp_path / path.stem / "x" / CONFIG, TYPES)
-    assert config == replace(TYPES[name](), betas=(1.0, 2.0)) != read(path, TYPES)[1]
-
-
-def test_every_experiment_has_a_config():
-    assert {read(path, TYPES)[0] for path in paths()} == set(EXPERIMENTS)
-
-
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_a_default_config_is_valid_and_survives_being_written(name, tmp_path):
-    import tomli_w
-
-    file = tmp_path / "default.toml"
-    file.write_text(tomli_w.dumps(to_table(name, TYPES[name]())))
-    assert read(file, TYPES) == (name, TYPES[name]())
+    experiment, config = read(tmp_path / path.stem / "x" / CONFIG)
+    assert config == replace(experiment.Config(), betas=(1.0, 2.0)) != read(path)[1]
 
 
 def test_list_names_every_config_with_its_claim(capsys):
     assert main(["list"]) == 0
     output = capsys.readouterr().out
     for path in paths():
-        assert path.name in output and claim(path) in output
+        assert path.stem in output and claim(path) in output
+
+
+def test_a_list_imports_no_library_that_computes():
+    code = "import sys; from experiments.__main__ import main; main(['list']); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert "experiments.engine.experiment" in loaded
+    assert not loaded & {"jax", "flax", "optax", "scipy", "sklearn", "matplotlib", "orbax"}
+
+
+def test_a_run_imports_no_other_experiment_and_no_library_that_it_does_not_use(tmp_path):
+    code = (
+        "import sys; from experiments.__main__ import main; main(sys.argv[1:]); print(*sys.modules)"
+    )
+    options = ["run", "lstm_adding", *tiny_options("lstm_adding"), "--output", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *options], cwd=ROOT, capture_output=True, text=True
+    )
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert "experiments.tasks.lstm_adding" in loaded
+    assert not loaded & {"flax", "sklearn", "scipy.stats", "pandas", "tensorboardX"}
+    assert not any(name.startswith(("experiments.claims", "experiments.report")) for name in loaded)
 
 
 @pytest.mark.parametrize(
@@ -260,33 +213,7 @@ def test_of_many_unknown_keys_the_first_ten_are_named(tmp_path, capsys):
 def test_a_mark_at_the_start_of_the_text_is_no_part_of_it(tmp_path):
     file = tmp_path / "marked.toml"
     file.write_text('# A claim.\nexperiment = "lstm_digits"\nseed = 3', encoding="utf-8-sig")
-    assert read(file, TYPES)[1].seed == 3 and claim(file) == "A claim."
-
-
-def leaves(config, prefix=""):
-    """The dotted keys of what is no group."""
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if is_dataclass(value):
-            yield from leaves(value, f"{prefix}{field.name}.")
-        else:
-            yield prefix + field.name
-
-
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_no_number_is_too_large_for_any_key_to_be_checked(name, tmp_path):
-    """Each is refused, or the experiment's own check accepts it without allocating anything."""
-    for key in leaves(TYPES[name]()):
-        for value in ("9223372036854775807", "1e300", "1048576"):
-            for literal in (value, f"[{value}, {value}]"):
-                file = tmp_path / "large.toml"
-                file.write_text(f'experiment = "{name}"\n{key} = {literal}')
-                try:
-                    config = read(file, TYPES)[1]
-                    if hasattr(EXPERIMENTS[name], "check"):
-                        EXPERIMENTS[name].check(config)
-                except UsageError as error:
-                    assert all(line.isprintable() for line in str(error).splitlines())
+    assert read(file)[1].seed == 3 and claim(file) == "A claim."
 
 
 TOO_LARGE = {
@@ -310,21 +237,45 @@ TOO_LARGE = {
 }
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", TOO_LARGE)
 def test_what_does_not_fit_into_memory_is_refused_before_anything_is_made(name, tmp_path, capsys):
     output = tmp_path / "outputs"
-    options = [*TINY[name].split(), *TOO_LARGE[name].split(), "--output", str(output)]
-    assert main(["run", str(CONFIGS / f"{name}.toml"), *options]) == 2
+    options = [*tiny_options(name), *TOO_LARGE[name].split(), "--output", str(output)]
+    assert main(["run", name, *options]) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and not output.exists()
     assert re.search(r"needs about [\d,.]+ .iB of memory, and there are [\d,.]+ .iB", message)
 
 
 def test_a_missing_config_names_the_nearest(capsys):
-    assert main(["run", str(CONFIGS / "lstm_digit.toml")]) == 2
+    assert main(["run", str(CONFIGS / "tasks" / "lstm_digit.toml")]) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     assert "no such config file" in message and "lstm_digits.toml?" in message
+
+
+@pytest.mark.parametrize("command", [["run"], ["sweep", "--grid", "seed=0"]])
+@pytest.mark.parametrize(
+    "name, hint",
+    [
+        ("lstm_digit", "did you mean lstm_digits"),
+        ("os.system", "no such config file; "),
+        ("x" * 300, "`python -m experiments list` has all"),
+    ],
+)
+def test_a_name_that_no_config_has_is_told_with_those_near_it(command, name, hint, capsys):
+    assert main([command[0], name, *command[1:]]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "no such config" in message and hint in message
+
+
+def test_a_config_is_found_by_its_name_wherever_one_is(tmp_path, monkeypatch):
+    """Also where a folder has it, as that of its runs does."""
+    monkeypatch.chdir(tmp_path)
+    Path("attention_averaging").mkdir()
+    options = ["--quick", "--name", "x", "--output", "."]
+    assert main(["run", "attention_averaging", *options]) == 0
+    assert Path("attention_averaging", "x", FIGURE).exists()
 
 
 def test_a_folder_is_no_config(tmp_path, capsys):
@@ -342,7 +293,7 @@ def test_a_folder_is_no_config(tmp_path, capsys):
 )
 def test_a_bad_option_names_the_right_one(options, parts, capsys):
     with pytest.raises(SystemExit) as end:
-        main(["run", str(CONFIGS / "lstm_digits.toml"), *options])
+        main(["run", "lstm_digits", *options])
     assert end.value.code == 2
     message = capsys.readouterr().err
     for part in parts:
@@ -358,7 +309,7 @@ def test_a_bad_option_names_the_right_one(options, parts, capsys):
     ],
 )
 def test_an_option_out_of_range_is_one_line_that_names_file_and_key(options, part, capsys):
-    path = CONFIGS / "lstm_digits.toml"
+    path = CONFIGS / "tasks" / "lstm_digits.toml"
     assert main(["run", str(path), *options]) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1
@@ -366,7 +317,7 @@ def test_an_option_out_of_range_is_one_line_that_names_file_and_key(options, par
 
 
 def test_the_config_comes_first(capsys):
-    assert main(["run", "--name", "x", "configs/lstm_digits.toml"]) == 2
+    assert main(["run", "--name", "x", "configs/tasks/lstm_digits.toml"]) == 2
     assert "the config comes first" in capsys.readouterr().err
 
 
@@ -403,7 +354,7 @@ def asked_in_a_new_process(arguments, folder, **environment):
     """What a process that was asked so says, in bytes."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     command = [sys.executable, "-m", "experiments", *arguments]
-    environment = clean | {"PYTHONPATH": str(CONFIGS.parent)} | environment
+    environment = clean | {"PYTHONPATH": str(ROOT)} | environment
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True)
 
 
@@ -416,7 +367,7 @@ def asked_in_a_new_process(arguments, folder, **environment):
     ],
 )
 def test_devices_and_kernels_that_are_not_there_leave_no_folder(variable, value, parts, tmp_path):
-    config = str(CONFIGS / "attention_averaging.toml")
+    config = "attention_averaging"
     done = asked_in_a_new_process(["run", config, "--name", "x"], tmp_path, **{variable: value})
     message = done.stderr.decode()
     assert done.returncode == 2, message
@@ -448,8 +399,8 @@ def test_a_run_that_finds_no_memory_says_so_and_the_others_of_a_sweep_go_on(
             raise error
         return real(config, session)
 
-    real = EXPERIMENTS["lstm_adding"].run
-    monkeypatch.setattr(EXPERIMENTS["lstm_adding"], "run", run)
+    real = lstm_adding.run
+    monkeypatch.setattr(lstm_adding, "run", run)
     tiny = tmp_path / "tiny.toml"
     tiny.write_text('experiment = "lstm_adding"\ncompare_steps = 0\n[train]\nsteps = 2\n')
     assert main(["run", str(tiny), "--output", str(tmp_path)]) == 1

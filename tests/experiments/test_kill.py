@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from experiments.__main__ import ROOT
+from experiments.engine.experiment import ROOT
 
 
 def test_a_run_that_is_killed_as_it_writes_goes_on_as_if_it_was_not():

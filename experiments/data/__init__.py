@@ -1,0 +1,1 @@
+"""Data sets: arrays, and nothing of what is done with them."""

@@ -1,0 +1,277 @@
+"""Checkpoints of a training, from which it goes on after any interruption as if there was none.
+
+A checkpoint is a folder `<step>` with the state of the training as arrays and the rest as JSON.
+Orbax writes it aside and renames it when it is whole, so that a process that is killed leaves the
+ones before it, and nothing that looks like one. With the arrays' files are their checksums, as
+`sha256sum` writes and checks them, and with the rest is its own: one that is not as it was written
+is not used.
+
+Reading is strict. Orbax would cast an array of another dtype; here whatever is missing, left over
+or of another shape or dtype is an error that names it.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray, PyTree
+
+from experiments.engine import processes
+from experiments.engine.config import UsageError
+from experiments.engine.files import naming
+
+SUMS = "SHA256SUMS"
+
+Record = dict[str, int | float | str]
+"""One line of metrics: `step` (how many are done), `split`, and values by name."""
+
+
+class Progress(NamedTuple):
+    """What of a training is no array."""
+
+    records: list[Record]
+    """All so far."""
+    window: list[dict[str, float]]
+    """Metrics of the steps since the last record."""
+    seconds: float
+    """Spent on training, by however many processes."""
+
+
+class Checkpoints:
+    """Those of one training, the newest few, in a folder of their own."""
+
+    def __init__(self, folder: Path, kept: int, config_hash: str) -> None:
+        # a second to import, and not needed by runs that keep none
+        from orbax.checkpoint import v1 as ocp
+
+        self._folder = folder.absolute()
+        self._config_hash = config_hash
+        self._saving = 0
+        self._pending: Any = None
+        context = ocp.Context()
+        # once all is written, before the folder is renamed
+        context.asynchronous.post_finalization_callback = lambda: _write_sums(
+            self._folder / f"{self._saving}.orbax-checkpoint-tmp"
+        )
+        self._orbax = ocp.training.Checkpointer(
+            self._folder,
+            context=context,
+            preservation_policy=ocp.training.preservation_policies.LatestN(kept),
+            cleanup_tmp_directories=True,
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type | None, *error: Any) -> None:
+        # a process that died would be waited for
+        if kind is not jax.errors.JaxRuntimeError or processes.alone():
+            with self._writing():
+                self._orbax.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Whatever keeps Orbax from writing is an `OSError`, but for the death of a process."""
+        try:
+            with naming(self._folder):
+                yield
+        except (OSError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:
+            reason = str(error).splitlines()[0]
+            raise OSError(None, reason, str(self._folder)) from error
+
+    def save(self, step: int, state: PyTree, key: PRNGKeyArray, progress: Progress) -> None:
+        """Begin to write the state after `step`; what goes wrong is raised by the next call.
+
+        It is written while training goes on: nothing of what is given may be changed afterwards.
+        """
+        self.wait()
+        self._saving = step
+        rest = {"config_hash": self._config_hash, "step": step, **progress._asdict()}
+        with self._writing():
+            self._pending = self._orbax.save_checkpointables_async(
+                step,
+                {"state": _with_key(state, key)},
+                custom_metadata={**rest, "sha256": _digest(rest)},
+                # one of this step that could not be read is in the way
+                overwrite=True,
+                force=True,
+            )
+
+    def wait(self) -> None:
+        """Until what was begun is written.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            with self._writing():
+                pending.result()
+
+    def load(self, state: PyTree, key: PRNGKeyArray) -> tuple[int, PyTree, Progress] | None:
+        """The newest that can be read: the steps done, the state, and the rest; None if there is
+        none.
+
+        Args:
+            state, key: what the state and the key have to be like; the key has to be the same.
+
+        Raises:
+            UsageError: if it is of another config or key, or not like `state`, or if none can be
+                read.
+        """
+        found = list(reversed(self._orbax.checkpoints))
+        wanted = jax.tree.map(_abstract, _with_key(state, key))
+        for checkpoint in found:
+            # in one process, that all may come to the same
+            if not processes.of_first(partial(_is_intact, Path(checkpoint.path))):
+                continue
+            try:
+                metadata = self._orbax.checkpointables_metadata(checkpoint.step)
+                kept, has = _verified(metadata.custom_metadata), metadata.metadata["state"]
+                if (step := kept.pop("step", checkpoint.step)) != checkpoint.step:
+                    raise ValueError(f"it is of step {step}")
+                config_hash, progress = kept.pop("config_hash"), Progress(**kept)
+                if not _leaves(has):
+                    raise ValueError("its arrays are damaged")
+                if config_hash == self._config_hash and not differences(has, wanted):
+                    loaded = self._orbax.load_checkpointables(checkpoint.step, {"state": wanted})
+            # there is no one class of errors for all that can be wrong with a file
+            except Exception as error:
+                _warn(checkpoint.path, error)
+                continue
+            if config_hash != self._config_hash:
+                raise UsageError(f"{checkpoint.path}: is a checkpoint of another config")
+            if differing := differences(has, wanted):
+                raise UsageError(*(f"{checkpoint.path}: {line}" for line in differing))
+            if not jnp.array_equal(loaded["state"]["key"], jax.random.key_data(key)):
+                raise UsageError(f"{checkpoint.path}: is a checkpoint of another random key")
+            return checkpoint.step, loaded["state"]["training"], progress
+        if found:
+            raise UsageError(
+                f"{self._orbax.directory}: none of its checkpoints can be read; --overwrite the "
+                "run to start anew"
+            )
+        return None
+
+
+def read_params(folder: Path) -> PyTree:
+    """The parameters of the newest checkpoint, in dictionaries.
+
+    Raises:
+        UsageError: if there is none that can be read.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder of checkpoints")
+    with ocp.training.Checkpointer(folder.absolute()) as checkpointer:
+        for checkpoint in reversed(checkpointer.checkpoints):
+            if not _is_intact(Path(checkpoint.path)):
+                continue
+            try:
+                metadata = checkpointer.checkpointables_metadata(checkpoint.step)
+                wanted = jax.tree.map(_on_first_device, metadata.metadata["state"])
+                loaded = checkpointer.load_checkpointables(checkpoint.step, {"state": wanted})
+            except Exception as error:
+                _warn(checkpoint.path, error)
+                continue
+            return loaded["state"]["training"]["params"]
+    raise UsageError(f"{folder}: holds no checkpoint that can be read")
+
+
+def _on_first_device(leaf: Any) -> jax.ShapeDtypeStruct:
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+
+
+def _sums(folder: Path) -> str:
+    """The checksums of the files in the checkpoint's state, a line for each."""
+    lines = []
+    for path in sorted(path for path in (folder / "state").rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        lines.append(f"{digest}  {path.relative_to(folder).as_posix()}\n")
+    return "".join(lines)
+
+
+def _write_sums(folder: Path) -> None:
+    with naming(folder / SUMS), (folder / SUMS).open("w", encoding="utf-8") as file:
+        file.write(_sums(folder))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _is_intact(folder: Path) -> bool:
+    """Whether the files of a checkpoint are as they were written; tells of one that is not used."""
+    if not (folder / SUMS).exists():
+        print(f"{folder}: has no {SUMS}, so it is used as it is", file=sys.stderr)
+        return True
+    try:
+        if (folder / SUMS).read_bytes() != _sums(folder).encode():
+            raise ValueError("its files are damaged")
+    except (OSError, ValueError) as error:
+        _warn(folder, error)
+        return False
+    return True
+
+
+def _digest(rest: Mapping[str, Any]) -> str:
+    """Of what a checkpoint has beside its arrays."""
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _verified(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint has beside its arrays, less its digest; a `ValueError` if that differs."""
+    rest = dict(metadata)
+    digest = rest.pop("sha256", None)
+    if digest is not None and digest != _digest(rest):
+        raise ValueError("its metadata are damaged")
+    return rest
+
+
+def _warn(path: Any, error: Exception) -> None:
+    reason = f"{type(error).__name__}: {error}".splitlines()[0][:80]
+    print(f"{path}: cannot be read, so it is not used ({reason})", file=sys.stderr)
+
+
+def differences(has: PyTree, wanted: PyTree) -> list[str]:
+    """What is missing, left over, or of another shape or dtype, a line for each, by path."""
+    found, expected = _leaves(has), _leaves(wanted)
+    lines = [f"{path}: missing" for path in expected.keys() - found.keys()]
+    lines += [f"{path}: not expected" for path in found.keys() - expected.keys()]
+    for path in found.keys() & expected.keys():
+        a, b = found[path], expected[path]
+        if (tuple(a.shape), a.dtype) != (tuple(b.shape), b.dtype):
+            lines.append(f"{path}: expected {_describe(b)}, got {_describe(a)}")
+    return sorted(lines)
+
+
+def _leaves(tree: PyTree) -> Mapping[str, Any]:
+    """Leaves by path; Orbax' metadata have dictionaries where the state has named tuples."""
+    pairs, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {
+        "/".join(jax.tree_util.keystr((part,), simple=True) for part in path): leaf
+        for path, leaf in pairs
+    }
+
+
+def _describe(leaf: Any) -> str:
+    return f"{leaf.dtype}{list(leaf.shape)}"
+
+
+def _abstract(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+
+def _with_key(state: PyTree, key: PRNGKeyArray) -> dict[str, PyTree]:
+    return {"training": state, "key": jax.random.key_data(key)}

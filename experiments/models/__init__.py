@@ -1,0 +1,1 @@
+"""Parameters and functions of arrays, whatever the data."""

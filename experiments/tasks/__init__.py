@@ -1,0 +1,1 @@
+"""Models that are trained to do something: an experiment a file."""

@@ -1,0 +1,218 @@
+"""An LSTM writes text, character by character (Graves 2013; Karpathy 2015).
+
+Each row of a batch reads on where it stopped a step ago: the state goes from window to window, its
+gradient does not (truncated back-propagation through time). An epoch begins with a state of zeros.
+Held-out text is read in one go, from its first character to its last.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from pydantic import Field
+
+from experiments.data.text import Text, Windows, entropies, load_text, text_windows
+from experiments.engine.config import Seed, Size
+from experiments.engine.devices import ParallelConfig
+from experiments.engine.memory import check_training
+from experiments.engine.session import SILENT, Session
+from experiments.engine.training import (
+    Loss,
+    TrainConfig,
+    compare,
+    final_scores,
+    fit,
+    make_optimizer,
+)
+from experiments.models.text import (
+    TextModelConfig,
+    init_text,
+    loss_under,
+    read_through,
+    write,
+    zero_states,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LABELS = {
+    "loss": "cross-entropy (nats per character)",
+    "accuracy": "share of characters guessed",
+}
+"""What the metrics are, on an axis."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The text, and how much of it a step reads in each row of the batch."""
+
+    path: str | None = None
+    """A text file in UTF-8; without one, the English prose of Python's own help."""
+    window: Size = 8
+    """Characters that each row reads in a step; gradients reach back no further."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """The defaults are a size for tests: seconds on one core."""
+
+    seed: Seed = 0
+    """Decides the initial weights, what is dropped, and the sample."""
+    compare_steps: Annotated[int, Field(ge=0, lt=2**31)] = 3
+    """After training, the first so many steps are run and timed under both gradients; 0: none."""
+    sample_length: Size = 100
+    """Characters that the trained model writes."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: TextModelConfig = field(default_factory=TextModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+
+TINY = Config(
+    compare_steps=2,
+    sample_length=20,
+    data=DataConfig(window=5),
+    model=TextModelConfig(hidden_size=3),
+    train=TrainConfig(steps=4, batch_size=4, log_every=2, evaluate_every=2),
+)
+
+
+class Result(NamedTuple):
+    """The test text, what reading it cost, the loss on the way there, and what the model writes."""
+
+    test: np.ndarray
+    """Code points."""
+    nats: np.ndarray
+    """-log p of each character of the test text but the first."""
+    curve: np.ndarray
+    """Step and training loss of each record."""
+    validation_curve: np.ndarray
+    sample: str
+    scores: dict[str, Any]
+
+
+def check(config: Config) -> None:
+    """Raise a `UsageError` if the text will not do, or there is no memory to train on it."""
+    text, rows = _load(config), config.train.batch_size
+    with jax.enable_x64(config.model.dtype == "float64"):
+        params = jax.eval_shape(
+            lambda key: init_text(key, len(text.characters), config.model), jax.random.key(0)
+        )
+        states = jax.eval_shape(lambda params: zero_states(params, rows), params)
+        # no larger than the text
+        batch = text_windows(text.train, 0, rows, config.data.window)
+        loss = loss_under(config.model.gradient, config.model.dropout)
+        data = text.train, text.validation, text.test
+        check_training(loss, params, batch, states, data=data)
+
+
+def run(config: Config, session: Session = SILENT) -> Result:
+    """Train on the first part of the text, read the rest, and write some more."""
+    text, gradient = _load(config), config.model.gradient
+    with jax.enable_x64(config.model.dtype == "float64"):
+        init_key, train_key, sample_key = jax.random.split(jax.random.key(config.seed), 3)
+        size, window = config.train.batch_size, config.data.window
+
+        def batch(step: int) -> Windows:
+            return text_windows(text.train, step, size, window)
+
+        def reading(part: np.ndarray):
+            def metrics(params):
+                nats, correct = read_through(params, jnp.asarray(part), gradient)
+                return {"loss": jnp.mean(nats), "accuracy": jnp.mean(correct)}
+
+            return metrics
+
+        params = init_text(init_key, len(text.characters), config.model)
+        carry, optimizer = zero_states(params, size), make_optimizer(config.train)
+        trained = fit(
+            loss_under(gradient, config.model.dropout),
+            params,
+            optimizer,
+            batch,
+            train_key,
+            config.train,
+            carry=carry,
+            evaluations={"validation": reading(text.validation)},
+            final={"test": reading(text.test)},
+            session=session,
+        )
+        scores = _with_baselines(text, final_scores(trained))
+        if config.compare_steps:
+            both: dict[str, Loss] = {
+                "hand": loss_under("hand", config.model.dropout),
+                "autodiff": loss_under("autodiff", config.model.dropout),
+            }
+            steps = config.compare_steps
+            scores |= compare(both, params, optimizer, batch, train_key, carry=carry, steps=steps)
+        read = jax.jit(read_through, static_argnums=2)
+        nats, _ = read(trained.params, jnp.asarray(text.test), gradient)
+        first = jnp.int32(max(0, text.characters.find("\n")))
+        written = write(trained.params, first, sample_key, length=config.sample_length)
+        curve, held_out = (
+            np.array([(r["step"], r["loss"]) for r in trained.records if r["split"] == split])
+            for split in ("train", "validation")
+        )
+        points = np.array([ord(character) for character in text.characters], np.int32)
+        return Result(
+            test=points[text.test],
+            nats=np.asarray(nats),
+            curve=curve,
+            validation_curve=held_out,
+            sample="".join(text.characters[number] for number in np.asarray(written)),
+            scores=scores,
+        )
+
+
+def plot(config: Config, result: Result) -> "Figure":
+    """The loss against what needs no memory, the cost of each place in a word, and an excerpt."""
+    from experiments.figures import cost_by_place, cost_of_text, loss_of_text, new_figure
+
+    figure = new_figure(13, 7.6)
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1, 1.7))[0]
+    upper, lower = left.subplots(2, 1)
+    scores = result.scores
+    levels = {
+        "single characters": scores["validation_unigram_loss"],
+        "pairs of characters": scores["validation_bigram_loss"],
+    }
+    loss_of_text(upper, result.curve, result.validation_curve, levels)
+    text = [chr(point) for point in result.test]
+    cost_by_place(lower, _places(text[1:]), result.nats / math.log(2))
+    cost_of_text(right, text[1:], result.nats / math.log(2))
+    bits = scores["test_bits_per_character"]
+    figure.suptitle(f"{bits:.3f} bits per character on {len(result.nats):,} of test text")
+    return figure
+
+
+def _load(config: Config) -> Text:
+    return load_text(config.data.path, rows=config.train.batch_size, window=config.data.window)
+
+
+def _with_baselines(text: Text, scores: dict[str, float]) -> dict[str, Any]:
+    """The scores with those of held-out text also in bits, and beside what needs no memory."""
+    more: dict[str, Any] = {
+        "text_sha256": text.sha256,
+        "text_characters": len(text.train) + len(text.validation) + len(text.test),
+        "vocabulary_size": len(text.characters),
+    }
+    for split, part in {"validation": text.validation, "test": text.test}.items():
+        losses = dict(zip(("unigram_", "bigram_"), entropies(part), strict=True))
+        for name, nats in {"": scores[f"{split}_loss"], **losses}.items():
+            more[f"{split}_{name}loss"] = nats
+            more[f"{split}_{name}bits_per_character"] = nats / math.log(2)
+    return scores | more
+
+
+def _places(text: Sequence[str]) -> np.ndarray:
+    """For each letter how many of its word it is, from 1; for anything else 0."""
+    places, place = [], 0
+    for character in text:
+        place = place + 1 if character.isalpha() else 0
+        places.append(place)
+    return np.array(places)

@@ -1,0 +1,158 @@
+"""Sweeps run and resume every combination, and runs are set side by side."""
+
+import shutil
+from pathlib import Path
+
+import jax
+import pytest
+
+from experiments.__main__ import main
+from experiments.engine import compare, runs
+from experiments.engine.config import UsageError
+from experiments.engine.runs import FIGURE
+
+ADDING = "lstm_adding"
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory) -> Path:
+    """Two learning rates, one of which no run survives, with two seeds each."""
+    output = tmp_path_factory.mktemp("sweep")
+    assert sweep(output, "train.learning-rate=1e-3,1e38", "seed=0,1") == 1
+    return output / "lstm_adding-sweep"
+
+
+def sweep(output: Path, *grid: str) -> int:
+    return main(["sweep", ADDING, "--quick", "--output", str(output), "--grid", *grid])
+
+
+def test_every_combination_runs_and_one_that_fails_does_not_stop_the_rest(swept):
+    finished = {path.parent.name for path in swept.glob(f"*/{FIGURE}")}
+    assert finished == {"learning_rate-1e-3_seed-0", "learning_rate-1e-3_seed-1"}
+    assert (swept / "learning_rate-1e38_seed-0").is_dir()
+    assert (swept / "sweep.png").stat().st_size > 10_000
+
+
+def test_a_sweep_ends_with_a_table_of_means_over_seeds_and_of_what_failed(swept):
+    head, _, row, *rest = (swept / "sweep.md").read_text().splitlines()
+    assert "test_loss" in head and "test_accuracy" in head
+    assert row.startswith("| learning_rate-1e-3 | 2 ") and "±" in row
+    failures = [line for line in rest if "failed" in line]
+    assert len(failures) == 2 and all("1e38" in line and "step" in line for line in failures)
+
+
+def test_a_sweep_that_is_run_again_leaves_what_is_finished(swept, capsys):
+    run = swept / "learning_rate-1e-3_seed-0"
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert sweep(swept.parent, "train.learning_rate=1e-3", "seed=0") == 0
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    assert "learning_rate-1e-3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "grid, part",
+    [
+        (["seed"], "seed=0,1,2"),
+        (["seed=0,,1"], "seed=0,1,2"),
+        (["seed=0", "seed=1"], "twice"),
+        (["seed=0,-1"], "seed"),
+        (["name=a,b"], "name is an option"),
+        (["output=/a,/b"], "output is an option"),
+        (["resume=True"], "resume is an option"),
+        (["seed=01,1"], "two of the runs"),
+        (["train.learning_rate=1e-3,0.001"], "two of the runs"),
+    ],
+)
+def test_a_grid_that_will_not_do_is_said_before_anything_runs(grid, part, tmp_path, capsys):
+    assert sweep(tmp_path / "new", *grid) == 2
+    assert part in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_runs_are_compared_by_their_curves_and_scores(swept, tmp_path, capsys):
+    folders = [str(swept / f"learning_rate-1e-3_seed-{seed}") for seed in (0, 1)]
+    figure = tmp_path / "new" / "figure.png"
+    assert main(["compare", *folders, "--output", str(figure)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "test_loss" in lines[0] and "seed-0" in lines[2] and "seed-1" in lines[3]
+    assert figure.stat().st_size > 10_000
+
+
+def test_what_cannot_be_compared_is_said_in_a_line(swept, tmp_path, capsys):
+    for folder, part in (
+        (tmp_path, "is not the folder of a run"),
+        (swept / "learning_rate-1e38_seed-0", "is not finished"),
+    ):
+        assert main(["compare", str(folder)]) == 2
+        message = capsys.readouterr().err
+        assert part in message and message.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "line", [b'{"step": 1', b"", b"[]", b"{}", b"\xff", b"[" * 99999, b'{"step": 1, "loss": 2}']
+)
+def test_a_damaged_line_of_the_metrics_is_named(line, swept, tmp_path, capsys):
+    folder = tmp_path / "x"
+    shutil.copytree(swept / "learning_rate-1e-3_seed-0", folder)
+    metrics = folder / "metrics.jsonl"
+    first, *rest = metrics.read_bytes().splitlines()
+    metrics.write_bytes(b"\n".join([first, line, *rest]))
+    assert main(["compare", str(folder), "--output", str(tmp_path / "new" / "f.png")]) == 2
+    message = capsys.readouterr().err
+    assert message == f"{metrics}: line 2 is damaged\n"
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["x", "x.xyz", "x.png.", ".png"])
+def test_a_figure_ends_in_a_format(name, swept, tmp_path, capsys):
+    folder = str(swept / "learning_rate-1e-3_seed-0")
+    assert main(["compare", folder, "--output", str(tmp_path / name)]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and ".png" in message and str(tmp_path / name) in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_figure_of_any_format_is_whole(swept, tmp_path):
+    folder = str(swept / "learning_rate-1e-3_seed-0")
+    for name, head in (("x.pdf", b"%PDF"), ("x.svg", b"<?xml"), ("x.PNG", b"\x89PNG")):
+        assert main(["compare", folder, "--output", str(tmp_path / name)]) == 0
+        assert (tmp_path / name).read_bytes().startswith(head)
+
+
+def test_comparing_nothing_and_exporting_to_a_folder_are_one_line(swept, tmp_path, capsys):
+    folder = str(swept / "learning_rate-1e-3_seed-0")
+    for arguments in (["compare"], ["export", folder, "--output", str(tmp_path)]):
+        assert main(arguments) == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1 and "got \n" not in message
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UsageError("is running"),
+        FloatingPointError("step 1: loss is nan"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
+    ],
+)
+def test_a_run_that_fails_does_not_stop_a_sweep(error, swept, tmp_path, monkeypatch, capsys):
+    record = runs.record
+
+    def failing(module, config, folder, **asked):
+        if config.seed == 0:
+            raise error
+        return record(module, config, folder, **asked)
+
+    shutil.copytree(swept / "learning_rate-1e-3_seed-1", tmp_path / "lstm_adding-sweep" / "seed-1")
+    monkeypatch.setattr(runs, "record", failing)
+    assert sweep(tmp_path, "seed=0,1", "train.learning_rate=1e-3") == 1
+    assert f"failed: {error}" in (tmp_path / "lstm_adding-sweep" / "sweep.md").read_text()
+
+
+def test_combinations_are_named_by_the_last_part_of_their_keys():
+    values = compare.parse_grid(["train.learning-rate=1e-3,3e-3", "seed=0"])
+    names = [compare.name_of(each) for each in compare.combinations(values)]
+    assert names == ["learning_rate-1e-3_seed-0", "learning_rate-3e-3_seed-0"]
+    with pytest.raises(UsageError, match="should be"):
+        compare.parse_grid(["=1"])

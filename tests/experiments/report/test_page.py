@@ -1,0 +1,339 @@
+"""The report has every claim, outlives what fails, reuses what is unchanged; a browser shows it."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from experiments.__main__ import main
+from experiments.claims import attention_averaging, subspace_projection
+from experiments.engine import runs
+from experiments.engine.config import UsageError
+from experiments.engine.session import SILENT, Stopped
+from experiments.report import evidence as claims, page as report
+
+README = report.ROOT / "README.md"
+FOUND = {size.experiment.name: size.experiment for size in report.sizes(full=False)}
+SERVING = {name: experiment for name, experiment in FOUND.items() if experiment.CLAIMS}
+SLOW = {"vit_resolution"}
+"""Experiments whose quick size takes minutes; the README's other verdicts are measured again."""
+
+AVERAGING = attention_averaging.Config(several_keys=(3,), betas=(1.0, 2.0, 12.0))
+PROJECTION = subspace_projection.Config(draws=2, width=5, rank=2)
+
+
+def broken(config, log):
+    raise RuntimeError("no luck <today>")
+
+
+AVERAGE, PROJECT = FOUND["attention_averaging"], FOUND["subspace_projection"]
+BROKEN = replace(PROJECT, run=broken)
+BESIDE = replace(AVERAGE, name="beside", CLAIMS={}, claims=lambda *_: (), BESIDE=AVERAGE.name)
+"""An experiment whose figure stands beside that of another."""
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    """A report of one experiment that runs and one that fails, in a folder with a space."""
+    output = tmp_path_factory.mktemp("a report")
+    sizes = [
+        report.Size(BROKEN, PROJECTION, "configs/claims/subspace_projection.toml"),
+        report.Size(AVERAGE, AVERAGING, None),
+        report.Size(BESIDE, AVERAGING, None),
+    ]
+    report.write(report.measure(sizes, output), output / "report", full=False)
+    return output / "report"
+
+
+@pytest.fixture(scope="module")
+def entries(written) -> dict[str, dict]:
+    data = json.loads((written / report.DATA).read_text())
+    return {entry["id"]: entry for entry in data["claims"]}
+
+
+def test_there_is_one_entry_for_each_claim_with_all_that_a_reader_needs(written, entries):
+    assert list(entries) == ["A5", "A6"]
+    for entry in entries.values():
+        assert {
+            "id", "title", "verdict", "criterion", "predicted", "measured", "interval", "figure",
+            "config", "command", "seconds",
+        } <= set(entry)  # fmt: skip
+    measured = entries["A6"]
+    assert measured["verdict"] == "holds" and measured["seconds"] > 0
+    assert measured["interval"][0] <= measured["predicted"] <= measured["interval"][1]
+    assert (written / measured["figure"]).is_file()
+    assert measured["command"] == f"python -m experiments run {measured['config']}"
+
+
+def test_a_figure_that_no_claim_rests_on_stands_beside(written):
+    about = json.loads((written / report.DATA).read_text())["beside"]["attention_averaging"]
+    assert about["experiment"] == "beside" and (written / about["figure"]).is_file()
+    page = (written / report.PAGE).read_text()
+    section = page.split('<section id="attention_averaging">')[1].split("</section>")[0]
+    assert "figures/beside.png" in section and "Beside it" in section
+
+
+def test_an_experiment_beside_that_fails_is_told_and_loses_nothing(tmp_path):
+    both = (AVERAGE, replace(BESIDE, run=broken))
+    findings = report.measure([report.Size(each, AVERAGING, None) for each in both], tmp_path)
+    assert findings.errors == ["beside: RuntimeError: no luck <today>"]
+    report.write(findings, tmp_path / "report", full=False)
+    page = (tmp_path / "report" / report.PAGE).read_text()
+    assert "no luck &lt;today&gt;" in page and "figures/attention_averaging.png" in page
+
+
+def test_the_command_of_a_row_runs(written, entries, tmp_path):
+    config = Path(entries["A6"]["config"])
+    assert config.is_relative_to(written)
+    assert main(["run", str(config), "--output", str(tmp_path)]) == 0
+
+
+def test_a_failing_experiment_has_its_error_in_its_row(written, entries):
+    assert entries["A5"]["verdict"] == "undecided"
+    assert entries["A5"]["error"] == "RuntimeError: no luck <today>"
+    page = (written / report.PAGE).read_text()
+    assert "no luck &lt;today&gt;" in page and "in broken" in page
+
+
+def test_a_failure_exits_with_one_at_the_end(tmp_path, monkeypatch, capsys):
+    sizes = [report.Size(BROKEN, PROJECTION, None)]
+    monkeypatch.setattr(report, "sizes", lambda *, full: sizes)
+    assert main(["report", "--output", str(tmp_path)]) == 1
+    assert "no luck" in capsys.readouterr().out
+    assert (tmp_path / "report" / report.PAGE).is_file()
+
+
+def test_a_report_that_is_told_to_stop_stops(tmp_path, monkeypatch, capsys):
+    def stopping(config, session):
+        raise Stopped("stopped after step 7 of 100")
+
+    sizes = [
+        report.Size(replace(PROJECT, name=name, run=run), PROJECTION, None)
+        for name, run in (("first", stopping), ("second", broken))
+    ]
+    monkeypatch.setattr(report, "sizes", lambda *, full: sizes)
+    assert main(["report", "--output", str(tmp_path)]) == 75
+    assert capsys.readouterr().err.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"first"}
+
+
+def test_a_result_that_is_damaged_is_told_in_a_line(tmp_path):
+    sizes = [report.Size(AVERAGE, AVERAGING, None)]
+    (row,) = report.measure(sizes, tmp_path).rows
+    folder = row.study.folder
+    assert folder is not None
+    for content in (b"", (folder / runs.RESULT).read_bytes()[:-99], b"PK\3\4" + bytes(99)):
+        (folder / runs.RESULT).write_bytes(content)
+        (error,) = report.measure(sizes, tmp_path).errors
+        assert f"{folder}: its result cannot be read" in error and "remove the folder" in error
+
+
+def test_claims_that_are_not_the_ones_announced_are_an_error(tmp_path):
+    experiment = replace(AVERAGE, CLAIMS={"A6": "", "A7": ""})
+    found = report.measure([report.Size(experiment, AVERAGING, None)], tmp_path)
+    assert [row.id for row in found.rows if "A7" in row.study.error] == ["A6", "A7"]
+
+
+def test_rows_are_in_the_order_of_ids(tmp_path):
+    experiment = replace(BROKEN, CLAIMS=dict.fromkeys(("P2", "A10", "A9", "L1"), ""))
+    found = report.measure([report.Size(experiment, PROJECTION, None)], tmp_path)
+    assert [row.id for row in found.rows] == ["A9", "A10", "L1", "P2"]
+
+
+def test_a_result_is_used_again_until_config_or_code_change(tmp_path, monkeypatch):
+    count = []
+
+    def counted(config, log):
+        count.append(config)
+        return attention_averaging.run(config, log)
+
+    experiment = replace(AVERAGE, run=counted)
+
+    def measure(config=AVERAGING):
+        (row,) = report.measure([report.Size(experiment, config, None)], tmp_path).rows
+        assert row.id == "A6" and row.verdict == "holds"
+        return row.study.folder
+
+    folder = measure()
+    assert measure() == folder and len(count) == 1
+    measure(attention_averaging.Config(several_keys=(3,), betas=(1.0, 12.0)))
+    assert len(count) == 2
+    # a run that was cut off has no summary, or one that does not say that it is finished
+    (folder / runs.SUMMARY).unlink()
+    measure()
+    assert len(count) == 3
+    code = tmp_path / "code.py"
+    code.write_text("changed = True")
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    experiment = replace(experiment, file=code)
+    measure()
+    assert len(count) == 4
+
+
+def test_the_code_of_a_run_is_all_that_it_imports():
+    names = {path.relative_to(report.ROOT).as_posix() for path in
+             report.sources(Path(attention_averaging.__file__))}  # fmt: skip
+    assert {
+        "experiments/claims/attention_averaging.py", "experiments/report/evidence.py",
+        "experiments/figures.py", "experiments/engine/session.py", "rnnattn/__init__.py",
+        "rnnattn/attention/api.py",
+        "rnnattn/attention/dense.py", "rnnattn/attention/equations.py",
+    } <= names  # fmt: skip
+    assert not names & {"experiments/report/page.py", "experiments/__main__.py"}
+
+
+def test_the_full_report_has_the_configs_of_the_experiments():
+    quick, full = report.sizes(full=False), report.sizes(full=True)
+    names = [size.experiment.name for size in full]
+    assert names == [size.experiment.name for size in quick]
+    assert [size.path for size in full] == [f"configs/claims/{name}.toml" for name in names]
+    assert all(size.config == size.experiment.Config() for size in quick)
+
+
+def test_equations_are_typeset_and_keep_their_source():
+    mathml = report.typeset(r"\operatorname{Var} w < \tfrac14 \lVert v \rVert")
+    assert mathml.startswith("<math aria-label=") and "&lt;" in mathml and "<mfrac>" in mathml
+    assert "\\" not in re.sub(r'aria-label="[^"]*"', "", mathml)
+    with pytest.raises(ValueError, match="raw string"):
+        report.typeset("\frac12")
+
+
+@pytest.mark.parametrize(
+    "value, text", [(None, "–"), (0.0, "0"), (-0.00012345, "−0.0001234"), (1e-9, "1e−09")]
+)
+def test_numbers_have_four_digits(value, text):
+    assert report.number(value) == text
+
+
+STUDY = report.Study("x", {}, None)
+
+
+def test_what_is_infinite_is_null():
+    evidence = claims.measured("x", 1.0, claims.Estimate(1.0, float("-inf"), float("inf")))
+    row = report.Row("A1", "", STUDY, claims.Claim("A1", "x", "", (evidence,)))
+    assert report.entry(row, Path("report"))["interval"] == [None, None]
+
+
+def test_an_inequality_is_shown_as_one(tmp_path):
+    gain = claims.above("gain", 0, claims.Estimate(0.2, 0.1, 0.3))
+    cost = claims.below("cost", 1, claims.known(0.5))
+    claim = claims.Claim("V3", "x", "", (gain, cost))
+    findings = report.Findings([report.Row("V3", "", STUDY, claim)])
+    report.write(findings, tmp_path, full=False)
+    page = (tmp_path / report.PAGE).read_text()
+    # the headline, and each measurement
+    shown = re.findall(r'data-label="predicted">\s*(.*?)\s*</td>', page)
+    assert [html.unescape(text) for text in shown] == [">\xa00", ">\xa00", "<\xa01"]
+    (entry,) = json.loads((tmp_path / report.DATA).read_text())["claims"]
+    assert (entry["relation"], entry["predicted"]) == (">", 0)
+    assert [e["relation"] for e in entry["evidence"]] == [">", "<"]
+
+
+def readme_rows() -> list[tuple[str, str, str, str]]:
+    """Id, title, verdict and experiment."""
+    section = README.read_text().split(report.START)[1].split(report.END)[0]
+    row = re.compile(r"\| (\w\d+) \| (.*) \| ([^|]+) \| \[`(\w+)`\]\(.*\) \|")
+    return row.findall(section)
+
+
+def test_the_readme_has_every_claim_as_the_code_writes_it():
+    found = readme_rows()
+    assert report.readme_table(found) in README.read_text()
+    serving = {
+        (id_, title, name)
+        for name, experiment in SERVING.items()
+        for id_, title in experiment.CLAIMS.items()
+    }
+    assert {(id_, title, name) for id_, title, _, name in found} == serving
+    ids = [id_ for id_, *_ in found]
+    assert ids == sorted(ids, key=lambda id_: (id_[0], int(id_[1:])))
+
+
+@pytest.mark.parametrize("name", sorted(SERVING.keys() - SLOW))
+def test_the_verdicts_of_the_readme_are_those_of_the_quick_report(name):
+    experiment = FOUND[name]
+    config = experiment.Config()
+    found = experiment.claims(config, experiment.run(config, SILENT))
+    readme = {id_: verdict for id_, _, verdict, experiment in readme_rows() if experiment == name}
+    assert {claim.id: claim.verdict for claim in found} == readme
+    for claim in found:
+        assert "\\" not in re.sub(r'aria-label="[^"]*"', "", report.typeset(claim.equation))
+
+
+def test_the_readme_is_changed_between_its_markers_alone(tmp_path):
+    file = tmp_path / "README.md"
+    file.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
+    rows = [report.Row("A1", "one", STUDY), report.Row("A2", "two", STUDY)]
+    report.update_readme(file, rows)
+    text = file.read_text()
+    assert text.startswith(f"before\n{report.START}\n|") and text.endswith(f"{report.END}\nafter\n")
+    assert "old" not in text and "| A1 | one |" in text and "| A2 | two |" in text
+    with pytest.raises(UsageError, match="no verdict on A1"):
+        report.update_readme(file, [report.Row("A1", "", STUDY._replace(error="x"))])
+    file.write_text("no markers")
+    with pytest.raises(UsageError, match="markers"):
+        report.update_readme(file, rows)
+
+
+def test_the_page_asks_nothing_of_the_network(written):
+    page = (written / report.PAGE).read_text()
+    # the namespace of MathML is a name, and is not fetched
+    page = page.replace('xmlns="http://www.w3.org/1998/Math/MathML"', "")
+    assert "http:" not in page and "https:" not in page and "//" not in page.replace("*/", "")
+    assert "<script" not in page
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+PROBE = """<script>
+const errors = [];
+addEventListener("error", e => errors.push(e.message || "failed: " + e.target.src), true);
+addEventListener("load", () => {
+  const images = [...document.images];
+  parent.postMessage(JSON.stringify({
+    errors,
+    images: images.length,
+    loaded: images.filter(image => image.complete && image.naturalWidth > 100).length,
+    claims: [...document.querySelectorAll("tr[data-claim]")].map(row => row.dataset.claim),
+    dead: [...document.querySelectorAll('a[href^="#"]')]
+      .filter(a => !document.getElementById(a.getAttribute("href").slice(1))).length,
+    wide: document.documentElement.scrollWidth - innerWidth,
+    width: innerWidth,
+    math: [...document.querySelectorAll("math")].every(m => m.getBoundingClientRect().height > 10),
+  }), "*");
+});
+</script>"""
+
+# a window is never narrower than 500 pixels, but a frame is
+FRAME = """<!DOCTYPE html><body><script>
+addEventListener("message", event => document.body.dataset.probe = event.data);
+</script><iframe src="index.html" style="width: {width}px; height: 900px; border: 0"></iframe>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt-get install chromium)")
+@pytest.mark.parametrize("width", [1280, 390], ids=["desktop", "phone"])
+def test_a_browser_shows_the_page_whole(written, tmp_path, width):
+    copy = Path(shutil.copytree(written, tmp_path / "page"))
+    page, frame = copy / report.PAGE, copy / "frame.html"
+    page.write_text(page.read_text().replace("<head>", "<head>" + PROBE, 1))
+    frame.write_text(FRAME.format(width=width))
+    done = subprocess.run(
+        [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+         f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,1000", "--dump-dom",
+         "--virtual-time-budget=5000", frame.as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert ":CONSOLE" not in done.stderr
+    match = re.search(r'data-probe="([^"]*)"', done.stdout)
+    assert match is not None, done.stderr
+    seen = json.loads(html.unescape(match[1]))
+    assert seen["width"] == width
+    assert seen["errors"] == [] and seen["dead"] == 0 and seen["math"]
+    assert seen["images"] == seen["loaded"] == 2
+    assert seen["claims"] == ["A5", "A6"]
+    assert seen["wide"] <= 0, "the page is wider than the window"
