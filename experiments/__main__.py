@@ -188,7 +188,7 @@ def main(arguments: Sequence[str]) -> int:
 
     Returns:
         0 if done, 1 if the run failed, 2 if it could not be asked for or another process has it, 75
-        if it was told to stop and `--resume` goes on with it, 130 if it was interrupted with
+        if it was told to stop and can go on from a checkpoint, 130 if it was interrupted with
         nothing to keep: the command then ends by the signal, which shells call 130.
     """
     # Orbax tells at length what is told here in a line
@@ -223,7 +223,8 @@ def main(arguments: Sequence[str]) -> int:
               file=sys.stderr)  # fmt: skip
         return 1
     except Stopped as stopped:
-        print(f"{stopped}; --resume goes on from there", file=sys.stderr)
+        again = "--resume" if arguments[0] == "run" else "the same command"
+        print(f"{stopped}; {again} goes on from there", file=sys.stderr)
         return 75
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""

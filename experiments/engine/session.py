@@ -19,8 +19,12 @@ PROFILED = slice(2, 7)
 """The third step to the seventh: the first ones warm up."""
 
 
-class Stopped(Exception):
-    """Training was asked to stop, and did so after a step, with a checkpoint of it."""
+class Stopped(BaseException):
+    """Training was asked to stop, and did so after a step, with a checkpoint of it.
+
+    It is no `Exception`, as `KeyboardInterrupt` is none: who catches whatever a run may raise, to
+    go on with the next one, does not mean this.
+    """
 
 
 def _discard(record: Record) -> None:

@@ -34,7 +34,6 @@ from experiments.engine import runs
 from experiments.engine.config import UsageError, read, to_table
 from experiments.engine.experiment import ROOT, config_paths
 from experiments.engine.files import locked, written
-from experiments.engine.session import Stopped
 from experiments.report.evidence import FAMILY_LEVEL, TITLES, Claim, Verdict
 
 PAGE, DATA = "index.html", "report.json"
@@ -163,8 +162,6 @@ def _study(name: str, module: Any, size: Size, output: Path) -> tuple[Study, dic
             if differing:
                 listed = ", ".join(sorted(differing))
                 raise ValueError(f"{name}: CLAIMS and claims() differ in {listed}")
-    except Stopped:
-        raise
     except Exception as error:
         line = f"{type(error).__name__}: {error}".splitlines()[0]
         return study._replace(error=line, trace=traceback.format_exc()), {}

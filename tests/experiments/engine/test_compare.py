@@ -1,6 +1,10 @@
 """Sweeps run and resume every combination, and runs are set side by side."""
 
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import jax
@@ -9,6 +13,7 @@ import pytest
 from experiments.__main__ import main
 from experiments.engine import compare, runs
 from experiments.engine.config import UsageError
+from experiments.engine.experiment import ROOT
 from experiments.engine.runs import FIGURE
 
 ADDING = "lstm_adding"
@@ -148,6 +153,23 @@ def test_a_run_that_fails_does_not_stop_a_sweep(error, swept, tmp_path, monkeypa
     monkeypatch.setattr(runs, "record", failing)
     assert sweep(tmp_path, "seed=0,1", "train.learning_rate=1e-3") == 1
     assert f"failed: {error}" in (tmp_path / "lstm_adding-sweep" / "sweep.md").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_sweep_that_is_told_to_stop_keeps_what_it_has_and_begins_no_other_run(number, tmp_path):
+    grid = ["seed=0,1", "train.steps=2000", "train.log_every=1", "model.hidden_size=4"]
+    command = [sys.executable, "-m", "experiments", "sweep", ADDING, "--quick", "--output"]
+    process = subprocess.Popen(
+        [*command, str(tmp_path), "--grid", *grid], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    while not list(tmp_path.glob("*/*/metrics.jsonl")) and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(number)
+    _, message = process.communicate(timeout=120)
+    assert process.returncode == 75, message
+    assert message.splitlines()[-1].endswith("of 2000; the same command goes on from there")
+    (folder,) = (tmp_path / "lstm_adding-sweep").iterdir()
+    assert list((folder / "checkpoints").iterdir())
 
 
 def test_combinations_are_named_by_the_last_part_of_their_keys():

@@ -2,19 +2,24 @@
 
 import html
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments.__main__ import EXPERIMENTS, main
 from experiments.claims import attention_averaging, subspace_projection
 from experiments.engine import runs
 from experiments.engine.config import UsageError
-from experiments.engine.session import Stopped
+from experiments.engine.training import TrainConfig, fit, make_optimizer
 from experiments.report import evidence as claims, page as report
 from experiments.report.evidence import TITLES
 
@@ -123,9 +128,23 @@ def test_a_failure_exits_with_one_at_the_end(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "report" / report.PAGE).is_file()
 
 
-def test_a_report_that_is_told_to_stop_stops(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_a_training_of_the_report_ends_it(number, tmp_path, monkeypatch, capsys):
+    def batch(step):
+        if step == 6:
+            os.kill(os.getpid(), number)
+        return np.ones(2, np.float32)
+
+    def loss(params, batch, key):
+        return jnp.sum((params - batch) ** 2), {}
+
     def stopping(config, session):
-        raise Stopped("stopped after step 7 of 100")
+        plan = TrainConfig(steps=100, log_every=100)
+        start, optimizer, key = jnp.zeros(2, jnp.float32), make_optimizer(plan), jax.random.key(0)
+        try:
+            fit(loss, start, optimizer, batch, key, plan, evaluations={}, final={}, session=session)
+        except Exception:
+            return "as an experiment may take the errors of one of its trainings"
 
     modules = {
         name: module_like(subspace_projection, run=run)
@@ -133,8 +152,11 @@ def test_a_report_that_is_told_to_stop_stops(tmp_path, monkeypatch, capsys):
     }
     monkeypatch.setattr("experiments.__main__.EXPERIMENTS", modules)
     assert main(["report", "--output", str(tmp_path)]) == 75
-    assert capsys.readouterr().err.count("\n") == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message == "stopped after step 7 of 100; the same command goes on from there"
     assert {path.name for path in tmp_path.iterdir()} == {"first"}
+    (folder,) = (tmp_path / "first").iterdir()
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["7"]
 
 
 def test_a_result_that_is_damaged_is_told_in_a_line(tmp_path):
