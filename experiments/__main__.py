@@ -14,6 +14,7 @@ import logging
 import re
 import shlex
 import sys
+import traceback
 import unicodedata
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -416,20 +417,21 @@ def _sweep(command: Sweep) -> int:
         )
     (experiment,) = {study.experiment for study in prepared.values()}
     failed: dict[str, str] = {}
+    found: dict[str, compare.Run] = {}
     for name, study in prepared.items():
         options = study.options
         study = study._replace(
             options=dataclasses.replace(options, name=name, output=command.output, resume=True)
         )
         try:
-            _execute(study, group)
-        except (UsageError, FloatingPointError, MemoryError, jax.errors.JaxRuntimeError) as error:
-            failed[name] = str(error).splitlines()[0]
+            done, _ = _execute(study, group)
+            found[name] = compare.read_run(done, CONFIG_TYPES)
+        except Exception as error:
+            if not isinstance(error, EXPECTED):
+                traceback.print_exc()
+            failed[name] = _in_a_line(error)
             print(f"{name}: {failed[name]}", file=sys.stderr)
     folder = command.output / group
-    found = {
-        name: compare.read_run(folder / name, CONFIG_TYPES) for name in each if name not in failed
-    }
     rows, labels = compare.repetitions(found, each), EXPERIMENTS[experiment].LABELS
     table = compare.score_table(rows, labels)
     table += "".join(f"\n{name}: failed: {error}\n" for name, error in failed.items())
@@ -438,6 +440,15 @@ def _sweep(command: Sweep) -> int:
     save(compare.sweep_figure(rows, labels), folder / "sweep.png")
     print(table + f"\n{folder}")
     return int(bool(failed))
+
+
+EXPECTED = (UsageError, FloatingPointError, MemoryError, OSError, jax.errors.JaxRuntimeError)
+"""What may end a run and is told in a line; of all else there is to say where it comes from."""
+
+
+def _in_a_line(error: Exception) -> str:
+    kind = "" if isinstance(error, EXPECTED) else f"{type(error).__name__}: "
+    return next(iter(f"{kind}{error}".splitlines()), type(error).__name__)
 
 
 def _compare(command: Compare) -> int:

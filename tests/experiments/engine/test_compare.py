@@ -139,6 +139,10 @@ def test_comparing_nothing_and_exporting_to_a_folder_are_one_line(swept, tmp_pat
         UsageError("is running"),
         FloatingPointError("step 1: loss is nan"),
         jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
+        jax.errors.JaxRuntimeError("INTERNAL: a kernel failed"),
+        OSError(28, "No space left on device", "result.npz"),
+        ValueError("shapes (3,) and (4,)\nand more"),
+        AssertionError(),
     ],
 )
 def test_a_run_that_fails_does_not_stop_a_sweep(error, swept, tmp_path, monkeypatch, capsys):
@@ -149,10 +153,26 @@ def test_a_run_that_fails_does_not_stop_a_sweep(error, swept, tmp_path, monkeypa
             raise error
         return record(module, config, folder, **asked)
 
-    shutil.copytree(swept / "learning_rate-1e-3_seed-1", tmp_path / "lstm_adding-sweep" / "seed-1")
+    group = tmp_path / "lstm_adding-sweep"
+    shutil.copytree(swept / "learning_rate-1e-3_seed-1", group / "seed-1_learning_rate-1e-3")
     monkeypatch.setattr(runs, "record", failing)
     assert sweep(tmp_path, "seed=0,1", "train.learning_rate=1e-3") == 1
-    assert f"failed: {error}" in (tmp_path / "lstm_adding-sweep" / "sweep.md").read_text()
+    first = next(iter(str(error).splitlines()), "AssertionError")
+    table = (group / "sweep.md").read_text().splitlines()
+    (failure,) = [line for line in table if "failed" in line]
+    assert failure.startswith("seed-0_") and first in failure
+    out, message = capsys.readouterr()
+    assert failure in out and message.endswith(f"{failure.replace('failed: ', '')}\n")
+    # of what nobody expected, all of it
+    assert ("Traceback" in message) == isinstance(error, ValueError | AssertionError)
+
+
+def test_a_sweep_of_which_nothing_is_left_says_so(tmp_path, capsys):
+    blocked = tmp_path / "lstm_adding-sweep"
+    blocked.mkdir()
+    (blocked / "seed-0").touch()
+    assert sweep(tmp_path, "seed=0") == 1
+    assert "seed-0: failed: --resume" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
