@@ -405,16 +405,16 @@ def _sweep(command: Sweep) -> int:
         raise UsageError(f"--grid: {key} is an option of the command, and no key of the config")
     group = f"{runs.group_of(path)}-sweep"
     combinations = compare.combinations(grid)
-    each = {compare.name_of(values): values for values in combinations}
+    each = dict(zip(compare.names_of(combinations), combinations, strict=True))
     common = ["--quick"] if command.quick else []
     asked = {name: [*compare.options_of(values), *common] for name, values in each.items()}
     # what is wrong with any is said before the first begins
     prepared = {name: _prepare(path, options) for name, options in asked.items()}
-    configs = {runs.hash_of(study.config) for study in prepared.values()}
-    if len(configs) < len(combinations):
-        raise UsageError(
-            "--grid: two of the runs would be one, or have one name; give each value once"
-        )
+    runs_of: dict[str, str] = {}
+    for name, study in prepared.items():
+        same = runs_of.setdefault(runs.hash_of(study.config), name)
+        if same != name:
+            raise UsageError(f"--grid: {same} and {name} would be one run; give each value once")
     (experiment,) = {study.experiment for study in prepared.values()}
     failed: dict[str, str] = {}
     found: dict[str, compare.Run] = {}

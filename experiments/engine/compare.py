@@ -1,6 +1,8 @@
 """Several runs side by side: a table of their last scores, and their curves over one another."""
 
+import hashlib
 import itertools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 
 SEED = "seed"
 """Runs that differ in this alone are repetitions of one another."""
+
+LONGEST_NAME = 150
+"""Characters of a folder's name, with room for what is written beside it."""
 
 
 class Run(NamedTuple):
@@ -83,8 +88,10 @@ def parse_grid(grid: Sequence[str]) -> dict[str, list[str]]:
     """The values of each key, from texts such as `train.learning_rate=1e-3,3e-3`.
 
     Raises:
-        UsageError: if one is no such text.
+        UsageError: if one is no such text, or if there is none.
     """
+    if not grid:
+        raise UsageError("--grid: give keys and their values, as seed=0,1,2")
     values: dict[str, list[str]] = {}
     for text in grid:
         key, equals, several = text.partition("=")
@@ -98,14 +105,36 @@ def parse_grid(grid: Sequence[str]) -> dict[str, list[str]]:
 
 
 def combinations(values: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
-    """One value of each key, in every way there is."""
+    """One value of each key, in every way there is.
+
+    Raises:
+        UsageError: if a value is given twice.
+    """
+    for key, several in values.items():
+        if len(set(several)) < len(several):
+            raise UsageError(f"--grid: {key} has a value twice, of which two runs would be one")
     return [dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())]
 
 
-def name_of(combination: Mapping[str, str]) -> str:
-    """A name for a folder that tells the run from the others of its sweep."""
-    parts = [f"{key.rpartition('.')[2]}-{value}" for key, value in combination.items()]
-    return re.sub(r"[^A-Za-z0-9._-]", "_", "_".join(parts))
+def names_of(combinations: Sequence[Mapping[str, str]]) -> list[str]:
+    """A folder's name for each combination, which are of the same keys: no two are the same.
+
+    A name says the last part of each key, and the value. Where that is not all there is to say, as
+    a character of the value is none for a folder or the name would be long, some digits of a hash
+    follow. So a combination has the same name in whatever sweep it is, unless what it is made of
+    can be read in two ways there.
+    """
+    keys = list(combinations[0])
+    lasts = [key.rpartition(".")[2] for key in keys]
+    shown = [last if lasts.count(last) == 1 else key for key, last in zip(keys, lasts, strict=True)]
+    plain = ["_".join(map("-".join, zip(shown, c.values(), strict=True))) for c in combinations]
+    names = [re.sub(r"[^A-Za-z0-9._-]", "_", text)[:LONGEST_NAME] for text in plain]
+    return [
+        name
+        if name == text and plain.count(text) == 1
+        else f"{name}-{hashlib.sha256(json.dumps(combination).encode()).hexdigest()[:8]}"
+        for name, text, combination in zip(names, plain, combinations, strict=True)
+    ]
 
 
 def options_of(combination: Mapping[str, str]) -> list[str]:
@@ -118,11 +147,13 @@ def options_of(combination: Mapping[str, str]) -> list[str]:
 
 def repetitions(found: Mapping[str, Run], grid: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
     """The runs of a sweep by what they differ in, seeds apart."""
-    rows: dict[str, list[Run]] = {}
-    for name, run in found.items():
-        rest = {key: value for key, value in grid[name].items() if key != SEED}
-        rows.setdefault(name_of(rest) or run.experiment, []).append(run)
-    return rows
+    rows: dict[tuple[str, ...], list[Run]] = {}
+    rests = [{key: value for key, value in grid[name].items() if key != SEED} for name in found]
+    for run, rest in zip(found.values(), rests, strict=True):
+        rows.setdefault(tuple(rest.values()), []).append(run)
+    distinct = list({tuple(rest.values()): rest for rest in rests}.values())
+    names = names_of(distinct) if distinct else []
+    return {name or row[0].experiment: row for name, row in zip(names, rows.values(), strict=True)}
 
 
 def sweep_figure(rows: Mapping[str, Sequence[Run]], labels: Mapping[str, str]) -> "Figure":

@@ -1,5 +1,6 @@
 """Sweeps run and resume every combination, and runs are set side by side."""
 
+import re
 import shutil
 import signal
 import subprocess
@@ -57,6 +58,7 @@ def test_a_sweep_that_is_run_again_leaves_what_is_finished(swept, capsys):
 @pytest.mark.parametrize(
     "grid, part",
     [
+        ([], "seed=0,1,2"),
         (["seed"], "seed=0,1,2"),
         (["seed=0,,1"], "seed=0,1,2"),
         (["seed=0", "seed=1"], "twice"),
@@ -64,8 +66,9 @@ def test_a_sweep_that_is_run_again_leaves_what_is_finished(swept, capsys):
         (["name=a,b"], "name is an option"),
         (["output=/a,/b"], "output is an option"),
         (["resume=True"], "resume is an option"),
-        (["seed=01,1"], "two of the runs"),
-        (["train.learning_rate=1e-3,0.001"], "two of the runs"),
+        (["seed=0,0"], "seed has a value twice"),
+        (["seed=01,1"], "seed-01 and seed-1 would be one run"),
+        (["train.learning_rate=1e-3,0.001"], "would be one run"),
     ],
 )
 def test_a_grid_that_will_not_do_is_said_before_anything_runs(grid, part, tmp_path, capsys):
@@ -192,9 +195,46 @@ def test_a_sweep_that_is_told_to_stop_keeps_what_it_has_and_begins_no_other_run(
     assert list((folder / "checkpoints").iterdir())
 
 
-def test_combinations_are_named_by_the_last_part_of_their_keys():
-    values = compare.parse_grid(["train.learning-rate=1e-3,3e-3", "seed=0"])
-    names = [compare.name_of(each) for each in compare.combinations(values)]
-    assert names == ["learning_rate-1e-3_seed-0", "learning_rate-3e-3_seed-0"]
+def test_two_combinations_never_share_a_folder(tmp_path):
+    # 12 in Python's way, and two values; a space is none for a folder's name
+    grid = ["--grid", "betas=1 2,1_2"]
+    assert main(["sweep", "attention_averaging", "--output", str(tmp_path), *grid]) == 0
+    folders = sorted(path.name for path in (tmp_path / "attention_averaging-sweep").glob("*/"))
+    assert len(folders) == 2 and folders[0] == "betas-1_2"
+    assert re.fullmatch("betas-1_2-[0-9a-f]{8}", folders[1])
+
+
+@pytest.mark.parametrize(
+    "grid, names",
+    [
+        (["train.learning-rate=1e-3,3e-3", "seed=0"],
+         ["learning_rate-1e-3_seed-0", "learning_rate-3e-3_seed-0"]),
+        # whatever else is in the sweep
+        (["data.path=a b,a_b"], ["path-a_b-28faec3a", "path-a_b"]),
+        (["data.path=a b"], ["path-a_b-28faec3a"]),
+        (["data.steps=1", "train.steps=1,2"],
+         ["data.steps-1_train.steps-1", "data.steps-1_train.steps-2"]),
+    ],
+)  # fmt: skip
+def test_combinations_are_named_by_what_tells_them_apart(grid, names):
+    assert compare.names_of(compare.combinations(compare.parse_grid(grid))) == names
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"a": ["1_b-2", "1"], "b": ["3", "2_b-3"]},
+        {"a": ["x" * 300 + "1", "x" * 300 + "2", "x" * 300]},
+        {"a": ["ä", "ö", "_", "..", "/", "%"]},
+    ],
+)
+def test_names_are_plain_short_and_unique(values):
+    combinations = compare.combinations(values)
+    names = compare.names_of(combinations)
+    assert len(set(names)) == len(combinations)
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]{1,200}", name) for name in names)
+
+
+def test_a_grid_is_keys_with_values():
     with pytest.raises(UsageError, match="should be"):
         compare.parse_grid(["=1"])
