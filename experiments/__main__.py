@@ -139,7 +139,7 @@ class Report:
     full: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Run the sizes of configs/, some of which take minutes; without it, sizes of seconds."""
     readme: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Also bring the table of claims in README.md up to date."""
+    """Also bring the table of claims in README.md up to date; with --full, whose table it is."""
     output: Path = Path("outputs")
     """Folder that runs are kept in; the page goes to OUTPUT/report."""
 
@@ -381,6 +381,8 @@ def _execute(study: Study, group: str) -> tuple[Path, Any]:
 
 
 def _report(command: Report) -> int:
+    if command.readme and not command.full:
+        raise UsageError("--readme: the table in README.md is that of --full; give both")
     _check_kernels()
     processes.check_devices()
     sizes = report.sizes(EXPERIMENTS, full=command.full)

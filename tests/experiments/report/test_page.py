@@ -304,6 +304,17 @@ def test_the_readme_is_changed_between_its_markers_alone(tmp_path):
         report.update_readme(file, rows)
 
 
+def test_the_readme_has_no_verdicts_of_the_quick_report(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("experiments.__main__.ROOT", tmp_path)
+    (tmp_path / "README.md").write_text(f"{report.START}\n{report.END}\n")
+    before = (tmp_path / "README.md").read_bytes()
+    monkeypatch.setattr(report, "sizes", lambda *_, **__: {})
+    assert main(["report", "--readme", "--output", str(tmp_path / "new")]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "--readme" in message and "--full" in message
+    assert (tmp_path / "README.md").read_bytes() == before and not (tmp_path / "new").exists()
+
+
 def test_the_page_asks_nothing_of_the_network(written):
     page = (written / report.PAGE).read_text()
     # the namespace of MathML is a name, and is not fetched
