@@ -133,7 +133,7 @@ class Run(Options):
 class Report:
     """Put every claim of the notes to the test, and write what comes of it as one page.
 
-    Results that are there and unchanged, in config and code, are used again.
+    Results that are there are used again, as long as nothing that they depend on has changed.
     """
 
     full: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False

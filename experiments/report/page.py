@@ -3,18 +3,15 @@
 An experiment with `CLAIMS` and `claims` (see `experiments.report.evidence`) is in the report
 without further ado, and so is one that says `BESIDE = "<such an experiment>"`: its figure stands
 beside that one's. The config is `configs/claims/<name>.toml`. A run is kept as
-`<output>/<name>/report-<key>`, where the key is a hash of its config, of every source file that it
-imports and of the versions that it ran with: as long as that stays the same the result is used
-again.
+`<output>/<name>/report-<key>`, and its result is used again as long as the key is the same, which
+`experiments.report.key` makes of all that decides the result. Verdicts and figures are made anew.
 
     <output>/report/index.html    the page, which needs no network
     <output>/report/report.json   the same for machines
     <output>/report/figures/, configs/
 """
 
-import ast
 import contextlib
-import hashlib
 import html
 import io
 import json
@@ -35,6 +32,7 @@ from experiments.engine.config import UsageError, read, to_table
 from experiments.engine.experiment import ROOT, config_paths
 from experiments.engine.files import locked, written
 from experiments.report.evidence import FAMILY_LEVEL, TITLES, Claim, Verdict
+from experiments.report.key import run_key
 
 PAGE, DATA = "index.html", "report.json"
 START, END = "<!-- claims -->", "<!-- /claims -->"
@@ -173,9 +171,14 @@ def _run(name: str, module: Any, config: Any, output: Path) -> Path:
 
     One that was cut off goes on from its checkpoints.
     """
-    key = run_key(name, module, config)
+    key = run_key(name, Path(module.__file__), config)
     folder = output / name / f"report-{key}"
     if runs.finished(folder):
+        # by other code than drew the one that is there, perhaps
+        from experiments.figures import save
+
+        figure = module.plot(runs.read_result(folder, module.Result))
+        save(figure, folder / runs.FIGURE)
         return folder
     if hasattr(module, "check"):
         module.check(config)
@@ -186,47 +189,6 @@ def _run(name: str, module: Any, config: Any, output: Path) -> Path:
         runs.write_config(folder, table, "python -m experiments report")
         runs.record(module, config, folder)
     return folder
-
-
-def run_key(name: str, module: Any, config: Any) -> str:
-    """A hash of all that decides a result: config, sources and versions."""
-    digest = hashlib.sha256(tomli_w.dumps(to_table(name, config)).encode())
-    kernels = sorted((ROOT / "rnnattn" / "native" / "src").glob("*"))
-    for path in [*sources(Path(module.__file__)), *kernels]:
-        digest.update(f"\0{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
-    digest.update(json.dumps(runs.surroundings()["versions"], sort_keys=True).encode())
-    return digest.hexdigest()[:12]
-
-
-def sources(path: Path) -> list[Path]:
-    """The source file and all that it imports of this repository, also where it does so later."""
-    found: set[Path] = set()
-    left = [path.resolve()]
-    while left:
-        file = left.pop()
-        if file in found:
-            continue
-        found.add(file)
-        for node in ast.walk(ast.parse(file.read_bytes())):
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                # what is imported from a package may be a module of it
-                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-            else:
-                continue
-            left += [source for name in names for source in _files(name)]
-    return sorted(found)
-
-
-def _files(name: str) -> list[Path]:
-    """The source of a module of this repository, and of the packages above it."""
-    parts = name.split(".")
-    if parts[0] not in ("experiments", "rnnattn"):
-        return []
-    parents = [ROOT.joinpath(*parts[:n], "__init__.py") for n in range(1, len(parts) + 1)]
-    own = ROOT.joinpath(*parts).with_suffix(".py")
-    return [path for path in (*parents, own) if path.is_file()]
 
 
 def _progress() -> Progress:
