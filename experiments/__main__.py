@@ -55,6 +55,7 @@ from experiments.engine.config import (
 from experiments.engine.experiment import ROOT, config_paths, find_config
 from experiments.engine.files import locked, written
 from experiments.engine.session import Stopped
+from experiments.engine.sinks import wandb_init
 from experiments.report import page as report
 from experiments.tasks import lstm_adding, lstm_digits, lstm_text, vit_digits
 from rnnattn import native
@@ -108,6 +109,8 @@ class Options:
     """Keep JAX's trace of the third step to the seventh in the run's folder."""
     tensorboard: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Keep the metrics as event files, too."""
+    wandb: Annotated[str | None, tyro.conf.arg(metavar="PROJECT")] = None
+    """Log to this project of Weights & Biases, too; WANDB_MODE=offline keeps that in the run."""
     coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
     """One of several processes, which all run this command: where process 0 listens."""
     processes: Count | None = None
@@ -314,6 +317,8 @@ def _prepare(path: Path, arguments: Sequence[str]) -> Study:
         )
     if options.overwrite and options.resume:
         raise UsageError("--resume: goes on with a run that --overwrite would remove; give one")
+    if options.wandb is not None:
+        wandb_init()
     _check_kernels()
     processes.join(options.coordinator, options.processes, options.process, cluster=options.cluster)
     processes.check_devices()
@@ -370,7 +375,7 @@ def _execute(study: Study, group: str) -> tuple[Path, Any]:
     with ExitStack() as held:
         if not processes.of_first(lambda: begin(held)):
             return folder, None
-        asked = {name: getattr(options, name) for name in ("profile", "tensorboard")}
+        asked = {name: getattr(options, name) for name in ("profile", "tensorboard", "wandb")}
         try:
             return folder, runs.record(EXPERIMENTS[experiment], config, folder, **asked)
         except jax.errors.JaxRuntimeError as error:

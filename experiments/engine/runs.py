@@ -10,10 +10,12 @@
     curves.png     of the metrics, if any are logged
     profile/       if asked for: JAX's trace of a few steps
     tensorboard/   if asked for: the metrics once more, as event files
+    wandb/         if asked for: the files of Weights & Biases
     figure.png     of the result
 
-Every file but those of `checkpoints`, `profile` and `tensorboard`, and the metrics, which grow, is
-whole or not there. What counts as finished is the summary that says so, which is written last.
+Every file but those of `checkpoints`, `profile`, `tensorboard` and `wandb`, and the metrics, which
+grow, is whole or not there. What counts as finished is the summary that says so, which is written
+last.
 
 Every key of the metrics and the summary that depends on the clock ends in `_seconds` or
 `_per_second`; the rest is the same when the run is repeated.
@@ -30,8 +32,7 @@ import re
 import shutil
 import time
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,10 @@ import numpy as np
 import tomli_w
 
 from experiments.engine import devices as meshes, processes
-from experiments.engine.checkpoints import Record
 from experiments.engine.config import UsageError
-from experiments.engine.events import event_log
-from experiments.engine.files import LOCK, locked, naming, written
+from experiments.engine.files import LOCK, locked, written
 from experiments.engine.session import SILENT, Session
+from experiments.engine.sinks import EventFiles, JsonLines, Sink, WeightsAndBiases, logging_to
 
 CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
 CHECKPOINTS, PROFILE, TENSORBOARD = "checkpoints", "profile", "tensorboard"
@@ -168,26 +168,6 @@ def write_config(folder: Path, table: Mapping[str, Any], command: str) -> None:
         file.write((header + tomli_w.dumps(table)).encode())
 
 
-@contextmanager
-def metrics_log(folder: Path) -> Iterator[Callable[[Record], None]]:
-    """A function that appends a record to the run's metrics, at once.
-
-    What an earlier process wrote stays until the first record: by then a run that goes on has read
-    its checkpoint, which holds the records before it.
-    """
-    path, mode = folder / METRICS, "wb"
-
-    def log(record: Record) -> None:
-        nonlocal mode
-        with naming(path), path.open(mode) as lines:
-            lines.write(f"{json.dumps(record, allow_nan=False)}\n".encode())
-        mode = "ab"
-
-    yield log
-    with naming(path), path.open(mode) as lines:
-        os.fsync(lines.fileno())
-
-
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The records of a run, in order.
 
@@ -244,23 +224,21 @@ def read_result(folder: Path, result: Any) -> Any:
 
 
 def record(
-    module: Any, config: Any, folder: Path, *, profile: bool = False, tensorboard: bool = False
-) -> Any:
+    module: Any, config: Any, folder: Path, *, profile: bool = False, tensorboard: bool = False,
+    wandb: str | None = None,
+) -> Any:  # fmt: skip
     """Run the experiment, and leave in the folder what it logs, what comes of it, and figures."""
     clock = time.perf_counter()
     mesh = meshes.make_mesh(config.parallel) if hasattr(config, WHERE) else None
     session = Session(SILENT.log, folder / CHECKPOINTS, hash_of(config), mesh)
     if not processes.is_first():
         return module.run(config, session)
-    with ExitStack() as files:
-        logs = [files.enter_context(metrics_log(folder))]
-        if tensorboard:
-            logs.append(files.enter_context(event_log(folder / TENSORBOARD)))
-
-        def log(record: Record) -> None:
-            for each in logs:
-                each(record)
-
+    sinks: list[Sink] = [JsonLines(folder / METRICS)]
+    if tensorboard:
+        sinks.append(EventFiles(folder / TENSORBOARD))
+    if wandb is not None:
+        sinks.append(WeightsAndBiases(wandb, folder, dataclasses.asdict(config)))
+    with logging_to(sinks) as log:
         traces = folder / PROFILE if profile else None
         result = module.run(config, replace(session, log=log, profile=traces))
     summary = {"wall_seconds": time.perf_counter() - clock, "seed": config.seed} | surroundings()

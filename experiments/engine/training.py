@@ -7,6 +7,7 @@ it. One that hands something on from step to step, as a recurrent state, has a c
 there is to say about where a run stands in its data.
 """
 
+import datetime
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -204,6 +205,11 @@ def fit(
             records.append(record)
             session.log(record)
 
+        def tell(record: Record) -> None:
+            if not sys.stderr.isatty() and processes.is_first():
+                seconds = (time.perf_counter() - clock) / (step - done) * (steps - step)
+                print(_line(name, record, steps, seconds), file=sys.stderr, flush=True)
+
         for record in kept.records:
             emit(record)
         if done == steps:
@@ -231,6 +237,7 @@ def fit(
                     values = _mean(window, step)
                     speed = len(window) / (time.perf_counter() - since)
                     emit({"step": step, "split": "train", **values, "steps_per_second": speed})
+                    tell(records[-1])
                     progress.update(bar, completed=step, values=_brief(values, speed))
                     window, since = [], time.perf_counter()
                 if step % config.evaluate_every == 0 or step == steps:
@@ -239,6 +246,7 @@ def fit(
                     for split, f in due.items():
                         values = _mean([f(state.params)], step, f"{split} ")
                         emit({"step": step, "split": split, **values})
+                        tell(records[-1])
                     since += time.perf_counter() - paused
                 # several processes, of which one may have been asked, agree where they wait anyway
                 stopping = (logged or processes.alone()) and processes.any_says(stop.requested)
@@ -374,3 +382,12 @@ def _progress() -> Progress:
 def _brief(values: Mapping[str, float], speed: float) -> str:
     shown = [f"{name} {values[name]:.4f}" for name in ("loss", "accuracy") if name in values]
     return "  ".join([*shown, f"{speed:.0f} steps/s"])
+
+
+def _line(name: str, record: Record, steps: int, seconds: float) -> str:
+    """A record for a log, with what is left of the training."""
+    numbers = {key: value for key, value in record.items() if key not in ("step", "split")}
+    shown = ", ".join(f"{key} {value:.4g}" for key, value in numbers.items())
+    left = datetime.timedelta(seconds=round(seconds))
+    of_training = f"{name}: " if name else ""
+    return f"{of_training}step {record['step']} of {steps}: {record['split']}: {shown}; {left} left"
