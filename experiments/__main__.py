@@ -40,7 +40,7 @@ from experiments.claims import (
     subspace_projection,
     vit_resolution,
 )
-from experiments.engine import compare, devices as mesh, processes, runs
+from experiments.engine import compare, devices as mesh, jobs, processes, runs
 from experiments.engine.checkpoints import read_params
 from experiments.engine.config import (
     Count,
@@ -85,6 +85,8 @@ PROGRAM = "python -m experiments"
 LONGEST = 4096
 """Characters of an argument: as many as a path may have."""
 
+MOST_SEEDS, MOST_JOBS = 1000, 256
+
 
 @dataclass(frozen=True)
 class List:
@@ -99,6 +101,8 @@ class Options:
     """Name of the run; without one, the run is named by the time."""
     output: Path = Path("outputs")
     """Folder that runs are kept in, as OUTPUT/CONFIG/NAME."""
+    seeds: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Run N times, with N seeds from the config's on, as a sweep does: OUTPUT/CONFIG-NAME/seed-…"""
     quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """A size of seconds: the experiment's own defaults in place of the file's, on the same data."""
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -152,17 +156,33 @@ class Sweep:
     """Run a config with every combination of some values, and set the runs side by side.
 
     Runs that are finished stay as they are, and those that were interrupted go on. One that fails
-    does not stop the others.
+    does not stop the others. Options of `run CONFIG`, as --quick or --train.steps 10, are for all
+    of the runs.
     """
 
     path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
-    """A TOML file, or the name of one of configs/, as lstm_digits."""
+    """A TOML file, or the name of one of configs/, as lstm_digits; it comes first."""
     grid: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE,VALUE…")]
     """Keys of the config with their values, as train.learning_rate=1e-3,3e-3 seed=0,1,2."""
-    quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """The experiment's own defaults in place of the file's values, on the same data."""
+    name: str = "sweep"
+    """Name of the sweep: one with other options needs another."""
     output: Path = Path("outputs")
-    """Folder that runs are kept in, as OUTPUT/CONFIG-sweep/RUN."""
+    """Folder that runs are kept in, as OUTPUT/CONFIG-NAME/RUN."""
+    jobs: int = 1
+    """Runs at a time, each in a process of its own, which share the devices that there are."""
+    part: Annotated[str | None, tyro.conf.arg(metavar="K/N")] = None
+    """Only the K-th of N parts of the runs, from 1, as a job of an array; the same command without
+    it sets all of them side by side."""
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """What `run CONFIG --seeds` makes a sweep of."""
+
+    seeds: int
+    seed: int | None = None
+    name: str = "sweep"
+    output: Path = Path("outputs")
 
 
 @dataclass(frozen=True)
@@ -170,7 +190,9 @@ class Compare:
     """Set finished runs of one experiment side by side."""
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN RUN …")]
-    """Their folders."""
+    """Their folders. Runs that differ in the seed alone are one row: mean ± standard deviation."""
+    each: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """A row for each run, also where runs differ in the seed alone."""
     output: Path = Path("outputs/compare.png")
     """Where the figure goes."""
 
@@ -201,6 +223,12 @@ def main(arguments: Sequence[str]) -> int:
         _check_arguments(arguments)
         if len(arguments) > 1 and arguments[0] == "run" and not arguments[1].startswith("-"):
             return _run(find_config(Path(arguments[1])), arguments[2:])
+        if arguments[:1] == ["sweep"]:
+            return _sweep(
+                *tyro.cli(
+                    Sweep, args=arguments[1:], prog=f"{PROGRAM} sweep", return_unknown_args=True
+                )
+            )
         command = tyro.cli(
             Run | Report | List | Sweep | Compare | Export,
             args=arguments,
@@ -211,8 +239,6 @@ def main(arguments: Sequence[str]) -> int:
             raise UsageError(f"run: the config comes first: {PROGRAM} run {command.path} ...")
         if isinstance(command, Report):
             return _report(command)
-        if isinstance(command, Sweep):
-            return _sweep(command)
         if isinstance(command, Export):
             return _export(command)
         return _compare(command) if isinstance(command, Compare) else _list()
@@ -227,7 +253,8 @@ def main(arguments: Sequence[str]) -> int:
               file=sys.stderr)  # fmt: skip
         return 1
     except Stopped as stopped:
-        again = "--resume" if arguments[0] == "run" else "the same command"
+        one = arguments[0] == "run" and "--seeds" not in _options_in(arguments)
+        again = "--resume" if one else "the same command"
         print(f"{stopped}; {again} goes on from there", file=sys.stderr)
         return 75
     except OSError as error:
@@ -331,6 +358,8 @@ def _prepare(path: Path, arguments: Sequence[str]) -> Study:
 
 
 def _run(path: Path, arguments: Sequence[str]) -> int:
+    if "--seeds" in (options := _options_in(arguments)) and not {"-h", "--help"} & set(options):
+        return _sweep(*_over_seeds(path, arguments))
     study = _prepare(path, arguments)
     folder, result = _execute(study, runs.group_of(path))
     if not processes.is_first():
@@ -404,47 +433,105 @@ def _report(command: Report) -> int:
     return int(bool(findings.errors))
 
 
-def _sweep(command: Sweep) -> int:
+def _options_in(arguments: Sequence[str]) -> list[str]:
+    return [each.partition("=")[0] for each in arguments if each.startswith("-")]
+
+
+def _over_seeds(path: Path, arguments: Sequence[str]) -> tuple[Sweep, list[str]]:
+    """The sweep that `run … --seeds` asks for, and the options of its runs."""
+    asked, options = tyro.cli(
+        Seeds, args=arguments, prog=f"{PROGRAM} run {path}", return_unknown_args=True
+    )
+    if not 1 <= asked.seeds <= MOST_SEEDS:
+        raise UsageError(f"--seeds: should be from 1 to {MOST_SEEDS}, got {asked.seeds}")
+    _check_for_several(options)
+    first = asked.seed
+    if first is None:
+        first = _prepare(path, options).config.seed
+    seeds = ",".join(str(first + n) for n in range(asked.seeds))
+    return Sweep(path, (f"seed={seeds}",), asked.name, asked.output), options
+
+
+def _check_for_several(options: Sequence[str]) -> None:
+    """Raise a `UsageError` if an option can be one of a single run only."""
+    of_one = ("overwrite", "resume", "coordinator", "processes", "process", "cluster", "seeds")
+    for option in set(_options_in(options)) & {f"--{name}" for name in of_one}:
+        raise UsageError(f"{option}: is for one run; several go on by themselves, each by itself")
+
+
+def _sweep(command: Sweep, options: Sequence[str]) -> int:
     from experiments.figures import save
 
     path, grid = find_config(command.path), compare.parse_grid(command.grid)
     for key in grid.keys() & {option.name for option in dataclasses.fields(Options)}:
         raise UsageError(f"--grid: {key} is an option of the command, and no key of the config")
-    group = f"{runs.group_of(path)}-sweep"
+    for key in grid.keys() & {name[2:].replace("-", "_") for name in _options_in(options)}:
+        raise UsageError(f"--grid: {key} is given as an option, too")
+    _check_for_several(options)
+    runs.check_name(command.name)
+    if not 1 <= command.jobs <= MOST_JOBS:
+        raise UsageError(f"--jobs: should be from 1 to {MOST_JOBS}, got {command.jobs}")
+    group = f"{runs.group_of(path)}-{command.name}"
+    folder = command.output / group
     combinations = compare.combinations(grid)
     each = dict(zip(compare.names_of(combinations), combinations, strict=True))
-    common = ["--quick"] if command.quick else []
-    asked = {name: [*compare.options_of(values), *common] for name, values in each.items()}
+    places = compare.parse_part(command.part or "1/1", len(each))
+    place_of = {list(each)[place]: place for place in places}
     # what is wrong with any is said before the first begins
-    prepared = {name: _prepare(path, options) for name, options in asked.items()}
+    prepared = {
+        name: _prepare(path, [*options, *compare.options_of(each[name])]) for name in place_of
+    }
     runs_of: dict[str, str] = {}
     for name, study in prepared.items():
         same = runs_of.setdefault(runs.hash_of(study.config), name)
         if same != name:
             raise UsageError(f"--grid: {same} and {name} would be one run; give each value once")
-    (experiment,) = {study.experiment for study in prepared.values()}
     failed: dict[str, str] = {}
+    if command.jobs > 1:
+        alike = [
+            sys.executable,
+            "-m",
+            "experiments",
+            "sweep",
+            str(command.path),
+            *options,
+            "--grid",
+            *command.grid,
+        ]
+        alike += ["--name", command.name, "--output", str(command.output), "--part"]
+        left = {name: place for name, place in place_of.items() if not runs.finished(folder / name)}
+        failed = jobs.run_all(
+            {name: [*alike, f"{place + 1}/{len(each)}"] for name, place in left.items()},
+            command.jobs,
+        )
     found: dict[str, compare.Run] = {}
     for name, study in prepared.items():
-        options = study.options
-        study = study._replace(
-            options=dataclasses.replace(options, name=name, output=command.output, resume=True)
-        )
+        if name in failed:
+            continue
+        own = dataclasses.replace(study.options, name=name, output=command.output, resume=True)
+        if len(prepared) > 1:
+            # above what it says of itself
+            print(f"{name}:", file=sys.stderr)
         try:
-            done, _ = _execute(study, group)
+            done, _ = _execute(study._replace(options=own), group)
             found[name] = compare.read_run(done, CONFIG_TYPES)
         except Exception as error:
             if not isinstance(error, EXPECTED):
                 traceback.print_exc()
             failed[name] = _in_a_line(error)
             print(f"{name}: {failed[name]}", file=sys.stderr)
-    folder = command.output / group
+    failures = "".join(f"\n{name}: failed: {error}\n" for name, error in failed.items())
+    if command.part:
+        print(f"part {command.part}: {len(found)} of {len(prepared)} runs are finished\n{failures}")
+        return int(bool(failed))
+    (experiment,) = {study.experiment for study in prepared.values()}
     rows, labels = compare.repetitions(found, each), EXPERIMENTS[experiment].LABELS
-    table = compare.score_table(rows, labels)
-    table += "".join(f"\n{name}: failed: {error}\n" for name, error in failed.items())
+    table = compare.score_table(rows, labels) + failures
     with written(folder / "sweep.md") as file:
         file.write(table.encode())
     save(compare.sweep_figure(rows, labels), folder / "sweep.png")
+    if rows and labels:
+        save(compare.curves(rows, labels), folder / runs.CURVES)
     print(table + f"\n{folder}")
     return int(bool(failed))
 
@@ -454,8 +541,9 @@ EXPECTED = (UsageError, FloatingPointError, MemoryError, OSError, jax.errors.Jax
 
 
 def _in_a_line(error: Exception) -> str:
-    kind = "" if isinstance(error, EXPECTED) else f"{type(error).__name__}: "
-    return next(iter(f"{kind}{error}".splitlines()), type(error).__name__)
+    text = next(iter(str(error).splitlines()), "")
+    parts = (text,) if isinstance(error, EXPECTED) else (type(error).__name__, text)
+    return ": ".join(filter(None, parts)) or type(error).__name__
 
 
 def _compare(command: Compare) -> int:
@@ -478,8 +566,9 @@ def _compare(command: Compare) -> int:
             for run, folder in zip(found, command.folders, strict=True)
         ]
     command.output.parent.mkdir(parents=True, exist_ok=True)
-    save(compare.curves(found, labels), command.output)
-    print(compare.score_table({run.name: [run] for run in found}, labels))
+    rows = {run.name: [run] for run in found} if command.each else compare.by_config(found)
+    save(compare.curves(rows, labels), command.output)
+    print(compare.score_table(rows, labels))
     print(command.output)
     return 0
 

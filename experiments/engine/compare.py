@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,6 +30,7 @@ class Run(NamedTuple):
 
     name: str
     experiment: str
+    config: Any
     records: list[dict[str, Any]]
     scores: dict[str, float]
 
@@ -43,10 +45,10 @@ def read_run(folder: Path, types: Mapping[str, type]) -> Run:
         raise UsageError(f"{folder}: is not the folder of a run")
     if not runs.finished(folder):
         raise UsageError(f"{folder}: is not finished; `run … --resume` goes on with it")
-    experiment, _ = read(folder / runs.CONFIG, types)
+    experiment, config = read(folder / runs.CONFIG, types)
     summary = runs.read_summary(folder)
     scores = {name: value for name, value in summary.items() if isinstance(value, int | float)}
-    return Run(folder.name, experiment, runs.read_metrics(folder), scores)
+    return Run(folder.name, experiment, config, runs.read_metrics(folder), scores)
 
 
 def shown_scores(found: Sequence[Run], labels: Mapping[str, str]) -> list[str]:
@@ -74,11 +76,35 @@ def score_table(rows: Mapping[str, Sequence[Run]], labels: Mapping[str, str]) ->
     return "\n".join(f"| {' | '.join(line)} |" for line in padded) + "\n"
 
 
-def curves(found: Sequence[Run], labels: Mapping[str, str]) -> "Figure":
-    """The metrics of all runs by step; solid what is of training, dashed what is of validation."""
+def by_config(found: Sequence[Run]) -> dict[str, list[Run]]:
+    """The runs in rows: those whose configs differ in the seed alone are one."""
+    alike: dict[str, list[Run]] = {}
+    for run in found:
+        alike.setdefault(runs.hash_of(replace(run.config, seed=0)), []).append(run)
+    names = [[run.name for run in row] for row in alike.values()]
+    beginnings = [_beginning(of_row) for of_row in names]
+    labels = [
+        of_row[0] if len(of_row) == 1 else f"{beginning}*" if beginning else ", ".join(of_row)
+        for of_row, beginning in zip(names, beginnings, strict=True)
+    ]
+    if len(set(labels)) < len(labels):
+        labels = [", ".join(of_row) for of_row in names]
+    return dict(zip(labels, alike.values(), strict=True))
+
+
+def _beginning(names: Sequence[str]) -> str:
+    """What all of the names begin with."""
+    alike = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*names, strict=False))
+    return "".join(column[0] for column in alike)
+
+
+def curves(rows: Mapping[str, Sequence[Run]], labels: Mapping[str, str]) -> "Figure":
+    """The metrics of all rows by step; solid what is of training, dashed what is of validation."""
     from experiments.figures import overlaid_curves
 
-    return overlaid_curves({run.name: run.records for run in found}, labels)
+    return overlaid_curves(
+        {name: [run.records for run in row] for name, row in rows.items()}, labels
+    )
 
 
 # ---- sweeps ---------------------------------------------------------------------------------
@@ -135,6 +161,21 @@ def names_of(combinations: Sequence[Mapping[str, str]]) -> list[str]:
         else f"{name}-{hashlib.sha256(json.dumps(combination).encode()).hexdigest()[:8]}"
         for name, text, combination in zip(names, plain, combinations, strict=True)
     ]
+
+
+def parse_part(part: str, number: int) -> range:
+    """Which of so many combinations are the K-th of N parts, from a text such as `2/8`.
+
+    Every N-th is, so that the parts are about as much work whatever the first key is.
+
+    Raises:
+        UsageError: if it is no such text.
+    """
+    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", part)
+    which, parts = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 1 <= which <= parts:
+        raise UsageError(f"--part: should be K/N, with K from 1 to N, as 2/8, got {part}")
+    return range(which - 1, number, parts)
 
 
 def options_of(combination: Mapping[str, str]) -> list[str]:

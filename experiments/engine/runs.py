@@ -69,7 +69,7 @@ def create(output: Path, group: str, name: str | None, *, overwrite: bool = Fals
         UsageError: if the name is no plain file name, if it is taken, or if nothing can be written.
     """
     if name is not None:
-        _check_name(name)
+        check_name(name)
     try:
         (output / group).mkdir(parents=True, exist_ok=True)
         if name is None:
@@ -98,7 +98,7 @@ def reopen(output: Path, group: str, name: str, table: Mapping[str, Any]) -> Pat
             is the run of another config, with a line for each key that differs and does not only
             say where the run trains.
     """
-    _check_name(name)
+    check_name(name)
     folder = output / group / name
     if not os.path.lexists(folder):
         return create(output, group, name)
@@ -115,7 +115,8 @@ def reopen(output: Path, group: str, name: str, table: Mapping[str, Any]) -> Pat
     return folder
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Raise a `UsageError` if the name is none for a folder."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
         raise UsageError(
             f"--name: {name!r} is no name for a folder; use letters, digits, '.', '_' and '-'"
