@@ -207,6 +207,8 @@ class Export:
     """The file."""
     training: str = ""
     """Which of the run's trainings, by its folder in checkpoints/, if it has several."""
+    best: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Not the newest checkpoint but the best, by the metric that the run's train.best names."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -580,7 +582,8 @@ def _export(command: Export) -> int:
         raise UsageError(f"{command.folder}: is not the folder of a run")
     if command.output.is_dir():
         raise UsageError(f"--output: {command.output} is a folder")
-    params = read_params(command.folder / runs.CHECKPOINTS / command.training)
+    checkpoints = command.folder / runs.CHECKPOINTS / command.training
+    params = read_params(checkpoints, best=command.best)
     write_safetensors(command.output, params)
     print(command.output)
     return 0

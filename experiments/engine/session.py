@@ -47,12 +47,14 @@ class Session:
     """For traces of a few steps of each training; None if there are to be none."""
 
     @contextmanager
-    def checkpoints(self, name: str, kept: int) -> Iterator[Checkpoints | None]:
+    def checkpoints(
+        self, name: str, kept: int, best: str | None = None
+    ) -> Iterator[Checkpoints | None]:
         """Those of the training called `name`; None if none are kept."""
         if self.folder is None:
             yield None
             return
-        with Checkpoints(self.folder / name, kept, self.config_hash) as checkpoints:
+        with Checkpoints(self.folder / name, kept, self.config_hash, best) as checkpoints:
             yield checkpoints
 
     def profiled(self, name: str, steps: range, wait: Callable[[], Any]) -> Iterator[int]:

@@ -338,7 +338,8 @@ def train(folder: Path | None, batch: Callable = lambda step: np.ones(2, np.floa
     params = jnp.array([4.0, 3.0], jnp.float32)
     trained = fit(
         square, params, optax.adam(0.1), batch, jax.random.key(0),
-        TrainConfig(**settings | changes), evaluations={"a": lambda p: {"first": p[0]}}, final={},
+        TrainConfig(**settings | changes),
+        evaluations={"a": lambda p: {"first": p[0], "accuracy": -p[0]}}, final={},
         session=Session(records.append, folder, "hash"),
     )  # fmt: skip
     assert records == trained.records
@@ -367,6 +368,43 @@ def test_training_goes_on_from_between_two_records(fatal, tmp_path):
 def test_the_newest_checkpoints_are_kept(tmp_path):
     train(tmp_path, checkpoints_kept=2, checkpoint_every=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["8", "9"]
+
+
+def away_from_its_goal(step):
+    # two steps towards the goal, and all others away from it
+    return np.full(2, -9 if step < 4 else 99, np.float32)
+
+
+@pytest.mark.parametrize("best", ["a_first", "a_accuracy"])
+def test_the_best_checkpoint_is_kept_beside_the_newest(best, tmp_path):
+    settings: dict[str, Any] = dict(
+        evaluate_every=2, checkpoint_every=100, checkpoints_kept=1, best=best
+    )
+    whole = train(tmp_path / "x", away_from_its_goal, **settings)
+    firsts = {r["step"]: r["first"] for r in whole.records if r["split"] == "a"}
+    assert min(firsts.values()) == firsts[4]
+    assert {path.name for path in (tmp_path / "x").iterdir()} == {"4", "9"}
+    assert float(read_params(tmp_path / "x", best=True)[0]) == firsts[4]
+    assert float(read_params(tmp_path / "x")[0]) == firsts[9]
+
+    # nor does an interruption lose it, or change it
+    def fails(step):
+        if step == 7:
+            raise RuntimeError("no luck")
+        return away_from_its_goal(step)
+
+    with pytest.raises(RuntimeError):
+        train(tmp_path / "y", fails, **settings)
+    train(tmp_path / "y", away_from_its_goal, **settings)
+    assert {path.name for path in (tmp_path / "y").iterdir()} == {"4", "9"}
+
+
+def test_the_best_by_what_is_not_evaluated_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="one of a_accuracy, a_first, got b"):
+        train(tmp_path, best="b")
+    train(tmp_path)
+    with pytest.raises(UsageError, match="none was kept as the best"):
+        read_params(tmp_path, best=True)
 
 
 def test_a_stop_is_heard_after_a_step_and_loses_nothing(tmp_path):
