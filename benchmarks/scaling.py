@@ -21,8 +21,7 @@ from experiments.data.text import Windows
 from experiments.engine import devices as mesh
 from experiments.engine.devices import ParallelConfig
 from experiments.engine.training import TrainConfig, make_optimizer, shardings, start, train_step
-from experiments.models import vit
-from experiments.tasks import lstm_text
+from experiments.models import text as lstm_text, vit
 
 ROWS, CHARACTERS = 64, 100
 MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]

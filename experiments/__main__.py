@@ -22,64 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import jax
 import tyro
 
-from experiments.claims import (
-    attention_averaging,
-    attention_copying,
-    dot_product_variance,
-    key_noise,
-    lstm_equations,
-    lstm_gradient,
-    lstm_gradient_training,
-    multi_head_noise,
-    rotary_relative,
-    sinusoidal_shift,
-    softmax_saturation,
-    subspace_projection,
-    vit_resolution,
-)
-from experiments.engine import compare, devices as mesh, jobs, processes, runs
-from experiments.engine.checkpoints import read_params
-from experiments.engine.config import (
-    Count,
-    UsageError,
-    check,
-    claim,
-    escaped,
-    on_same_data,
-    read,
-    to_table,
-)
-from experiments.engine.experiment import ROOT, config_paths, find_config
-from experiments.engine.files import locked, written
-from experiments.engine.session import Stopped
-from experiments.engine.sinks import wandb_init
-from experiments.report import page as report
-from experiments.tasks import lstm_adding, lstm_digits, lstm_text, vit_digits
-from rnnattn import native
+from experiments.engine.config import Count, UsageError, check, claim, escaped, to_table
+from experiments.engine.experiment import ROOT, Experiment, config_paths, find_config, read
 
-EXPERIMENTS: dict[str, Any] = {
-    "attention_averaging": attention_averaging,
-    "attention_copying": attention_copying,
-    "dot_product_variance": dot_product_variance,
-    "key_noise": key_noise,
-    "lstm_adding": lstm_adding,
-    "lstm_digits": lstm_digits,
-    "lstm_equations": lstm_equations,
-    "lstm_gradient": lstm_gradient,
-    "lstm_gradient_training": lstm_gradient_training,
-    "lstm_text": lstm_text,
-    "multi_head_noise": multi_head_noise,
-    "rotary_relative": rotary_relative,
-    "sinusoidal_shift": sinusoidal_shift,
-    "softmax_saturation": softmax_saturation,
-    "subspace_projection": subspace_projection,
-    "vit_digits": vit_digits,
-    "vit_resolution": vit_resolution,
-}
-CONFIG_TYPES = {name: experiment.Config for name, experiment in EXPERIMENTS.items()}
 PROGRAM = "python -m experiments"
 
 LONGEST = 4096
@@ -254,25 +201,41 @@ def main(arguments: Sequence[str]) -> int:
         print(f"stopped: no memory left: {error}; a smaller model or batch may fit",
               file=sys.stderr)  # fmt: skip
         return 1
-    except Stopped as stopped:
-        one = arguments[0] == "run" and "--seeds" not in _options_in(arguments)
-        again = "--resume" if one else "the same command"
-        print(f"{stopped}; {again} goes on from there", file=sys.stderr)
-        return 75
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"stopped: {where}{error.strerror or error}", file=sys.stderr)
         return 1
-    except jax.errors.JaxRuntimeError as error:
-        if processes.alone():
-            raise
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except SystemExit:
+        raise
+    except BaseException as error:
+        return _ended(error, arguments)
+
+
+def _ended(error: BaseException, arguments: Sequence[str]) -> int:
+    """The exit code of a run that ended so, told in a line; any other error is raised."""
+    import jax
+
+    from experiments.engine import processes
+    from experiments.engine.runs import ResultError
+    from experiments.engine.session import Stopped
+
+    if isinstance(error, Stopped):
+        one = arguments[0] == "run" and "--seeds" not in _options_in(arguments)
+        again = "--resume" if one else "the same command"
+        print(f"{error}; {again} goes on from there", file=sys.stderr)
+        return 75
+    if isinstance(error, ResultError):
+        print(f"stopped: {error}; mended, --resume goes on from there", file=sys.stderr)
+        return 1
+    if isinstance(error, jax.errors.JaxRuntimeError) and not processes.alone():
         reason = str(error).splitlines()[0]
         print(f"stopped: another process may have died ({reason}); --resume goes on from the last "
               "checkpoint", file=sys.stderr)  # fmt: skip
         return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    raise error
 
 
 def _check_arguments(arguments: Sequence[str]) -> None:
@@ -290,6 +253,8 @@ def _check_arguments(arguments: Sequence[str]) -> None:
 
 def _check_kernels() -> None:
     """Raise a `UsageError` if the environment asks for native kernels that there are not."""
+    from rnnattn import native
+
     try:
         native.status()
     except ValueError as error:
@@ -319,19 +284,20 @@ class Study(NamedTuple):
 
     path: Path
     arguments: Sequence[str]
-    experiment: str
+    experiment: Experiment
     config: Any
     options: Any
 
 
 def _prepare(path: Path, arguments: Sequence[str]) -> Study:
-    experiment, config = read(path, CONFIG_TYPES)
-    options = _options(path, experiment, config, arguments)
-    module = EXPERIMENTS[experiment]
+    from experiments.engine import devices, processes, runs, sinks
+
+    experiment, config = read(path)
+    options = _options(path, experiment.name, config, arguments)
     if options.quick:
-        small = getattr(module, "quick", on_same_data)(options.config)
-        options = _options(path, experiment, small, arguments)
-    table = to_table(experiment, options.config)
+        small = experiment.quick(options.config)
+        options = _options(path, experiment.name, small, arguments)
+    table = to_table(experiment.name, options.config)
     fields = {key: value for key, value in table.items() if key != "experiment"}
     config = check(type(config), fields, f"{path}, with the options given")
     for option in ("overwrite", "resume"):
@@ -342,26 +308,28 @@ def _prepare(path: Path, arguments: Sequence[str]) -> Study:
         raise UsageError("--processes, --cluster: need the --name of the run, the same for all")
     if (several or options.profile) and not hasattr(config, runs.WHERE):
         raise UsageError(
-            f"--profile, --processes, --cluster: are for what trains, which {experiment} does not"
+            "--profile, --processes, --cluster: are for what trains, which "
+            f"{experiment.name} does not"
         )
     if options.overwrite and options.resume:
         raise UsageError("--resume: goes on with a run that --overwrite would remove; give one")
     if options.wandb is not None:
-        wandb_init()
+        sinks.wandb_init()
     _check_kernels()
     processes.join(options.coordinator, options.processes, options.process, cluster=options.cluster)
     processes.check_devices()
     processes.check_same(dataclasses.replace(options, process=None))
     if hasattr(config, runs.WHERE):
-        mesh.check(config.parallel, config.train.batch_size)
-    if hasattr(module, "check"):
-        module.check(config)
+        devices.check(config.parallel, config.train.batch_size)
+    experiment.check(config)
     return Study(path, arguments, experiment, config, options)
 
 
 def _run(path: Path, arguments: Sequence[str]) -> int:
     if "--seeds" in (options := _options_in(arguments)) and not {"-h", "--help"} & set(options):
         return _sweep(*_over_seeds(path, arguments))
+    from experiments.engine import processes, runs
+
     study = _prepare(path, arguments)
     folder, result = _execute(study, runs.group_of(path))
     if not processes.is_first():
@@ -376,18 +344,21 @@ def _run(path: Path, arguments: Sequence[str]) -> int:
     width = max(map(len, result.scores), default=0)
     for name, value in result.scores.items():
         print(f"{name:{width}} {value if isinstance(value, str) else format(value, '.6g')}")
-    module = EXPERIMENTS[study.experiment]
-    if hasattr(module, "claims"):
-        for each in module.claims(study.config, runs.read_result(folder, module.Result)):
-            print(f"{each.id:4} {each.verdict}: {each.title}")
+    for each in study.experiment.claims(study.config, result):
+        print(f"{each.id:4} {each.verdict}: {study.experiment.CLAIMS[each.id]}")
     print(folder)
     return 0
 
 
 def _execute(study: Study, group: str) -> tuple[Path, Any]:
     """The folder of the run, and what came of it; None if it was finished before."""
+    import jax
+
+    from experiments.engine import processes, runs
+    from experiments.engine.files import locked
+
     path, arguments, experiment, config, options = study
-    table = to_table(experiment, config)
+    table = to_table(experiment.name, config)
     folder: Path = options.output / group / (options.name or "")
 
     def begin(held: ExitStack) -> bool:
@@ -408,7 +379,7 @@ def _execute(study: Study, group: str) -> tuple[Path, Any]:
             return folder, None
         asked = {name: getattr(options, name) for name in ("profile", "tensorboard", "wandb")}
         try:
-            return folder, runs.record(EXPERIMENTS[experiment], config, folder, **asked)
+            return folder, runs.record(experiment, config, folder, **asked)
         except jax.errors.JaxRuntimeError as error:
             reason = str(error).splitlines()[0]
             if "RESOURCE_EXHAUSTED" not in reason:
@@ -419,19 +390,21 @@ def _execute(study: Study, group: str) -> tuple[Path, Any]:
 def _report(command: Report) -> int:
     if command.readme and not command.full:
         raise UsageError("--readme: the table in README.md is that of --full; give both")
+    from experiments.engine import processes
+    from experiments.report import page
+
     _check_kernels()
     processes.check_devices()
-    sizes = report.sizes(EXPERIMENTS, full=command.full)
-    findings = report.measure(EXPERIMENTS, sizes, command.output)
+    findings = page.measure(page.sizes(full=command.full), command.output)
     folder = command.output / "report"
-    report.write(findings, folder, full=command.full)
+    page.write(findings, folder, full=command.full)
     if command.readme:
-        report.update_readme(ROOT / "README.md", findings.rows)
+        page.update_readme(ROOT / "README.md", findings.rows)
     for row in findings.rows:
         print(f"{row.id:4} {row.verdict}: {row.title}")
     for error in findings.errors:
         print(error)
-    print(folder / report.PAGE)
+    print(folder / page.PAGE)
     return int(bool(findings.errors))
 
 
@@ -462,6 +435,8 @@ def _check_for_several(options: Sequence[str]) -> None:
 
 
 def _sweep(command: Sweep, options: Sequence[str]) -> int:
+    from experiments.engine import compare, jobs, runs
+    from experiments.engine.files import written
     from experiments.figures import save
 
     path, grid = find_config(command.path), compare.parse_grid(command.grid)
@@ -490,17 +465,9 @@ def _sweep(command: Sweep, options: Sequence[str]) -> int:
             raise UsageError(f"--grid: {same} and {name} would be one run; give each value once")
     failed: dict[str, str] = {}
     if command.jobs > 1:
-        alike = [
-            sys.executable,
-            "-m",
-            "experiments",
-            "sweep",
-            str(command.path),
-            *options,
-            "--grid",
-            *command.grid,
-        ]
-        alike += ["--name", command.name, "--output", str(command.output), "--part"]
+        alike = [sys.executable, "-m", "experiments", "sweep", str(command.path), *options]
+        alike += ["--grid", *command.grid, "--output", str(command.output)]
+        alike += ["--name", command.name, "--part"]
         left = {name: place for name, place in place_of.items() if not runs.finished(folder / name)}
         failed = jobs.run_all(
             {name: [*alike, f"{place + 1}/{len(each)}"] for name, place in left.items()},
@@ -516,18 +483,15 @@ def _sweep(command: Sweep, options: Sequence[str]) -> int:
             print(f"{name}:", file=sys.stderr)
         try:
             done, _ = _execute(study._replace(options=own), group)
-            found[name] = compare.read_run(done, CONFIG_TYPES)
+            found[name] = compare.read_run(done)
         except Exception as error:
-            if not isinstance(error, EXPECTED):
-                traceback.print_exc()
-            failed[name] = _in_a_line(error)
+            failed[name] = _told(error)
             print(f"{name}: {failed[name]}", file=sys.stderr)
     failures = "".join(f"\n{name}: failed: {error}\n" for name, error in failed.items())
     if command.part:
         print(f"part {command.part}: {len(found)} of {len(prepared)} runs are finished\n{failures}")
         return int(bool(failed))
-    (experiment,) = {study.experiment for study in prepared.values()}
-    rows, labels = compare.repetitions(found, each), EXPERIMENTS[experiment].LABELS
+    rows, labels = compare.repetitions(found, each), study.experiment.LABELS
     table = compare.score_table(rows, labels) + failures
     with written(folder / "sweep.md") as file:
         file.write(table.encode())
@@ -538,26 +502,32 @@ def _sweep(command: Sweep, options: Sequence[str]) -> int:
     return int(bool(failed))
 
 
-EXPECTED = (UsageError, FloatingPointError, MemoryError, OSError, jax.errors.JaxRuntimeError)
-"""What may end a run and is told in a line; of all else there is to say where it comes from."""
+def _told(error: Exception) -> str:
+    """What ended a run, in a line; of what is nobody's to expect, with where it comes from."""
+    import jax
 
+    from experiments.engine.runs import ResultError
 
-def _in_a_line(error: Exception) -> str:
     text = next(iter(str(error).splitlines()), "")
-    parts = (text,) if isinstance(error, EXPECTED) else (type(error).__name__, text)
-    return ": ".join(filter(None, parts)) or type(error).__name__
+    kind = type(error).__name__
+    expected = (UsageError, ResultError, FloatingPointError, MemoryError, OSError)
+    if isinstance(error, (*expected, jax.errors.JaxRuntimeError)):
+        return text or kind
+    traceback.print_exception(error)
+    return ": ".join(filter(None, (kind, text)))
 
 
 def _compare(command: Compare) -> int:
+    from experiments.engine import compare
     from experiments.figures import save
 
     if not command.folders:
         raise UsageError("compare: give the folder of a run or more")
-    found = [compare.read_run(folder, CONFIG_TYPES) for folder in command.folders]
-    experiments = sorted({run.experiment for run in found})
+    found = [compare.read_run(folder) for folder in command.folders]
+    experiments = sorted({run.experiment.name for run in found})
     if len(experiments) != 1:
         raise UsageError(f"compare: runs of one experiment only, got {', '.join(experiments)}")
-    labels = EXPERIMENTS[experiments[0]].LABELS
+    labels = found[0].experiment.LABELS
     if not labels:
         raise UsageError(f"compare: {experiments[0]} logs no metrics to compare")
     # the names of folders may be the same where the folders above differ
@@ -576,6 +546,8 @@ def _compare(command: Compare) -> int:
 
 
 def _export(command: Export) -> int:
+    from experiments.engine import runs
+    from experiments.engine.checkpoints import read_params
     from rnnattn.interop import write_safetensors
 
     if not (command.folder / runs.CONFIG).is_file():
@@ -608,5 +580,10 @@ if __name__ == "__main__":
     if isinstance(sys.stdout, io.TextIOWrapper):
         # a question mark for what a terminal's encoding does not have
         sys.stdout.reconfigure(errors="replace")
-    with processes.leaving():
+    if sys.argv[1:] == ["list"]:
+        # which needs no JAX: that takes most of a second to import
+        sys.exit(main(["list"]))
+    from experiments.engine.processes import leaving
+
+    with leaving():
         sys.exit(main(sys.argv[1:]))

@@ -7,7 +7,8 @@ In a function `lstm`:
     check(clip is None or clip > 0, "clip", "positive or None", clip)
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from operator import index
 from typing import Any, NamedTuple
 
@@ -112,6 +113,20 @@ class Check(NamedTuple):
                 f"{self.function}: `implementation={implementation!r}` cannot serve "
                 f"{' or '.join(unserved)}; 'xla' can"
             )
+
+
+@contextmanager
+def forward_mode(instead: str) -> Iterator[None]:
+    """Around the call of a custom rule: JAX's refusal of forward mode, with what to call instead.
+
+    Where a caller's own `jax.jit` is traced, JAX refuses only after the call, without the advice.
+    """
+    try:
+        yield
+    except TypeError as error:
+        if "forward-mode" in str(error):
+            error.add_note(f"`{instead}` has forward mode, and the same values.")
+        raise
 
 
 def several(x: Any) -> bool:

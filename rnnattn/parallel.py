@@ -8,7 +8,7 @@ Axes: B batch, T queries, S keys, N query heads, M key/value heads, K head width
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Required, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,59 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from rnnattn.attention.arguments import Arrays, checked, sorted_arguments
 from rnnattn.attention.ring import IN_ORDER, attend_to_parts, ring_of, stops_of, zigzag_order
+from rnnattn.attention.signature import Window
 from rnnattn.checks import Check
+
+
+class RingOptions(TypedDict, total=False):
+    """The options of `ring_attention`, for type checkers, but for what it returns."""
+
+    axis_name: Required[str]
+    mesh: Mesh | AbstractMesh | None
+    batch_axis_name: str | Sequence[str] | None
+    head_axis_name: str | Sequence[str] | None
+    layout: Literal["contiguous", "zigzag"]
+    scale: float | Float[Array, "..."] | None
+    is_causal: bool
+    query_seq_lengths: Int[Array, " B"] | None
+    key_value_seq_lengths: Int[Array, " B"] | None
+    local_window_size: Window | None
+    query_segment_ids: Int[Array, "B T"] | None
+    key_value_segment_ids: Int[Array, "B S"] | None
+    logits_soft_cap: float | None
+
+
+@overload
+def ring_attention(
+    query: Float[Array, "B T N K"],
+    key: Float[Array, "B S M K"],
+    value: Float[Array, "B S M V"],
+    *,
+    return_residual: Literal[False] = False,
+    **options: Unpack[RingOptions],
+) -> Float[Array, "B T N V"]: ...
+
+
+@overload
+def ring_attention(
+    query: Float[Array, "B T N K"],
+    key: Float[Array, "B S M K"],
+    value: Float[Array, "B S M V"],
+    *,
+    return_residual: Literal[True],
+    **options: Unpack[RingOptions],
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]: ...
+
+
+@overload
+def ring_attention(
+    query: Float[Array, "B T N K"],
+    key: Float[Array, "B S M K"],
+    value: Float[Array, "B S M V"],
+    *,
+    return_residual: bool = False,
+    **options: Unpack[RingOptions],
+) -> Any: ...
 
 
 def ring_attention(
@@ -36,7 +88,7 @@ def ring_attention(
     is_causal: bool = False,
     query_seq_lengths: Int[Array, " B"] | None = None,
     key_value_seq_lengths: Int[Array, " B"] | None = None,
-    local_window_size: int | tuple[int | None, int | None] | None = None,
+    local_window_size: Window | None = None,
     return_residual: bool = False,
     query_segment_ids: Int[Array, "B T"] | None = None,
     key_value_segment_ids: Int[Array, "B S"] | None = None,

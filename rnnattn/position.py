@@ -26,6 +26,7 @@ al. 2024, arXiv 2403.13298 (two axes); for the scalings see each. P1–P4 are th
 corrected.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -37,7 +38,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Real
 
-from rnnattn.checks import Check
+from rnnattn.checks import Check, forward_mode
 from rnnattn.meshes import in_parts
 from rnnattn.precision import varying_together
 
@@ -121,14 +122,19 @@ def _geometric(dim, base, first=0):
 class Scaling:
     """What changes the frequencies of `rope`, so that it reaches beyond its training length.
 
-    The fields of a scaling are named as in the `rope_scaling` of a checkpoint's `config.json`.
+    The fields of a scaling are named as in the `rope_scaling` of a checkpoint's `config.json`;
+    where one has a default, None stands for it, as it does there.
     """
 
     def __post_init__(self):
         check = Check(type(self).__name__)
-        for name, value in vars(self).items():
-            if value is not None and not isinstance(value, bool):
-                check(value > 0, name, "positive", repr(value))
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if value is None and field.default is not dataclasses.MISSING:
+                object.__setattr__(self, field.name, field.default)  # the class is frozen
+            elif not isinstance(value, bool):
+                positive = value is not None and value > 0
+                check(positive, field.name, "positive", repr(value))
 
     def frequencies(self, dim: int, base: float | int) -> np.ndarray:
         """The frequencies of the `dim` / 2 pairs, in radians per step."""
@@ -203,10 +209,10 @@ class YaRNScaling(Scaling):
 
     factor: float | int
     original_max_position_embeddings: int
-    beta_fast: float | int = 32.0
-    beta_slow: float | int = 1.0
+    beta_fast: float | int | None = 32.0
+    beta_slow: float | int | None = 1.0
     attention_factor: float | int | None = None
-    truncate: bool = True
+    truncate: bool | None = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -535,7 +541,8 @@ def call_rope(function, rotate, x, positions, options):
     check(d <= K, "rotary_dim", f"at most K = {K}", d)
     options = options._replace(rotary_dim=d)
     t = _positions_of(check, "positions", positions, x)
-    return _run_rope(function, rotate, options, x, t)
+    with forward_mode("rnnattn.reference.rope"):
+        return _run_rope(function, rotate, options, x, t)
 
 
 @partial(jax.jit, static_argnames=("function", "rotate", "options"))
@@ -554,7 +561,8 @@ def call_rope_2d(function, rotate, x, rows, columns, options):
     check.multiple("x.shape[-1]", x.shape[-1], 4)
     rows = _positions_of(check, "rows", rows, x)
     columns = _positions_of(check, "columns", columns, x)
-    return _run_rope_2d(function, rotate, options, x, rows, columns)
+    with forward_mode("rnnattn.reference.rope_2d"):
+        return _run_rope_2d(function, rotate, options, x, rows, columns)
 
 
 @partial(jax.jit, static_argnames=("function", "rotate", "options"))
@@ -581,7 +589,10 @@ def call_rope_mixed(function, rotate, x, rows, columns, frequencies, interleaved
     check.floating("frequencies", frequencies)
     rows = _positions_of(check, "rows", rows, x)
     columns = _positions_of(check, "columns", columns, x)
-    return _run_rope_mixed(function, rotate, interleaved, inverse, x, rows, columns, frequencies)
+    with forward_mode("rnnattn.reference.rope_mixed"):
+        return _run_rope_mixed(
+            function, rotate, interleaved, inverse, x, rows, columns, frequencies
+        )
 
 
 @partial(jax.jit, static_argnames=("function", "rotate", "interleaved", "inverse"))

@@ -373,6 +373,8 @@ def test_forward_mode_of_the_default_is_an_error(implementation):
     message = "can't apply forward-mode autodiff (jvp) to a custom_vjp function"
     assert message in str(caught.value)
     assert message in " ".join((dot_product_attention.__doc__ or "").split())
+    instead = "`rnnattn.attention.dot_product_attention_jvp` has forward mode"
+    assert instead in " ".join(caught.value.__notes__)  # beside a note of JAX's own
 
 
 # ---- rows that see nothing, and axes of none --------------------------------------------------

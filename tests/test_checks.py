@@ -163,6 +163,7 @@ def _of_modules():
     yield from (
         lambda: heads(0, 8),
         lambda: heads(3, 8),
+        lambda: heads(2, 8, head_width=0),
         lambda: heads(4, 8, num_key_value_heads=3),
         lambda: heads(2, 8, dropout_rate=1.0),
         lambda: attention(tokens, scale=1.0),
@@ -193,6 +194,7 @@ def _of_formats():
         lambda: interop.lstm_to_flax(PARAMS._replace(peephole=None), form="haiku"),  # type: ignore[arg-type]
         lambda: interop.vit_from_timm({}, 2),
         lambda: interop.vit_from_timm(timm_weights(), 3),
+        lambda: interop.vit_from_google({"pre_logits/bias": np.ones(1)}),
         lambda: interop.vit_to_google({}, form="timm"),  # type: ignore[arg-type]
     )
 

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -501,6 +501,10 @@ def test_timm(pool):
     assert_close(logits, timm_forward(weights, images.transpose(0, 3, 1, 2)), 1e-10)
 
 
+FORMS: tuple[Literal["vision_transformer", "big_vision"], ...]
+FORMS = ("vision_transformer", "big_vision")
+
+
 @pytest.mark.parametrize("class_token", [True, False])
 def test_vit_round_trips_are_exact(class_token):
     weights = timm_weights(class_token)
@@ -509,12 +513,17 @@ def test_vit_round_trips_are_exact(class_token):
     assert set(again) == set(weights)
     for name in weights:
         np.testing.assert_array_equal(again[name], weights[name])
-    for form in ("vision_transformer", "big_vision"):
+    of_form = {"vision_transformer": tree, "big_vision": tree}
+    if class_token:  # big_vision has no position for it
+        own, grid = tree["position"][:1], tree["position"][1:]
+        moved = {"cls": tree["cls"] + own, "position": jnp.pad(grid, ((1, 0), (0, 0)))}
+        of_form["big_vision"] = tree | moved
+    for form in FORMS:
         for prefix in ("", "params/", "opt/target/"):
             google = {prefix + name: a for name, a in vit_to_google(tree, form).items()}
             beside = {"opt/step": np.ones(())} if prefix == "params/" else {}
             back = vit_from_google(google | beside)
-            jax.tree.map(np.testing.assert_array_equal, back, tree)
+            jax.tree.map(np.testing.assert_array_equal, back, of_form[form])
 
 
 # As `np.load` of AugReg's Ti_16 lists them: name, and shape with D 192, 3 heads, 197 tokens.
@@ -560,6 +569,30 @@ def test_google_names_and_shapes():
         big_vision
     )
     assert f"{block}/MlpBlock_0/Dense_1/bias" in big_vision
+
+
+def test_positions_of_big_vision_with_and_without_the_class_token():
+    big_vision = {}
+    for name, shape in AUGREG.items():
+        name = name.replace("Transformer/posembed_input/", "").replace("LayerNorm_2", "LayerNorm_1")
+        name = name.replace("MlpBlock_3", "MlpBlock_0").replace("Attention_1", "Attention_0")
+        big_vision[name] = np.ones(shape, np.float32)
+    with_it = vit_from_google(big_vision)["position"]
+    big_vision["pos_embedding"] = big_vision["pos_embedding"][:, 1:]
+    without = vit_from_google(big_vision)["position"]
+    assert without.shape == with_it.shape == (197, 192)
+    assert (without[0] == 0).all() and (with_it == 1).all() and (without[1:] == 1).all()
+
+
+def test_a_layer_that_the_vit_does_not_have_is_named_with_the_way_round_it():
+    weights = {name: np.zeros(shape, np.float32) for name, shape in AUGREG.items()}
+    more = {"pre_logits/kernel": np.zeros((192, 192)), "pre_logits/bias": np.zeros(192)}
+    with pytest.raises(
+        ValueError, match=r"`pre_logits` is a layer .* leave its arrays out and give"
+    ):
+        vit_from_google(weights | more)
+    fresh = {"head/kernel": np.zeros((192, 7), np.float32), "head/bias": np.zeros(7, np.float32)}
+    assert vit_from_google(weights | fresh)["head"]["kernel"].shape == (192, 7)
 
 
 def test_all_that_is_wrong_with_a_vit_is_named():

@@ -167,6 +167,23 @@ def test_the_module_is_that_of_flax(options):
     assert_same(value_and_gradient(call, ours, X), value_and_gradient(call, theirs, X))
 
 
+def test_heads_of_a_width_of_their_own_and_no_biases():
+    """(x W_q)(x W_k)ᵀ by hand; a width that `features` is no multiple of."""
+    module = attention(head_width=5, num_key_value_heads=2, use_bias=False)
+    assert sorted(jax.tree.leaves(jax.tree.map(jnp.shape, nnx.state(module, nnx.Param)))) == sorted(
+        [D, N, 5, D, 2, 5, D, 2, 5, N, 5, D]
+    )
+    q, k, v = (
+        jnp.einsum("btd,dnk->btnk", X, linear.kernel[...])
+        for linear in (module.query, module.key, module.value)
+    )
+    k, v = (jnp.repeat(x, N // 2, axis=2) for x in (k, v))
+    weights = jax.nn.softmax(jnp.einsum("btnk,bsnk->bnts", q, k) / np.sqrt(5), axis=-1)
+    y = jnp.einsum("bnts,bsnk,nkd->btd", weights, v, module.out.kernel[...])
+    assert_close(module(X), y, 1e-12)
+    assert module.init_cache(B, 3).key.shape == (B, 3, 2, 5)
+
+
 def test_cross_attention_lengths_and_weights():
     module = attention()
     lengths = jnp.array([4, 0])
@@ -263,6 +280,7 @@ ATTENTION_ERRORS = {
     "`num_key_value_heads` must be a divisor of `num_heads` = 4, got 3": lambda: attention(
         num_key_value_heads=3
     ),
+    "`head_width` must be at least 1, got 0": lambda: attention(head_width=0),
     r"`dropout_rate` must be in \[0, 1\), got 1.5": lambda: attention(dropout_rate=1.5),
     "`query_offset` must be left to the module, got 1": lambda: attention()(X, query_offset=1),
     "`context` must be None with `cache`": lambda: attention()(

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from jax.test_util import check_grads
 
+import rnnattn
 from rnnattn import position, reference
 from rnnattn.position import (
     LinearScaling,
@@ -287,8 +288,11 @@ def test_forward_mode_is_that_of_the_twin():
     x, t = _draw(1, 3, 1, 4), _draw(3)
     y, dy = jax.jvp(reference.rope, (x, t), (x, jnp.zeros(3)))
     np.testing.assert_allclose(y, dy, atol=1e-15)  # linear in x
-    with pytest.raises(TypeError, match="custom_vjp"):
-        jax.jvp(rope, (x, t), (x, t))
+    tables = {"rope": (x, t), "rope_2d": (x, t, t), "rope_mixed": (x, t, t, _draw(2, 1, 2))}
+    for name, arguments in tables.items():
+        with pytest.raises(TypeError, match="custom_vjp") as caught:
+            jax.jvp(getattr(rnnattn, name), arguments, arguments)
+        assert f"`rnnattn.reference.{name}` has forward mode" in " ".join(caught.value.__notes__)
 
 
 def test_vmap_equals_a_loop():
@@ -577,6 +581,11 @@ def test_everything_exports_for_gpu_and_tpu(x64):
             jax.export.export(jax.jit(function), platforms=("cpu", "cuda", "tpu"))(x, t, f)
 
 
+def test_none_in_a_config_stands_for_the_default():
+    config = {"beta_fast": None, "beta_slow": None, "attention_factor": None, "truncate": None}
+    assert YaRNScaling(4.0, 64, **config) == YARN
+
+
 def _bad_calls() -> dict[str, Any]:
     x, t, f = _draw(2, 5, 3, 8), jnp.arange(5), _draw(2, 3, 4)
     wrong: Any = "linear"
@@ -618,6 +627,10 @@ def _bad_calls() -> dict[str, Any]:
             x, t, t, f.astype(jnp.int32)
         ),
         "LinearScaling: `factor` must be positive, got 0": lambda: LinearScaling(0),
+        "YaRNScaling: `factor` must be positive, got None": lambda: YaRNScaling(
+            None,  # type: ignore[arg-type]
+            64,
+        ),
         "YaRNScaling: `beta_slow` must be below `beta_fast`, got 3.0 and 2.0": lambda: YaRNScaling(
             2.0, 64, beta_fast=2.0, beta_slow=3.0
         ),

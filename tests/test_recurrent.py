@@ -602,5 +602,17 @@ def test_a_bad_argument_is_an_error_that_names_it(message, monkeypatch):
         assert type(caught.value).__name__ == "TypeCheckError"
 
 
+@pytest.mark.parametrize("name", ["lstm", "lstm_step"])
+def test_the_refusal_of_forward_mode_names_the_twin(name):
+    params = init_lstm(jax.random.key(0), 2, 3, dtype=jnp.float64)
+    state = LSTMState(jnp.zeros((1, 3)), jnp.zeros((1, 3)))
+    x = jnp.ones((1, 2) if name == "lstm_step" else (1, 4, 2))
+    in_forward_mode = lambda f: jax.jvp(lambda x: f(params, x, state), (x,), (x,))
+    with pytest.raises(TypeError, match="custom_vjp") as caught:
+        in_forward_mode(getattr(rnnattn, name))
+    assert f"`rnnattn.reference.{name}` has forward mode" in " ".join(caught.value.__notes__)
+    in_forward_mode(getattr(reference, name))
+
+
 def test_the_public_face_is_what_the_design_names():
     assert all(hasattr(rnnattn, name) for name in rnnattn.__all__)

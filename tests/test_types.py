@@ -5,7 +5,15 @@ from typing import assert_type
 import jax
 import jax.numpy as jnp
 
-from rnnattn import LSTMParams, dot_product_attention, reference, stacked_lstm
+from rnnattn import (
+    KVCache,
+    LSTMParams,
+    dot_product_attention,
+    nn,
+    parallel,
+    reference,
+    stacked_lstm,
+)
 from rnnattn.attention import dot_product_attention_jvp
 
 
@@ -18,10 +26,26 @@ def read_by_the_type_checker(q: jax.Array, flag: bool, params: LSTMParams):
     assert_type(both, tuple[jax.Array, jax.Array, jax.Array])
     dot_product_attention(q, q, q, return_residual=flag)
 
+    ring = parallel.ring_attention
+    assert_type(ring(q, q, q, axis_name="sequence", is_causal=True), jax.Array)
+    both_of_ring = ring(q, q, q, axis_name="sequence", return_residual=True)
+    assert_type(both_of_ring, tuple[jax.Array, jax.Array])
+
     # a misspelt option; that nothing is to be ignored here is an error
     dot_product_attention(q, q, q, is_casual=True)  # type: ignore[call-overload]
     reference.dot_product_attention(q, q, q, is_casual=True)  # type: ignore[call-overload]
     stacked_lstm([params], q, residual="gates")  # type: ignore[call-arg]
+    ring(q, q, q, axis_name="sequence", is_casual=True)  # type: ignore[call-overload]
+    ring(q, q, q)  # type: ignore[call-overload]
+
+
+def modules_read_by_the_type_checker(
+    attention: nn.MultiHeadAttention, vit: nn.ViT, x: jax.Array, cache: KVCache
+):
+    assert_type(attention(x, is_causal=True), jax.Array)
+    assert_type(attention(x, cache=cache), tuple[jax.Array, KVCache])
+    assert_type(vit(x), jax.Array)
+    assert_type(vit(x, capture=True)[0], jax.Array)
 
 
 def test_what_is_typed_is_what_runs():

@@ -21,10 +21,9 @@ from experiments.report.evidence import Claim, equal
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CLAIMS = ("A6",)
-
-LABELS: dict[str, str] = {}
-"""Nothing is logged."""
+CLAIMS = {
+    "A6": "A query half-way between two keys averages their values",
+}
 
 ROUNDING = 1e-12
 """What float64 leaves of numbers of order 1."""
@@ -45,14 +44,14 @@ class Config:
     """Lengths β of the query along each of the two keys, rising."""
 
 
+TINY = Config(several_keys=(3, 6))
+
+
 class Result(NamedTuple):
     """The weights and the output against n and β; the first axis is n, the second β."""
 
-    keys: np.ndarray
-    beta: np.ndarray
     weights: np.ndarray
     rest: np.ndarray
-    rest_predicted: np.ndarray
     distance: np.ndarray
     identity_error: np.ndarray
     scores: dict[str, float]
@@ -92,11 +91,8 @@ def run(config: Config, session: Session = SILENT) -> Result:
     pairs = np.array(weights)
     rest = 1 - pairs.sum(axis=2)
     return Result(
-        keys=np.array(config.several_keys),
-        beta=betas,
         weights=pairs,
         rest=rest,
-        rest_predicted=left_over(betas[None], np.array(config.several_keys)[:, None]),
         distance=np.array(distances),
         identity_error=np.array(errors),
         scores={"smallest_rest": float(rest.min())},
@@ -105,21 +101,22 @@ def run(config: Config, session: Session = SILENT) -> Result:
 
 def claims(config: Config, result: Result) -> tuple[Claim, ...]:
     """A6: the exact distance from the average, for every n and β."""
-    longest = float(result.beta[-1])
+    keys, longest = config.several_keys, config.betas[-1]
+    predicted = left_over(np.array(config.betas), np.array(keys)[:, None])
     right = [
         equal(
             f"‖c − ½(v_a + v_b)‖ over the distance of the other values' mean, β = {longest:g}, "
             f"n = {n}",
-            result.rest_predicted[i, -1], result.distance[i, -1], ROUNDING,
+            predicted[i, -1], result.distance[i, -1], ROUNDING,
             left_over(0.0, n), "β = 0, all keys alike",
         )
-        for i, n in enumerate(result.keys)
+        for i, n in enumerate(keys)
     ]  # fmt: skip
     right += [
         equal(
             "largest error of the formula of c, all β and n",
             0, float(result.identity_error.max()), ROUNDING,
-            float(result.rest_predicted.max()), "c = ½(v_a + v_b) at every β",
+            float(predicted.max()), "c = ½(v_a + v_b) at every β",
         ),
         equal(
             "largest difference between α_a and α_b, all β and n",
@@ -128,7 +125,7 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
         equal(
             f"outputs at β = {longest:g} that are off the average by more than {CLOSE:g}",
             0, float(np.sum(result.distance[:, -1] > CLOSE)), 0.0,
-            float(len(result.keys)), "all of them",
+            float(len(keys)), "all of them",
         ),
     ]  # fmt: skip
     return (
@@ -146,21 +143,21 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
     )
 
 
-def plot(result: Result) -> "Figure":
+def plot(config: Config, result: Result) -> "Figure":
     """Weights of the two keys and the distance from the average, against β."""
     from experiments.figures import BLACK, BLUE, GREEN, ORANGE, new_figure
 
     figure = new_figure(10, 4)
     weights, distance = figure.subplots(1, 2)
-    grid = np.linspace(0, result.beta.max(), 200)
+    grid = np.linspace(0, max(config.betas), 200)
     looks = ((BLUE, "o", "-"), (ORANGE, "s", "--"), (GREEN, "v", ":"))
-    for i, n in enumerate(result.keys):
+    for i, n in enumerate(config.several_keys):
         colour, marker, line = looks[i % len(looks)]
         delta = left_over(grid, n)
         weights.plot(grid, (1 - delta) / 2, color=colour, linestyle=line, label=f"theory, n = {n}")
         distance.plot(grid, delta, color=colour, linestyle=line, label=f"theory, n = {n}")
         for axes, values in ((weights, result.weights[i, :, 0]), (distance, result.distance[i])):
-            axes.plot(result.beta, values, marker, color=colour, label=f"measured, n = {n}")
+            axes.plot(config.betas, values, marker, color=colour, label=f"measured, n = {n}")
     weights.axhline(0.5, color=BLACK, linewidth=1)
     weights.set(xlabel="query length β", ylabel="weight of $v_a$, and of $v_b$")
     ylabel = "distance of c from the average\n(in distances of the others' mean)"

@@ -27,10 +27,10 @@ from experiments.report.evidence import Claim, equal
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CLAIMS = ("A3", "A4")
-
-LABELS: dict[str, str] = {}
-"""Nothing is logged."""
+CLAIMS = {
+    "A3": "Attention weights are a probability distribution",
+    "A4": "A query very like one key copies its value",
+}
 
 ROUNDING = 1e-10
 """What float64 leaves of weights: the last digits of e^s are lost where s is some thousands."""
@@ -54,22 +54,20 @@ class Config:
     """Lengths of a query in the direction of its key."""
 
 
+TINY = Config(draws=20, keys=5)
+
+
 class Result(NamedTuple):
     """Sums and signs of weights, and weights against margin and length."""
 
-    scales: np.ndarray
     sum_error: np.ndarray
     sigmoid_sum_error: np.ndarray
     lowest: np.ndarray
-    errors: np.ndarray
-    margins: np.ndarray
     tied: np.ndarray
     tied_short: np.ndarray
     weights: np.ndarray
     distances: np.ndarray
-    lengths: np.ndarray
     length_weights: np.ndarray
-    length_predicted: np.ndarray
     scores: dict[str, float]
 
 
@@ -137,19 +135,14 @@ def run(config: Config, session: Session = SILENT) -> Result:
             distances.append(np.linalg.norm(c - v[:, 0], axis=1) / reach)
 
         return Result(
-            scales=np.array(config.scales),
             sum_error=np.array(sums),
             sigmoid_sum_error=np.array(sigmoids),
             lowest=np.array(lowest),
-            errors=errors,
-            margins=margins,
             tied=tie(margins),
             tied_short=tie(np.log((1 - errors) / errors)),
             weights=np.array(weights),
             distances=np.array(distances),
-            lengths=np.array(config.lengths),
             length_weights=tie(np.array(config.lengths)),
-            length_predicted=1 / (1 + (n - 1) * np.exp(-np.array(config.lengths))),
             scores={"largest_sum_error": float(np.max(sums))},
         )
 
@@ -160,7 +153,7 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
 
 
 def _distribution(config: Config, result: Result) -> Claim:
-    rows = f"{config.draws} rows of {config.keys} keys at each of {len(result.scales)} scales"
+    rows = f"{config.draws} rows of {config.keys} keys at each of {len(config.scales)} scales"
     return Claim(
         "A3",
         r"\alpha = \operatorname{softmax}(s):\quad \sum_i \alpha_i = 1,\quad \alpha_i \ge 0",
@@ -177,7 +170,7 @@ def _distribution(config: Config, result: Result) -> Claim:
 def _copying(config: Config, result: Result) -> Claim:
     n = config.keys
     right = []
-    for i, error in enumerate(result.errors):
+    for i, error in enumerate(config.errors):
         at = f"ε = {error:g}, n = {n}"
         violations = np.sum(result.weights[i] < 1 - error - ROUNDING)
         far = np.sum(result.distances[i] > error + ROUNDING)
@@ -187,13 +180,13 @@ def _copying(config: Config, result: Result) -> Claim:
             equal(f"weights below 1 − ε of {config.draws} random rivals, {at}", 0, violations, 0.0),
             equal(f"outputs farther than ε max ‖v_i − v_j‖ from v_j, {at}", 0, far, 0.0),
         ]  # fmt: skip
-    smallest = float(result.errors.min())
-    short = int(np.argmin(np.abs(result.lengths - 1)))
+    smallest, lengths = min(config.errors), np.array(config.lengths)
+    short = int(np.argmin(np.abs(lengths - 1)))
     beyond = equal(
-        f"weight for a query of length {result.lengths[short]:g} that points at its key "
+        f"weight for a query of length {lengths[short]:g} that points at its key "
         f"(cosine 1, and 0 to the others, n = {n})",
         1 - smallest, result.length_weights[short], smallest,
-        result.length_predicted[short], "e^r / (e^r + n − 1)",
+        1 / (1 + (n - 1) * np.exp(-lengths[short])), "e^r / (e^r + n − 1)",
     )  # fmt: skip
     return Claim(
         "A4",
@@ -208,32 +201,32 @@ def _copying(config: Config, result: Result) -> Claim:
     )
 
 
-def plot(result: Result) -> "Figure":
+def plot(config: Config, result: Result) -> "Figure":
     """Weight against the query's length; weights and distances at the margin."""
     from experiments.figures import BLACK, BLUE, GREEN, ORANGE, new_figure
 
     figure = new_figure(10, 3.8)
     length, weight, distance = figure.subplots(1, 3)
-    grid = np.linspace(0, result.lengths.max(), 200)
-    rivals = math.exp(result.margins[0]) * result.errors[0] / (1 - result.errors[0])
-    length.plot(grid, 1 / (1 + rivals * np.exp(-grid)), color=BLACK, label="theory")
-    length.plot(result.lengths, result.length_weights, "o", color=BLUE, label="measured")
-    for error, lead in zip(result.errors, result.margins, strict=True):
+    errors, n = np.array(config.errors), config.keys
+    grid = np.linspace(0, max(config.lengths), 200)
+    length.plot(grid, 1 / (1 + (n - 1) * np.exp(-grid)), color=BLACK, label="theory")
+    length.plot(config.lengths, result.length_weights, "o", color=BLUE, label="measured")
+    for error, lead in zip(errors, margin(errors, n), strict=True):
         length.axvline(lead, color=ORANGE, linestyle="--", linewidth=1)
         length.annotate(f"ε = {error:g}", (lead, 0.3), rotation=90, ha="right", fontsize=8)
     length.set(xlabel="length of a query along its key", ylabel="weight of that key",
                title="Likeness is not enough")  # fmt: skip
     length.legend(fontsize=8)
 
-    place = np.arange(len(result.errors))
+    place = np.arange(len(errors))
     for axes, values in ((weight, 1 - result.weights), (distance, result.distances)):
         spread = np.linspace(-0.3, 0.3, values.shape[1])
         for x, row in zip(place, values, strict=True):
             axes.plot(x + spread, row, ".", color=BLUE, markersize=3, alpha=0.4,
                       label="random rivals" if x == 0 else None)  # fmt: skip
-            axes.hlines(result.errors[x], x - 0.4, x + 0.4, color=BLACK,
+            axes.hlines(errors[x], x - 0.4, x + 0.4, color=BLACK,
                         label="bound ε" if x == 0 else None)  # fmt: skip
-        axes.set_xticks(place, [f"{error:g}" for error in result.errors])
+        axes.set_xticks(place, [f"{error:g}" for error in errors])
         axes.set(xlabel="ε", yscale="log")
     weight.plot(place, 1 - result.tied, "D", color=GREEN, label="all rivals tied")
     weight.set(ylabel="weight left to the other keys", title="At the margin for 1 − ε")

@@ -11,7 +11,6 @@ Measured arrays have a last axis of (value, low, high).
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, NamedTuple
@@ -19,17 +18,24 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 from pydantic import Field
 from scipy import special, stats
 
-import rnnattn
 from experiments.engine import memory
 from experiments.engine.config import Logit, Samples, Seed, Several, Size, UsageError
 from experiments.engine.session import SILENT, Session
+from experiments.models.noisy_keys import (
+    VARIANCE,
+    draw_gamma,
+    in_chunks,
+    predicted_weight,
+    stretched_keys,
+    weight_of_first,
+)
 from experiments.report.evidence import (
     Claim,
     Estimate,
+    Evidence,
     equal,
     mean_interval,
     measured,
@@ -42,13 +48,10 @@ from experiments.report.evidence import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CLAIMS = ("A7", "A8")
-
-LABELS: dict[str, str] = {}
-"""Nothing is logged."""
-
-VARIANCE = 0.5
-"""Of γ, in the notes."""
+CLAIMS = {
+    "A7": "Averaging survives a little noise in the keys",
+    "A8": "A key of uncertain length makes the average swing",
+}
 
 SWUNG = 0.1
 """An output has swung to one value when the other's weight is below this."""
@@ -78,73 +81,27 @@ class Config:
     """The αβ² of A7's curve, rising: the first two are where it should average."""
 
 
+TINY = Config(samples=2000, keys=4, several_keys=(2, 3), betas=(2.0, 10.0))
+
+
 class Result(NamedTuple):
-    """Variance of w_a, predicted and measured, against β, n and αβ², and single numbers.
+    """Variance of w_a against β, n and αβ², and single numbers."""
 
-    `setting` is (β, n, β of A7), for the curves of the figure.
-    """
-
-    beta: np.ndarray
     beta_variance: np.ndarray
-    beta_predicted: np.ndarray
-    keys: np.ndarray
     keys_variance: np.ndarray
-    keys_predicted: np.ndarray
-    spread: np.ndarray
     spread_variance: np.ndarray
-    spread_predicted: np.ndarray
     mean: np.ndarray
     swung: np.ndarray
-    swung_predicted: np.ndarray
     noisy_query: np.ndarray
-    noisy_query_predicted: np.ndarray
-    setting: np.ndarray
     gamma: np.ndarray
     weight: np.ndarray
     formula_error: np.ndarray
     scores: dict[str, float]
 
 
-def weight_of_first(
-    query: Float[Array, "B T N K"], key: Float[Array, "B S M K"]
-) -> Float[Array, "B T N"]:
-    """The weight of the first value in the output of each head; the logits are not scaled."""
-    value = jnp.zeros((*key.shape[:3], 1), key.dtype).at[:, 0].set(1)
-    return rnnattn.dot_product_attention(query, key, value, scale=1.0)[..., 0]
-
-
-def stretched_keys(gamma: Float[Array, "B M"], keys: int) -> Float[Array, "B S M K"]:
-    """Orthonormal keys of which the first is γ times as long, for each draw and head (A8)."""
-    eye = jnp.broadcast_to(jnp.eye(keys, dtype=gamma.dtype)[None, :, None, :],
-                           (len(gamma), keys, gamma.shape[1], keys))  # fmt: skip
-    return eye.at[:, 0, :, 0].set(gamma)
-
-
-def draw_gamma(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """γ ~ N(1, ½)."""
-    return random.normal(1.0, math.sqrt(VARIANCE), shape)
-
-
-def predicted_weight(gamma: np.ndarray, beta: float, keys: int) -> np.ndarray:
-    """w_a of A8, the exact softmax."""
-    return 1 / (1 + np.exp(beta * (1 - gamma)) + (keys - 2) * np.exp(-beta * gamma))
-
-
 def swing_variance(beta: float, keys: int) -> float:
     """Var w_a of A8, by quadrature."""
     return normal_moments(lambda gamma: predicted_weight(gamma, beta, keys), 1.0, VARIANCE)[1]
-
-
-def in_chunks(function: Callable[[Array], Array], samples: np.ndarray, keys: int) -> np.ndarray:
-    """The function of the samples, so many at a time that their keys take 16 MiB.
-
-    All chunks are of one size, the last filled up, so that one compiled program serves them.
-    """
-    count = -(-len(samples) * keys**2 // 2**21)
-    size = -(-len(samples) // count)
-    filled = np.resize(samples, (count, size, *samples.shape[1:]))
-    parts = [np.asarray(function(jnp.asarray(chunk))) for chunk in filled]
-    return np.concatenate(parts)[: len(samples)]
 
 
 @partial(jax.jit, static_argnums=2)
@@ -189,9 +146,14 @@ def _others(spread: float, beta: float, keys: int) -> float:
     return (keys - 2) * math.exp(min(-beta + 1.5 * spread, 0.0))
 
 
-def _noisy_query_weight(gamma: np.ndarray, beta: float, keys: int) -> np.ndarray:
-    rest = (keys - 2) * np.exp(-beta * gamma**2)
-    return 1 / (1 + np.exp(beta * (1 - gamma**2)) + rest)
+def _noisy_query_variance(beta: float, keys: int) -> float:
+    """Var w_a with a query made of the noisy key, by quadrature."""
+
+    def weight(gamma: np.ndarray) -> np.ndarray:
+        rest = (keys - 2) * np.exp(-beta * gamma**2)
+        return 1 / (1 + np.exp(beta * (1 - gamma**2)) + rest)
+
+    return normal_moments(weight, 1.0, VARIANCE)[1]
 
 
 def _swung_share(beta: float, keys: int) -> float:
@@ -245,26 +207,14 @@ def run(config: Config, session: Session = SILENT) -> Result:
         by_beta = [variance(swing(b, keys), level_a8) for b in config.betas]
         by_keys = [variance(swing(beta, n), level_a8) for n in config.several_keys]
         by_spread = [variance(blur(spread), level_a7) for spread in config.spreads]
-    moments = partial(normal_moments, mean=1.0, variance=VARIANCE)
     swung = int(np.sum((weight < SWUNG) | (weight > 1 - SWUNG)))
     return Result(
-        beta=np.array(config.betas),
         beta_variance=np.array(by_beta),
-        beta_predicted=np.array([swing_variance(b, keys) for b in config.betas]),
-        keys=np.array(config.several_keys),
         keys_variance=np.array(by_keys),
-        keys_predicted=np.array([swing_variance(beta, n) for n in config.several_keys]),
-        spread=np.array(config.spreads),
         spread_variance=np.array(by_spread),
-        spread_predicted=np.array(
-            [_blurred_variance(s, config.blurred_beta, keys) for s in config.spreads]
-        ),
         mean=np.array(mean_interval(weight, level_a8)),
         swung=np.array(share_interval(swung, config.samples, level_a8)),
-        swung_predicted=np.array(_swung_share(beta, keys)),
         noisy_query=np.array(variance(noisy, level_a8)),
-        noisy_query_predicted=np.array(moments(lambda g: _noisy_query_weight(g, beta, keys))[1]),
-        setting=np.array([beta, keys, config.blurred_beta]),
         gamma=gamma[:2000],
         weight=weight[:2000],
         formula_error=np.array(np.max(np.abs(weight - predicted_weight(gamma, beta, keys)))),
@@ -279,7 +229,10 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
 
 def _averaging_survives(config: Config, result: Result) -> Claim:
     swing = swing_variance(config.beta, config.keys)
-    spreads = list(zip(result.spread, result.spread_variance, result.spread_predicted, strict=True))
+    predicted_at = [
+        _blurred_variance(spread, config.blurred_beta, config.keys) for spread in config.spreads
+    ]
+    spreads = list(zip(config.spreads, result.spread_variance, predicted_at, strict=True))
 
     def name(spread: float) -> str:
         return f"variance of the weight of v_a, αβ² = {spread:g} (n = {config.keys})"
@@ -312,20 +265,18 @@ def _the_average_swings(config: Config, result: Result) -> Claim:
     at = "variance of the weight of v_a"
     steady = (0.0, "c stays the mean of the two")
 
-    def series(values, variances, predictions, text):
-        return [
-            measured(text(x), predicted, Estimate(*estimate), *steady)
-            for x, estimate, predicted in zip(values, variances, predictions, strict=True)
-        ]
+    def swing(beta: float, keys: int, variance: np.ndarray) -> Evidence:
+        name = f"{at}, β = {beta:g}, n = {keys}"
+        return measured(name, swing_variance(beta, keys), Estimate(*variance), *steady)
 
-    by_beta = series(
-        result.beta, result.beta_variance, result.beta_predicted,
-        lambda b: f"{at}, β = {b:g}, n = {config.keys}",
-    )  # fmt: skip
-    by_keys = series(
-        result.keys, result.keys_variance, result.keys_predicted,
-        lambda n: f"{at}, β = {config.beta:g}, n = {n}",
-    )  # fmt: skip
+    by_beta = [
+        swing(beta, config.keys, variance)
+        for beta, variance in zip(config.betas, result.beta_variance, strict=True)
+    ]
+    by_keys = [
+        swing(config.beta, keys, variance)
+        for keys, variance in zip(config.several_keys, result.keys_variance, strict=True)
+    ]
     # the headline is the setting of the notes
     by_beta.sort(key=lambda evidence: f"β = {config.beta:g}," not in evidence.name)
     right = [
@@ -333,12 +284,12 @@ def _the_average_swings(config: Config, result: Result) -> Claim:
         *by_keys,
         measured(
             f"share of draws with a weight within {SWUNG} of 0 or of 1, {setting}",
-            result.swung_predicted, Estimate(*result.swung), *steady,
+            _swung_share(config.beta, config.keys), Estimate(*result.swung), *steady,
         ),
         measured(f"mean of the weight of v_a, {setting}", 0.5, Estimate(*result.mean)),
         measured(
             f"{at} if q is made of the noisy key, {setting}",
-            result.noisy_query_predicted, Estimate(*result.noisy_query), *steady,
+            _noisy_query_variance(config.beta, config.keys), Estimate(*result.noisy_query), *steady,
         ),
         equal(f"largest error of the formula of w_a, {setting}", 0, result.formula_error, 1e-12),
     ]  # fmt: skip
@@ -353,32 +304,32 @@ def _the_average_swings(config: Config, result: Result) -> Claim:
     )
 
 
-def plot(result: Result) -> "Figure":
+def plot(config: Config, result: Result) -> "Figure":
     """Variance of w_a against β and αβ², and the weights themselves."""
     from experiments.figures import BLACK, BLUE, GREEN, ORANGE, error_bars, new_figure
 
     figure = new_figure(10, 3.8)
     draws, swing, blur = figure.subplots(1, 3)
-    beta, keys, blurred_beta = result.setting
+    beta, keys, betas, spreads = config.beta, config.keys, config.betas, config.spreads
     gamma = np.linspace(result.gamma.min(), result.gamma.max(), 300)
     draws.plot(result.gamma, result.weight, ".", color=BLUE, alpha=0.4, label="a draw")
     draws.plot(gamma, predicted_weight(gamma, beta, keys), color=BLACK, label="exact softmax")
     draws.axhline(0.5, color=ORANGE, linestyle="--", label="the average")
     draws.set(xlabel="stretch γ of key a", title=f"A8: it swings (β = {beta:g})")
 
-    grid = np.geomspace(result.beta.min(), result.beta.max(), 60)
-    curve = [swing_variance(b, int(keys)) for b in grid]
+    grid = np.geomspace(min(betas), max(betas), 60)
+    curve = [swing_variance(b, keys) for b in grid]
     swing.plot(grid, curve, color=BLACK, label=f"exact softmax, n = {keys:g}")
-    error_bars(swing, result.beta, result.beta_variance, BLUE, "measured")
+    error_bars(swing, betas, result.beta_variance, BLUE, "measured")
     swing.axhline(0.25, color=ORANGE, linestyle="--", label="limit ¼")
     swing.set(xlabel="query length β", xscale="log", title="A8: more so with β", ylim=(0, 0.27))
 
-    spread = np.geomspace(result.spread.min(), result.spread.max(), 40)
-    curve = [_blurred_variance(s, blurred_beta, int(keys)) for s in spread]
+    spread = np.geomspace(min(spreads), max(spreads), 40)
+    curve = [_blurred_variance(s, config.blurred_beta, keys) for s in spread]
     blur.plot(spread, curve, color=BLACK, label="exact softmax")
     small = spread[spread < 1]
     blur.plot(small, small / 4, color=GREEN, linestyle=":", label="αβ²/4")
-    error_bars(blur, result.spread, result.spread_variance, BLUE, "measured")
+    error_bars(blur, spreads, result.spread_variance, BLUE, "measured")
     blur.axhline(0.25, color=ORANGE, linestyle="--", label="limit ¼")
     blur.set(xlabel="αβ²", xscale="log", yscale="log", title="A7: small noise averages")
     draws.set_ylabel("weight of $v_a$")

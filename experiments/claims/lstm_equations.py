@@ -27,10 +27,10 @@ from rnnattn import LSTMParams, LSTMState
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CLAIMS = ("L1", "L2")
-
-LABELS: dict[str, str] = {}
-"""Nothing is logged."""
+CLAIMS = {
+    "L1": "The gates of an LSTM, from one matrix or from two",
+    "L2": "The cell state and the output of an LSTM",
+}
 
 GATES = ("i", "f", "g", "o")
 
@@ -51,6 +51,9 @@ class Config:
     hidden_size: Size = 16
     weight_scale: Scale = 0.7
     """Standard deviation of weights and biases; that of inputs and initial states is 1."""
+
+
+TINY = Config(length=2, hidden_size=2)
 
 
 class Weights(NamedTuple):
@@ -218,7 +221,7 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
     )  # fmt: skip
 
 
-def plot(result: Result) -> "Figure":
+def plot(config: Config, result: Result) -> "Figure":
     """The gates over their pre-activations, and the states of one unit over time."""
     from experiments.figures import BLACK, BLUE, GREEN, ORANGE, RED, new_figure
 

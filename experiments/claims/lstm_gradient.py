@@ -43,10 +43,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CLAIMS = ("L3", "L4", "L5", "L6", "L7", "L8")
-
-LABELS: dict[str, str] = {}
-"""Nothing is logged."""
+CLAIMS = {
+    "L3": "The gradient that reaches the cell state",
+    "L4": "The gradients of the four gates",
+    "L5": "The gradients of the weights",
+    "L6": "The gradients of the biases",
+    "L7": "The gradients of the input and of the previous output",
+    "L8": "The gradient that the cell state carries back in time",
+}
 
 TOLERANCE = 1e-8
 """A smaller relative error is none; the differences are worth about ten times more."""
@@ -82,10 +86,12 @@ class Config:
     """The largest h of the difference quotients."""
 
 
+TINY = Config(lengths=(1, 2), cases=3, hidden_size=3, input_size=2)
+
+
 class Result(NamedTuple):
     """Relative errors, and the factors that the notes leave out; all without units."""
 
-    lengths: np.ndarray
     errors: np.ndarray  # (E, method, T, quantity, case); NaN for what lies inside the library
     noise: np.ndarray  # (E, T, quantity, case)
     cosines: np.ndarray  # (method, T, case): of the angle between a gradient of θ and the true one
@@ -218,7 +224,6 @@ def run(config: Config, session: Session = SILENT) -> Result:
     # from ((T, E), quantity, case, method) to (E, method, T, quantity, case)
     apart = lambda a: np.stack(a).reshape(len(config.lengths), 2, *a[0].shape)
     return Result(
-        lengths=np.array(config.lengths),
         errors=apart(errors).transpose(1, 4, 0, 2, 3),
         noise=apart(noise).swapaxes(0, 1),
         cosines=np.stack(angles).transpose(2, 0, 1),
@@ -232,6 +237,7 @@ def run(config: Config, session: Session = SILENT) -> Result:
 
 
 def pick(
+    config: Config,
     result: Result,
     method: str,
     names: Sequence[str],
@@ -239,7 +245,7 @@ def pick(
     losses: Sequence[int] = (THROUGH_H, THROUGH_BOTH),
 ) -> np.ndarray:
     """The errors by a method, of quantities by name, at chosen T; [NaN] if there are none."""
-    chosen = result.errors[list(losses), METHODS.index(method)][:, steps(result.lengths)]
+    chosen = result.errors[list(losses), METHODS.index(method)][:, steps(np.array(config.lengths))]
     chosen = chosen[:, :, [QUANTITIES.index(name) for name in names]]
     return chosen.ravel() if chosen.size else np.array([np.nan])
 
@@ -259,7 +265,7 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
     # an error can be told from none only down to the noise of the differences
     tolerance = max(TOLERANCE, float(np.max(result.noise)))
     one, more = (lambda T: T == 1), (lambda T: T >= 2)
-    get, h_alone = partial(pick, result), (THROUGH_H,)
+    get, h_alone = partial(pick, config, result), (THROUGH_H,)
     criterion = (
         "Against finite differences in float64, over all random LSTMs and T, the relative error of "
         f"the corrected statement stays below {tolerance:.0e} in the worst case, and that of the "
@@ -386,14 +392,14 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
 # ---- the figure --------------------------------------------------------------------------------
 
 
-def plot(result: Result) -> "Figure":
+def plot(config: Config, result: Result) -> "Figure":
     """Error against T, the factors that are missing, and which gradients are right."""
     from experiments.figures import new_figure
 
     figure = new_figure(11, 8.4)
     top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=(1, 1.1))[:, 0]
     left, *factors = top.subplots(1, 4, width_ratios=(1.5, 1, 1, 1))
-    _error_by_length(left, result)
+    _error_by_length(left, config, result)
     names = ("o_t", "c_{t-1}", "f_t")
     titles = (
         "dE/dc$_t$ over\nthe printed",
@@ -402,13 +408,13 @@ def plot(result: Result) -> "Figure":
     )
     for axes, name, title, pair in zip(factors, names, titles, result.factors, strict=True):
         _factor(axes, name, title, *pair)
-    _table_of_errors(bottom.subplots(), result)
+    _table_of_errors(bottom.subplots(), config, result)
     count = result.errors.shape[-1]
     figure.suptitle(f"Gradients of an LSTM against finite differences, {count} random cases each")
     return figure
 
 
-def _error_by_length(axes: "Axes", result: Result) -> None:
+def _error_by_length(axes: "Axes", config: Config, result: Result) -> None:
     from experiments.figures import BLACK, BLUE, GREEN, ORANGE, RED
 
     styles = zip(METHODS, (RED, ORANGE, GREEN, BLUE, BLACK), "o^sD+", strict=True)
@@ -418,12 +424,12 @@ def _error_by_length(axes: "Axes", result: Result) -> None:
             result.errors[THROUGH_H, k, :, θ], [0.05, 0.5, 0.95], axis=-1
         )
         line = ":" if method == LIBRARY else "-"
-        axes.plot(result.lengths, median, line, color=colour, marker=marker, label=method)
+        axes.plot(config.lengths, median, line, color=colour, marker=marker, label=method)
         if method != LIBRARY:
-            axes.fill_between(result.lengths, low, high, color=colour, alpha=0.2, linewidth=0)
+            axes.fill_between(config.lengths, low, high, color=colour, alpha=0.2, linewidth=0)
     axes.set(
         xlabel="steps T", ylabel="relative error of dE/dθ\n(median, 5–95 %)", yscale="log",
-        xticks=result.lengths,
+        xticks=config.lengths,
     )  # fmt: skip
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center right")
@@ -445,8 +451,8 @@ def _factor(axes: "Axes", name: str, title: str, factor: np.ndarray, missing: np
     axes.legend(fontsize=7)
 
 
-def _table_of_errors(axes: "Axes", result: Result) -> None:
-    shown = [k for k, T in enumerate(result.lengths) if T <= 3] or [0]
+def _table_of_errors(axes: "Axes", config: Config, result: Result) -> None:
+    shown = [k for k, T in enumerate(config.lengths) if T <= 3] or [0]
     medians = np.median(result.errors[THROUGH_H, :, :, : len(OUTSIDE)], axis=-1)
     rows = medians[:, shown].reshape(-1, len(OUTSIDE))
     exponents = np.log10(np.maximum(rows, 1e-16))
@@ -457,7 +463,7 @@ def _table_of_errors(axes: "Axes", result: Result) -> None:
                   fontsize=9, color="white" if right else "black")  # fmt: skip
     labels = [f"${name.replace('_', '_{')}}}$" if "_" in name else f"${name}$" for name in OUTSIDE]
     axes.set_xticks(range(len(OUTSIDE)), labels)
-    labels = [f"{method}, T = {result.lengths[k]}" for method in METHODS for k in shown]
+    labels = [f"{method}, T = {config.lengths[k]}" for method in METHODS for k in shown]
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     for row in range(len(shown), len(labels), len(shown)):
         axes.axhline(row - 0.5, color="white", linewidth=2)

@@ -17,6 +17,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from experiments.data.adding import CONSTANT_MSE, DataConfig, Sums, abstract_sums, draw_sums
 from experiments.engine.config import Seed, Size
 from experiments.engine.devices import ParallelConfig
 from experiments.engine.memory import check_training
@@ -30,7 +31,6 @@ from experiments.engine.training import (
 )
 from experiments.models.lstm import ModelConfig, ReadoutParams, abstract_readout, init_readout
 from experiments.models.lstm_variants import GRADIENTS, Terms, last_output
-from experiments.tasks.lstm_adding import CONSTANT_MSE, DataConfig, Sums, abstract_sums, draw_sums
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -58,6 +58,14 @@ class Config:
         )
     )
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+
+TINY = Config(
+    runs=1,
+    hidden_size=3,
+    data=DataConfig(length=4, held_out=8),
+    train=TrainConfig(steps=2, batch_size=4, log_every=1, evaluate_every=2),
+)
 
 
 class Result(NamedTuple):
@@ -173,7 +181,7 @@ def run(config: Config, session: Session = SILENT) -> Result:
     )
 
 
-def plot(result: Result) -> "Figure":
+def plot(config: Config, result: Result) -> "Figure":
     """The loss curves, every run of them, and the loss on the test set."""
     from experiments.figures import BLACK, BLUE, GREEN, ORANGE, RED, new_figure
 

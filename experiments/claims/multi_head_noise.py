@@ -22,7 +22,10 @@ import numpy as np
 from pydantic import Field
 from scipy import special, stats
 
-from experiments.claims.key_noise import (
+from experiments.engine import memory
+from experiments.engine.config import Logit, Samples, Seed, Several, Size
+from experiments.engine.session import SILENT, Session
+from experiments.models.noisy_keys import (
     VARIANCE,
     draw_gamma,
     in_chunks,
@@ -30,9 +33,6 @@ from experiments.claims.key_noise import (
     stretched_keys,
     weight_of_first,
 )
-from experiments.engine import memory
-from experiments.engine.config import Logit, Samples, Seed, Several, Size
-from experiments.engine.session import SILENT, Session
 from experiments.report.evidence import (
     Claim,
     Estimate,
@@ -47,10 +47,9 @@ from experiments.report.evidence import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CLAIMS = ("A9",)
-
-LABELS: dict[str, str] = {}
-"""Nothing is logged."""
+CLAIMS = {
+    "A9": "Several heads steady the average",
+}
 
 Keys = Annotated[int, Field(ge=2)]
 
@@ -75,30 +74,20 @@ class Config:
     """More n of the specialised heads, at `beta`."""
 
 
-class Result(NamedTuple):
-    """Variances of v_a's weight in the mean over heads, predicted and measured.
+TINY = Config(samples=2000, keys=4, heads=(2, 3), betas=(10.0,), several_keys=(2,))
 
-    `setting` is (β, n), for the curves of the figure.
-    """
+
+class Result(NamedTuple):
+    """Variances of v_a's weight in the mean over heads."""
 
     one: np.ndarray
-    one_predicted: np.ndarray
-    heads: np.ndarray
     independent: np.ndarray
-    independent_predicted: np.ndarray
     identical: np.ndarray
     identical_difference: np.ndarray
-    beta: np.ndarray
     specialised: np.ndarray
-    specialised_predicted: np.ndarray
     positive: np.ndarray
-    positive_predicted: np.ndarray
-    keys: np.ndarray
     keys_specialised: np.ndarray
-    keys_predicted: np.ndarray
     lost: np.ndarray
-    lost_predicted: np.ndarray
-    setting: np.ndarray
     weights_one: np.ndarray
     weights_independent: np.ndarray
     weights_specialised: np.ndarray
@@ -171,28 +160,15 @@ def run(config: Config, session: Session = SILENT) -> Result:
         ]
         by_keys = [specialised(draw(1)[:, 0], beta, n).mean(axis=1) for n in config.several_keys]
         pair = specialised(gamma, beta, keys)
-    single = normal_moments(lambda g: predicted_weight(g, beta, keys), 1.0, VARIANCE)[1]
-    # head 1 loses k_a where its weight falls below one half
-    threshold = math.log(keys - 1) / beta
     return Result(
         one=np.array(variance(one)),
-        one_predicted=np.array(single),
-        heads=np.array(config.heads),
         independent=np.array([variance(w.mean(axis=1)) for w in independent]),
-        independent_predicted=single / np.array(config.heads),
         identical=np.array(variance(same.mean(axis=1))),
         identical_difference=np.array(np.max(np.abs(same.mean(axis=1) - one))),
-        beta=np.array(config.betas),
         specialised=np.array([variance(w) for w in by_beta]),
-        specialised_predicted=np.array([specialised_variance(b, keys) for b in config.betas]),
         positive=np.array([variance(w[g > 0]) for g, w in zip(gammas, by_beta, strict=True)]),
-        positive_predicted=np.array([specialised_variance(b, keys, 0.0) for b in config.betas]),
-        keys=np.array(config.several_keys),
         keys_specialised=np.array([variance(w) for w in by_keys]),
-        keys_predicted=np.array([specialised_variance(beta, n) for n in config.several_keys]),
         lost=np.array(share_interval(int(np.sum(pair[:, 0] < 0.5)), config.samples, level)),
-        lost_predicted=np.array(stats.norm.cdf(threshold, 1, math.sqrt(VARIANCE))),
-        setting=np.array([beta, keys]),
         weights_one=one[:20_000],
         weights_independent=independent[0].mean(axis=1)[:20_000],
         weights_specialised=pair.mean(axis=1)[:20_000],
@@ -201,6 +177,12 @@ def run(config: Config, session: Session = SILENT) -> Result:
             "specialised_variance": float(np.var(pair.mean(axis=1))),
         },
     )
+
+
+def one_head_variance(config: Config) -> float:
+    """Var w of one head, by quadrature."""
+    weight = lambda gamma: predicted_weight(gamma, config.beta, config.keys)
+    return normal_moments(weight, 1.0, VARIANCE)[1]
 
 
 def specialised_variance(beta: float, keys: int, low: float = -math.inf) -> float:
@@ -213,42 +195,43 @@ def specialised_variance(beta: float, keys: int, low: float = -math.inf) -> floa
 def claims(config: Config, result: Result) -> tuple[Claim, ...]:
     """A9, in its three readings."""
     setting = f"β = {config.beta:g}, n = {config.keys}"
-    single = float(result.one_predicted)
+    single = one_head_variance(config)
     none = (single, "no reduction")
     independent = [
-        measured(f"variance, {h} heads with independent noise, {setting}", p, Estimate(*e), *none)
-        for h, e, p in zip(
-            result.heads, result.independent, result.independent_predicted, strict=True
+        measured(
+            f"variance, {heads} heads with independent noise, {setting}",
+            single / heads, Estimate(*variance), *none,
         )
-    ]
+        for heads, variance in zip(config.heads, result.independent, strict=True)
+    ]  # fmt: skip
     # what the printed claim says of two heads, which these two do better or worse than
     halved = (single / 2, "half of one head's variance, as with independent noise")
     specialised = [
         evidence
-        for b, all_, all_predicted, positive, positive_predicted in zip(
-            result.beta, result.specialised, result.specialised_predicted,
-            result.positive, result.positive_predicted, strict=True,
+        for b, all_, positive in zip(
+            config.betas, result.specialised, result.positive, strict=True
         )
         for evidence in (
             measured(
                 f"variance, two specialised heads, β = {b:g}, n = {config.keys}",
-                all_predicted, Estimate(*all_), *halved,
+                specialised_variance(b, config.keys), Estimate(*all_), *halved,
             ),
             measured(
                 f"variance, two specialised heads, given γ > 0, β = {b:g}, n = {config.keys}",
-                positive_predicted, Estimate(*positive), all_predicted, "without the condition",
+                specialised_variance(b, config.keys, 0.0), Estimate(*positive),
+                specialised_variance(b, config.keys), "without the condition",
             ),
         )
     ]  # fmt: skip
     by_keys = [
         measured(
             f"variance, two specialised heads, β = {config.beta:g}, n = {n}",
-            predicted, Estimate(*estimate), *halved,
+            specialised_variance(config.beta, n), Estimate(*estimate), *halved,
         )
-        for n, estimate, predicted in zip(
-            result.keys, result.keys_specialised, result.keys_predicted, strict=True
-        )
+        for n, estimate in zip(config.several_keys, result.keys_specialised, strict=True)
     ]  # fmt: skip
+    # head 1 loses k_a where its weight falls below one half
+    threshold = math.log(config.keys - 1) / config.beta
     right = [
         *independent,
         *specialised,
@@ -256,7 +239,7 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
         measured(f"variance, one head, {setting}", single, Estimate(*result.one), 0.0, "no swing"),
         measured(
             f"share of draws in which head 1 loses k_a, {setting}",
-            result.lost_predicted, Estimate(*result.lost),
+            stats.norm.cdf(threshold, 1, math.sqrt(VARIANCE)), Estimate(*result.lost),
             stats.norm.cdf(-1 / math.sqrt(VARIANCE)), "P(γ < 0), its limit for β → ∞",
         ),
         equal(
@@ -288,42 +271,42 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
     )
 
 
-def plot(result: Result) -> "Figure":
+def plot(config: Config, result: Result) -> "Figure":
     """Variance against heads; its dependence on β; the weights' distributions."""
     from experiments.figures import BLACK, BLUE, GREEN, ORANGE, RED, error_bars, new_figure
 
     figure = new_figure(10, 3.8)
     heads, beta, weights = figure.subplots(1, 3)
-    grid = np.arange(1, result.heads.max() + 1)
-    heads.plot(grid, result.one_predicted / grid, color=BLACK, label="one head's / H")
+    grid, single = np.arange(1, max(config.heads) + 1), one_head_variance(config)
+    heads.plot(grid, single / grid, color=BLACK, label="one head's / H")
     error_bars(heads, 1, result.one, RED, "one head")
-    error_bars(heads, result.heads, result.independent, BLUE, "independent noise")
-    heads.axhline(result.one_predicted, color=ORANGE, linestyle="--", label="no reduction")
+    error_bars(heads, config.heads, result.independent, BLUE, "independent noise")
+    heads.axhline(single, color=ORANGE, linestyle="--", label="no reduction")
     error_bars(heads, 2, result.identical, ORANGE, "identical queries, shared keys")
-    here = np.argmin(np.abs(result.beta - result.setting[0]))
+    here = np.argmin(np.abs(np.array(config.betas) - config.beta))
     error_bars(heads, 2, result.specialised[here], GREEN, "specialised")
     heads.set(xlabel="heads H", ylabel="variance of the weight of $v_a$", xscale="log",
               yscale="log", title="More heads")  # fmt: skip
-    heads.set_xticks([1, *result.heads], [1, *result.heads], minor=False)
+    heads.set_xticks([1, *config.heads], [1, *config.heads], minor=False)
     heads.minorticks_off()
     # room for the legend below
     heads.set_ylim(result.independent.min() / 6, None)
 
-    grid = np.linspace(result.beta.min(), result.beta.max(), 40)
+    betas = np.linspace(min(config.betas), max(config.betas), 40)
     for estimates, low, colour, line, label in (
         (result.specialised, -math.inf, GREEN, "-", "all γ"),
         (result.positive, 0.0, RED, "--", "γ > 0"),
     ):
-        curve = [specialised_variance(b, int(result.setting[1]), low) for b in grid]
-        beta.plot(grid, curve, color=colour, linestyle=line, label=f"softmax, {label}")
-        error_bars(beta, result.beta, estimates, colour, f"measured, {label}")
+        curve = [specialised_variance(b, config.keys, low) for b in betas]
+        beta.plot(betas, curve, color=colour, linestyle=line, label=f"softmax, {label}")
+        error_bars(beta, config.betas, estimates, colour, f"measured, {label}")
     beta.set(xlabel="query length β", ylabel="variance of the weight of $v_a$", ylim=(0, None),
-             title=f"Two specialised heads, n = {result.setting[1]:g}")  # fmt: skip
+             title=f"Two specialised heads, n = {config.keys}")  # fmt: skip
 
     edges = np.linspace(0, 1, 41)
     for sample, colour, line, label in (
         (result.weights_one, ORANGE, "-", "one head"),
-        (result.weights_independent, BLUE, "--", f"{result.heads[0]} heads, independent noise"),
+        (result.weights_independent, BLUE, "--", f"{config.heads[0]} heads, independent noise"),
         (result.weights_specialised, GREEN, "-", "two specialised heads"),
     ):
         shares = np.histogram(sample, edges)[0] / len(sample)

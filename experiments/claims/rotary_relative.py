@@ -30,10 +30,9 @@ from experiments.report.evidence import Claim, Evidence, equal
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CLAIMS = ("P4",)
-
-LABELS: dict[str, str] = {}
-"""Nothing is logged."""
+CLAIMS = {
+    "P4": "Rotations compose, and rotary positions are relative",
+}
 
 FLOAT64 = 1e-9
 """Cosines of float64 angles up to 2²² steps are good to 1e-9."""
@@ -75,16 +74,15 @@ class Config:
     """s is 2 to these powers: where on the line of positions a product is taken."""
 
 
+TINY = Config(dim=6, distances=20, shifts=(1, -2, 0.5), powers=(0, 8, 20))
+
+
 class Result(NamedTuple):
     """Inner products of vectors of length 1, and largest errors; all without units."""
 
     law_errors: np.ndarray  # (LAWS, k)
     inverse_errors: np.ndarray  # |T^(k) T^(l) − T^(k−l)|, what a wrong sign would do: (k,)
-    shifts: np.ndarray
-    starts: np.ndarray  # s, in steps
-    distances: np.ndarray  # t − s, in steps
-    predicted: np.ndarray  # inner product by t − s
-    rotated: np.ndarray  # in float64: (s, t − s)
+    rotated: np.ndarray  # inner products in float64: (s, t − s)
     query_only: np.ndarray  # the same with k left as it is
     added: np.ndarray  # the same with sinusoids added, and the whole brought to length 1 or less
     rotated32: np.ndarray  # in float32
@@ -142,16 +140,31 @@ def check(config: Config) -> None:
     memory.check(3 * 8 * config.dim * config.distances, "dim × distances")
 
 
+def _query_and_key(config: Config) -> np.ndarray:
+    q, k = np.random.default_rng(config.seed).normal(size=(2, config.dim))
+    return np.stack([q / np.linalg.norm(q), k / np.linalg.norm(k)])
+
+
+def _pairs(x: np.ndarray) -> np.ndarray:
+    return x[0::2] + 1j * x[1::2]
+
+
+def _frequencies(config: Config) -> np.ndarray:
+    return config.base ** (-2.0 * np.arange(config.dim // 2) / config.dim)
+
+
+def closed_form(config: Config) -> np.ndarray:
+    """The product of query and key by t − s, as theory has it."""
+    q, k = _query_and_key(config)
+    turns = np.exp(1j * _frequencies(config) * np.arange(config.distances + 1)[:, None])
+    return np.real(np.sum(_pairs(q) * np.conj(_pairs(k)) * turns, axis=-1))
+
+
 def run(config: Config, session: Session = SILENT) -> Result:
     """Take products all along the line of positions."""
     d, base = config.dim, config.base
-    q, k = np.random.default_rng(config.seed).normal(size=(2, d))
-    q, k = q / np.linalg.norm(q), k / np.linalg.norm(k)
+    (q, k), ω = _query_and_key(config), _frequencies(config)
     starts, distances = 2 ** np.array(config.powers), np.arange(config.distances + 1)
-    ω = base ** (-2.0 * np.arange(d // 2) / d)
-    pairs = lambda x: x[0::2] + 1j * x[1::2]
-    turns = np.exp(1j * ω * distances[:, None])
-    predicted = np.real(np.sum(pairs(q) * np.conj(pairs(k)) * turns, axis=-1))
 
     def products(put_in: Callable[[np.ndarray, np.ndarray], Any], rotate_key: bool = True) -> Any:
         rows = []
@@ -162,7 +175,7 @@ def run(config: Config, session: Session = SILENT) -> Result:
 
     def plain(x: np.ndarray, t: np.ndarray) -> np.ndarray:
         angles = t[:, None].astype(np.float32) * ω.astype(np.float32)
-        turned = pairs(x.astype(np.float32)) * (np.cos(angles) + 1j * np.sin(angles))
+        turned = _pairs(x.astype(np.float32)) * (np.cos(angles) + 1j * np.sin(angles))
         return np.stack([turned.real, turned.imag], axis=-1).reshape(len(t), d)
 
     rotate32 = lambda x, t: _rope(jnp.asarray(x, jnp.float32), jnp.asarray(t, jnp.int32), base)
@@ -181,17 +194,13 @@ def run(config: Config, session: Session = SILENT) -> Result:
     return Result(
         law_errors=laws,
         inverse_errors=wrong,
-        shifts=np.array(config.shifts, np.float64),
-        starts=starts,
-        distances=distances,
-        predicted=predicted,
         rotated=rotated,
         query_only=query_only,
         added=added,
         rotated32=rotated32,
         plain32=plain32,
         gradient_errors=gradients,
-        scores={"largest_difference": float(np.max(np.abs(rotated - predicted)))},
+        scores={"largest_difference": float(np.max(np.abs(rotated - closed_form(config))))},
     )
 
 
@@ -206,7 +215,8 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
     def none(name: str, value: Any, tolerance: float, rival: Any, rival_name: str) -> Evidence:
         return equal(name, 0, np.max(value), tolerance, np.min(rival), rival_name)
 
-    off = lambda products: np.max(np.abs(products - result.predicted))
+    predicted = closed_form(config)
+    off = lambda products: np.max(np.abs(products - predicted))
     back, forth, grad = result.gradient_errors
     return (
         Claim(
@@ -244,14 +254,14 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
     )  # fmt: skip
 
 
-def plot(result: Result) -> "Figure":
+def plot(config: Config, result: Result) -> "Figure":
     """Products by t − s, their error by s, and the laws."""
     from experiments.figures import BLACK, BLUE, GREEN, ORANGE, RED, new_figure
 
     figure = new_figure(12, 4.4)
     left, middle, right = figure.subplots(1, 3)
-    n = result.distances
-    left.plot(n, result.predicted, color=BLACK, label="closed form")
+    n, predicted = np.arange(config.distances + 1), closed_form(config)
+    left.plot(n, predicted, color=BLACK, label="closed form")
     for row, (products, colour, marker, label) in enumerate((
         (result.rotated, BLUE, "o", "rotated"),
         (result.added, ORANGE, "s", "sinusoids added"),
@@ -272,20 +282,20 @@ def plot(result: Result) -> "Figure":
         (result.plain32, ORANGE, "s", "plain float32 angles ωt"),
         (result.query_only, RED, "x", "key not rotated"),
     ):
-        errors = np.max(np.abs(products - result.predicted), axis=-1)
-        middle.plot(result.starts, errors, marker + "-", color=colour, label=label)
+        errors = np.max(np.abs(products - predicted), axis=-1)
+        middle.plot(2.0 ** np.array(config.powers), errors, marker + "-", color=colour, label=label)
     middle.set(xlabel="position s (steps)", ylabel="largest error of the product, over t − s",
                xscale="log", yscale="log", ylim=(1e-22, 10))  # fmt: skip
 
     marks = zip(LAWS, "osDx", (BLUE, ORANGE, GREEN, RED), result.law_errors, strict=True)
-    places = np.arange(result.shifts.size)
+    places = np.arange(len(config.shifts))
     for label, marker, colour, errors in marks:
         # zero has no place on a log scale
         right.plot(places, np.maximum(errors, 1e-17), marker, color=colour, label=label,
                    markerfacecolor="none")  # fmt: skip
     right.plot(places, result.inverse_errors, "+", color=BLACK, markersize=9,
                label="T$^{(k)}$T$^{(l)}$ = T$^{(k−l)}$ (wrong)")  # fmt: skip
-    right.set_xticks(places, [f"{k:g}" for k in result.shifts])
+    right.set_xticks(places, [f"{k:g}" for k in config.shifts])
     right.set(xlabel="shift k (steps); l is the next one", yscale="log",
               ylabel="largest error of the law", ylim=(3e-18, 1e2))  # fmt: skip
     for axes, place in ((left, "lower center"), (middle, "lower center"), (right, "center")):

@@ -30,10 +30,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CLAIMS = ("P1", "P2", "P3")
-
-LABELS: dict[str, str] = {}
-"""Nothing is logged."""
+CLAIMS = {
+    "P1": "Positions as sines and cosines",
+    "P2": "A shift of position is a fixed linear map",
+    "P3": "The blocks of that map are rotations",
+}
 
 FLOAT64 = 1e-9
 """Sines of float64 angles up to 1e5 steps are good to 1e-11; matrices found from them, to 1e-10."""
@@ -64,22 +65,21 @@ class Config:
     """The float32 errors are measured near t = 2 to these powers."""
 
 
+TINY = Config(dim=6, positions=40, offsets=(1, -2, 0.5), powers=(6, 20))
+
+
 class Result(NamedTuple):
     """Frequencies in radians per step, and largest errors over t and features, without units."""
 
-    printed_frequencies: np.ndarray  # λ_m of P1, (J,)
-    product_frequencies: np.ndarray  # of f_m = 10000 · 2m/d, as the notes' print shows it
     usual_frequencies: np.ndarray  # λ_m with m from 0
     found_frequencies: np.ndarray  # read off the library's sinusoids with first=1
     values_error: np.ndarray  # of sinusoids(first=1): from P1 as it is, and from the product
-    offsets: np.ndarray  # k
     shift_errors: np.ndarray  # |T e_t − e_{t+k}|: (T^(k), its transpose, or the identity; k)
     fit_errors: np.ndarray  # of T^(k) by least squares: (early, late, early − late; k)
     reading_errors: np.ndarray  # |Φ e_t − e_{t+k}|: (READINGS, k)
     backward_errors: np.ndarray  # |Φ e_t − e_{t−k}|: (READINGS, k)
     both_wrong_errors: np.ndarray  # |Φ e_t − e_{t+k}|, with λ = 10000^(+2m/d) in e_t as well: (k,)
-    positions: np.ndarray  # t of the errors in float32
-    float32_errors: np.ndarray  # of the shift by 1: (library, plain float32 angles; t)
+    float32_errors: np.ndarray  # of the shift by 1: (library, plain float32 angles; power)
     scores: dict[str, float]
 
 
@@ -90,6 +90,21 @@ def check(config: Config) -> None:
             f"positions: should be at least twice dim = {config.dim}, got {config.positions}"
         )
     memory.check(3 * 8 * config.dim * (config.dim + config.positions), "dim × positions")
+
+
+class Frequencies(NamedTuple):
+    """λ_m, in radians per step (J,)."""
+
+    printed: np.ndarray  # of P1
+    inverse: np.ndarray  # of the last line of P3
+    product: np.ndarray  # of f_m = 10000 · 2m/d, as the notes' print shows it
+
+
+def frequencies(config: Config) -> Frequencies:
+    """Those that the notes may mean."""
+    d, base = config.dim, config.base
+    m = np.arange(1, d // 2 + 1)
+    return Frequencies(base ** (-2.0 * m / d), base ** (2.0 * m / d), 1 / (base * 2 * m / d))
 
 
 def sinusoids_of(t: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
@@ -125,9 +140,7 @@ def frequencies_of(sinusoids: Callable[[np.ndarray], np.ndarray], reach: float) 
 def run(config: Config, session: Session = SILENT) -> Result:
     """Shift sinusoids by every k, and measure how far they land from where they should."""
     d, base = config.dim, config.base
-    m = np.arange(1, d // 2 + 1)
-    right, wrong = base ** (-2.0 * m / d), base ** (2.0 * m / d)
-    product = 1 / (base * 2 * m / d)
+    right, wrong, product = frequencies(config)
     rng = np.random.default_rng(config.seed)
     early, late = (
         np.sort(rng.uniform(low, high, config.positions))
@@ -163,21 +176,16 @@ def run(config: Config, session: Session = SILENT) -> Result:
         usual = frequencies_of(lambda t: e(t, first=0), config.reach)
         values = [largest(e(early) - sinusoids_of(early, λ)) for λ in (right, product)]
 
-    positions = 2 ** np.array(config.powers)
-    errors = [_float32_errors(int(t), d, base) for t in positions]
+    errors = [_float32_errors(2**power, d, base) for power in config.powers]
     return Result(
-        printed_frequencies=right,
-        product_frequencies=product,
         usual_frequencies=usual,
         found_frequencies=found_frequencies,
         values_error=np.array(values),
-        offsets=np.array(config.offsets, np.float64),
         shift_errors=np.array(shifts).T,
         fit_errors=np.array(fits).T,
         reading_errors=np.array(readings).T,
         backward_errors=np.array(backwards).T,
         both_wrong_errors=np.array(both_wrong),
-        positions=positions,
         float32_errors=np.array(errors).T,
         scores={"largest_shift_error": float(np.max(np.array(shifts)[:, 0]))},
     )
@@ -197,7 +205,7 @@ def _float32_errors(start: int, d: int, base: float, count: int = 64) -> list[fl
 def claims(config: Config, result: Result) -> tuple[Claim, ...]:
     """P1 and P2, which hold as printed, and P3, which does not."""
     # sines of angles of k · 10000 keep so many digits less
-    coarse = 4 * float(np.finfo(float).eps * (np.max(np.abs(result.offsets)) + 1) * config.base)
+    coarse = 4 * float(np.finfo(float).eps * (np.max(np.abs(config.offsets)) + 1) * config.base)
 
     def none(name: str, errors: np.ndarray, tolerance: float, *rival: object) -> Evidence:
         error, best = float(np.max(errors)), None
@@ -205,6 +213,7 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
             best = float(np.min(np.asarray(rival[0])))
         return equal(name, 0, error, tolerance, best, str(rival[1]) if rival else "")
 
+    theory = frequencies(config)
     off = lambda λ: np.max(np.abs(result.found_frequencies / λ - 1))
     shift, transposed, still = result.shift_errors
     early, late, between = result.fit_errors
@@ -219,9 +228,9 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
             f"and its values those of the formula, to {FLOAT64:g}; neither are they those of the "
             "product 10000 · 2m/d, which the print shows, nor of an m that starts from 0.",
             right=(
-                none("relative error of the frequencies", off(result.printed_frequencies), FLOAT64,
-                     off(result.product_frequencies), "a product, 10000 · 2m/d"),
-                none("relative error of the frequencies", off(result.printed_frequencies), FLOAT64,
+                none("relative error of the frequencies", off(theory.printed), FLOAT64,
+                     off(theory.product), "a product, 10000 · 2m/d"),
+                none("relative error of the frequencies", off(theory.printed), FLOAT64,
                      off(result.usual_frequencies), "m from 0"),
                 none("error of the values", result.values_error[0], FLOAT64,
                      result.values_error[1], "a product, 10000 · 2m/d"),
@@ -274,16 +283,17 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
     )  # fmt: skip
 
 
-def plot(result: Result) -> "Figure":
+def plot(config: Config, result: Result) -> "Figure":
     """Wavelengths, errors of the shift by reading of P3, and what float32 does to it."""
     from experiments.figures import BLACK, BLUE, GREEN, ORANGE, RED, new_figure
 
+    theory, offsets = frequencies(config), np.array(config.offsets)
     figure = new_figure(12, 4.4)
     left, middle, right = figure.subplots(1, 3)
     m = np.arange(1, result.found_frequencies.size + 1)
     for λ, style, colour, label in (
-        (result.printed_frequencies, "-", BLACK, "10000$^{2m/d}$"),
-        (result.product_frequencies, "--", ORANGE, "10000 · 2m/d, as the print reads"),
+        (theory.printed, "-", BLACK, "10000$^{2m/d}$"),
+        (theory.product, "--", ORANGE, "10000 · 2m/d, as the print reads"),
         (result.usual_frequencies, ":", GREEN, "m from 0, as is usual"),
     ):
         left.plot(m, 1 / λ, style, color=colour, label=label)
@@ -291,7 +301,7 @@ def plot(result: Result) -> "Figure":
               label="read off rnnattn.sinusoids")  # fmt: skip
     left.set(xlabel="pair m", ylabel="f$_m$ (steps per radian)", yscale="log")
 
-    order = np.argsort(result.offsets)
+    order = np.argsort(offsets)
     places = np.arange(order.size)
     rows = (*result.reading_errors, result.both_wrong_errors)
     marks = zip(
@@ -302,7 +312,7 @@ def plot(result: Result) -> "Figure":
         middle.plot(places, errors[order], marker, color=colour, label=label,
                     markerfacecolor="none", markersize=7)  # fmt: skip
     middle.axhline(FLOAT64, color=BLACK, linestyle=":", linewidth=1, label="tolerance")
-    middle.set_xticks(places, [f"{k:g}" for k in result.offsets[order]], fontsize=8)
+    middle.set_xticks(places, [f"{k:g}" for k in offsets[order]], fontsize=8)
     middle.set(xlabel="shift k (steps)", ylabel="largest |Φ e$_t$ − e$_{t+k}$|", yscale="log",
                ylim=(1e-14, 10))  # fmt: skip
 
@@ -310,7 +320,7 @@ def plot(result: Result) -> "Figure":
         result.float32_errors, "os", (BLUE, ORANGE),
         ("rnnattn", "plain float32 angles λt"), strict=True,
     ):  # fmt: skip
-        right.plot(result.positions, errors, marker + "-", color=colour, label=label)
+        right.plot(2.0 ** np.array(config.powers), errors, marker + "-", color=colour, label=label)
     right.set(xlabel="position t (steps)", ylabel="largest |T$^{(1)}$ e$_t$ − e$_{t+1}$|, float32",
               xscale="log", yscale="log")  # fmt: skip
     _finish(left, middle, right)

@@ -43,10 +43,9 @@ from experiments.report.evidence import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CLAIMS = ("A2",)
-
-LABELS: dict[str, str] = {}
-"""Nothing is logged."""
+CLAIMS = {
+    "A2": "Scaling by 1/√d keeps the softmax from saturating",
+}
 
 GONE = 1e-3
 """A gradient shorter than this counts as vanished."""
@@ -71,21 +70,18 @@ class Config:
     """Draws for each width."""
 
 
+TINY = Config(widths=(16, 1024), samples=300)
+
+
 class Result(NamedTuple):
     """‖J‖_F, entropy and gradient: their means, medians, 10 % quantiles and shares below 1e-3."""
 
-    widths: np.ndarray
     mean: np.ndarray
     median: np.ndarray
     tenth: np.ndarray
     below: np.ndarray
     trace: np.ndarray
-    trace_predicted: np.ndarray
     logit_variance: np.ndarray
-    near_tie_jacobian: np.ndarray
-    near_tie_gradient: np.ndarray
-    near_tie_median: np.ndarray
-    near_tie_below: np.ndarray
     scores: dict[str, float]
 
 
@@ -137,14 +133,13 @@ def _complement(p: np.ndarray) -> np.ndarray:
 def run(config: Config, session: Session = SILENT) -> Result:
     """Draw queries and keys of each width, attend both ways, and describe the distributions."""
     random = np.random.default_rng(config.seed)
-    widths, keys = np.array(config.widths), config.keys
     # trace at both scales and every width; variance, share, median, and three means
-    level = share(2 * len(widths) + 7)
+    level = share(2 * len(config.widths) + 7)
     estimates: dict[str, list] = {"mean": [], "median": [], "tenth": [], "below": []}
     traces, variances = [], []
     with jax.enable_x64(True):
         for width in config.widths:
-            found, logits = _draw(random, width, keys, config.samples)
+            found, logits = _draw(random, width, config.keys, config.samples)
             variances.append(mean_interval(logits**2, level))
             traces.append([mean_interval(each["trace"], level) for each in found])
             for name, estimate in (
@@ -156,20 +151,11 @@ def run(config: Config, session: Session = SILENT) -> Result:
                 estimates[name].append([[estimate(each[kind]) for kind in KINDS] for each in found])
     # (width, scale, kind, 3) → (scale, kind, width, 3)
     arrays = {name: np.array(several).transpose(1, 2, 0, 3) for name, several in estimates.items()}
-    density, law = tie_density(keys), gap_law(keys)
     return Result(
-        widths=widths,
         **arrays,
         trace=np.array(traces).transpose(1, 0, 2),
-        trace_predicted=np.array(
-            [[_mean_trace(keys, d, s) for d in config.widths] for s in (False, True)]
-        ),
         logit_variance=np.array(variances),
-        near_tie_jacobian=density / np.sqrt(widths),
-        near_tie_gradient=np.array(density * math.sqrt(2 / math.pi)),
-        near_tie_median=np.array([_tie_quantile(law, d, 0.5) for d in config.widths]),
-        near_tie_below=np.array([_tie_below(law, d, GONE) for d in config.widths]),
-        scores={"near_tie_density": density},
+        scores={"near_tie_density": tie_density(config.keys)},
     )
 
 
@@ -268,30 +254,51 @@ def _tie_quantile(law: _Gap, width: int, probability: float) -> float:
     return math.exp(optimize.brentq(excess, -6 * math.sqrt(width), math.log(10 * width), xtol=1e-3))
 
 
+class NearTies(NamedTuple):
+    """What theory says of the unscaled ones, by width; the mean gradient is the same at each."""
+
+    jacobian: np.ndarray
+    gradient: float
+    median: np.ndarray
+    below: np.ndarray
+
+
+def near_ties(config: Config) -> NearTies:
+    """Means of ‖J‖_F and of the gradient, and the gradient's median and share below 1e-3."""
+    density, law = tie_density(config.keys), gap_law(config.keys)
+    return NearTies(
+        density / np.sqrt(np.array(config.widths)),
+        density * math.sqrt(2 / math.pi),
+        np.array([_tie_quantile(law, d, 0.5) for d in config.widths]),
+        np.array([_tie_below(law, d, GONE) for d in config.widths]),
+    )
+
+
 def claims(config: Config, result: Result) -> tuple[Claim, ...]:
     """A2: what vanishes unscaled, in which sense, and what scaling keeps."""
-    widest = int(result.widths[-1])
+    widest, theory = config.widths[-1], near_ties(config)
     gradient = KINDS.index("gradient")
     unscaled, scaled = 0, 1
     at = f"d = {widest}, n = {config.keys}"
+    trace = [[_mean_trace(config.keys, d, s) for d in config.widths] for s in (False, True)]
     traces = [
         measured(
             f"mean tr J {name}, d = {width}, n = {config.keys}",
-            result.trace_predicted[scale, i], Estimate(*result.trace[scale, i]),
-            result.trace_predicted[1 - scale, i], f"{other} logits",
+            trace[scale][i], Estimate(*result.trace[scale, i]),
+            trace[1 - scale][i], f"{other} logits",
         )
         for scale, name, other in ((unscaled, "unscaled", "scaled"), (scaled, "scaled", "unscaled"))
-        for i, width in enumerate(result.widths)
+        for i, width in enumerate(config.widths)
     ]  # fmt: skip
     right = [
         measured(
             f"share of gradients below {GONE:g}, unscaled, {at}",
-            result.near_tie_below[-1], Estimate(*result.below[unscaled, gradient, -1]),
+            theory.below[-1], Estimate(*result.below[unscaled, gradient, -1]),
             result.below[scaled, gradient, -1, 0], "scaled logits",
         ),
         measured(
             f"median of the gradient, unscaled, {at}",
-            result.near_tie_median[-1], Estimate(*result.median[unscaled, gradient, -1]),
+            theory.median[-1], Estimate(*result.median[unscaled, gradient, -1]),
             result.median[scaled, gradient, -1, 0], "scaled logits",
         ),
         measured(
@@ -305,12 +312,12 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
         ),
         measured(
             f"mean of the gradient, unscaled, {at}",
-            result.near_tie_gradient, Estimate(*result.mean[unscaled, gradient, -1]),
+            theory.gradient, Estimate(*result.mean[unscaled, gradient, -1]),
             0.0, "it vanishes",
         ),
         measured(
             f"mean ‖J‖_F, unscaled, {at}",
-            result.near_tie_jacobian[-1],
+            theory.jacobian[-1],
             Estimate(*result.mean[unscaled, KINDS.index("jacobian"), -1]),
             result.mean[scaled, KINDS.index("jacobian"), -1, 0], "scaled logits",
         ),
@@ -318,8 +325,8 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
     ]  # fmt: skip
     beyond = measured(
         f"mean of the gradient, unscaled, taken to vanish as its median does, {at}",
-        result.near_tie_median[-1], Estimate(*result.mean[unscaled, gradient, -1]),
-        result.near_tie_gradient, "a constant carried by near-ties",
+        theory.median[-1], Estimate(*result.mean[unscaled, gradient, -1]),
+        theory.gradient, "a constant carried by near-ties",
     )  # fmt: skip
     return (
         Claim(
@@ -338,11 +345,12 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
     )
 
 
-def plot(result: Result) -> "Figure":
+def plot(config: Config, result: Result) -> "Figure":
     """Median, 10 % quantile and mean of ‖J‖_F, entropy and gradient against the width."""
     from experiments.figures import BLACK, BLUE, ORANGE, error_bars, new_figure
 
     figure = new_figure(10, 7.2)
+    widths, theory = config.widths, near_ties(config)
     jacobian, entropy, gradient, below = figure.subplots(2, 2).flat
     scales = ((0, ORANGE, "unscaled"), (1, BLUE, "scaled"))
     panels = (
@@ -359,21 +367,19 @@ def plot(result: Result) -> "Figure":
             ):
                 # what has underflowed to 0 is far below the axis
                 shown = np.maximum(estimates[scale, kind], 1e-300)
-                axes.plot(result.widths, shown[:, 0], line, color=colour)
-                error_bars(axes, result.widths, shown, colour, "")
+                axes.plot(widths, shown[:, 0], line, color=colour)
+                error_bars(axes, widths, shown, colour, "")
                 axes.plot([], [], f"{line}o", color=colour, markersize=4, label=f"{label}, {of}")
         axes.set(ylabel=name, yscale="log", ylim=(1e-12, 10))
-    jacobian.plot(result.widths, result.near_tie_jacobian, color=BLACK, linewidth=1,
+    jacobian.plot(widths, theory.jacobian, color=BLACK, linewidth=1,
                   label="theory, mean: $f_0/\\sqrt{d}$")  # fmt: skip
-    gradient.axhline(result.near_tie_gradient, color=BLACK, linewidth=1,
+    gradient.axhline(theory.gradient, color=BLACK, linewidth=1,
                      label="theory, mean: $f_0\\sqrt{2/\\pi}$")  # fmt: skip
-    gradient.plot(result.widths, result.near_tie_median, color=BLACK, linewidth=1,
+    gradient.plot(widths, theory.median, color=BLACK, linewidth=1,
                   linestyle="--", label="theory, median")  # fmt: skip
     for scale, colour, label in scales:
-        error_bars(
-            below, result.widths, result.below[scale, KINDS.index("gradient")], colour, label
-        )
-    below.plot(result.widths, result.near_tie_below, color=BLACK, linewidth=1,
+        error_bars(below, widths, result.below[scale, KINDS.index("gradient")], colour, label)
+    below.plot(widths, theory.below, color=BLACK, linewidth=1,
                label="theory, unscaled")  # fmt: skip
     below.set(ylabel=f"share of gradients below {GONE:g}")
     # the curves of the entropy are named beside it

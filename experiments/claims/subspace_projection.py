@@ -25,10 +25,9 @@ from experiments.report.evidence import Claim, equal
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CLAIMS = ("A5",)
-
-LABELS: dict[str, str] = {}
-"""Nothing is logged."""
+CLAIMS = {
+    "A5": "A sum of two values can be taken apart by a projection",
+}
 
 ROUNDING = 1e-10
 """What float64 leaves of a relative error, for the conditions drawn here."""
@@ -50,17 +49,20 @@ class Config:
     """Angles between the two subspaces, in degrees; all m principal angles are the same."""
 
 
+TINY = Config(draws=5, width=12, rank=3)
+
+
 class Result(NamedTuple):
     """Largest relative errors over the draws, and medians against the angle."""
 
-    sizes: np.ndarray
+    numbers: np.ndarray
+    """In M(v_a + v_b)."""
     coordinates: np.ndarray
     coordinates_of_a: np.ndarray
     projector: np.ndarray
     skewed_projector: np.ndarray
     skewed_pseudoinverse: np.ndarray
     intersecting_oblique: np.ndarray
-    angles: np.ndarray
     orthogonal: np.ndarray
     orthogonal_predicted: np.ndarray
     oblique: np.ndarray
@@ -132,14 +134,13 @@ def run(config: Config, session: Session = SILENT) -> Result:
     # (angle, draw, kind)
     angled = np.array(by_angle)
     return Result(
-        sizes=np.array([len(coordinates), width]),
+        numbers=np.array(len(coordinates)),
         coordinates=columns[0],
         coordinates_of_a=columns[1],
         projector=columns[2],
         skewed_projector=columns[3],
         skewed_pseudoinverse=columns[4],
         intersecting_oblique=columns[5],
-        angles=np.array(config.angles, float),
         orthogonal=angled[:, :, 0],
         orthogonal_predicted=angled[:, :, 1],
         oblique=angled[:, :, 2],
@@ -156,7 +157,7 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
         return equal(f"{name}, largest error {count}", 0, float(errors.max()), ROUNDING,
                      rival, rival_name)  # fmt: skip
 
-    slanted = result.angles < 90
+    slanted = np.array(config.angles) < 90
     right = (
         exact("MᵀM(v_a + v_b) against v_a", result.projector, printed_error, "M alone"),
         exact("M(v_a + v_b) against the coordinates of v_a", result.coordinates_of_a,
@@ -170,9 +171,8 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
               np.abs(result.orthogonal - result.orthogonal_predicted),
               float(result.orthogonal[slanted].min()) if slanted.any() else 1.0, "no error"),
     )  # fmt: skip
-    numbers, width = map(float, result.sizes)
     printed = (
-        equal("numbers in M(v_a + v_b), where v_a has d", width, numbers, 0.0),
+        equal("numbers in M(v_a + v_b), where v_a has d", config.width, result.numbers, 0.0),
         equal(f"M(v_a + v_b) against v_a, smallest error {count}", 0, printed_error, ROUNDING),
     )
     beyond = equal(
@@ -195,7 +195,7 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
     )
 
 
-def plot(result: Result) -> "Figure":
+def plot(config: Config, result: Result) -> "Figure":
     """Relative errors of each formula, and of two projectors against the angle."""
     from experiments.figures import BLACK, BLUE, GREEN, ORANGE, RED, new_figure
 
@@ -221,11 +221,11 @@ def plot(result: Result) -> "Figure":
         return np.maximum(np.median(errors, axis=1), 1e-17)
 
     # at 90° the median is the rounding of cos 90°
-    angles.plot(result.angles, middle(result.orthogonal_predicted), color=BLACK,
+    angles.plot(config.angles, middle(result.orthogonal_predicted), color=BLACK,
                 label=r"theory, $\cos θ\; \Vert v_b\Vert / \Vert v_a\Vert$")  # fmt: skip
-    angles.plot(result.angles, middle(result.orthogonal), "o", color=ORANGE,
+    angles.plot(config.angles, middle(result.orthogonal), "o", color=ORANGE,
                 label="orthogonal projector MᵀM")  # fmt: skip
-    angles.plot(result.angles, middle(result.oblique), "s", color=GREEN,
+    angles.plot(config.angles, middle(result.oblique), "s", color=GREEN,
                 label="oblique projector [A 0][A B]⁺")  # fmt: skip
     angles.set(
         xlabel="angle θ between the subspaces (degrees)",

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from experiments.engine import runs
-from experiments.engine.config import UsageError, read
+from experiments.engine.config import UsageError
 from experiments.engine.cost import mean_and_spread
+from experiments.engine.experiment import Experiment, read
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,13 +30,13 @@ class Run(NamedTuple):
     """A finished run, as it lies in its folder."""
 
     name: str
-    experiment: str
+    experiment: Experiment
     config: Any
     records: list[dict[str, Any]]
     scores: dict[str, float]
 
 
-def read_run(folder: Path, types: Mapping[str, type]) -> Run:
+def read_run(folder: Path) -> Run:
     """The run in the folder.
 
     Raises:
@@ -45,7 +46,7 @@ def read_run(folder: Path, types: Mapping[str, type]) -> Run:
         raise UsageError(f"{folder}: is not the folder of a run")
     if not runs.finished(folder):
         raise UsageError(f"{folder}: is not finished; `run … --resume` goes on with it")
-    experiment, config = read(folder / runs.CONFIG, types)
+    experiment, config = read(folder / runs.CONFIG)
     summary = runs.read_summary(folder)
     scores = {name: value for name, value in summary.items() if isinstance(value, int | float)}
     return Run(folder.name, experiment, config, runs.read_metrics(folder), scores)
@@ -194,7 +195,9 @@ def repetitions(found: Mapping[str, Run], grid: Mapping[str, Mapping[str, str]])
         rows.setdefault(tuple(rest.values()), []).append(run)
     distinct = list({tuple(rest.values()): rest for rest in rests}.values())
     names = names_of(distinct) if distinct else []
-    return {name or row[0].experiment: row for name, row in zip(names, rows.values(), strict=True)}
+    return {
+        name or row[0].experiment.name: row for name, row in zip(names, rows.values(), strict=True)
+    }
 
 
 def sweep_figure(rows: Mapping[str, Sequence[Run]], labels: Mapping[str, str]) -> "Figure":

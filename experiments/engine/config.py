@@ -1,7 +1,7 @@
 """From a TOML file to an experiment's frozen `Config`, strictly.
 
 A config file is data: it is parsed by `tomllib`, never executed, and its `experiment` is only ever
-looked up among the names it is given. Whatever is wrong with it becomes one `UsageError`, whose
+looked up among the names that there are. Whatever is wrong with it becomes one `UsageError`, whose
 message names the file, the dotted key and the nearest right name.
 """
 
@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import json
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -83,27 +83,24 @@ def escaped(line: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
-def read(path: Path, types: Mapping[str, type]) -> tuple[str, Any]:
-    """The experiment that the TOML file at `path` names, and its `Config` as the file gives it.
-
-    Args:
-        types: the `Config` of every experiment, by the experiment's name.
+def read_table(path: Path, experiments: Collection[str]) -> tuple[str, dict[str, Any]]:
+    """The experiment that the TOML file at `path` names, one of `experiments`, and the rest of it.
 
     Raises:
-        UsageError: if the file cannot be read, or does not hold exactly such a config.
+        UsageError: if the file cannot be read, or names none of them.
     """
     table = _parse(path)
+    names = ", ".join(sorted(experiments))
     if "experiment" not in table:
-        raise UsageError(f'{path}: missing key "experiment", one of {", ".join(sorted(types))}')
+        raise UsageError(f'{path}: missing key "experiment", one of {names}')
     experiment = table.pop("experiment")
-    names = ", ".join(sorted(types))
     if not isinstance(experiment, str):
         raise UsageError(f"{path}: experiment: should be a name, one of {names}")
-    if experiment not in types:
-        nearest = _nearest(experiment, types)
+    if experiment not in experiments:
+        nearest = _nearest(experiment, experiments)
         hint = f"did you mean {nearest}?" if nearest else f"there are {names}"
         raise UsageError(f"{path}: experiment: unknown {experiment!r}; {hint}")
-    return experiment, check(types[experiment], table, str(path))
+    return experiment, table
 
 
 def check(config: type, table: Mapping[str, Any], source: str) -> Any:
@@ -134,7 +131,7 @@ def check(config: type, table: Mapping[str, Any], source: str) -> Any:
 
 
 def to_table(experiment: str, config: Any) -> dict[str, Any]:
-    """The content of the TOML file that `read` turns into `config` again."""
+    """The content of the TOML file that is read as `config` again."""
     return {"experiment": experiment} | _without_none(dataclasses.asdict(config))
 
 

@@ -26,13 +26,14 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
 import shutil
 import time
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ import tomli_w
 
 from experiments.engine import devices as meshes, processes
 from experiments.engine.config import UsageError
+from experiments.engine.experiment import Experiment
 from experiments.engine.files import LOCK, locked, written
 from experiments.engine.session import SILENT, Session
 from experiments.engine.sinks import EventFiles, JsonLines, Sink, WeightsAndBiases, logging_to
@@ -187,18 +189,69 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return records
 
 
-def write_result(folder: Path, result: Any, summary: Mapping[str, Any]) -> None:
-    """Keep a result: its arrays, its texts, and its scores at the head of the summary."""
+class ResultError(Exception):
+    """What came of a run is not what a result may hold; the message says what is not."""
+
+
+def write_result(folder: Path, result: Any, summary: Mapping[str, Any]) -> Any:
+    """Keep a result: its arrays, its texts, and its scores at the head of the summary.
+
+    Returns:
+        The result as it is kept: with NumPy's arrays for numbers and arrays of other kinds.
+
+    Raises:
+        ResultError: if it holds anything else, which is not kept; all the rest is.
+    """
+    wrong: list[str] = []
+    of_arrays = {k: v for k, v in result._asdict().items() if k not in ("scores", *texts(result))}
+    arrays = _each(of_arrays, _array, "", wrong)
+    scores = _each(dict(result.scores), _score, "scores.", wrong)
     with written(folder / RESULT) as file:
-        np.savez_compressed(file, allow_pickle=False, **_arrays(result))
+        np.savez_compressed(file, allow_pickle=False, **arrays)
     for name, content in texts(result).items():
         with written(folder / f"{name}.txt") as file:
             file.write(content.encode())
-    write_summary(folder, result, summary)
+    write_summary(folder, scores, summary)
+    if wrong:
+        raise ResultError(f"{folder}: its result is kept without {', '.join(wrong)}")
+    return result._replace(**arrays, scores=scores)
 
 
-def write_summary(folder: Path, result: Any, summary: Mapping[str, Any]) -> None:
-    text = json.dumps({**result.scores, **summary}, indent=2, allow_nan=False)
+def _each(
+    values: Mapping[str, Any], convert: Callable[[Any], Any], prefix: str, wrong: list[str]
+) -> dict[str, Any]:
+    """The values converted; of those that cannot be, the name and the reason go to `wrong`."""
+    converted = {}
+    for name, value in values.items():
+        try:
+            converted[name] = convert(value)
+        except Exception as error:  # as the values may be anything
+            wrong.append(f"{prefix}{name} ({str(error).splitlines()[0]})")
+    return converted
+
+
+def _array(value: Any) -> np.ndarray:
+    array = np.asarray(value)
+    if jax.dtypes.issubdtype(array.dtype, np.floating) and array.dtype.kind == "V":
+        # as bfloat16, which a file of NumPy's has no word for
+        array = array.astype(np.float32)
+    if array.dtype.kind not in "biufcSU":
+        raise TypeError(f"a {type(value).__name__}, which is no array of numbers")
+    return array
+
+
+def _score(value: Any) -> int | float | str:
+    if isinstance(value, str):
+        return value
+    number = _array(value).item()
+    if not isinstance(number, int | float) or not math.isfinite(number):
+        raise ValueError(f"{number}, which JSON has no number for")
+    return number
+
+
+def write_summary(folder: Path, scores: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
+    """Keep the scores and what else there is to say of a run."""
+    text = json.dumps({**scores, **summary}, indent=2, allow_nan=False)
     with written(folder / SUMMARY) as file:
         file.write(f"{text}\n".encode())
 
@@ -225,15 +278,23 @@ def read_result(folder: Path, result: Any) -> Any:
 
 
 def record(
-    module: Any, config: Any, folder: Path, *, profile: bool = False, tensorboard: bool = False,
-    wandb: str | None = None,
+    experiment: Experiment, config: Any, folder: Path, *, profile: bool = False,
+    tensorboard: bool = False, wandb: str | None = None,
 ) -> Any:  # fmt: skip
-    """Run the experiment, and leave in the folder what it logs, what comes of it, and figures."""
+    """Run the experiment, and leave in the folder what it logs, what comes of it, and figures.
+
+    Returns:
+        The result, as it is kept; in a process that writes nothing, None.
+
+    Raises:
+        ResultError: once all that can be is kept, if that is not all of the result.
+    """
     clock = time.perf_counter()
     mesh = meshes.make_mesh(config.parallel) if hasattr(config, WHERE) else None
     session = Session(SILENT.log, folder / CHECKPOINTS, hash_of(config), mesh)
     if not processes.is_first():
-        return module.run(config, session)
+        experiment.run(config, session)
+        return None
     sinks: list[Sink] = [JsonLines(folder / METRICS)]
     if tensorboard:
         sinks.append(EventFiles(folder / TENSORBOARD))
@@ -241,16 +302,20 @@ def record(
         sinks.append(WeightsAndBiases(wandb, folder, dataclasses.asdict(config)))
     with logging_to(sinks) as log:
         traces = folder / PROFILE if profile else None
-        result = module.run(config, replace(session, log=log, profile=traces))
+        result = experiment.run(config, replace(session, log=log, profile=traces))
     summary = {"wall_seconds": time.perf_counter() - clock, "seed": config.seed} | surroundings()
-    write_result(folder, result, summary)
+    if not isinstance(result, experiment.Result) or not isinstance(result.scores, Mapping):
+        raise ResultError(
+            f"{experiment.file}: `run` returned no Result with scores: {result!r:.99}"
+        )
+    result = write_result(folder, result, summary)
 
     from experiments.figures import curves, save
 
-    if module.LABELS:
-        save(curves(read_metrics(folder), module.LABELS), folder / CURVES)
-    save(module.plot(read_result(folder, module.Result)), folder / FIGURE)
-    write_summary(folder, result, summary | {"finished": True})
+    if experiment.LABELS:
+        save(curves(read_metrics(folder), experiment.LABELS), folder / CURVES)
+    save(experiment.plot(config, read_result(folder, experiment.Result)), folder / FIGURE)
+    write_summary(folder, result.scores, summary | {"finished": True})
     return result
 
 
@@ -304,10 +369,6 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
     shutil.rmtree(aside)
-
-
-def _arrays(result: Any) -> dict[str, np.ndarray]:
-    return {k: v for k, v in result._asdict().items() if isinstance(v, np.ndarray)}
 
 
 def _version(package: str) -> str:

@@ -1,1 +1,1 @@
-"""Parameters and functions of arrays: no data, and no optimiser."""
+"""Parameters and functions of arrays, whatever the data."""

@@ -50,13 +50,17 @@ class ReadoutParams(NamedTuple):
     b: Float[Array, " O"]
 
 
+init_lstm = jax.jit(rnnattn.init_lstm, static_argnums=(1, 2), static_argnames="dtype")
+"""The library's, compiled as one program: its operations one by one take a second to compile."""
+
+
 def init_readout(
     key: PRNGKeyArray, input_size: int, output_size: int, config: ModelConfig
 ) -> ReadoutParams:
     """Random weights: the library's for the LSTM, variance 1/H for the read-out."""
     lstm_key, w_key = jax.random.split(key)
     dtype = jnp.dtype(config.dtype)
-    lstm = rnnattn.init_lstm(lstm_key, input_size, config.hidden_size, dtype=dtype)
+    lstm = init_lstm(lstm_key, input_size, config.hidden_size, dtype=dtype)
     w = jax.random.normal(w_key, (config.hidden_size, output_size), dtype)
     return ReadoutParams(lstm, w / config.hidden_size**0.5, jnp.zeros((output_size,), dtype))
 

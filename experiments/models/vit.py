@@ -19,9 +19,6 @@ from experiments.engine.memory import check_training, rows_like
 from experiments.engine.training import Loss
 from rnnattn.nn import ViT
 
-LABELS = {"loss": "cross-entropy (nats)", "accuracy": "share of digits read correctly"}
-"""What the metrics are, on an axis."""
-
 READ_AT_ONCE = 200
 """Held-out images in memory at a time; the scores are the same for any number."""
 

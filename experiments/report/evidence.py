@@ -1,16 +1,7 @@
 """What a claim of the notes is, when it is measured: evidence, intervals and a verdict.
 
-An experiment that tests claims has, besides `Config`, `run`, `plot` and `LABELS`,
-
-    CLAIMS = ("A8",)                              the ids that it serves
-    claims(config, result) -> tuple[Claim, ...]   one for each of them, from the saved result alone
-
-where `Config()` is the size of the quick report, seconds on one core and still large enough to
-tell, and the file in `configs/` the size of the full one. A `Claim` holds evidence, not a verdict:
-the verdict follows from the evidence by `judge`.
-
-The intervals of the whole report hold together: each claim may be wrong with probability `LEVEL`, a
-27th of `FAMILY_LEVEL` (Bonferroni), and divides it among its own intervals with `share`.
+A `Claim` holds evidence, not a verdict: the verdict follows from the evidence by `judge`. Each
+claim may be wrong with probability `LEVEL`, which it divides among its own intervals with `share`.
 """
 
 import math
@@ -35,42 +26,9 @@ Relation = Literal["=", ">", "<"]
 Number = float | np.ndarray
 """A number, possibly as NumPy keeps it in a result: an array without axes."""
 
-TITLES: dict[str, str] = {
-    "L1": "The gates of an LSTM, from one matrix or from two",
-    "L2": "The cell state and the output of an LSTM",
-    "L3": "The gradient that reaches the cell state",
-    "L4": "The gradients of the four gates",
-    "L5": "The gradients of the weights",
-    "L6": "The gradients of the biases",
-    "L7": "The gradients of the input and of the previous output",
-    "L8": "The gradient that the cell state carries back in time",
-    "A1": "The inner product of two random vectors has variance d",
-    "A2": "Scaling by 1/√d keeps the softmax from saturating",
-    "A3": "Attention weights are a probability distribution",
-    "A4": "A query very like one key copies its value",
-    "A5": "A sum of two values can be taken apart by a projection",
-    "A6": "A query half-way between two keys averages their values",
-    "A7": "Averaging survives a little noise in the keys",
-    "A8": "A key of uncertain length makes the average swing",
-    "A9": "Several heads steady the average",
-    "V1": "An image is a sequence of patches",
-    "V2": "Another image size is another number of patches",
-    "V3": "Train at low resolution, tune at high resolution",
-    "V4": "Positions have to be fitted to a new image size",
-    "V5": "Crop and pad the image to the wanted size",
-    "V6": "A CNN brings the image to the wanted size",
-    "P1": "Positions as sines and cosines",
-    "P2": "A shift of position is a fixed linear map",
-    "P3": "The blocks of that map are rotations",
-    "P4": "Rotations compose, and rotary positions are relative",
-}
-"""The claims of the notes by id, in the report's order."""
-
-FAMILY_LEVEL = 0.01
-"""Probability that any interval of the report misses what it is an interval for."""
-
-LEVEL = FAMILY_LEVEL / len(TITLES)
-"""The same, of the intervals of one claim."""
+LEVEL = 0.01 / 27
+"""Probability that any interval of a claim misses what it is an interval for. Those of 27 claims
+hold together with 99 % (Bonferroni); the page says what it is for as many as it has."""
 
 
 def share(intervals: int) -> float:
@@ -217,10 +175,6 @@ class Claim:
     """What a reader should take away that the numbers do not say: the correction, the condition."""
 
     @property
-    def title(self) -> str:
-        return TITLES[self.id]
-
-    @property
     def verdict(self) -> Verdict:
         return judge(self.right, printed=self.printed, beyond=self.beyond)
 
@@ -230,7 +184,6 @@ class Claim:
         groups = {"right": self.right, "printed": self.printed, "beyond": self.beyond}
         return {
             "id": self.id,
-            "title": self.title,
             "verdict": self.verdict,
             "equation": self.equation,
             "criterion": self.criterion,

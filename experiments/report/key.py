@@ -39,7 +39,7 @@ class Code(NamedTuple):
     statements: dict[Path, list[str]]
     """By file of this repository."""
     packages: set[str]
-    """Of others, as they are imported."""
+    """Of others, as they are imported, or named."""
 
 
 def run_key(name: str, file: Path, config: Any) -> str:
@@ -105,6 +105,8 @@ def code_of(file: Path, name: str) -> Code:
             numbers = set(range(len(module.statements)))
         for n in numbers - used.setdefault(path, set()):
             left += [(path, each) for each in module.uses[n]]
+            # as `find_spec("sklearn")` names one
+            code.packages.update(module.uses[n] & _installed().keys())
             for node in module.imports[n]:
                 left += _imported(node, path, code.packages)
         used[path] |= numbers

@@ -1,10 +1,9 @@
 """The reproduction report: every claim of the notes, tested, on one page.
 
-An experiment with `CLAIMS` and `claims` (see `experiments.report.evidence`) is in the report
-without further ado, and so is one that says `BESIDE = "<such an experiment>"`: its figure stands
-beside that one's. The config is `configs/claims/<name>.toml`. A run is kept as
-`<output>/<name>/report-<key>`, and its result is used again as long as the key is the same, which
-`experiments.report.key` makes of all that decides the result. Verdicts and figures are made anew.
+Every experiment of `experiments/claims` is in the report, with the config of its name. A run is
+kept as `<output>/<name>/report-<key>`, and its result is used again as long as the key is the same,
+which `experiments.report.key` makes of all that decides the result. Verdicts and figures are made
+anew.
 
     <output>/report/index.html    the page, which needs no network
     <output>/report/report.json   the same for machines
@@ -18,7 +17,7 @@ import json
 import math
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -28,10 +27,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from experiments.engine import runs
-from experiments.engine.config import UsageError, read, to_table
-from experiments.engine.experiment import ROOT, config_paths
+from experiments.engine.config import UsageError, to_table
+from experiments.engine.experiment import ROOT, Experiment, config_paths, find, names, read
 from experiments.engine.files import locked, written
-from experiments.report.evidence import FAMILY_LEVEL, TITLES, Claim, Verdict
+from experiments.report.evidence import LEVEL, Claim, Verdict
 from experiments.report.key import run_key
 
 PAGE, DATA = "index.html", "report.json"
@@ -48,8 +47,9 @@ SIGNS: dict[Verdict, str] = {
 
 
 class Size(NamedTuple):
-    """An experiment's config, and the file whose run it is."""
+    """An experiment with a config, and the file whose run it is."""
 
+    experiment: Experiment
     config: Any
     path: str | None
     """In `configs/`, or None if the config is not that of a file."""
@@ -72,28 +72,17 @@ class Row(NamedTuple):
     """What the report has to say of one claim."""
 
     id: str
+    title: str
+    study: Study
     claim: Claim | None = None
-    study: Study | None = None
-
-    @property
-    def title(self) -> str:
-        return TITLES[self.id]
 
     @property
     def verdict(self) -> Verdict:
         return self.claim.verdict if self.claim else "undecided"
 
-    @property
-    def experiment(self) -> str:
-        return self.study.experiment if self.study else ""
-
-    @property
-    def error(self) -> str:
-        return self.study.error if self.study else ""
-
 
 class Findings(NamedTuple):
-    """One row for each claim of the notes, and by experiment the one whose figure stands beside."""
+    """A row for each claim, by id, and by experiment the one whose figure stands beside its own."""
 
     rows: Sequence[Row]
     beside: Mapping[str, Study] = MappingProxyType({})
@@ -102,92 +91,83 @@ class Findings(NamedTuple):
     def errors(self) -> list[str]:
         """The experiments that failed, with what they said."""
         studies = [*(row.study for row in self.rows), *self.beside.values()]
-        failed = {study.experiment: study.error for study in studies if study and study.error}
+        failed = {study.experiment: study.error for study in studies if study.error}
         return [f"{name}: {error}" for name, error in failed.items()]
 
 
-def sizes(experiments: Mapping[str, Any], *, full: bool) -> dict[str, Size]:
+def sizes(*, full: bool) -> list[Size]:
     """The config of every experiment of the report: its file's if `full`, else its default."""
-    types = {name: module.Config for name, module in experiments.items()}
-    serving = [
-        name
-        for name, module in experiments.items()
-        if hasattr(module, "CLAIMS") or hasattr(module, "BESIDE")
-    ]
+    of_claims = [name for name, module in names().items() if ".claims." in module]
     if not full:
-        return {name: Size(types[name](), None) for name in serving}
-    paths = {name: config_paths()[name] for name in serving}
-    return {
-        name: Size(read(path, types)[1], path.relative_to(ROOT).as_posix())
-        for name, path in paths.items()
-    }
+        return [Size(found, found.Config(), None) for found in map(find, of_claims)]
+    paths = [config_paths()[name] for name in of_claims]
+    return [Size(*read(path), path.relative_to(ROOT).as_posix()) for path in paths]
 
 
-def measure(experiments: Mapping[str, Any], sizes: Mapping[str, Size], output: Path) -> Findings:
+def measure(sizes: Sequence[Size], output: Path) -> Findings:
     """Run each experiment that has no result yet, and judge.
 
     An experiment that fails has its error in the rows of its claims, and the others go on.
     """
-    rows: dict[str, Row] = {}
+    rows: list[Row] = []
     beside: dict[str, Study] = {}
     with _progress() as progress:
         # a signal ends the process as it is, and the cursor should be there then
         progress.console.show_cursor(True)
         task = progress.add_task("", total=len(sizes))
-        for name, size in sizes.items():
-            progress.update(task, description=name)
-            module = experiments[name]
-            study, claims = _study(name, module, size, output)
-            for id_ in getattr(module, "CLAIMS", ()):
-                rows[id_] = Row(id_, claims.get(id_), study)
-            if hasattr(module, "BESIDE"):
-                beside[module.BESIDE] = study
+        for size in sizes:
+            experiment = size.experiment
+            progress.update(task, description=experiment.name)
+            study, claims = _study(size, output)
+            rows += [
+                Row(id_, title, study, claims.get(id_)) for id_, title in experiment.CLAIMS.items()
+            ]
+            if experiment.BESIDE:
+                beside[experiment.BESIDE] = study
             progress.advance(task)
         progress.update(task, description="done")
-    return Findings([rows.get(id_, Row(id_)) for id_ in TITLES], beside)
+    return Findings(sorted(rows, key=lambda row: (row.id[0], int(row.id[1:]))), beside)
 
 
-def _study(name: str, module: Any, size: Size, output: Path) -> tuple[Study, dict[str, Claim]]:
+def _study(size: Size, output: Path) -> tuple[Study, dict[str, Claim]]:
     """The experiment as it ran, and what it says of the claims that it serves."""
-    study = Study(name, to_table(name, size.config), size.path)
-    claims: dict[str, Claim] = {}
+    experiment, config, path = size
+    study = Study(experiment.name, to_table(experiment.name, config), path)
     try:
-        folder = _run(name, module, size.config, output)
-        result = runs.read_result(folder, module.Result)
-        if hasattr(module, "CLAIMS"):
-            claims = {claim.id: claim for claim in module.claims(size.config, result)}
-            differing = set(module.CLAIMS) ^ set(claims)
-            if differing:
-                listed = ", ".join(sorted(differing))
-                raise ValueError(f"{name}: CLAIMS and claims() differ in {listed}")
+        folder = _run(experiment, config, output)
+        result = runs.read_result(folder, experiment.Result)
+        claims = {claim.id: claim for claim in experiment.claims(config, result)}
+        differing = experiment.CLAIMS.keys() ^ claims.keys()
+        if differing:
+            listed = ", ".join(sorted(differing))
+            raise ValueError(f"CLAIMS and claims() differ in {listed}")
     except Exception as error:
         line = f"{type(error).__name__}: {error}".splitlines()[0]
         return study._replace(error=line, trace=traceback.format_exc()), {}
     return study._replace(folder=folder, seconds=result.scores["wall_seconds"]), claims
 
 
-def _run(name: str, module: Any, config: Any, output: Path) -> Path:
+def _run(experiment: Experiment, config: Any, output: Path) -> Path:
     """The folder of the experiment's run with this config and this code, run if it is missing.
 
     One that was cut off goes on from its checkpoints.
     """
-    key = run_key(name, Path(module.__file__), config)
-    folder = output / name / f"report-{key}"
+    name = experiment.name
+    folder = output / name / f"report-{run_key(name, experiment.file, config)}"
     if runs.finished(folder):
         # by other code than drew the one that is there, perhaps
         from experiments.figures import save
 
-        figure = module.plot(runs.read_result(folder, module.Result))
-        save(figure, folder / runs.FIGURE)
+        result = runs.read_result(folder, experiment.Result)
+        save(experiment.plot(config, result), folder / runs.FIGURE)
         return folder
-    if hasattr(module, "check"):
-        module.check(config)
+    experiment.check(config)
     table = to_table(name, config)
     folder = runs.reopen(output, name, folder.name, table)
     # training shows its own progress on a terminal: here there is one display, ours
     with locked(folder), contextlib.redirect_stdout(io.StringIO()):
         runs.write_config(folder, table, "python -m experiments report")
-        runs.record(module, config, folder)
+        runs.record(experiment, config, folder)
     return folder
 
 
@@ -204,8 +184,6 @@ def write(findings: Findings, folder: Path, *, full: bool) -> None:
     for name in ("figures", "configs"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     for study in (*(row.study for row in findings.rows), *findings.beside.values()):
-        if study is None:
-            continue
         text = tomli_w.dumps(study.config)
         with written(folder / "configs" / f"{study.experiment}.toml") as file:
             file.write(text.encode())
@@ -214,7 +192,7 @@ def write(findings: Findings, folder: Path, *, full: bool) -> None:
                 file.write((study.folder / runs.FIGURE).read_bytes())
     data = {
         "size": "full" if full else "quick",
-        "family_level": FAMILY_LEVEL,
+        "family_level": LEVEL * len(findings.rows),
         **runs.surroundings(),
         "claims": [entry(row, folder) for row in findings.rows],
         "beside": {name: _about(study, folder) for name, study in findings.beside.items()},
@@ -244,11 +222,8 @@ def entry(row: Row, folder: Path) -> dict[str, Any]:
     return _finite(table | _about(row.study, folder))
 
 
-def _about(study: Study | None, folder: Path) -> dict[str, Any]:
+def _about(study: Study, folder: Path) -> dict[str, Any]:
     """How a figure or a verdict came about, as JSON."""
-    if study is None:
-        names = ("experiment", "figure", "config", "command", "seconds", "error")
-        return dict.fromkeys(names)
     config = study.config_path or f"{folder.as_posix()}/configs/{study.experiment}.toml"
     return {
         "experiment": study.experiment,
@@ -274,8 +249,8 @@ def page(findings: Findings, data: Mapping[str, Any]) -> str:
     environment.filters |= {"number": number, "math": typeset, "heading": heading}
     experiments: dict[str, list[dict[str, Any]]] = {}
     for row, table in zip(findings.rows, data["claims"], strict=True):
-        trace = row.study.trace if row.study else ""
-        experiments.setdefault(row.experiment, []).append(table | {"trace": trace})
+        named = experiments.setdefault(row.study.experiment, [])
+        named.append(table | {"trace": row.study.trace})
     beside = {
         name: data["beside"][name] | {"trace": study.trace}
         for name, study in findings.beside.items()
@@ -311,12 +286,11 @@ def typeset(latex: str) -> str:
     return Markup(mathml.replace("<math ", f'<math aria-label="{html.escape(latex)}" ', 1))
 
 
-def readme_table(verdicts: Mapping[str, tuple[Verdict, str]]) -> str:
-    """The table of claims for README.md, from each claim's verdict and experiment."""
+def readme_table(rows: Iterable[tuple[str, str, str, str]]) -> str:
+    """The table of claims for README.md, from each claim's id, title, verdict and experiment."""
     lines = ["| | claim of the notes | verdict | tested by |", "|---|---|---|---|"]
-    for id_, title in TITLES.items():
-        verdict, experiment = verdicts[id_]
-        config = f"[`{experiment}`](configs/claims/{experiment}.toml)" if experiment else "not yet"
+    for id_, title, verdict, experiment in rows:
+        config = f"[`{experiment}`](configs/claims/{experiment}.toml)"
         lines.append(f"| {id_} | {title} | {verdict} | {config} |")
     return "\n".join([START, *lines, END])
 
@@ -330,12 +304,12 @@ def update_readme(path: Path, rows: Sequence[Row]) -> None:
     text = path.read_text(encoding="utf-8")
     if text.count(START) != 1 or text.count(END) != 1:
         raise UsageError(f"{path}: needs the markers {START} and {END}, once each")
-    failed = [row.id for row in rows if row.error]
+    failed = [row.id for row in rows if row.study.error]
     if failed:
         raise UsageError(f"{path}: stays as it is, as there is no verdict on {', '.join(failed)}")
     before, rest = text.split(START)
     _, after = rest.split(END)
-    table = readme_table({row.id: (row.verdict, row.experiment) for row in rows})
+    table = readme_table((row.id, row.title, row.verdict, row.study.experiment) for row in rows)
     with written(path) as file:
         file.write((before + table + after).encode())
 

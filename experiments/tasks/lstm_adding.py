@@ -7,16 +7,16 @@ a mean squared error of their variance, 2/12 = 1/6.
 """
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 from pydantic import Field
 
-from experiments.engine.config import Seed, Size
+from experiments.data.adding import CONSTANT_MSE, DataConfig, Sums, abstract_sums, draw_sums
+from experiments.engine.config import Seed
 from experiments.engine.devices import ParallelConfig
 from experiments.engine.memory import check_training
 from experiments.engine.session import SILENT, Session
@@ -33,24 +33,11 @@ from experiments.models.lstm import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CONSTANT_MSE = 1 / 6
-"""Loss of the constant answer."""
-
 TOLERANCE = 0.04
 """A sum counts as found within this distance, as in the paper."""
 
 LABELS = {"loss": "mean squared error", "accuracy": f"share of sums within {TOLERANCE}"}
 """What the metrics are, on an axis."""
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """The sequences; those of training are new at every step."""
-
-    length: Annotated[Size, Field(ge=2)] = 10
-    """Steps in a sequence."""
-    held_out: Size = 64
-    """Sequences in the validation set, and in the test set."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +54,12 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
-class Sums(NamedTuple):
-    """Sequences of (value, mark), and the sums of their marked values."""
-
-    x: Float[Array, "B T 2"]
-    sums: Float[Array, " B"]
+TINY = Config(
+    compare_steps=2,
+    data=DataConfig(length=4, held_out=8),
+    model=ModelConfig(hidden_size=3),
+    train=TrainConfig(steps=4, batch_size=4, log_every=2, evaluate_every=2),
+)
 
 
 class Result(NamedTuple):
@@ -82,25 +70,6 @@ class Result(NamedTuple):
     steps: np.ndarray
     losses: np.ndarray
     scores: dict[str, float]
-
-
-def abstract_sums(size: int, length: int, dtype: str) -> Sums:
-    """The shapes and dtypes of what `draw_sums` draws."""
-    return jax.eval_shape(
-        lambda: Sums(jnp.zeros((size, length, 2), dtype), jnp.zeros((size,), dtype))
-    )
-
-
-@partial(jax.jit, static_argnums=(1, 2, 3))
-def draw_sums(key: PRNGKeyArray, size: int, length: int, dtype: str) -> Sums:
-    """`size` random sequences with their sums."""
-    value_key, first_key, second_key = jax.random.split(key, 3)
-    values = jax.random.uniform(value_key, (size, length), jnp.dtype(dtype))
-    first = jax.random.randint(first_key, (size,), 0, length // 2, jnp.int32)
-    second = jax.random.randint(second_key, (size,), length // 2, length, jnp.int32)
-    marks = jax.nn.one_hot(first, length, dtype=values.dtype)
-    marks += jax.nn.one_hot(second, length, dtype=values.dtype)
-    return Sums(jnp.stack([values, marks], axis=-1), jnp.sum(values * marks, axis=-1))
 
 
 def loss_under(gradient: Gradient) -> Loss:
@@ -156,7 +125,7 @@ def run(config: Config, session: Session = SILENT) -> Result:
         )
 
 
-def plot(result: Result) -> "Figure":
+def plot(config: Config, result: Result) -> "Figure":
     """Found against true sums, and the loss against that of the constant answer."""
     from experiments.figures import loss_curve, new_figure, predicted_against_true
 

@@ -51,6 +51,13 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
+TINY = Config(
+    compare_steps=2,
+    model=ModelConfig(hidden_size=3),
+    train=TrainConfig(steps=4, batch_size=4, log_every=2, evaluate_every=2),
+)
+
+
 class Result(NamedTuple):
     """The test images with what the trained model makes of them."""
 
@@ -124,7 +131,7 @@ def run(config: Config, session: Session = SILENT) -> Result:
         return Result(test.images, test.labels, probabilities, rows, scores)
 
 
-def plot(result: Result) -> "Figure":
+def plot(config: Config, result: Result) -> "Figure":
     """Sample test images with their predictions, every mistake first, and the confusion matrix."""
     from experiments.figures import confusion_matrix, digit_gallery, new_figure
 

@@ -1,31 +1,22 @@
 """An LSTM writes text, character by character (Graves 2013; Karpathy 2015).
 
-    y = LSTM(E[x]),   p(next) = softmax(y W + b),   loss = -log p(next),   in nats per character
-
 Each row of a batch reads on where it stopped a step ago: the state goes from window to window, its
 gradient does not (truncated back-propagation through time). An epoch begins with a state of zeros.
 Held-out text is read in one go, from its first character to its last.
-
-Axes: B batch, T time, V characters, E width of their embedding, H hidden width.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jaxtyping import Array, Float, Int32, PRNGKeyArray
 from pydantic import Field
 
-import rnnattn
-import rnnattn.reference
 from experiments.data.text import Text, Windows, entropies, load_text, text_windows
-from experiments.engine.config import Fraction, Layers, Seed, Size
+from experiments.engine.config import Seed, Size
 from experiments.engine.devices import ParallelConfig
 from experiments.engine.memory import check_training
 from experiments.engine.session import SILENT, Session
@@ -37,7 +28,14 @@ from experiments.engine.training import (
     fit,
     make_optimizer,
 )
-from experiments.models.lstm import Gradient, ModelConfig
+from experiments.models.text import (
+    TextModelConfig,
+    init_text,
+    loss_under,
+    read_through,
+    write,
+    zero_states,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,11 +46,6 @@ LABELS = {
 }
 """What the metrics are, on an axis."""
 
-READ_AT_ONCE = 256
-"""Characters of held-out text in memory at a time; the scores are the same for any number."""
-
-States = tuple[rnnattn.LSTMState, ...]
-
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -62,18 +55,6 @@ class DataConfig:
     """A text file in UTF-8; without one, the English prose of Python's own help."""
     window: Size = 8
     """Characters that each row reads in a step; gradients reach back no further."""
-
-
-@dataclass(frozen=True)
-class TextModelConfig(ModelConfig):
-    """The stack of LSTMs, and who differentiates it."""
-
-    layers: Layers = 2
-    """LSTMs, one above the other."""
-    embedding_size: Size = 8
-    """Width E of what the lowest one reads for a character."""
-    dropout: Fraction = 0.1
-    """Share of the values between two layers that is set to zero in training."""
 
 
 @dataclass(frozen=True)
@@ -92,13 +73,13 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
-class TextParams(NamedTuple):
-    """Weights of the model."""
-
-    embedding: Float[Array, "V E"]
-    layers: tuple[rnnattn.LSTMParams, ...]
-    w: Float[Array, "H V"]
-    b: Float[Array, " V"]
+TINY = Config(
+    compare_steps=2,
+    sample_length=20,
+    data=DataConfig(window=5),
+    model=TextModelConfig(hidden_size=3),
+    train=TrainConfig(steps=4, batch_size=4, log_every=2, evaluate_every=2),
+)
 
 
 class Result(NamedTuple):
@@ -113,94 +94,6 @@ class Result(NamedTuple):
     validation_curve: np.ndarray
     sample: str
     scores: dict[str, Any]
-
-
-def init_text(key: PRNGKeyArray, characters: int, config: TextModelConfig) -> TextParams:
-    """Random weights: the library's for the LSTMs, variances 1 and 1/H for what is around them."""
-    embedding_key, w_key, *keys = jax.random.split(key, config.layers + 2)
-    E, H, dtype = config.embedding_size, config.hidden_size, jnp.dtype(config.dtype)
-    widths = [E] + [H] * (config.layers - 1)
-    return TextParams(
-        jax.random.normal(embedding_key, (characters, E), dtype),
-        tuple(rnnattn.init_lstm(k, D, H, dtype=dtype) for k, D in zip(keys, widths, strict=True)),
-        jax.random.normal(w_key, (H, characters), dtype) / H**0.5,
-        jnp.zeros((characters,), dtype),
-    )
-
-
-def zero_states(params: TextParams, rows: int) -> States:
-    """The states of all layers before anything is read."""
-    zeros = [jnp.zeros((rows, layer.w_h.shape[0]), layer.b.dtype) for layer in params.layers]
-    return tuple(rnnattn.LSTMState(h=z, c=z) for z in zeros)
-
-
-def predict(
-    params: TextParams,
-    x: Int32[Array, "B T"],
-    states: States,
-    gradient: Gradient,
-    dropout: float = 0.0,
-    key: PRNGKeyArray | None = None,
-) -> tuple[Float[Array, "B T V"], States]:
-    """Logits of the character after each of `x`, and the states after the last."""
-    stack = rnnattn.stacked_lstm if gradient == "hand" else rnnattn.reference.stacked_lstm
-    y, states = stack(
-        params.layers, params.embedding[x], states, dropout_rate=dropout, dropout_key=key
-    )
-    return y @ params.w + params.b[None, None, :], states
-
-
-def loss_under(gradient: Gradient, dropout: float) -> Loss:
-    """Cross-entropy and accuracy of a batch of windows, and the states that the next one gets."""
-
-    def loss(params, batch, key, states):
-        states = jax.lax.stop_gradient(states)
-        states = jax.tree.map(lambda s: jnp.where(batch.first, 0, s), states)
-        x, following = batch.characters[:, :-1], batch.characters[:, 1:]
-        logits, states = predict(params, x, states, gradient, dropout, key)
-        nats, correct = _judge(logits, following)
-        accuracy = jnp.mean(correct, dtype=logits.dtype)
-        return jnp.mean(nats), ({"accuracy": accuracy}, states)
-
-    return loss
-
-
-def read_through(
-    params: TextParams, text: Int32[Array, " N"], gradient: Gradient
-) -> tuple[Float[Array, " N-1"], Float[Array, " N-1"]]:
-    """-log p of each character but the first, given all before it, and whether it was guessed."""
-
-    def read(states, window):
-        x, following = window
-        logits, states = predict(params, x[None, :], states, gradient)
-        nats, correct = _judge(logits[0], following)
-        return states, (nats, correct.astype(nats.dtype))
-
-    # what is read beyond the end changes nothing before it
-    padding = (0, -(len(text) - 1) % READ_AT_ONCE)
-    windows = [jnp.pad(part, padding).reshape(-1, READ_AT_ONCE) for part in (text[:-1], text[1:])]
-    _, (nats, correct) = jax.lax.scan(read, zero_states(params, 1), windows)
-    return nats.ravel()[: len(text) - 1], correct.ravel()[: len(text) - 1]
-
-
-@partial(jax.jit, static_argnames="length")
-def write(
-    params: TextParams, first: Int32[Array, ""], key: PRNGKeyArray, *, length: int
-) -> Int32[Array, " length"]:
-    """The characters that follow `first`, each drawn from what the model expects after the last."""
-
-    def step(carry, key):
-        character, below = carry
-        x, states = params.embedding[character][None, :], []
-        for layer, state in zip(params.layers, below, strict=True):
-            states.append(rnnattn.lstm_step(layer, x, state))
-            x = states[-1].h
-        logits = x[0] @ params.w + params.b
-        character = jax.random.categorical(key, logits).astype(jnp.int32)
-        return (character, tuple(states)), character
-
-    start = (first, zero_states(params, 1))
-    return jax.lax.scan(step, start, jax.random.split(key, length))[1]
 
 
 def check(config: Config) -> None:
@@ -276,7 +169,7 @@ def run(config: Config, session: Session = SILENT) -> Result:
         )
 
 
-def plot(result: Result) -> "Figure":
+def plot(config: Config, result: Result) -> "Figure":
     """The loss against what needs no memory, the cost of each place in a word, and an excerpt."""
     from experiments.figures import cost_by_place, cost_of_text, loss_of_text, new_figure
 
@@ -299,12 +192,6 @@ def plot(result: Result) -> "Figure":
 
 def _load(config: Config) -> Text:
     return load_text(config.data.path, rows=config.train.batch_size, window=config.data.window)
-
-
-def _judge(logits, following):
-    """-log p of the characters that follow, and whether they are the likeliest."""
-    nats = optax.softmax_cross_entropy_with_integer_labels(logits, following)
-    return nats, jax.lax.argmax(logits, logits.ndim - 1, jnp.int32) == following
 
 
 def _with_baselines(text: Text, scores: dict[str, float]) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from experiments.engine.training import (
     make_optimizer,
 )
 from experiments.models.vit import (
-    LABELS,
     ViTConfig,
     attention_received,
     build,
@@ -37,7 +36,7 @@ from experiments.models.vit import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["LABELS", "Config", "Result", "check", "plot", "run"]
+LABELS = {"loss": "cross-entropy (nats)", "accuracy": "share of digits read correctly"}
 
 SHOWN = 6
 """Test images whose attention is kept."""
@@ -53,6 +52,12 @@ class Config:
     model: ViTConfig = field(default_factory=ViTConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+
+TINY = Config(
+    model=ViTConfig(width=8),
+    train=TrainConfig(steps=4, batch_size=4, log_every=2, evaluate_every=2),
+)
 
 
 class Result(NamedTuple):
@@ -122,7 +127,7 @@ def run(config: Config, session: Session = SILENT) -> Result:
     )
 
 
-def plot(result: Result) -> "Figure":
+def plot(config: Config, result: Result) -> "Figure":
     """Sample test images, every mistake first, the confusion matrix, and what is attended to."""
     from experiments.figures import (
         attention_maps,

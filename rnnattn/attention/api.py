@@ -21,7 +21,7 @@ from rnnattn.attention.arguments import (
 from rnnattn.attention.peers import hand_over
 from rnnattn.attention.rule import attend, plain, with_weights
 from rnnattn.attention.signature import Implementation, Window, typed
-from rnnattn.checks import Check
+from rnnattn.checks import Check, forward_mode
 from rnnattn.precision import varying_together
 
 
@@ -63,14 +63,16 @@ def dot_product_attention(
         is_causal: hides keys behind the query's position.
         query_seq_lengths, key_value_seq_lengths: (B,), what is valid of each row, 0 included.
         local_window_size: the keys (left, right) of a query's position that it sees, besides the
-            one at it; None for all of a side, one number for both.
+            one at it; None for all of a side, one number for both. A negative size is refused:
+            `jax.nn` hides the query's own key with it, other libraries mean all of a side.
         implementation: "dense" (all logits at once), "blockwise" (memory linear in T + S), "xla"
             (the better of the two, blockwise from 2¹⁶ logits for each head on), "native" (kernels
             for a CPU, see `rnnattn.native`; float32, no dropout); "cudnn" and "tokamax" hand the
             call over to `jax.nn` and to tokamax, for what they can serve, with their own gradients
             and rules for rows that see nothing; None chooses: "native" on a CPU where it can serve,
             else "xla".
-        return_residual: also return the log-sum-exp L, (B, T, N), in float32 for 16-bit inputs.
+        return_residual: also return the log-sum-exp L, (B, T, N), in float32 for 16-bit inputs and
+            with a true gradient, where that of `jax.nn` has the key's dtype and none for L.
         query_offset: a number or (B,): query t stands at position t + offset among the keys. A
             cache's length while decoding; S − T aligns the last query with the last key.
         query_segment_ids, key_value_segment_ids: (B, T) and (B, S): a query sees the keys of its
@@ -190,7 +192,8 @@ def call(function, rule, arguments, schedule=None):
     if isinstance(arrays.query_offset, int) and arrays.query_offset == 0:
         arrays = arrays._replace(query_offset=None)  # a constant, which nobody has to send
     wanted = (True, request.return_residual, request.return_weights)
-    results = _run_attention(function, rule, schedule, options, wanted, arrays)
+    with forward_mode("rnnattn.attention.dot_product_attention_jvp"):
+        results = _run_attention(function, rule, schedule, options, wanted, arrays)
     return results[0] if len(results) == 1 else results
 
 

@@ -1,5 +1,6 @@
 """The weights of a vision transformer in timm and google-research; see `rnnattn.interop`."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -99,10 +100,11 @@ def vit_from_google(weights: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         weights: of the checkpoint's `.npz`, by name; a prefix "params/" or "opt/target/" is taken
-            off, and what is beside it left out.
+            off, and what is beside it left out. Where big_vision's positions have no row for the
+            class token, which it adds after them, the row is zeros.
     Raises:
         ValueError: names are missing or unknown, or arrays have a wrong shape or dtype; all of
-            them are listed.
+            them are listed. There is a layer `pre_logits`, which `rnnattn.nn.ViT` does not have.
     Example:
         >>> from flax import nnx
         >>> from rnnattn.nn import ViT, load_weights
@@ -118,15 +120,25 @@ def vit_from_google(weights: Mapping[str, Any]) -> dict[str, Any]:
     prefixes = ("params/", "opt/target/")
     prefix = next((p for p in prefixes if any(name.startswith(p) for name in weights)), "")
     theirs = {name[len(prefix) :]: x for name, x in weights.items() if name.startswith(prefix)}
+    if any(name.startswith("pre_logits/") for name in theirs):
+        raise ValueError(
+            "vit_from_google: `pre_logits` is a layer that `rnnattn.nn.ViT` does not have; to "
+            "fine-tune the rest, as Google does, leave its arrays out and give a head of zeros: "
+            "`head/kernel` of shape (D, classes), `head/bias` of shape (classes,)"
+        )
     form = "big_vision" if "pos_embedding" in theirs else "vision_transformer"
     depth = _depth(theirs, "Transformer/encoderblock_", "/")
-    names, axes = _google_names(depth, form), _vit_axes(depth, "cls" in theirs)
+    axes = _vit_axes(depth, "cls" in theirs)
+    names = {ours: name for ours, name in _google_names(depth, form).items() if ours in axes}
     leading = {"cls": "1 1 D", "position": "1 tokens D"}
     expected = {names[ours]: leading.get(ours, shape) for ours, shape in axes.items()}
     arrays = read_all("vit_from_google", theirs, expected)
-    return _nested(
-        {ours: arrays[names[ours]][0] if ours in leading else arrays[names[ours]] for ours in axes}
-    )
+    own = {
+        ours: arrays[name][0] if ours in leading else arrays[name] for ours, name in names.items()
+    }
+    if form == "big_vision" and "cls" in own and not _counts_class_token(own["position"]):
+        own["position"] = np.pad(own["position"], ((1, 0), (0, 0)))
+    return _nested(own)
 
 
 def vit_to_google(
@@ -137,7 +149,8 @@ def vit_to_google(
 
     Args:
         weights: of a `rnnattn.nn.ViT` with learned positions and the patch stem.
-        form: whose names: those of the repository `vision_transformer` or of `big_vision`.
+        form: whose names: those of the repository `vision_transformer` or of `big_vision`, which
+            adds positions before there is a class token: the token's own is added to it.
     Raises:
         ValueError: as `vit_from_google` does; `form` is unknown.
     Example:
@@ -147,6 +160,9 @@ def vit_to_google(
     Check(function).one_of("form", form, ("vision_transformer", "big_vision"))
     arrays, depth = _own_arrays(function, weights)
     names = _google_names(depth, form)
+    if form == "big_vision" and "cls" in arrays:
+        of_class_token, grid = np.split(arrays["position"], [1])
+        arrays |= {"cls": arrays["cls"] + of_class_token, "position": grid}
     leading = lambda ours, array: array[None] if ours in ("cls", "position") else array
     return {
         names[ours]: np.array(leading(ours, array), order="C") for ours, array in arrays.items()
@@ -218,6 +234,11 @@ def _google_names(depth, form):
             modules[f"{ours}.attention.{name}"] = f"{attention}/{name}"
     renamed = lambda ours: "/".join([modules[ours.rpartition(".")[0]], ours.rpartition(".")[2]])
     return {ours: fixed.get(ours) or renamed(ours) for ours in _vit_axes(depth, True)}
+
+
+def _counts_class_token(position):
+    """Whether it is one row more than a square grid: big_vision's own rule for old files."""
+    return math.isqrt(len(position) - 1) ** 2 == len(position) - 1
 
 
 def _depth(weights, before, after):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,9 @@ class MultiHeadAttention(nnx.Module):
     Names and shapes of the weights are those of `flax.nnx.MultiHeadAttention`.
 
     Args:
-        num_heads: N, of the queries; the width of a head is K = features / N.
+        num_heads: N, of the queries.
         features: of inputs and outputs.
+        head_width: K, of a head; None is features / N.
         num_key_value_heads: M, a divisor of N: each is read by N / M query heads. None is N.
         qk_norm: a LayerNorm over each head of queries and keys, with a scale and no bias, before
             they are rotated. It bounds the logits; LayerNorm, as in ViT-22B and in flax, whose
@@ -30,6 +31,7 @@ class MultiHeadAttention(nnx.Module):
         rope: True rotates queries and keys by their positions with `rnnattn.rope`; a function
             (x (B, T, N, K), positions) → like x does it another way, a partial of `rnnattn.rope`
             with other options, say, or a module with frequencies of its own.
+        use_bias: whether the four linear maps add one.
         dropout_rate: the share of attention weights set to zero while training.
         dtype: of the computation; None is that of inputs and weights together.
         param_dtype: of the weights.
@@ -54,8 +56,10 @@ class MultiHeadAttention(nnx.Module):
         features: int,
         *,
         num_key_value_heads: int | None = None,
+        head_width: int | None = None,
         qk_norm: bool = False,
         rope: bool | Callable[..., Any] = False,
+        use_bias: bool = True,
         dropout_rate: float = 0.0,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
@@ -64,12 +68,16 @@ class MultiHeadAttention(nnx.Module):
         check = Check("MultiHeadAttention")
         N, M = num_heads, num_heads if num_key_value_heads is None else num_key_value_heads
         check(N > 0, "num_heads", "at least 1", N)
-        check.multiple("features", features, N, of=f"{N} heads")
+        if head_width is None:
+            check.multiple("features", features, N, of=f"{N} heads")
+            head_width = features // N
+        check(head_width > 0, "head_width", "at least 1", head_width)
         check(M > 0 and N % M == 0, "num_key_value_heads", f"a divisor of `num_heads` = {N}", M)
         check(0 <= dropout_rate < 1, "dropout_rate", "in [0, 1)", dropout_rate)
-        K = features // N
+        K = head_width
         linear = partial(
             nnx.LinearGeneral,
+            use_bias=use_bias,
             kernel_init=nnx.initializers.xavier_uniform(),
             dtype=dtype,
             param_dtype=param_dtype,
@@ -94,6 +102,39 @@ class MultiHeadAttention(nnx.Module):
         dtype = self.param_dtype if self.dtype is None else self.dtype
         empty = jnp.zeros((batch, length, M, K), dtype)
         return KVCache(empty, empty, jnp.zeros(batch, jnp.int32))
+
+    @overload
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        context: Float[Array, "B S D"] | None = None,
+        *,
+        cache: None = None,
+        return_weights: Literal[False] = False,
+        **options: Any,
+    ) -> Float[Array, "B T D"]: ...
+
+    @overload
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        context: Float[Array, "B S D"] | None = None,
+        *,
+        cache: KVCache,
+        return_weights: Literal[False] = False,
+        **options: Any,
+    ) -> tuple[Float[Array, "B T D"], KVCache]: ...
+
+    @overload
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        context: Float[Array, "B S D"] | None = None,
+        *,
+        cache: KVCache | None = None,
+        return_weights: bool = False,
+        **options: Any,
+    ) -> Any: ...
 
     def __call__(
         self,

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -209,6 +209,26 @@ class ViT(nnx.Module):
         self.norm = LayerNorm(width, **dtypes)
         zeros = nnx.initializers.zeros_init()
         self.head = nnx.Linear(width, classes, kernel_init=zeros, rngs=rngs, **dtypes)
+
+    @overload
+    def __call__(
+        self,
+        images: Float[Array, "B rows columns channels"],
+        valid: Bool[Array, "B rows columns"] | None = None,
+        *,
+        rngs: nnx.Rngs | None = None,
+        capture: Literal[False] = False,
+    ) -> Float[Array, "B classes"]: ...
+
+    @overload
+    def __call__(
+        self,
+        images: Float[Array, "B rows columns channels"],
+        valid: Bool[Array, "B rows columns"] | None = None,
+        *,
+        rngs: nnx.Rngs | None = None,
+        capture: Literal[True],
+    ) -> tuple[Float[Array, "B classes"], Activations]: ...
 
     def __call__(
         self,

@@ -10,7 +10,7 @@ import jax
 from jaxtyping import Array, Bool, Float, Int
 
 import rnnattn.recurrent.native as native
-from rnnattn.checks import Check
+from rnnattn.checks import Check, forward_mode
 from rnnattn.precision import varying_together
 from rnnattn.recurrent.arguments import (
     as_given,
@@ -65,8 +65,9 @@ def lstm_step(
     Check("lstm_step").one_of("implementation", implementation, (None, "xla", "native"))
     options = Options(False, "gates", checked_variant("lstm_step", clip, coupled))
     schedule = _suited("lstm_step", implementation, params, x, options)
-    _, state = _run_lstm("lstm_step", schedule, options, True, params, x[None], state, None, None)
-    return state
+    with forward_mode("rnnattn.reference.lstm_step"):
+        step = (params, x[None], state, None, None)
+        return _run_lstm("lstm_step", schedule, options, True, *step)[1]
 
 
 def lstm(
@@ -141,7 +142,8 @@ def lstm(
         check.served("cudnn", unserved_by_cudnn(params, x, options, resets))
         return run_cudnn(time_major, params, x, state, lengths)
     schedule = _suited("lstm", implementation, params, x, options)
-    return _run_lstm("lstm", schedule, options, time_major, params, x, state, lengths, resets)
+    with forward_mode("rnnattn.reference.lstm"):
+        return _run_lstm("lstm", schedule, options, time_major, params, x, state, lengths, resets)
 
 
 def _suited(function, implementation, params, x, options):

@@ -29,18 +29,17 @@ import traceback
 import unicodedata
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from experiments.__main__ import EXPERIMENTS, main
+from experiments.__main__ import main
 from experiments.data.mnist import IDX_NAMES, NPZ_NAMES
-from experiments.engine.experiment import ROOT
-from tests.experiments.test_configs import TINY
+from experiments.engine.experiment import ROOT, find, names
+from tests.experiments.sizes import leaves
 
 MEMORY = 40 * 2**30
 """Of addresses, of which a process of JAX reserves more than it uses."""
@@ -66,35 +65,13 @@ class Outcome(NamedTuple):
 # ---- configs that run in a second or two ------------------------------------------------------
 
 
-def literals(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The dotted keys of a config with their values."""
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if is_dataclass(value):
-            yield from literals(value, f"{prefix}{field.name}.")
-        else:
-            yield prefix + field.name, value
-
-
 def tiny(experiment: str) -> dict[str, str]:
     """The dotted keys of the experiment's smallest config, with their values as TOML."""
-    values = dict(literals(EXPERIMENTS[experiment].Config()))
-    for option in TINY[experiment].split("--")[1:]:
-        name, *given = option.split()
-        read = [int(text) if text.isdecimal() else _number(text) for text in given]
-        key = name.replace("-", "_")
-        values[key] = read if isinstance(values[key], tuple) else read[0]
-    return {key: json.dumps(value) for key, value in values.items() if value is not None}
+    values = leaves(find(experiment).TINY)
+    return {key: json.dumps(value) for key, value in values if value is not None}
 
 
-def _number(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-TINY_OF = {experiment: tiny(experiment) for experiment in EXPERIMENTS}
+TINY_OF = {experiment: tiny(experiment) for experiment in names()}
 
 
 def toml(experiment: str, lines: Mapping[str, str]) -> str:

@@ -4,80 +4,23 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import pytest
 
-from experiments.__main__ import EXPERIMENTS, main
-from experiments.engine.config import UsageError, claim, read, to_table
-from experiments.engine.experiment import CONFIGS, ROOT, config_paths
-from experiments.engine.runs import CHECKPOINTS, CONFIG, CURVES, FIGURE, METRICS, RESULT, SUMMARY
+from experiments.__main__ import main
+from experiments.engine.config import claim
+from experiments.engine.experiment import CONFIGS, ROOT, config_paths, read
+from experiments.engine.runs import CONFIG, FIGURE
 from experiments.engine.training import TrainConfig, make_schedule
-
-TINY_TRAINING = (
-    "--train.steps 4 --train.batch-size 4 --train.log-every 2 --train.evaluate-every 2"
-    " --model.hidden-size 3 --compare-steps 2"
-)
-TINY_VIT = (
-    "--train.steps 4 --train.batch-size 4 --train.log-every 2 --train.evaluate-every 2"
-    " --model.width 8 --model.depth 1 --model.num-heads 2"
-)
-TINY = {
-    "attention_averaging": "--several-keys 3 --betas 1 2",
-    "attention_copying": "--draws 3 --keys 3 --scales 1 --lengths 0.5 1",
-    "dot_product_variance": "--widths 1 4 --samples 1000",
-    "key_noise": "--samples 100 --keys 3 --several-keys 2 --betas 1",
-    "multi_head_noise": "--samples 100 --keys 3 --several-keys 2 --betas 10 --heads 2",
-    "softmax_saturation": "--widths 4 1024 --samples 100 --keys 3",
-    "subspace_projection": "--width 5 --rank 2 --draws 2",
-    "lstm_adding": f"{TINY_TRAINING} --data.length 4 --data.held-out 8",
-    "lstm_digits": TINY_TRAINING,
-    "lstm_equations": "--length 2 --hidden-size 2",
-    "lstm_gradient": "--lengths 1 --cases 2 --hidden-size 2",
-    "lstm_gradient_training": (
-        "--train.steps 2 --train.batch-size 4 --train.log-every 1 --train.evaluate-every 2"
-        " --runs 1 --hidden-size 3 --data.length 4 --data.held-out 8"
-    ),
-    "lstm_text": f"{TINY_TRAINING} --data.window 5 --sample-length 20",
-    "mnist_rows_lstm": f"{TINY_TRAINING} --data.source digits",
-    "rotary_relative": "--dim 4 --distances 5 --powers 0 8",
-    "sinusoidal_shift": "--dim 4 --positions 20 --offsets 1 2.5 --powers 6",
-    "vit_digits": TINY_VIT,
-    "vit_mnist": f"{TINY_VIT} --data.source digits",
-    "vit_resolution": (
-        f"{TINY_VIT} --data.source digits --runs 1 --tune-steps 2 --methods learned pad"
-    ),
-}
-TEXTS = {
-    "lstm_digits": {"table.txt"},
-    "lstm_text": {"sample.txt"},
-    "mnist_rows_lstm": {"table.txt"},
-    "vit_digits": {"table.txt"},
-    "vit_mnist": {"table.txt"},
-    "vit_resolution": {"table.txt", "verdicts.txt"},
-}
-TRAINING = {name for name, options in TINY.items() if "--train.steps" in options}
-TYPES = {name: experiment.Config for name, experiment in EXPERIMENTS.items()}
+from experiments.tasks import lstm_adding
+from tests.experiments.sizes import tiny_options
 
 
 def paths() -> list[Path]:
     return list(config_paths().values())
-
-
-@pytest.mark.parametrize("path", paths(), ids=lambda path: path.stem)
-def test_every_config_runs_at_a_tiny_size(path, tmp_path):
-    assert path.stem in TINY, f"{path.name} has no tiny size in this test's table"
-    options = ["--name", "tiny", "--output", str(tmp_path)]
-    assert main(["run", str(path), *TINY[path.stem].split(), *options]) == 0
-    folder = tmp_path / path.stem / "tiny"
-    # what logs nothing has no curves
-    curves = {CURVES} if EXPERIMENTS[read(path, TYPES)[0]].LABELS else set()
-    files = {CONFIG, METRICS, SUMMARY, RESULT, FIGURE} | curves | TEXTS.get(path.stem, set())
-    if path.stem in TRAINING:
-        files.add(CHECKPOINTS)
-    assert {file.name for file in folder.iterdir()} == files
 
 
 @pytest.mark.parametrize("path", paths(), ids=lambda path: path.stem)
@@ -90,21 +33,8 @@ def test_quick_takes_the_defaults_of_the_experiment_for_the_values_of_the_file(t
     path = CONFIGS / "claims" / "attention_averaging.toml"
     options = ["--quick", "--betas", "1", "2", "--name", "x", "--output", str(tmp_path)]
     assert main(["run", str(path), *options]) == 0
-    name, config = read(tmp_path / path.stem / "x" / CONFIG, TYPES)
-    assert config == replace(TYPES[name](), betas=(1.0, 2.0)) != read(path, TYPES)[1]
-
-
-def test_every_experiment_has_a_config():
-    assert {read(path, TYPES)[0] for path in paths()} == set(EXPERIMENTS)
-
-
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_a_default_config_is_valid_and_survives_being_written(name, tmp_path):
-    import tomli_w
-
-    file = tmp_path / "default.toml"
-    file.write_text(tomli_w.dumps(to_table(name, TYPES[name]())))
-    assert read(file, TYPES) == (name, TYPES[name]())
+    experiment, config = read(tmp_path / path.stem / "x" / CONFIG)
+    assert config == replace(experiment.Config(), betas=(1.0, 2.0)) != read(path)[1]
 
 
 def test_list_names_every_config_with_its_claim(capsys):
@@ -112,6 +42,28 @@ def test_list_names_every_config_with_its_claim(capsys):
     output = capsys.readouterr().out
     for path in paths():
         assert path.stem in output and claim(path) in output
+
+
+def test_a_list_imports_no_library_that_computes():
+    code = "import sys; from experiments.__main__ import main; main(['list']); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert "experiments.engine.experiment" in loaded
+    assert not loaded & {"jax", "flax", "optax", "scipy", "sklearn", "matplotlib", "orbax"}
+
+
+def test_a_run_imports_no_other_experiment_and_no_library_that_it_does_not_use(tmp_path):
+    code = (
+        "import sys; from experiments.__main__ import main; main(sys.argv[1:]); print(*sys.modules)"
+    )
+    options = ["run", "lstm_adding", *tiny_options("lstm_adding"), "--output", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *options], cwd=ROOT, capture_output=True, text=True
+    )
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert "experiments.tasks.lstm_adding" in loaded
+    assert not loaded & {"flax", "sklearn", "scipy.stats", "pandas", "tensorboardX"}
+    assert not any(name.startswith(("experiments.claims", "experiments.report")) for name in loaded)
 
 
 @pytest.mark.parametrize(
@@ -261,33 +213,7 @@ def test_of_many_unknown_keys_the_first_ten_are_named(tmp_path, capsys):
 def test_a_mark_at_the_start_of_the_text_is_no_part_of_it(tmp_path):
     file = tmp_path / "marked.toml"
     file.write_text('# A claim.\nexperiment = "lstm_digits"\nseed = 3', encoding="utf-8-sig")
-    assert read(file, TYPES)[1].seed == 3 and claim(file) == "A claim."
-
-
-def leaves(config, prefix=""):
-    """The dotted keys of what is no group."""
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if is_dataclass(value):
-            yield from leaves(value, f"{prefix}{field.name}.")
-        else:
-            yield prefix + field.name
-
-
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_no_number_is_too_large_for_any_key_to_be_checked(name, tmp_path):
-    """Each is refused, or the experiment's own check accepts it without allocating anything."""
-    for key in leaves(TYPES[name]()):
-        for value in ("9223372036854775807", "1e300", "1048576"):
-            for literal in (value, f"[{value}, {value}]"):
-                file = tmp_path / "large.toml"
-                file.write_text(f'experiment = "{name}"\n{key} = {literal}')
-                try:
-                    config = read(file, TYPES)[1]
-                    if hasattr(EXPERIMENTS[name], "check"):
-                        EXPERIMENTS[name].check(config)
-                except UsageError as error:
-                    assert all(line.isprintable() for line in str(error).splitlines())
+    assert read(file)[1].seed == 3 and claim(file) == "A claim."
 
 
 TOO_LARGE = {
@@ -311,10 +237,10 @@ TOO_LARGE = {
 }
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", TOO_LARGE)
 def test_what_does_not_fit_into_memory_is_refused_before_anything_is_made(name, tmp_path, capsys):
     output = tmp_path / "outputs"
-    options = [*TINY[name].split(), *TOO_LARGE[name].split(), "--output", str(output)]
+    options = [*tiny_options(name), *TOO_LARGE[name].split(), "--output", str(output)]
     assert main(["run", name, *options]) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and not output.exists()
@@ -473,8 +399,8 @@ def test_a_run_that_finds_no_memory_says_so_and_the_others_of_a_sweep_go_on(
             raise error
         return real(config, session)
 
-    real = EXPERIMENTS["lstm_adding"].run
-    monkeypatch.setattr(EXPERIMENTS["lstm_adding"], "run", run)
+    real = lstm_adding.run
+    monkeypatch.setattr(lstm_adding, "run", run)
     tiny = tmp_path / "tiny.toml"
     tiny.write_text('experiment = "lstm_adding"\ncompare_steps = 0\n[train]\nsteps = 2\n')
     assert main(["run", str(tiny), "--output", str(tmp_path)]) == 1

@@ -17,7 +17,7 @@ import optax
 from flax import nnx
 
 import rnnattn
-from experiments.claims.vit_resolution import verdicts as resolution_verdicts
+from experiments.claims.vit_resolution import verdicts
 from experiments.claims.vit_resolution.moves import (
     MOVES,
     Method,
@@ -50,10 +50,14 @@ from experiments.report.evidence import Claim
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CLAIMS = ("V1", "V2", "V3", "V4", "V5", "V6")
-
-LABELS: dict[str, str] = {}
-"""One record for each model trained: no curve."""
+CLAIMS = {
+    "V1": "An image is a sequence of patches",
+    "V2": "Another image size is another number of patches",
+    "V3": "Train at low resolution, tune at high resolution",
+    "V4": "Positions have to be fitted to a new image size",
+    "V5": "Crop and pad the image to the wanted size",
+    "V6": "A CNN brings the image to the wanted size",
+}
 
 PHASES = ("small", "moved", "tuned", "equal compute", "equal steps")
 """Trained on small images and read on them; moved; tuned; and trained on whole images alone."""
@@ -84,6 +88,14 @@ class Config:
     )
     """Training on small images, and on whole ones from the start."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+
+TINY = Config(
+    tune_steps=2,
+    methods=("learned", "pad"),
+    model=ViTConfig(width=8),
+    train=TrainConfig(steps=4, batch_size=4, log_every=2, evaluate_every=2),
+)
 
 
 class Training(NamedTuple):
@@ -151,7 +163,7 @@ def run(config: Config, session: Session = SILENT) -> Result:
             )
         )
     models = [first[key].network.model for key in keys]
-    result = Result(
+    return Result(
         methods=np.array([method for method, _ in keys]),
         phases=np.array([phase for _, phase in keys]),
         correct=correct,
@@ -161,20 +173,17 @@ def run(config: Config, session: Session = SILENT) -> Result:
         parameters=np.array([row.parameters for row in rows]),
         tokens=np.array([first[key].tokens for key in keys]),
         patch_values=np.array([int(np.prod(model.patch_size)) for model in models]),
-        sizes=np.array([size[0] // 2, size[0], config.model.patch_size]),
+        sizes=np.array([size[0] // 2, size[0]]),
         padding_effect=_padding_effect(config, first.get(("pad", "small"))),
         **_pictures(config, networks["learned"], first),
         table=table(rows),
-        verdicts="",
         scores=_scores(keys, rows),
     )
-    words = map(resolution_verdicts.in_words, claims(config, result))
-    return result._replace(verdicts="\n".join(words))
 
 
 def claims(config: Config, result: Result) -> tuple[Claim, ...]:
     """What the study says of V1 to V6."""
-    return resolution_verdicts.claims(result)
+    return verdicts.claims(result, config.model.patch_size)
 
 
 class Outcome(NamedTuple):
@@ -352,7 +361,7 @@ def _scores(keys: list[tuple[str, str]], rows: list[Row]) -> dict[str, Any]:
 # ---- figure -----------------------------------------------------------------------------------
 
 
-def plot(result: Result) -> "Figure":
+def plot(config: Config, result: Result) -> "Figure":
     """Accuracy by way and phase, accuracy against operations, positions and attention."""
     from experiments.figures import before_and_after, new_figure, phases_by_cost, phases_by_method
 

@@ -36,7 +36,7 @@ class Result(NamedTuple):
     """Of an image as the model reads it (R,), and below the values of one patch."""
     patch_values: np.ndarray
     sizes: np.ndarray
-    """Sides of the small images and of the whole ones, and of a patch, in pixels."""
+    """Sides of the small images and of the whole ones, in pixels."""
     padding_effect: np.ndarray
     """Largest change of a logit when the padding holds something else (V5)."""
     similarity_small: np.ndarray
@@ -50,14 +50,13 @@ class Result(NamedTuple):
     attention_moved: np.ndarray
     attention_tuned: np.ndarray
     table: str
-    verdicts: str
     scores: dict[str, Any]
 
 
-def claims(result: Result) -> tuple[Claim, ...]:
-    """One claim for each of V1 to V6."""
+def claims(result: Result, patch: int) -> tuple[Claim, ...]:
+    """One claim for each of V1 to V6; a patch of the model has sides of `patch` pixels."""
     return (
-        _patches_are_tokens(result),
+        _patches_are_tokens(result, patch),
         _count_changes(result),
         _low_then_high(result),
         _positions_must_fit(result),
@@ -90,8 +89,8 @@ PAIRED = (
 )
 
 
-def _patches_are_tokens(result: Result) -> Claim:
-    small, whole, patch = (int(n) for n in result.sizes)
+def _patches_are_tokens(result: Result, patch: int) -> Claim:
+    small, whole = (int(n) for n in result.sizes)
     tokens = {small: "small", whole: "tuned"}
     counts = [
         equal(
@@ -207,14 +206,3 @@ def _against_interpolation(
         f"{invariant} {PAIRED}",
         (*gains, *others),
     )
-
-
-def in_words(claim: Claim) -> str:
-    """A claim with its verdict and the evidence for it, a line each."""
-    lines = [
-        f"    {e.name}: {e.measured:.4g} in [{e.low:.4g}, {e.high:.4g}], "
-        f"predicted {e.relation} {e.predicted:.4g}: {e.status}"
-        for e in (*claim.right, *claim.printed, *claim.beyond)
-    ]
-    head = f"{claim.id}  {claim.verdict}: {claim.title}\n    {claim.criterion}"
-    return "\n".join([head, *lines, ""])

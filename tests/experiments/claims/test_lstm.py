@@ -1,5 +1,6 @@
 """L1–L8: the evidence, the verdicts that follow from it, and the gradients that it is about."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -10,14 +11,14 @@ import pytest
 import rnnattn
 from experiments.claims import lstm_equations, lstm_gradient, lstm_gradient_training
 from experiments.claims.lstm_gradient import LIBRARY, METHODS, NO_CARRY, PRINTED, QUANTITIES, RIGHT
+from experiments.data.adding import DataConfig
 from experiments.engine.session import Session
 from experiments.engine.training import TrainConfig
 from experiments.models import lstm_variants
 from experiments.models.lstm_variants import GRADIENTS
-from experiments.tasks.lstm_adding import DataConfig
 from tests.lstm_cases import assert_close, relative_error
 
-SMALL = lstm_gradient.Config(lengths=(1, 2), cases=3, hidden_size=3, input_size=2)
+SMALL = lstm_gradient.TINY
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def result() -> lstm_gradient.Result:
 
 def verdicts(module, config, result) -> dict[str, str]:
     claims = module.claims(config, result)
-    assert tuple(claim.id for claim in claims) == module.CLAIMS
+    assert [claim.id for claim in claims] == list(module.CLAIMS)
     return {claim.id: claim.verdict for claim in claims}
 
 
@@ -79,13 +80,13 @@ def test_a_print_without_a_slip_or_too_much_noise_leaves_it_undecided(result):
 
 def test_one_step_says_nothing_of_what_is_carried_and_two_nothing_of_the_rest(result):
     def only(k):
-        return result._replace(
-            lengths=result.lengths[k], errors=result.errors[:, :, k], noise=result.noise[:, k]
-        )
+        config = replace(SMALL, lengths=SMALL.lengths[k])
+        part = result._replace(errors=result.errors[:, :, k], noise=result.noise[:, k])
+        return verdicts(lstm_gradient, config, part)
 
-    first = verdicts(lstm_gradient, SMALL, only(slice(0, 1)))
+    first = only(slice(0, 1))
     assert first["L8"] == "undecided" and first["L3"] == "holds as corrected"
-    later = verdicts(lstm_gradient, SMALL, only(slice(1, 2)))
+    later = only(slice(1, 2))
     assert set(later.values()) >= {"undecided"} and later["L5"] == "undecided"
 
 
@@ -174,7 +175,7 @@ def test_every_gradient_trains_from_the_same_start():
 
 @pytest.mark.parametrize("module", [lstm_gradient, lstm_equations], ids=["gradient", "equations"])
 def test_a_figure_names_its_axes(module, result, equations):
-    figure = module.plot(result if module is lstm_gradient else equations)
+    figure = module.plot(*((SMALL, result) if module is lstm_gradient else (EQUATIONS, equations)))
     panels = [axes for axes in figure.axes if axes.get_label() != "<colorbar>"]
     assert len(panels) >= 2 and all(axes.get_xlabel() for axes in panels)
     assert panels[0].get_ylabel()
@@ -182,7 +183,7 @@ def test_a_figure_names_its_axes(module, result, equations):
 
 def test_a_figure_is_drawn_for_long_sequences_alone():
     config = lstm_gradient.Config(lengths=(4,), cases=2, hidden_size=2, input_size=1)
-    figure = lstm_gradient.plot(lstm_gradient.run(config))
+    figure = lstm_gradient.plot(config, lstm_gradient.run(config))
     assert any(
         "T = 4" in label.get_text() for axes in figure.axes for label in axes.get_yticklabels()
     )

@@ -28,7 +28,7 @@ def result(read: dict[str, float], learned: float = 0.0, **changes: Any) -> Resu
         peak_bytes=np.where(small, 1.0, 4.0),
         tokens=np.where(small | kernel, 16, 64),
         patch_values=np.where(kernel & ~small, 4, 1),
-        sizes=np.array([4, 8, 1]),
+        sizes=np.array([4, 8]),
         padding_effect=np.array(0.0),
     )
     return Result(**(arrays | changes))

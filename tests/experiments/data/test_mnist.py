@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.__main__ import EXPERIMENTS, main
+from experiments.__main__ import main
 from experiments.data.digits import digits_batch
 from experiments.data.mnist import IDX_NAMES, NPZ_NAMES, split_mnist
 from experiments.engine import memory
-from experiments.engine.config import UsageError, on_same_data, read
-from experiments.engine.experiment import config_paths
+from experiments.engine.config import UsageError, on_same_data
+from experiments.engine.experiment import config_paths, read
 
 
 def arrays(train=120, test=20, rows=4, columns=6):
@@ -219,10 +219,9 @@ def test_quick_reads_the_data_that_the_config_names(config, tmp_path, monkeypatc
 
 
 def test_quick_is_of_the_size_of_the_defaults_with_the_source_and_path_of_the_config():
-    types = {name: module.Config for name, module in EXPERIMENTS.items()}
     for path in config_paths().values():
-        experiment, config = read(path, types)
-        quick, small = on_same_data(config), types[experiment]()
+        experiment, config = read(path)
+        quick, small = on_same_data(config), experiment.Config()
         if hasattr(getattr(config, "data", None), "source"):
             assert quick.data.source == config.data.source
             quick = replace(quick, data=small.data)

@@ -16,7 +16,7 @@ import pytest
 from experiments.__main__ import main
 from experiments.engine import compare, jobs, runs
 from experiments.engine.config import UsageError
-from experiments.engine.experiment import ROOT
+from experiments.engine.experiment import ROOT, find
 from experiments.engine.runs import FIGURE
 from experiments.engine.session import Stopped
 from experiments.engine.training import TrainConfig
@@ -410,7 +410,7 @@ def test_curves_of_several_runs_are_their_mean_in_a_band():
 def test_rows_are_of_runs_that_differ_in_the_seed_alone():
     def run(name: str, seed: int, steps: int) -> compare.Run:
         config = lstm_adding.Config(seed=seed, train=TrainConfig(steps=steps))
-        return compare.Run(name, ADDING, config, [], {})
+        return compare.Run(name, find(ADDING), config, [], {})
 
     found = [run("a1", 1, 5), run("b", 1, 6), run("a2", 2, 5)]
     rows = compare.by_config(found)

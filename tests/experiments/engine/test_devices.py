@@ -29,8 +29,7 @@ from experiments.engine.training import (
     start,
     train_step,
 )
-from experiments.models import vit
-from experiments.tasks import lstm_text
+from experiments.models import text as lstm_text, vit
 
 STEPS, ROWS = 20, 24
 TRAIN = TrainConfig(

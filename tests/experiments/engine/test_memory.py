@@ -3,6 +3,7 @@
 import jax
 import pytest
 
+from experiments.data.adding import draw_sums
 from experiments.data.digits import split_digits
 from experiments.engine import memory
 from experiments.engine.config import UsageError
@@ -32,7 +33,7 @@ def reader(size):
 def adder(size):
     config = ModelConfig(8 * size)
     params = init_readout(jax.random.key(0), 2, 1, config)
-    batch = lstm_adding.draw_sums(jax.random.key(1), 64 * size, 50, "float32")
+    batch = draw_sums(jax.random.key(1), 64 * size, 50, "float32")
     return lstm_adding.loss_under("hand"), params, abstract_readout(2, 1, config), batch
 
 

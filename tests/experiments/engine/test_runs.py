@@ -24,13 +24,13 @@ from experiments.engine.experiment import ROOT
 from experiments.engine.files import LOCK, locked, written
 from experiments.engine.runs import CONFIG, create, reopen
 from experiments.engine.sinks import EventFiles, JsonLines
-from tests.experiments.test_configs import TINY
+from tests.experiments.sizes import tiny_options
 
 DIGITS = "lstm_digits"
 
 
 def tiny(output: Path, *options: str, config: str = DIGITS) -> int:
-    sizes = TINY["lstm_digits"].split() if config == DIGITS else []
+    sizes = tiny_options("lstm_digits") if config == DIGITS else []
     return main(["run", config, *sizes, "--output", str(output), *options])
 
 
@@ -427,7 +427,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_naming_step_and_metric(tmp_path,
 
 
 def test_without_a_terminal_a_command_says_how_far_it_is_line_by_line(tmp_path):
-    command = [sys.executable, "-m", "experiments", "run", DIGITS, *TINY["lstm_digits"].split()]
+    command = [sys.executable, "-m", "experiments", "run", DIGITS, *tiny_options("lstm_digits")]
     done = subprocess.run(
         [*command, "--output", str(tmp_path), "--compare-steps", "0"],
         capture_output=True, text=True, check=True, cwd=ROOT,

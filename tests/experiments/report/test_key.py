@@ -201,6 +201,6 @@ def test_the_code_of_a_run_is_all_that_it_uses():
 def test_the_versions_of_a_run_are_of_all_that_it_imports():
     packages = key.code_of(Path(vit_resolution.__file__), "run").packages
     assert {
-        "flax", "jax", "jaxlib", "mlxtend", "numpy", "optax", "scikit-learn", "scipy"
+        "flax", "jax", "jaxlib", "mlxtend", "numpy", "optax", "scikit-learn",
     } <= set(key._distributions(packages))  # fmt: skip
     assert "scipy" in key.code_of(Path(key_noise.__file__), "run").packages

@@ -7,25 +7,26 @@ import re
 import shutil
 import signal
 import subprocess
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.__main__ import EXPERIMENTS, main
+from experiments.__main__ import main
 from experiments.claims import attention_averaging, subspace_projection
 from experiments.engine import runs
 from experiments.engine.config import UsageError
+from experiments.engine.session import SILENT
 from experiments.engine.training import TrainConfig, fit, make_optimizer
 from experiments.figures import new_figure
 from experiments.report import evidence as claims, key, page as report
-from experiments.report.evidence import TITLES
 
 README = report.ROOT / "README.md"
-SERVING = {name: module for name, module in EXPERIMENTS.items() if hasattr(module, "CLAIMS")}
+FOUND = {size.experiment.name: size.experiment for size in report.sizes(full=False)}
+SERVING = {name: experiment for name, experiment in FOUND.items() if experiment.CLAIMS}
 SLOW = {"vit_resolution"}
 """Experiments whose quick size takes minutes; the README's other verdicts are measured again."""
 
@@ -33,37 +34,26 @@ AVERAGING = attention_averaging.Config(several_keys=(3,), betas=(1.0, 2.0, 12.0)
 PROJECTION = subspace_projection.Config(draws=2, width=5, rank=2)
 
 
-BESIDE = {
-    name: value
-    for name, value in vars(attention_averaging).items()
-    if name not in ("CLAIMS", "claims")
-} | {"BESIDE": "attention_averaging"}
-"""An experiment whose figure stands beside that of another."""
-
-
 def broken(config, log):
     raise RuntimeError("no luck <today>")
 
 
-def module_like(module, **changes) -> SimpleNamespace:
-    return SimpleNamespace(**(vars(module) | changes))
+AVERAGE, PROJECT = FOUND["attention_averaging"], FOUND["subspace_projection"]
+BROKEN = replace(PROJECT, run=broken)
+BESIDE = replace(AVERAGE, name="beside", CLAIMS={}, claims=lambda *_: (), BESIDE=AVERAGE.name)
+"""An experiment whose figure stands beside that of another."""
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> Path:
     """A report of one experiment that runs and one that fails, in a folder with a space."""
     output = tmp_path_factory.mktemp("a report")
-    experiments = {
-        "attention_averaging": attention_averaging,
-        "subspace_projection": module_like(subspace_projection, run=broken),
-        "beside": SimpleNamespace(**BESIDE),
-    }
-    sizes = {
-        "attention_averaging": report.Size(AVERAGING, None),
-        "subspace_projection": report.Size(PROJECTION, "configs/claims/subspace_projection.toml"),
-        "beside": report.Size(AVERAGING, None),
-    }
-    report.write(report.measure(experiments, sizes, output), output / "report", full=False)
+    sizes = [
+        report.Size(BROKEN, PROJECTION, "configs/claims/subspace_projection.toml"),
+        report.Size(AVERAGE, AVERAGING, None),
+        report.Size(BESIDE, AVERAGING, None),
+    ]
+    report.write(report.measure(sizes, output), output / "report", full=False)
     return output / "report"
 
 
@@ -74,7 +64,7 @@ def entries(written) -> dict[str, dict]:
 
 
 def test_there_is_one_entry_for_each_claim_with_all_that_a_reader_needs(written, entries):
-    assert list(entries) == list(TITLES) and len(entries) == 27
+    assert list(entries) == ["A5", "A6"]
     for entry in entries.values():
         assert {
             "id", "title", "verdict", "criterion", "predicted", "measured", "interval", "figure",
@@ -96,12 +86,8 @@ def test_a_figure_that_no_claim_rests_on_stands_beside(written):
 
 
 def test_an_experiment_beside_that_fails_is_told_and_loses_nothing(tmp_path):
-    experiments = {
-        "attention_averaging": attention_averaging,
-        "beside": SimpleNamespace(**BESIDE | {"run": broken}),
-    }
-    sizes = dict.fromkeys(experiments, report.Size(AVERAGING, None))
-    findings = report.measure(experiments, sizes, tmp_path)
+    both = (AVERAGE, replace(BESIDE, run=broken))
+    findings = report.measure([report.Size(each, AVERAGING, None) for each in both], tmp_path)
     assert findings.errors == ["beside: RuntimeError: no luck <today>"]
     report.write(findings, tmp_path / "report", full=False)
     page = (tmp_path / "report" / report.PAGE).read_text()
@@ -122,8 +108,8 @@ def test_a_failing_experiment_has_its_error_in_its_row(written, entries):
 
 
 def test_a_failure_exits_with_one_at_the_end(tmp_path, monkeypatch, capsys):
-    failing = {"subspace_projection": module_like(subspace_projection, run=broken)}
-    monkeypatch.setattr("experiments.__main__.EXPERIMENTS", failing)
+    sizes = [report.Size(BROKEN, PROJECTION, None)]
+    monkeypatch.setattr(report, "sizes", lambda *, full: sizes)
     assert main(["report", "--output", str(tmp_path)]) == 1
     assert "no luck" in capsys.readouterr().out
     assert (tmp_path / "report" / report.PAGE).is_file()
@@ -147,11 +133,11 @@ def test_a_signal_to_a_training_of_the_report_ends_it(number, tmp_path, monkeypa
         except Exception:
             return "as an experiment may take the errors of one of its trainings"
 
-    modules = {
-        name: module_like(subspace_projection, run=run)
+    sizes = [
+        report.Size(replace(PROJECT, name=name, run=run), PROJECTION, None)
         for name, run in (("first", stopping), ("second", broken))
-    }
-    monkeypatch.setattr("experiments.__main__.EXPERIMENTS", modules)
+    ]
+    monkeypatch.setattr(report, "sizes", lambda *, full: sizes)
     assert main(["report", "--output", str(tmp_path)]) == 75
     message = capsys.readouterr().err.splitlines()[-1]
     assert message == "stopped after step 7 of 100; the same command goes on from there"
@@ -161,21 +147,26 @@ def test_a_signal_to_a_training_of_the_report_ends_it(number, tmp_path, monkeypa
 
 
 def test_a_result_that_is_damaged_is_told_in_a_line(tmp_path):
-    sizes = {"attention_averaging": report.Size(AVERAGING, None)}
-    found = report.measure({"attention_averaging": attention_averaging}, sizes, tmp_path)
-    (folder,) = {row.study.folder for row in found.rows if row.study}
+    sizes = [report.Size(AVERAGE, AVERAGING, None)]
+    (row,) = report.measure(sizes, tmp_path).rows
+    folder = row.study.folder
     assert folder is not None
     for content in (b"", (folder / runs.RESULT).read_bytes()[:-99], b"PK\3\4" + bytes(99)):
         (folder / runs.RESULT).write_bytes(content)
-        found = report.measure({"attention_averaging": attention_averaging}, sizes, tmp_path)
-        (error,) = found.errors
+        (error,) = report.measure(sizes, tmp_path).errors
         assert f"{folder}: its result cannot be read" in error and "remove the folder" in error
 
 
 def test_claims_that_are_not_the_ones_announced_are_an_error(tmp_path):
-    module = module_like(attention_averaging, CLAIMS=("A6", "A7"))
-    found = report.measure({"x": module}, {"x": report.Size(AVERAGING, None)}, tmp_path)
-    assert [row.id for row in found.rows if "A7" in row.error] == ["A6", "A7"]
+    experiment = replace(AVERAGE, CLAIMS={"A6": "", "A7": ""})
+    found = report.measure([report.Size(experiment, AVERAGING, None)], tmp_path)
+    assert [row.id for row in found.rows if "A7" in row.study.error] == ["A6", "A7"]
+
+
+def test_rows_are_in_the_order_of_ids(tmp_path):
+    experiment = replace(BROKEN, CLAIMS=dict.fromkeys(("P2", "A10", "A9", "L1"), ""))
+    found = report.measure([report.Size(experiment, PROJECTION, None)], tmp_path)
+    assert [row.id for row in found.rows] == ["A9", "A10", "L1", "P2"]
 
 
 def test_a_result_is_used_again_until_config_or_code_change(tmp_path, monkeypatch):
@@ -185,13 +176,12 @@ def test_a_result_is_used_again_until_config_or_code_change(tmp_path, monkeypatc
         count.append(config)
         return attention_averaging.run(config, log)
 
-    module = module_like(attention_averaging, run=counted)
+    experiment = replace(AVERAGE, run=counted)
 
     def measure(config=AVERAGING):
-        sizes = {"attention_averaging": report.Size(config, None)}
-        rows = report.measure({"attention_averaging": module}, sizes, tmp_path).rows
-        assert {row.id: row.verdict for row in rows}["A6"] == "holds"
-        return next(row.study.folder for row in rows if row.study and row.id == "A6")
+        (row,) = report.measure([report.Size(experiment, config, None)], tmp_path).rows
+        assert row.id == "A6" and row.verdict == "holds"
+        return row.study.folder
 
     folder = measure()
     assert measure() == folder and len(count) == 1
@@ -204,23 +194,23 @@ def test_a_result_is_used_again_until_config_or_code_change(tmp_path, monkeypatc
     code = tmp_path / "code.py"
     code.write_text("def run(config, session): ...")
     monkeypatch.setattr(key, "ROOT", tmp_path)
-    module.__file__ = str(code)
+    experiment = replace(experiment, file=code)
     folder = measure()
     assert len(count) == 4
     # what is said and drawn of the result is that of the code as it is now
     code.write_text("def run(config, session): ...\ndef claims(config, result): return 'changed'")
     figure = (folder / runs.FIGURE).read_bytes()
-    module.plot = lambda result: new_figure(2, 2)
+    experiment = replace(experiment, plot=lambda config, result: new_figure(2, 2))
     assert measure() == folder and len(count) == 4
     assert (folder / runs.FIGURE).read_bytes() != figure
 
 
-@pytest.mark.parametrize("full", [False, True])
-def test_every_claim_is_served_once_and_has_a_config(full):
-    sizes = report.sizes(EXPERIMENTS, full=full)
-    assert sizes.keys() == SERVING.keys() | {"lstm_gradient_training"}
-    served = [id_ for module in SERVING.values() for id_ in module.CLAIMS]
-    assert len(served) == len(set(served)) and set(served) <= set(TITLES)
+def test_the_full_report_has_the_configs_of_the_experiments():
+    quick, full = report.sizes(full=False), report.sizes(full=True)
+    names = [size.experiment.name for size in full]
+    assert names == [size.experiment.name for size in quick]
+    assert [size.path for size in full] == [f"configs/claims/{name}.toml" for name in names]
+    assert all(size.config == size.experiment.Config() for size in quick)
 
 
 def test_equations_are_typeset_and_keep_their_source():
@@ -238,9 +228,12 @@ def test_numbers_have_four_digits(value, text):
     assert report.number(value) == text
 
 
+STUDY = report.Study("x", {}, None)
+
+
 def test_what_is_infinite_is_null():
     evidence = claims.measured("x", 1.0, claims.Estimate(1.0, float("-inf"), float("inf")))
-    row = report.Row("A1", claims.Claim("A1", "x", "", (evidence,)))
+    row = report.Row("A1", "", STUDY, claims.Claim("A1", "x", "", (evidence,)))
     assert report.entry(row, Path("report"))["interval"] == [None, None]
 
 
@@ -248,7 +241,7 @@ def test_an_inequality_is_shown_as_one(tmp_path):
     gain = claims.above("gain", 0, claims.Estimate(0.2, 0.1, 0.3))
     cost = claims.below("cost", 1, claims.known(0.5))
     claim = claims.Claim("V3", "x", "", (gain, cost))
-    findings = report.Findings([report.Row("V3", claim, report.Study("x", {}, None))])
+    findings = report.Findings([report.Row("V3", "", STUDY, claim)])
     report.write(findings, tmp_path, full=False)
     page = (tmp_path / report.PAGE).read_text()
     # the headline, and each measurement
@@ -259,27 +252,33 @@ def test_an_inequality_is_shown_as_one(tmp_path):
     assert [e["relation"] for e in entry["evidence"]] == [">", "<"]
 
 
-def readme_rows() -> dict[str, tuple]:
+def readme_rows() -> list[tuple[str, str, str, str]]:
+    """Id, title, verdict and experiment."""
     section = README.read_text().split(report.START)[1].split(report.END)[0]
-    row = re.compile(r"\| (\w\d) \| .* \| ([^|]+) \| (?:\[`(\w+)`\]\(.*\)|not yet) \|")
-    return {id_: (verdict, name or "") for id_, verdict, name in row.findall(section)}
+    row = re.compile(r"\| (\w\d+) \| (.*) \| ([^|]+) \| \[`(\w+)`\]\(.*\) \|")
+    return row.findall(section)
 
 
 def test_the_readme_has_every_claim_as_the_code_writes_it():
-    text = README.read_text()
     found = readme_rows()
-    assert report.readme_table(found) in text
-    serving = {id_: name for name, module in SERVING.items() for id_ in module.CLAIMS}
-    assert {id_: name for id_, (_, name) in found.items() if name} == serving
+    assert report.readme_table(found) in README.read_text()
+    serving = {
+        (id_, title, name)
+        for name, experiment in SERVING.items()
+        for id_, title in experiment.CLAIMS.items()
+    }
+    assert {(id_, title, name) for id_, title, _, name in found} == serving
+    ids = [id_ for id_, *_ in found]
+    assert ids == sorted(ids, key=lambda id_: (id_[0], int(id_[1:])))
 
 
 @pytest.mark.parametrize("name", sorted(SERVING.keys() - SLOW))
 def test_the_verdicts_of_the_readme_are_those_of_the_quick_report(name):
-    module = EXPERIMENTS[name]
-    config = module.Config()
-    found = module.claims(config, module.run(config))
-    readme = readme_rows()
-    assert {c.id: c.verdict for c in found} == {id_: readme[id_][0] for id_ in module.CLAIMS}
+    experiment = FOUND[name]
+    config = experiment.Config()
+    found = experiment.claims(config, experiment.run(config, SILENT))
+    readme = {id_: verdict for id_, _, verdict, experiment in readme_rows() if experiment == name}
+    assert {claim.id: claim.verdict for claim in found} == readme
     for claim in found:
         assert "\\" not in re.sub(r'aria-label="[^"]*"', "", report.typeset(claim.equation))
 
@@ -287,13 +286,13 @@ def test_the_verdicts_of_the_readme_are_those_of_the_quick_report(name):
 def test_the_readme_is_changed_between_its_markers_alone(tmp_path):
     file = tmp_path / "README.md"
     file.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
-    rows = [report.Row(id_) for id_ in TITLES]
+    rows = [report.Row("A1", "one", STUDY), report.Row("A2", "two", STUDY)]
     report.update_readme(file, rows)
     text = file.read_text()
     assert text.startswith(f"before\n{report.START}\n|") and text.endswith(f"{report.END}\nafter\n")
-    assert "old" not in text and all(f"| {id_} |" in text for id_ in TITLES)
+    assert "old" not in text and "| A1 | one |" in text and "| A2 | two |" in text
     with pytest.raises(UsageError, match="no verdict on A1"):
-        report.update_readme(file, [report.Row("A1", study=report.Study("x", {}, None, error="x"))])
+        report.update_readme(file, [report.Row("A1", "", STUDY._replace(error="x"))])
     file.write_text("no markers")
     with pytest.raises(UsageError, match="markers"):
         report.update_readme(file, rows)
@@ -365,5 +364,5 @@ def test_a_browser_shows_the_page_whole(written, tmp_path, width):
     assert seen["width"] == width
     assert seen["errors"] == [] and seen["dead"] == 0 and seen["math"]
     assert seen["images"] == seen["loaded"] == 2
-    assert seen["claims"] == list(TITLES)
+    assert seen["claims"] == ["A5", "A6"]
     assert seen["wide"] <= 0, "the page is wider than the window"

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.data.adding import draw_sums
 from experiments.data.digits import digits_batch, split_digits
 from experiments.engine.session import Session
 from experiments.engine.training import TrainConfig
@@ -85,7 +86,7 @@ def test_shifted_images_are_the_images_moved_and_all_moves_occur():
 
 
 def test_sums_are_of_two_marked_values_one_in_each_half():
-    x, sums = lstm_adding.draw_sums(jax.random.key(0), 500, 7, "float64")
+    x, sums = draw_sums(jax.random.key(0), 500, 7, "float64")
     values, marks = np.asarray(x[..., 0]), np.asarray(x[..., 1])
     assert set(np.unique(marks)) == {0, 1}
     np.testing.assert_array_equal(marks[:, :3].sum(axis=1), 1)
@@ -95,5 +96,5 @@ def test_sums_are_of_two_marked_values_one_in_each_half():
 
 
 def test_a_constant_answer_has_the_loss_that_is_claimed():
-    sums = np.asarray(lstm_adding.draw_sums(jax.random.key(1), 100_000, 2, "float64").sums)
+    sums = np.asarray(draw_sums(jax.random.key(1), 100_000, 2, "float64").sums)
     np.testing.assert_allclose(np.mean((sums - 1) ** 2), lstm_adding.CONSTANT_MSE, rtol=0.02)

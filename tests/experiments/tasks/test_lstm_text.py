@@ -15,8 +15,7 @@ from experiments.data.text import BUILT_IN, Windows, entropies, load_text, text_
 from experiments.engine.config import UsageError
 from experiments.engine.runs import read_result
 from experiments.engine.training import compare
-from experiments.tasks import lstm_text
-from experiments.tasks.lstm_text import (
+from experiments.models.text import (
     TextModelConfig,
     init_text,
     loss_under,
@@ -25,6 +24,7 @@ from experiments.tasks.lstm_text import (
     write,
     zero_states,
 )
+from experiments.tasks import lstm_text
 
 CONFIG = "lstm_text"
 MODEL = TextModelConfig(hidden_size=5, embedding_size=4, dropout=0.0, dtype="float64")
@@ -132,7 +132,7 @@ def test_dropout_follows_from_the_key(params):
 
 @pytest.mark.parametrize("length", [9, 10])
 def test_held_out_text_is_read_as_one(params, length, monkeypatch):
-    monkeypatch.setattr(lstm_text, "READ_AT_ONCE", 4)
+    monkeypatch.setattr("experiments.models.text.READ_AT_ONCE", 4)
     text = characters(length)
     nats, correct = read_through(params, jnp.asarray(text), "hand")
     logits, _ = predict(params, jnp.asarray(text[None, :-1]), zero_states(params, 1), "autodiff")
