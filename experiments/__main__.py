@@ -14,6 +14,7 @@ import logging
 import re
 import shlex
 import sys
+import traceback
 import unicodedata
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -31,6 +32,8 @@ PROGRAM = "python -m experiments"
 LONGEST = 4096
 """Characters of an argument: as many as a path may have."""
 
+MOST_SEEDS, MOST_JOBS = 1000, 256
+
 
 @dataclass(frozen=True)
 class List:
@@ -45,6 +48,8 @@ class Options:
     """Name of the run; without one, the run is named by the time."""
     output: Path = Path("outputs")
     """Folder that runs are kept in, as OUTPUT/CONFIG/NAME."""
+    seeds: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Run N times, with N seeds from the config's on, as a sweep does: OUTPUT/CONFIG-NAME/seed-…"""
     quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """A size of seconds: the experiment's own defaults in place of the file's, on the same data."""
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -55,6 +60,8 @@ class Options:
     """Keep JAX's trace of the third step to the seventh in the run's folder."""
     tensorboard: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Keep the metrics as event files, too."""
+    wandb: Annotated[str | None, tyro.conf.arg(metavar="PROJECT")] = None
+    """Log to this project of Weights & Biases, too; WANDB_MODE=offline keeps that in the run."""
     coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
     """One of several processes, which all run this command: where process 0 listens."""
     processes: Count | None = None
@@ -80,13 +87,13 @@ class Run(Options):
 class Report:
     """Put every claim of the notes to the test, and write what comes of it as one page.
 
-    Results that are there and unchanged, in config and code, are used again.
+    Results that are there are used again, as long as nothing that they depend on has changed.
     """
 
     full: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Run the sizes of configs/, some of which take minutes; without it, sizes of seconds."""
     readme: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Also bring the table of claims in README.md up to date."""
+    """Also bring the table of claims in README.md up to date; with --full, whose table it is."""
     output: Path = Path("outputs")
     """Folder that runs are kept in; the page goes to OUTPUT/report."""
 
@@ -96,17 +103,33 @@ class Sweep:
     """Run a config with every combination of some values, and set the runs side by side.
 
     Runs that are finished stay as they are, and those that were interrupted go on. One that fails
-    does not stop the others.
+    does not stop the others. Options of `run CONFIG`, as --quick or --train.steps 10, are for all
+    of the runs.
     """
 
     path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
-    """A TOML file, or the name of one of configs/, as lstm_digits."""
+    """A TOML file, or the name of one of configs/, as lstm_digits; it comes first."""
     grid: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE,VALUE…")]
     """Keys of the config with their values, as train.learning_rate=1e-3,3e-3 seed=0,1,2."""
-    quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """The experiment's own defaults in place of the file's values, on the same data."""
+    name: str = "sweep"
+    """Name of the sweep: one with other options needs another."""
     output: Path = Path("outputs")
-    """Folder that runs are kept in, as OUTPUT/CONFIG-sweep/RUN."""
+    """Folder that runs are kept in, as OUTPUT/CONFIG-NAME/RUN."""
+    jobs: int = 1
+    """Runs at a time, each in a process of its own, which share the devices that there are."""
+    part: Annotated[str | None, tyro.conf.arg(metavar="K/N")] = None
+    """Only the K-th of N parts of the runs, from 1, as a job of an array; the same command without
+    it sets all of them side by side."""
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """What `run CONFIG --seeds` makes a sweep of."""
+
+    seeds: int
+    seed: int | None = None
+    name: str = "sweep"
+    output: Path = Path("outputs")
 
 
 @dataclass(frozen=True)
@@ -114,7 +137,9 @@ class Compare:
     """Set finished runs of one experiment side by side."""
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN RUN …")]
-    """Their folders."""
+    """Their folders. Runs that differ in the seed alone are one row: mean ± standard deviation."""
+    each: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """A row for each run, also where runs differ in the seed alone."""
     output: Path = Path("outputs/compare.png")
     """Where the figure goes."""
 
@@ -129,6 +154,8 @@ class Export:
     """The file."""
     training: str = ""
     """Which of the run's trainings, by its folder in checkpoints/, if it has several."""
+    best: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Not the newest checkpoint but the best, by the metric that the run's train.best names."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -136,7 +163,7 @@ def main(arguments: Sequence[str]) -> int:
 
     Returns:
         0 if done, 1 if the run failed, 2 if it could not be asked for or another process has it, 75
-        if it was told to stop and `--resume` goes on with it, 130 if it was interrupted with
+        if it was told to stop and can go on from a checkpoint, 130 if it was interrupted with
         nothing to keep: the command then ends by the signal, which shells call 130.
     """
     # Orbax tells at length what is told here in a line
@@ -145,6 +172,12 @@ def main(arguments: Sequence[str]) -> int:
         _check_arguments(arguments)
         if len(arguments) > 1 and arguments[0] == "run" and not arguments[1].startswith("-"):
             return _run(find_config(Path(arguments[1])), arguments[2:])
+        if arguments[:1] == ["sweep"]:
+            return _sweep(
+                *tyro.cli(
+                    Sweep, args=arguments[1:], prog=f"{PROGRAM} sweep", return_unknown_args=True
+                )
+            )
         command = tyro.cli(
             Run | Report | List | Sweep | Compare | Export,
             args=arguments,
@@ -155,8 +188,6 @@ def main(arguments: Sequence[str]) -> int:
             raise UsageError(f"run: the config comes first: {PROGRAM} run {command.path} ...")
         if isinstance(command, Report):
             return _report(command)
-        if isinstance(command, Sweep):
-            return _sweep(command)
         if isinstance(command, Export):
             return _export(command)
         return _compare(command) if isinstance(command, Compare) else _list()
@@ -177,11 +208,13 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except Exception as error:
-        return _ended(error)
+    except SystemExit:
+        raise
+    except BaseException as error:
+        return _ended(error, arguments)
 
 
-def _ended(error: Exception) -> int:
+def _ended(error: BaseException, arguments: Sequence[str]) -> int:
     """The exit code of a run that ended so, told in a line; any other error is raised."""
     import jax
 
@@ -190,7 +223,9 @@ def _ended(error: Exception) -> int:
     from experiments.engine.session import Stopped
 
     if isinstance(error, Stopped):
-        print(f"{error}; --resume goes on from there", file=sys.stderr)
+        one = arguments[0] == "run" and "--seeds" not in _options_in(arguments)
+        again = "--resume" if one else "the same command"
+        print(f"{error}; {again} goes on from there", file=sys.stderr)
         return 75
     if isinstance(error, ResultError):
         print(f"stopped: {error}; mended, --resume goes on from there", file=sys.stderr)
@@ -255,7 +290,7 @@ class Study(NamedTuple):
 
 
 def _prepare(path: Path, arguments: Sequence[str]) -> Study:
-    from experiments.engine import devices, processes, runs
+    from experiments.engine import devices, processes, runs, sinks
 
     experiment, config = read(path)
     options = _options(path, experiment.name, config, arguments)
@@ -278,6 +313,8 @@ def _prepare(path: Path, arguments: Sequence[str]) -> Study:
         )
     if options.overwrite and options.resume:
         raise UsageError("--resume: goes on with a run that --overwrite would remove; give one")
+    if options.wandb is not None:
+        sinks.wandb_init()
     _check_kernels()
     processes.join(options.coordinator, options.processes, options.process, cluster=options.cluster)
     processes.check_devices()
@@ -289,6 +326,8 @@ def _prepare(path: Path, arguments: Sequence[str]) -> Study:
 
 
 def _run(path: Path, arguments: Sequence[str]) -> int:
+    if "--seeds" in (options := _options_in(arguments)) and not {"-h", "--help"} & set(options):
+        return _sweep(*_over_seeds(path, arguments))
     from experiments.engine import processes, runs
 
     study = _prepare(path, arguments)
@@ -338,7 +377,7 @@ def _execute(study: Study, group: str) -> tuple[Path, Any]:
     with ExitStack() as held:
         if not processes.of_first(lambda: begin(held)):
             return folder, None
-        asked = {name: getattr(options, name) for name in ("profile", "tensorboard")}
+        asked = {name: getattr(options, name) for name in ("profile", "tensorboard", "wandb")}
         try:
             return folder, runs.record(experiment, config, folder, **asked)
         except jax.errors.JaxRuntimeError as error:
@@ -349,6 +388,8 @@ def _execute(study: Study, group: str) -> tuple[Path, Any]:
 
 
 def _report(command: Report) -> int:
+    if command.readme and not command.full:
+        raise UsageError("--readme: the table in README.md is that of --full; give both")
     from experiments.engine import processes
     from experiments.report import page
 
@@ -367,52 +408,113 @@ def _report(command: Report) -> int:
     return int(bool(findings.errors))
 
 
-def _sweep(command: Sweep) -> int:
-    import jax
+def _options_in(arguments: Sequence[str]) -> list[str]:
+    return [each.partition("=")[0] for each in arguments if each.startswith("-")]
 
-    from experiments.engine import compare, runs
+
+def _over_seeds(path: Path, arguments: Sequence[str]) -> tuple[Sweep, list[str]]:
+    """The sweep that `run … --seeds` asks for, and the options of its runs."""
+    asked, options = tyro.cli(
+        Seeds, args=arguments, prog=f"{PROGRAM} run {path}", return_unknown_args=True
+    )
+    if not 1 <= asked.seeds <= MOST_SEEDS:
+        raise UsageError(f"--seeds: should be from 1 to {MOST_SEEDS}, got {asked.seeds}")
+    _check_for_several(options)
+    first = asked.seed
+    if first is None:
+        first = _prepare(path, options).config.seed
+    seeds = ",".join(str(first + n) for n in range(asked.seeds))
+    return Sweep(path, (f"seed={seeds}",), asked.name, asked.output), options
+
+
+def _check_for_several(options: Sequence[str]) -> None:
+    """Raise a `UsageError` if an option can be one of a single run only."""
+    of_one = ("overwrite", "resume", "coordinator", "processes", "process", "cluster", "seeds")
+    for option in set(_options_in(options)) & {f"--{name}" for name in of_one}:
+        raise UsageError(f"{option}: is for one run; several go on by themselves, each by itself")
+
+
+def _sweep(command: Sweep, options: Sequence[str]) -> int:
+    from experiments.engine import compare, jobs, runs
     from experiments.engine.files import written
     from experiments.figures import save
 
     path, grid = find_config(command.path), compare.parse_grid(command.grid)
     for key in grid.keys() & {option.name for option in dataclasses.fields(Options)}:
         raise UsageError(f"--grid: {key} is an option of the command, and no key of the config")
-    group = f"{runs.group_of(path)}-sweep"
-    combinations = compare.combinations(grid)
-    each = {compare.name_of(values): values for values in combinations}
-    common = ["--quick"] if command.quick else []
-    asked = {name: [*compare.options_of(values), *common] for name, values in each.items()}
-    # what is wrong with any is said before the first begins
-    prepared = {name: _prepare(path, options) for name, options in asked.items()}
-    configs = {runs.hash_of(study.config) for study in prepared.values()}
-    if len(configs) < len(combinations):
-        raise UsageError(
-            "--grid: two of the runs would be one, or have one name; give each value once"
-        )
-    failed: dict[str, str] = {}
-    for name, study in prepared.items():
-        options = study.options
-        study = study._replace(
-            options=dataclasses.replace(options, name=name, output=command.output, resume=True)
-        )
-        try:
-            _execute(study, group)
-        except (
-            UsageError, FloatingPointError, MemoryError, jax.errors.JaxRuntimeError,
-            runs.ResultError,
-        ) as error:  # fmt: skip
-            failed[name] = str(error).splitlines()[0]
-            print(f"{name}: {failed[name]}", file=sys.stderr)
+    for key in grid.keys() & {name[2:].replace("-", "_") for name in _options_in(options)}:
+        raise UsageError(f"--grid: {key} is given as an option, too")
+    _check_for_several(options)
+    runs.check_name(command.name)
+    if not 1 <= command.jobs <= MOST_JOBS:
+        raise UsageError(f"--jobs: should be from 1 to {MOST_JOBS}, got {command.jobs}")
+    group = f"{runs.group_of(path)}-{command.name}"
     folder = command.output / group
-    found = {name: compare.read_run(folder / name) for name in each if name not in failed}
+    combinations = compare.combinations(grid)
+    each = dict(zip(compare.names_of(combinations), combinations, strict=True))
+    places = compare.parse_part(command.part or "1/1", len(each))
+    place_of = {list(each)[place]: place for place in places}
+    # what is wrong with any is said before the first begins
+    prepared = {
+        name: _prepare(path, [*options, *compare.options_of(each[name])]) for name in place_of
+    }
+    runs_of: dict[str, str] = {}
+    for name, study in prepared.items():
+        same = runs_of.setdefault(runs.hash_of(study.config), name)
+        if same != name:
+            raise UsageError(f"--grid: {same} and {name} would be one run; give each value once")
+    failed: dict[str, str] = {}
+    if command.jobs > 1:
+        alike = [sys.executable, "-m", "experiments", "sweep", str(command.path), *options]
+        alike += ["--grid", *command.grid, "--output", str(command.output)]
+        alike += ["--name", command.name, "--part"]
+        left = {name: place for name, place in place_of.items() if not runs.finished(folder / name)}
+        failed = jobs.run_all(
+            {name: [*alike, f"{place + 1}/{len(each)}"] for name, place in left.items()},
+            command.jobs,
+        )
+    found: dict[str, compare.Run] = {}
+    for name, study in prepared.items():
+        if name in failed:
+            continue
+        own = dataclasses.replace(study.options, name=name, output=command.output, resume=True)
+        if len(prepared) > 1:
+            # above what it says of itself
+            print(f"{name}:", file=sys.stderr)
+        try:
+            done, _ = _execute(study._replace(options=own), group)
+            found[name] = compare.read_run(done)
+        except Exception as error:
+            failed[name] = _told(error)
+            print(f"{name}: {failed[name]}", file=sys.stderr)
+    failures = "".join(f"\n{name}: failed: {error}\n" for name, error in failed.items())
+    if command.part:
+        print(f"part {command.part}: {len(found)} of {len(prepared)} runs are finished\n{failures}")
+        return int(bool(failed))
     rows, labels = compare.repetitions(found, each), study.experiment.LABELS
-    table = compare.score_table(rows, labels)
-    table += "".join(f"\n{name}: failed: {error}\n" for name, error in failed.items())
+    table = compare.score_table(rows, labels) + failures
     with written(folder / "sweep.md") as file:
         file.write(table.encode())
     save(compare.sweep_figure(rows, labels), folder / "sweep.png")
+    if rows and labels:
+        save(compare.curves(rows, labels), folder / runs.CURVES)
     print(table + f"\n{folder}")
     return int(bool(failed))
+
+
+def _told(error: Exception) -> str:
+    """What ended a run, in a line; of what is nobody's to expect, with where it comes from."""
+    import jax
+
+    from experiments.engine.runs import ResultError
+
+    text = next(iter(str(error).splitlines()), "")
+    kind = type(error).__name__
+    expected = (UsageError, ResultError, FloatingPointError, MemoryError, OSError)
+    if isinstance(error, (*expected, jax.errors.JaxRuntimeError)):
+        return text or kind
+    traceback.print_exception(error)
+    return ": ".join(filter(None, (kind, text)))
 
 
 def _compare(command: Compare) -> int:
@@ -436,8 +538,9 @@ def _compare(command: Compare) -> int:
             for run, folder in zip(found, command.folders, strict=True)
         ]
     command.output.parent.mkdir(parents=True, exist_ok=True)
-    save(compare.curves(found, labels), command.output)
-    print(compare.score_table({run.name: [run] for run in found}, labels))
+    rows = {run.name: [run] for run in found} if command.each else compare.by_config(found)
+    save(compare.curves(rows, labels), command.output)
+    print(compare.score_table(rows, labels))
     print(command.output)
     return 0
 
@@ -451,7 +554,8 @@ def _export(command: Export) -> int:
         raise UsageError(f"{command.folder}: is not the folder of a run")
     if command.output.is_dir():
         raise UsageError(f"--output: {command.output} is a folder")
-    params = read_params(command.folder / runs.CHECKPOINTS / command.training)
+    checkpoints = command.folder / runs.CHECKPOINTS / command.training
+    params = read_params(checkpoints, best=command.best)
     write_safetensors(command.output, params)
     print(command.output)
     return 0

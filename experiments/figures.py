@@ -57,30 +57,46 @@ def curves(records: Sequence[dict[str, Any]], labels: Mapping[str, str]) -> Figu
 
 
 def overlaid_curves(
-    runs: Mapping[str, Sequence[dict[str, Any]]], labels: Mapping[str, str]
+    rows: Mapping[str, Sequence[Sequence[dict[str, Any]]]], labels: Mapping[str, str]
 ) -> Figure:
-    """The metrics that have a label by step, a colour for each run, a line for each split."""
+    """The metrics that have a label by step, a colour for each row, a line for each split.
+
+    Where a row is of several runs, the line is their mean, in a band of their standard deviation.
+    """
     names = list(labels)
     figure = new_figure(5.5 * len(names), 4.4)
     colours = itertools.cycle((BLUE, ORANGE, GREEN, RED, BLACK))
-    of_runs = dict(zip(runs, colours, strict=False))
+    of_rows = dict(zip(rows, colours, strict=False))
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        for run, records in runs.items():
+        for row, runs in rows.items():
             for split, line in {"train": "-", "validation": "--"}.items():
                 points = [
-                    (r["step"], r[name]) for r in records if r["split"] == split and name in r
+                    {r["step"]: r[name] for r in records if r["split"] == split and name in r}
+                    for records in runs
                 ]
-                if points:
-                    x, y = zip(*points, strict=True)
-                    label = run if split == "train" else None
-                    axes.plot(x, y, color=of_runs[run], linestyle=line, label=label)
+                steps = sorted(set.intersection(*map(set, points)))
+                if not steps:
+                    continue
+                values = np.array([[of_run[step] for step in steps] for of_run in points])
+                mean = values.mean(axis=0)
+                label = row if split == "train" else None
+                axes.plot(steps, mean, color=of_rows[row], linestyle=line, label=label)
+                if len(runs) > 1:
+                    spread = values.std(axis=0, ddof=1)
+                    axes.fill_between(
+                        steps, mean - spread, mean + spread, color=of_rows[row], alpha=0.2,
+                        linewidth=0,
+                    )  # fmt: skip
         if name == "loss":
-            axes.set_yscale("log")
+            axes.set_yscale("log", nonpositive="clip")
         axes.set(xlabel="optimiser step", ylabel=labels[name])
         axes.grid(alpha=0.3)
     handles, names = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 3), fontsize=8)
-    figure.suptitle("solid: training; dashed: validation", fontsize=10)
+    title = "solid: training; dashed: validation"
+    if any(len(runs) > 1 for runs in rows.values()):
+        title += "; bands: ± standard deviation of the runs"
+    figure.suptitle(title, fontsize=10)
     return figure
 
 

@@ -46,9 +46,13 @@ class Progress(NamedTuple):
 
 
 class Checkpoints:
-    """Those of one training, the newest few, in a folder of their own."""
+    """Those of one training, the newest few, in a folder of their own.
 
-    def __init__(self, folder: Path, kept: int, config_hash: str) -> None:
+    Args:
+        best: a metric; the checkpoint with the best of those saved is kept, too.
+    """
+
+    def __init__(self, folder: Path, kept: int, config_hash: str, best: str | None = None) -> None:
         # a second to import, and not needed by runs that keep none
         from orbax.checkpoint import v1 as ocp
 
@@ -61,10 +65,16 @@ class Checkpoints:
         context.asynchronous.post_finalization_callback = lambda: _write_sums(
             self._folder / f"{self._saving}.orbax-checkpoint-tmp"
         )
+        policies = ocp.training.preservation_policies
+        keep = [policies.LatestN(kept)]
+        if best is not None:
+            keep.append(
+                policies.BestN(n=1, get_metric_fn=rank, keep_checkpoints_without_metrics=False)
+            )
         self._orbax = ocp.training.Checkpointer(
             self._folder,
             context=context,
-            preservation_policy=ocp.training.preservation_policies.LatestN(kept),
+            preservation_policy=policies.AnyPreservationPolicy(keep),
             cleanup_tmp_directories=True,
         )
 
@@ -89,10 +99,16 @@ class Checkpoints:
             reason = str(error).splitlines()[0]
             raise OSError(None, reason, str(self._folder)) from error
 
-    def save(self, step: int, state: PyTree, key: PRNGKeyArray, progress: Progress) -> None:
+    def save(
+        self, step: int, state: PyTree, key: PRNGKeyArray, progress: Progress,
+        metric: Mapping[str, float] | None = None,
+    ) -> None:  # fmt: skip
         """Begin to write the state after `step`; what goes wrong is raised by the next call.
 
         It is written while training goes on: nothing of what is given may be changed afterwards.
+
+        Args:
+            metric: the one to choose the best by, if it is known at this step.
         """
         self.wait()
         self._saving = step
@@ -101,6 +117,7 @@ class Checkpoints:
             self._pending = self._orbax.save_checkpointables_async(
                 step,
                 {"state": _with_key(state, key)},
+                metrics=metric,
                 custom_metadata={**rest, "sha256": _digest(rest)},
                 # one of this step that could not be read is in the way
                 overwrite=True,
@@ -164,18 +181,30 @@ class Checkpoints:
         return None
 
 
-def read_params(folder: Path) -> PyTree:
-    """The parameters of the newest checkpoint, in dictionaries.
+def rank(metric: Mapping[str, float]) -> float:
+    """More is better: of an accuracy the highest, of all else, as a loss, the lowest."""
+    ((name, value),) = metric.items()
+    return value if name.endswith("accuracy") else -value
+
+
+def read_params(folder: Path, *, best: bool = False) -> PyTree:
+    """The parameters of the newest checkpoint, or of the best, in dictionaries.
 
     Raises:
-        UsageError: if there is none that can be read.
+        UsageError: if there is none that can be read, or none that was kept as the best.
     """
     from orbax.checkpoint import v1 as ocp
 
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder of checkpoints")
     with ocp.training.Checkpointer(folder.absolute()) as checkpointer:
-        for checkpoint in reversed(checkpointer.checkpoints):
+        found = list(checkpointer.checkpoints)
+        if best:
+            found = [checkpoint for checkpoint in found if checkpoint.metrics]
+            found.sort(key=lambda checkpoint: rank(checkpoint.metrics))
+            if not found:
+                raise UsageError(f"{folder}: none was kept as the best, which --train.best names")
+        for checkpoint in reversed(found):
             if not _is_intact(Path(checkpoint.path)):
                 continue
             try:

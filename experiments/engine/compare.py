@@ -1,8 +1,11 @@
 """Several runs side by side: a table of their last scores, and their curves over one another."""
 
+import hashlib
 import itertools
+import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,12 +22,16 @@ if TYPE_CHECKING:
 SEED = "seed"
 """Runs that differ in this alone are repetitions of one another."""
 
+LONGEST_NAME = 150
+"""Characters of a folder's name, with room for what is written beside it."""
+
 
 class Run(NamedTuple):
     """A finished run, as it lies in its folder."""
 
     name: str
     experiment: Experiment
+    config: Any
     records: list[dict[str, Any]]
     scores: dict[str, float]
 
@@ -39,10 +46,10 @@ def read_run(folder: Path) -> Run:
         raise UsageError(f"{folder}: is not the folder of a run")
     if not runs.finished(folder):
         raise UsageError(f"{folder}: is not finished; `run … --resume` goes on with it")
-    experiment, _ = read(folder / runs.CONFIG)
+    experiment, config = read(folder / runs.CONFIG)
     summary = runs.read_summary(folder)
     scores = {name: value for name, value in summary.items() if isinstance(value, int | float)}
-    return Run(folder.name, experiment, runs.read_metrics(folder), scores)
+    return Run(folder.name, experiment, config, runs.read_metrics(folder), scores)
 
 
 def shown_scores(found: Sequence[Run], labels: Mapping[str, str]) -> list[str]:
@@ -70,11 +77,35 @@ def score_table(rows: Mapping[str, Sequence[Run]], labels: Mapping[str, str]) ->
     return "\n".join(f"| {' | '.join(line)} |" for line in padded) + "\n"
 
 
-def curves(found: Sequence[Run], labels: Mapping[str, str]) -> "Figure":
-    """The metrics of all runs by step; solid what is of training, dashed what is of validation."""
+def by_config(found: Sequence[Run]) -> dict[str, list[Run]]:
+    """The runs in rows: those whose configs differ in the seed alone are one."""
+    alike: dict[str, list[Run]] = {}
+    for run in found:
+        alike.setdefault(runs.hash_of(replace(run.config, seed=0)), []).append(run)
+    names = [[run.name for run in row] for row in alike.values()]
+    beginnings = [_beginning(of_row) for of_row in names]
+    labels = [
+        of_row[0] if len(of_row) == 1 else f"{beginning}*" if beginning else ", ".join(of_row)
+        for of_row, beginning in zip(names, beginnings, strict=True)
+    ]
+    if len(set(labels)) < len(labels):
+        labels = [", ".join(of_row) for of_row in names]
+    return dict(zip(labels, alike.values(), strict=True))
+
+
+def _beginning(names: Sequence[str]) -> str:
+    """What all of the names begin with."""
+    alike = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*names, strict=False))
+    return "".join(column[0] for column in alike)
+
+
+def curves(rows: Mapping[str, Sequence[Run]], labels: Mapping[str, str]) -> "Figure":
+    """The metrics of all rows by step; solid what is of training, dashed what is of validation."""
     from experiments.figures import overlaid_curves
 
-    return overlaid_curves({run.name: run.records for run in found}, labels)
+    return overlaid_curves(
+        {name: [run.records for run in row] for name, row in rows.items()}, labels
+    )
 
 
 # ---- sweeps ---------------------------------------------------------------------------------
@@ -84,8 +115,10 @@ def parse_grid(grid: Sequence[str]) -> dict[str, list[str]]:
     """The values of each key, from texts such as `train.learning_rate=1e-3,3e-3`.
 
     Raises:
-        UsageError: if one is no such text.
+        UsageError: if one is no such text, or if there is none.
     """
+    if not grid:
+        raise UsageError("--grid: give keys and their values, as seed=0,1,2")
     values: dict[str, list[str]] = {}
     for text in grid:
         key, equals, several = text.partition("=")
@@ -99,14 +132,51 @@ def parse_grid(grid: Sequence[str]) -> dict[str, list[str]]:
 
 
 def combinations(values: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
-    """One value of each key, in every way there is."""
+    """One value of each key, in every way there is.
+
+    Raises:
+        UsageError: if a value is given twice.
+    """
+    for key, several in values.items():
+        if len(set(several)) < len(several):
+            raise UsageError(f"--grid: {key} has a value twice, of which two runs would be one")
     return [dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())]
 
 
-def name_of(combination: Mapping[str, str]) -> str:
-    """A name for a folder that tells the run from the others of its sweep."""
-    parts = [f"{key.rpartition('.')[2]}-{value}" for key, value in combination.items()]
-    return re.sub(r"[^A-Za-z0-9._-]", "_", "_".join(parts))
+def names_of(combinations: Sequence[Mapping[str, str]]) -> list[str]:
+    """A folder's name for each combination, which are of the same keys: no two are the same.
+
+    A name says the last part of each key, and the value. Where that is not all there is to say, as
+    a character of the value is none for a folder or the name would be long, some digits of a hash
+    follow. So a combination has the same name in whatever sweep it is, unless what it is made of
+    can be read in two ways there.
+    """
+    keys = list(combinations[0])
+    lasts = [key.rpartition(".")[2] for key in keys]
+    shown = [last if lasts.count(last) == 1 else key for key, last in zip(keys, lasts, strict=True)]
+    plain = ["_".join(map("-".join, zip(shown, c.values(), strict=True))) for c in combinations]
+    names = [re.sub(r"[^A-Za-z0-9._-]", "_", text)[:LONGEST_NAME] for text in plain]
+    return [
+        name
+        if name == text and plain.count(text) == 1
+        else f"{name}-{hashlib.sha256(json.dumps(combination).encode()).hexdigest()[:8]}"
+        for name, text, combination in zip(names, plain, combinations, strict=True)
+    ]
+
+
+def parse_part(part: str, number: int) -> range:
+    """Which of so many combinations are the K-th of N parts, from a text such as `2/8`.
+
+    Every N-th is, so that the parts are about as much work whatever the first key is.
+
+    Raises:
+        UsageError: if it is no such text.
+    """
+    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", part)
+    which, parts = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 1 <= which <= parts:
+        raise UsageError(f"--part: should be K/N, with K from 1 to N, as 2/8, got {part}")
+    return range(which - 1, number, parts)
 
 
 def options_of(combination: Mapping[str, str]) -> list[str]:
@@ -119,11 +189,15 @@ def options_of(combination: Mapping[str, str]) -> list[str]:
 
 def repetitions(found: Mapping[str, Run], grid: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
     """The runs of a sweep by what they differ in, seeds apart."""
-    rows: dict[str, list[Run]] = {}
-    for name, run in found.items():
-        rest = {key: value for key, value in grid[name].items() if key != SEED}
-        rows.setdefault(name_of(rest) or run.experiment.name, []).append(run)
-    return rows
+    rows: dict[tuple[str, ...], list[Run]] = {}
+    rests = [{key: value for key, value in grid[name].items() if key != SEED} for name in found]
+    for run, rest in zip(found.values(), rests, strict=True):
+        rows.setdefault(tuple(rest.values()), []).append(run)
+    distinct = list({tuple(rest.values()): rest for rest in rests}.values())
+    names = names_of(distinct) if distinct else []
+    return {
+        name or row[0].experiment.name: row for name, row in zip(names, rows.values(), strict=True)
+    }
 
 
 def sweep_figure(rows: Mapping[str, Sequence[Run]], labels: Mapping[str, str]) -> "Figure":

@@ -10,10 +10,12 @@
     curves.png     of the metrics, if any are logged
     profile/       if asked for: JAX's trace of a few steps
     tensorboard/   if asked for: the metrics once more, as event files
+    wandb/         if asked for: the files of Weights & Biases
     figure.png     of the result
 
-Every file but those of `checkpoints`, `profile` and `tensorboard`, and the metrics, which grow, is
-whole or not there. What counts as finished is the summary that says so, which is written last.
+Every file but those of `checkpoints`, `profile`, `tensorboard` and `wandb`, and the metrics, which
+grow, is whole or not there. What counts as finished is the summary that says so, which is written
+last.
 
 Every key of the metrics and the summary that depends on the clock ends in `_seconds` or
 `_per_second`; the rest is the same when the run is repeated.
@@ -32,7 +34,6 @@ import shutil
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,11 @@ import numpy as np
 import tomli_w
 
 from experiments.engine import devices as meshes, processes
-from experiments.engine.checkpoints import Record
 from experiments.engine.config import UsageError
-from experiments.engine.events import event_log
 from experiments.engine.experiment import Experiment
-from experiments.engine.files import LOCK, locked, naming, written
+from experiments.engine.files import LOCK, locked, written
 from experiments.engine.session import SILENT, Session
+from experiments.engine.sinks import EventFiles, JsonLines, Sink, WeightsAndBiases, logging_to
 
 CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
 CHECKPOINTS, PROFILE, TENSORBOARD = "checkpoints", "profile", "tensorboard"
@@ -71,7 +71,7 @@ def create(output: Path, group: str, name: str | None, *, overwrite: bool = Fals
         UsageError: if the name is no plain file name, if it is taken, or if nothing can be written.
     """
     if name is not None:
-        _check_name(name)
+        check_name(name)
     try:
         (output / group).mkdir(parents=True, exist_ok=True)
         if name is None:
@@ -100,7 +100,7 @@ def reopen(output: Path, group: str, name: str, table: Mapping[str, Any]) -> Pat
             is the run of another config, with a line for each key that differs and does not only
             say where the run trains.
     """
-    _check_name(name)
+    check_name(name)
     folder = output / group / name
     if not os.path.lexists(folder):
         return create(output, group, name)
@@ -117,7 +117,8 @@ def reopen(output: Path, group: str, name: str, table: Mapping[str, Any]) -> Pat
     return folder
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Raise a `UsageError` if the name is none for a folder."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
         raise UsageError(
             f"--name: {name!r} is no name for a folder; use letters, digits, '.', '_' and '-'"
@@ -168,26 +169,6 @@ def write_config(folder: Path, table: Mapping[str, Any], command: str) -> None:
     header = f"# The resolved config of: {command}\n"
     with written(folder / CONFIG) as file:
         file.write((header + tomli_w.dumps(table)).encode())
-
-
-@contextmanager
-def metrics_log(folder: Path) -> Iterator[Callable[[Record], None]]:
-    """A function that appends a record to the run's metrics, at once.
-
-    What an earlier process wrote stays until the first record: by then a run that goes on has read
-    its checkpoint, which holds the records before it.
-    """
-    path, mode = folder / METRICS, "wb"
-
-    def log(record: Record) -> None:
-        nonlocal mode
-        with naming(path), path.open(mode) as lines:
-            lines.write(f"{json.dumps(record, allow_nan=False)}\n".encode())
-        mode = "ab"
-
-    yield log
-    with naming(path), path.open(mode) as lines:
-        os.fsync(lines.fileno())
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -298,7 +279,7 @@ def read_result(folder: Path, result: Any) -> Any:
 
 def record(
     experiment: Experiment, config: Any, folder: Path, *, profile: bool = False,
-    tensorboard: bool = False,
+    tensorboard: bool = False, wandb: str | None = None,
 ) -> Any:  # fmt: skip
     """Run the experiment, and leave in the folder what it logs, what comes of it, and figures.
 
@@ -314,15 +295,12 @@ def record(
     if not processes.is_first():
         experiment.run(config, session)
         return None
-    with ExitStack() as files:
-        logs = [files.enter_context(metrics_log(folder))]
-        if tensorboard:
-            logs.append(files.enter_context(event_log(folder / TENSORBOARD)))
-
-        def log(record: Record) -> None:
-            for each in logs:
-                each(record)
-
+    sinks: list[Sink] = [JsonLines(folder / METRICS)]
+    if tensorboard:
+        sinks.append(EventFiles(folder / TENSORBOARD))
+    if wandb is not None:
+        sinks.append(WeightsAndBiases(wandb, folder, dataclasses.asdict(config)))
+    with logging_to(sinks) as log:
         traces = folder / PROFILE if profile else None
         result = experiment.run(config, replace(session, log=log, profile=traces))
     summary = {"wall_seconds": time.perf_counter() - clock, "seed": config.seed} | surroundings()

@@ -19,8 +19,12 @@ PROFILED = slice(2, 7)
 """The third step to the seventh: the first ones warm up."""
 
 
-class Stopped(Exception):
-    """Training was asked to stop, and did so after a step, with a checkpoint of it."""
+class Stopped(BaseException):
+    """Training was asked to stop, and did so after a step, with a checkpoint of it.
+
+    It is no `Exception`, as `KeyboardInterrupt` is none: who catches whatever a run may raise, to
+    go on with the next one, does not mean this.
+    """
 
 
 def _discard(record: Record) -> None:
@@ -43,12 +47,14 @@ class Session:
     """For traces of a few steps of each training; None if there are to be none."""
 
     @contextmanager
-    def checkpoints(self, name: str, kept: int) -> Iterator[Checkpoints | None]:
+    def checkpoints(
+        self, name: str, kept: int, best: str | None = None
+    ) -> Iterator[Checkpoints | None]:
         """Those of the training called `name`; None if none are kept."""
         if self.folder is None:
             yield None
             return
-        with Checkpoints(self.folder / name, kept, self.config_hash) as checkpoints:
+        with Checkpoints(self.folder / name, kept, self.config_hash, best) as checkpoints:
             yield checkpoints
 
     def profiled(self, name: str, steps: range, wait: Callable[[], Any]) -> Iterator[int]:

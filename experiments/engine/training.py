@@ -7,6 +7,7 @@ it. One that hands something on from step to step, as a recurrent state, has a c
 there is to say about where a run stands in its data.
 """
 
+import datetime
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -25,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from experiments.engine import devices as meshes, processes
 from experiments.engine.checkpoints import Progress as Kept, Record
-from experiments.engine.config import Count, Fraction, NonNegative, Positive, Size
+from experiments.engine.config import Count, Fraction, NonNegative, Positive, Size, UsageError
 from experiments.engine.session import SILENT, Session, Stopped, deferred_signals
 
 Metrics = Mapping[str, Float[Array, ""]]
@@ -58,6 +59,9 @@ class TrainConfig:
     """Steps between two checkpoints, from which --resume goes on; there is one at the end, too."""
     checkpoints_kept: Count = 2
     """The newest so many are kept."""
+    best: str | None = None
+    """A metric, as validation_loss: the checkpoint with the best of it is kept, too, which is the
+    highest of an accuracy and the lowest of all else; each evaluation then makes a checkpoint."""
     not_finite: Literal["stop", "skip"] = "stop"
     """What is done at a step whose loss or gradient is not finite."""
 
@@ -186,12 +190,15 @@ def fit(
     Raises:
         FloatingPointError: if a metric is not finite, naming the first such step and the metric.
         Stopped: after a checkpoint, if the process was asked to stop.
+        UsageError: if the config's `best` is no metric of the evaluations.
     """
     state = start(params, optimizer, carry)
     steps, skip, mesh = config.steps, config.not_finite == "skip", session.mesh
     if mesh is not None:
         state, batch, key = _spread(state, batch, key, mesh)
-    with session.checkpoints(name, config.checkpoints_kept) as checkpoints, _progress() as progress:
+    _check_best(config.best, evaluations, state.params)
+    kept_of = session.checkpoints(name, config.checkpoints_kept, config.best)
+    with kept_of as checkpoints, _progress() as progress:
         # a second signal ends the process as it is, and the cursor should be there then
         progress.console.show_cursor(True)
         done, state, kept = (checkpoints and checkpoints.load(state, key)) or (
@@ -203,6 +210,11 @@ def fit(
         def emit(record: Record) -> None:
             records.append(record)
             session.log(record)
+
+        def tell(record: Record) -> None:
+            if not sys.stderr.isatty() and processes.is_first():
+                seconds = (time.perf_counter() - clock) / (step - done) * (steps - step)
+                print(_line(name, record, steps, seconds), file=sys.stderr, flush=True)
 
         for record in kept.records:
             emit(record)
@@ -231,22 +243,28 @@ def fit(
                     values = _mean(window, step)
                     speed = len(window) / (time.perf_counter() - since)
                     emit({"step": step, "split": "train", **values, "steps_per_second": speed})
+                    tell(records[-1])
                     progress.update(bar, completed=step, values=_brief(values, speed))
                     window, since = [], time.perf_counter()
+                metric: dict[str, float] = {}
                 if step % config.evaluate_every == 0 or step == steps:
                     paused = time.perf_counter()
                     due = evaluate | conclude if step == steps else evaluate
                     for split, f in due.items():
                         values = _mean([f(state.params)], step, f"{split} ")
                         emit({"step": step, "split": split, **values})
+                        tell(records[-1])
+                        named = {f"{split}_{key}": value for key, value in values.items()}
+                        metric |= {key: named[key] for key in named if key == config.best}
                     since += time.perf_counter() - paused
                 # several processes, of which one may have been asked, agree where they wait anyway
                 stopping = (logged or processes.alone()) and processes.any_says(stop.requested)
                 last = step == steps or stopping
-                if checkpoints and (last or step % config.checkpoint_every == 0):
+                if checkpoints and (metric or last or step % config.checkpoint_every == 0):
                     window = _finite(window, step)
                     seconds = kept.seconds + time.perf_counter() - clock
-                    checkpoints.save(step, state, key, Kept(records.copy(), window.copy(), seconds))
+                    progressed = Kept(records.copy(), window.copy(), seconds)
+                    checkpoints.save(step, state, key, progressed, metric or None)
                 if stopping:
                     break
         if checkpoints:
@@ -256,6 +274,19 @@ def fit(
             raise Stopped(f"stopped after step {step} of {steps}")
     seconds = kept.seconds + time.perf_counter() - clock
     return Trained(_gathered(state.params, mesh), records, compile_seconds, seconds)
+
+
+def _check_best(
+    best: str | None, evaluations: Mapping[str, Callable[[Any], Metrics]], params: PyTree
+) -> None:
+    if best is None:
+        return
+    names = [
+        f"{split}_{key}" for split, f in evaluations.items() for key in jax.eval_shape(f, params)
+    ]
+    if best not in names:
+        there = f"one of {', '.join(names)}" if names else "left out, as nothing is evaluated"
+        raise UsageError(f"train.best: should be {there}, got {best}")
 
 
 def _spread(
@@ -374,3 +405,12 @@ def _progress() -> Progress:
 def _brief(values: Mapping[str, float], speed: float) -> str:
     shown = [f"{name} {values[name]:.4f}" for name in ("loss", "accuracy") if name in values]
     return "  ".join([*shown, f"{speed:.0f} steps/s"])
+
+
+def _line(name: str, record: Record, steps: int, seconds: float) -> str:
+    """A record for a log, with what is left of the training."""
+    numbers = {key: value for key, value in record.items() if key not in ("step", "split")}
+    shown = ", ".join(f"{key} {value:.4g}" for key, value in numbers.items())
+    left = datetime.timedelta(seconds=round(seconds))
+    of_training = f"{name}: " if name else ""
+    return f"{of_training}step {record['step']} of {steps}: {record['split']}: {shown}; {left} left"

@@ -1,18 +1,16 @@
 """The reproduction report: every claim of the notes, tested, on one page.
 
 Every experiment of `experiments/claims` is in the report, with the config of its name. A run is
-kept as `<output>/<name>/report-<key>`, where the key is a hash of its config, of every source file
-that it imports and of the versions that it ran with: as long as that stays the same the result is
-used again.
+kept as `<output>/<name>/report-<key>`, and its result is used again as long as the key is the same,
+which `experiments.report.key` makes of all that decides the result. Verdicts and figures are made
+anew.
 
     <output>/report/index.html    the page, which needs no network
     <output>/report/report.json   the same for machines
     <output>/report/figures/, configs/
 """
 
-import ast
 import contextlib
-import hashlib
 import html
 import io
 import json
@@ -32,8 +30,8 @@ from experiments.engine import runs
 from experiments.engine.config import UsageError, to_table
 from experiments.engine.experiment import ROOT, Experiment, config_paths, find, names, read
 from experiments.engine.files import locked, written
-from experiments.engine.session import Stopped
 from experiments.report.evidence import LEVEL, Claim, Verdict
+from experiments.report.key import run_key
 
 PAGE, DATA = "index.html", "report.json"
 START, END = "<!-- claims -->", "<!-- /claims -->"
@@ -143,8 +141,6 @@ def _study(size: Size, output: Path) -> tuple[Study, dict[str, Claim]]:
         if differing:
             listed = ", ".join(sorted(differing))
             raise ValueError(f"CLAIMS and claims() differ in {listed}")
-    except Stopped:
-        raise
     except Exception as error:
         line = f"{type(error).__name__}: {error}".splitlines()[0]
         return study._replace(error=line, trace=traceback.format_exc()), {}
@@ -157,8 +153,13 @@ def _run(experiment: Experiment, config: Any, output: Path) -> Path:
     One that was cut off goes on from its checkpoints.
     """
     name = experiment.name
-    folder = output / name / f"report-{run_key(experiment, config)}"
+    folder = output / name / f"report-{run_key(name, experiment.file, config)}"
     if runs.finished(folder):
+        # by other code than drew the one that is there, perhaps
+        from experiments.figures import save
+
+        result = runs.read_result(folder, experiment.Result)
+        save(experiment.plot(config, result), folder / runs.FIGURE)
         return folder
     experiment.check(config)
     table = to_table(name, config)
@@ -168,47 +169,6 @@ def _run(experiment: Experiment, config: Any, output: Path) -> Path:
         runs.write_config(folder, table, "python -m experiments report")
         runs.record(experiment, config, folder)
     return folder
-
-
-def run_key(experiment: Experiment, config: Any) -> str:
-    """A hash of all that decides a result: config, sources and versions."""
-    digest = hashlib.sha256(tomli_w.dumps(to_table(experiment.name, config)).encode())
-    kernels = sorted((ROOT / "rnnattn" / "native" / "src").glob("*"))
-    for path in [*sources(experiment.file), *kernels]:
-        digest.update(f"\0{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
-    digest.update(json.dumps(runs.surroundings()["versions"], sort_keys=True).encode())
-    return digest.hexdigest()[:12]
-
-
-def sources(path: Path) -> list[Path]:
-    """The source file and all that it imports of this repository, also where it does so later."""
-    found: set[Path] = set()
-    left = [path.resolve()]
-    while left:
-        file = left.pop()
-        if file in found:
-            continue
-        found.add(file)
-        for node in ast.walk(ast.parse(file.read_bytes())):
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                # what is imported from a package may be a module of it
-                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-            else:
-                continue
-            left += [source for name in names for source in _files(name)]
-    return sorted(found)
-
-
-def _files(name: str) -> list[Path]:
-    """The source of a module of this repository, and of the packages above it."""
-    parts = name.split(".")
-    if parts[0] not in ("experiments", "rnnattn"):
-        return []
-    parents = [ROOT.joinpath(*parts[:n], "__init__.py") for n in range(1, len(parts) + 1)]
-    own = ROOT.joinpath(*parts).with_suffix(".py")
-    return [path for path in (*parents, own) if path.is_file()]
 
 
 def _progress() -> Progress:

@@ -96,7 +96,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_was_not(whole, tmp_p
 def test_a_run_that_is_told_to_stop_keeps_what_it_has_and_says_so(whole, tmp_path):
     stopped = interrupt(tmp_path, signal.SIGTERM, 10)
     assert stopped.returncode == 75
-    assert stopped.stderr.count("\n") == 1 and "--resume" in stopped.stderr
+    assert "--resume" in stopped.stderr.splitlines()[-1]
     folder = tmp_path / "lstm_adding" / "x"
     # of the step that it stopped after, which is none of those that are due
     newest = max(int(path.name) for path in (folder / "checkpoints").iterdir())
@@ -277,7 +277,8 @@ def test_where_there_is_no_room_is_said_and_nothing_is_lost(kilobytes, whole, tm
     )
     assert done.returncode == 1, done.stderr
     folder = tmp_path / "lstm_adding" / "x"
-    assert done.stderr.startswith(f"stopped: {folder}/") and done.stderr.count("\n") == 1
+    assert done.stderr.splitlines()[-1].startswith(f"stopped: {folder}/")
+    assert all(line.startswith("step ") for line in done.stderr.splitlines()[:-1])
     assert main(["run", *command(tmp_path, "--resume")[4:]]) == 0
     assert kept(folder) == kept(whole)
 
@@ -337,7 +338,8 @@ def train(folder: Path | None, batch: Callable = lambda step: np.ones(2, np.floa
     params = jnp.array([4.0, 3.0], jnp.float32)
     trained = fit(
         square, params, optax.adam(0.1), batch, jax.random.key(0),
-        TrainConfig(**settings | changes), evaluations={"a": lambda p: {"first": p[0]}}, final={},
+        TrainConfig(**settings | changes),
+        evaluations={"a": lambda p: {"first": p[0], "accuracy": -p[0]}}, final={},
         session=Session(records.append, folder, "hash"),
     )  # fmt: skip
     assert records == trained.records
@@ -366,6 +368,43 @@ def test_training_goes_on_from_between_two_records(fatal, tmp_path):
 def test_the_newest_checkpoints_are_kept(tmp_path):
     train(tmp_path, checkpoints_kept=2, checkpoint_every=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["8", "9"]
+
+
+def away_from_its_goal(step):
+    # two steps towards the goal, and all others away from it
+    return np.full(2, -9 if step < 4 else 99, np.float32)
+
+
+@pytest.mark.parametrize("best", ["a_first", "a_accuracy"])
+def test_the_best_checkpoint_is_kept_beside_the_newest(best, tmp_path):
+    settings: dict[str, Any] = dict(
+        evaluate_every=2, checkpoint_every=100, checkpoints_kept=1, best=best
+    )
+    whole = train(tmp_path / "x", away_from_its_goal, **settings)
+    firsts = {r["step"]: r["first"] for r in whole.records if r["split"] == "a"}
+    assert min(firsts.values()) == firsts[4]
+    assert {path.name for path in (tmp_path / "x").iterdir()} == {"4", "9"}
+    assert float(read_params(tmp_path / "x", best=True)[0]) == firsts[4]
+    assert float(read_params(tmp_path / "x")[0]) == firsts[9]
+
+    # nor does an interruption lose it, or change it
+    def fails(step):
+        if step == 7:
+            raise RuntimeError("no luck")
+        return away_from_its_goal(step)
+
+    with pytest.raises(RuntimeError):
+        train(tmp_path / "y", fails, **settings)
+    train(tmp_path / "y", away_from_its_goal, **settings)
+    assert {path.name for path in (tmp_path / "y").iterdir()} == {"4", "9"}
+
+
+def test_the_best_by_what_is_not_evaluated_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="one of a_accuracy, a_first, got b"):
+        train(tmp_path, best="b")
+    train(tmp_path)
+    with pytest.raises(UsageError, match="none was kept as the best"):
+        read_params(tmp_path, best=True)
 
 
 def test_a_stop_is_heard_after_a_step_and_loses_nothing(tmp_path):
@@ -491,8 +530,10 @@ def test_a_damaged_checkpoint_is_not_exported(tmp_path, capsys):
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
-    assert (read_params(tmp_path / "x") != train(None, steps=9).params).any()
+    capsys.readouterr()
+    params = read_params(tmp_path / "x")
     assert capsys.readouterr().err.count("\n") == 1
+    assert (params != train(None, steps=9).params).any()
 
 
 def test_checkpoints_without_checksums_are_used_and_said_to_be(saved, tmp_path, capsys):

@@ -5,22 +5,25 @@ import fcntl
 import gzip
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
 from experiments.__main__ import main
+from experiments.engine.checkpoints import Record
 from experiments.engine.config import UsageError
-from experiments.engine.events import event_log
 from experiments.engine.experiment import ROOT
 from experiments.engine.files import LOCK, locked, written
 from experiments.engine.runs import CONFIG, create, reopen
+from experiments.engine.sinks import EventFiles, JsonLines
 from tests.experiments.sizes import tiny_options
 
 DIGITS = "lstm_digits"
@@ -310,10 +313,99 @@ def test_a_trace_and_event_files_are_kept_if_asked_for_and_change_nothing(finish
 
 
 def test_curves_of_several_trainings_are_told_apart(tmp_path):
-    with event_log(tmp_path) as log:
-        for method in ("a", "b"):
-            log({"step": 3, "split": "test", "method": method, "accuracy": 0.5})
+    sink = EventFiles(tmp_path)
+    for method in ("a", "b"):
+        sink.log({"step": 3, "split": "test", "method": method, "accuracy": 0.5})
+    sink.close()
     assert points(tmp_path) == [("test/a/accuracy", 3, 0.5), ("test/b/accuracy", 3, 0.5)]
+
+
+class RecordedRun:
+    """What Weights & Biases gives, as far as a run uses it."""
+
+    def __init__(self, **asked) -> None:
+        self.asked, self.finished = asked, 0
+        self.logged: list[dict] = []
+        self.metrics: list[tuple] = []
+
+    def define_metric(self, name, step_metric) -> None:
+        self.metrics.append((name, step_metric))
+
+    def log(self, values) -> None:
+        self.logged.append(values)
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+@pytest.fixture
+def begun(monkeypatch) -> list[RecordedRun]:
+    """The runs that were begun with a package that stands in for Weights & Biases."""
+    begun: list[RecordedRun] = []
+
+    def init(**asked) -> RecordedRun:
+        begun.append(RecordedRun(**asked))
+        return begun[-1]
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    return begun
+
+
+def test_weights_and_biases_are_given_all_and_change_nothing(begun, finished, tmp_path):
+    assert tiny(tmp_path, "--name", "x", "--seed", "3", "--wandb", "digits") == 0
+    folder = tmp_path / "lstm_digits" / "x"
+    assert [timeless(r) for r in records(folder)] == [timeless(r) for r in records(finished)]
+    (run,) = begun
+    assert run.asked["project"] == "digits" and run.asked["dir"] == str(folder)
+    assert (run.asked["group"], run.asked["name"]) == ("lstm_digits", "x")
+    assert run.asked["config"]["train"]["steps"] == 4 and run.asked["config"]["seed"] == 3
+    assert run.metrics == [("*", "step")] and run.finished == 1
+    assert run.logged == [
+        {f"{record['split']}/{name}": value for name, value in record.items()
+         if name not in ("step", "split")} | {"step": record["step"]}
+        for record in records(folder)
+    ]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+def test_a_run_that_fails_is_finished_with_weights_and_biases_too(begun, tmp_path):
+    options = ["--train.learning-rate", "1e38", "--train.schedule", "constant", "--wandb", "x"]
+    assert tiny(tmp_path, *options, "--train.warmup", "0") == 1
+    assert [run.finished for run in begun] == [1]
+
+
+def test_weights_and_biases_that_are_not_there_are_a_line(tmp_path, monkeypatch, capsys):
+    # as after `import wandb` of the folder that its runs lie in
+    for module in (None, SimpleNamespace()):
+        monkeypatch.setitem(sys.modules, "wandb", module)
+        assert tiny(tmp_path / "new", "--wandb", "x") == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1 and "pip install wandb" in message
+        assert not (tmp_path / "new").exists()
+
+    def no_account(**asked):
+        raise RuntimeError("api_key not configured\nand more")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=no_account))
+    assert tiny(tmp_path, "--wandb", "x") == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "api_key" in message and "WANDB_MODE=offline" in message
+
+
+def test_what_an_earlier_process_logged_stays_until_there_is_more(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    cases: list[tuple[list[Record], bytes]] = [
+        ([], b""),
+        ([{"step": 1}], b'{"step": 1}\n'),
+        ([], b'{"step": 1}\n'),
+        ([{"step": 2}, {"step": 3}], b'{"step": 2}\n{"step": 3}\n'),
+    ]
+    for records, content in cases:
+        sink = JsonLines(path)
+        for record in records:
+            sink.log(record)
+        sink.close()
+        assert path.read_bytes() == content
 
 
 def test_what_trains_nothing_has_no_trace(tmp_path, capsys):
@@ -334,15 +426,21 @@ def test_a_loss_that_is_not_finite_ends_the_run_naming_step_and_metric(tmp_path,
     assert (tmp_path / "lstm_digits" / "hot" / "config.toml").exists()
 
 
-def test_the_module_is_a_command_that_is_silent_without_a_terminal(tmp_path):
+def test_without_a_terminal_a_command_says_how_far_it_is_line_by_line(tmp_path):
     command = [sys.executable, "-m", "experiments", "run", DIGITS, *tiny_options("lstm_digits")]
     done = subprocess.run(
         [*command, "--output", str(tmp_path), "--compare-steps", "0"],
         capture_output=True, text=True, check=True, cwd=ROOT,
     )  # fmt: skip
-    assert done.stderr == ""
     assert "test_accuracy" in done.stdout
-    assert len(list((tmp_path / "lstm_digits").iterdir())) == 1
+    (folder,) = (tmp_path / "lstm_digits").iterdir()
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(records(folder))
+    for line, record in zip(lines, records(folder), strict=True):
+        assert line.startswith(f"step {record['step']} of 4: {record['split']}: loss ")
+        assert f"{record['loss']:.4g}" in line and f"accuracy {record['accuracy']:.4g}" in line
+        assert re.search(r"; 0:00:\d\d left$", line)
+    assert lines[-1].endswith("; 0:00:00 left")
 
 
 def test_a_bad_command_exits_with_two():

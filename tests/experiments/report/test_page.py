@@ -2,20 +2,27 @@
 
 import html
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments.__main__ import main
 from experiments.claims import attention_averaging, subspace_projection
 from experiments.engine import runs
 from experiments.engine.config import UsageError
-from experiments.engine.session import SILENT, Stopped
-from experiments.report import evidence as claims, page as report
+from experiments.engine.session import SILENT
+from experiments.engine.training import TrainConfig, fit, make_optimizer
+from experiments.figures import new_figure
+from experiments.report import evidence as claims, key, page as report
 
 README = report.ROOT / "README.md"
 FOUND = {size.experiment.name: size.experiment for size in report.sizes(full=False)}
@@ -108,9 +115,23 @@ def test_a_failure_exits_with_one_at_the_end(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "report" / report.PAGE).is_file()
 
 
-def test_a_report_that_is_told_to_stop_stops(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_a_training_of_the_report_ends_it(number, tmp_path, monkeypatch, capsys):
+    def batch(step):
+        if step == 6:
+            os.kill(os.getpid(), number)
+        return np.ones(2, np.float32)
+
+    def loss(params, batch, key):
+        return jnp.sum((params - batch) ** 2), {}
+
     def stopping(config, session):
-        raise Stopped("stopped after step 7 of 100")
+        plan = TrainConfig(steps=100, log_every=100)
+        start, optimizer, key = jnp.zeros(2, jnp.float32), make_optimizer(plan), jax.random.key(0)
+        try:
+            fit(loss, start, optimizer, batch, key, plan, evaluations={}, final={}, session=session)
+        except Exception:
+            return "as an experiment may take the errors of one of its trainings"
 
     sizes = [
         report.Size(replace(PROJECT, name=name, run=run), PROJECTION, None)
@@ -118,8 +139,11 @@ def test_a_report_that_is_told_to_stop_stops(tmp_path, monkeypatch, capsys):
     ]
     monkeypatch.setattr(report, "sizes", lambda *, full: sizes)
     assert main(["report", "--output", str(tmp_path)]) == 75
-    assert capsys.readouterr().err.count("\n") == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message == "stopped after step 7 of 100; the same command goes on from there"
     assert {path.name for path in tmp_path.iterdir()} == {"first"}
+    (folder,) = (tmp_path / "first").iterdir()
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["7"]
 
 
 def test_a_result_that_is_damaged_is_told_in_a_line(tmp_path):
@@ -168,23 +192,17 @@ def test_a_result_is_used_again_until_config_or_code_change(tmp_path, monkeypatc
     measure()
     assert len(count) == 3
     code = tmp_path / "code.py"
-    code.write_text("changed = True")
-    monkeypatch.setattr(report, "ROOT", tmp_path)
+    code.write_text("def run(config, session): ...")
+    monkeypatch.setattr(key, "ROOT", tmp_path)
     experiment = replace(experiment, file=code)
-    measure()
+    folder = measure()
     assert len(count) == 4
-
-
-def test_the_code_of_a_run_is_all_that_it_imports():
-    names = {path.relative_to(report.ROOT).as_posix() for path in
-             report.sources(Path(attention_averaging.__file__))}  # fmt: skip
-    assert {
-        "experiments/claims/attention_averaging.py", "experiments/report/evidence.py",
-        "experiments/figures.py", "experiments/engine/session.py", "rnnattn/__init__.py",
-        "rnnattn/attention/api.py",
-        "rnnattn/attention/dense.py", "rnnattn/attention/equations.py",
-    } <= names  # fmt: skip
-    assert not names & {"experiments/report/page.py", "experiments/__main__.py"}
+    # what is said and drawn of the result is that of the code as it is now
+    code.write_text("def run(config, session): ...\ndef claims(config, result): return 'changed'")
+    figure = (folder / runs.FIGURE).read_bytes()
+    experiment = replace(experiment, plot=lambda config, result: new_figure(2, 2))
+    assert measure() == folder and len(count) == 4
+    assert (folder / runs.FIGURE).read_bytes() != figure
 
 
 def test_the_full_report_has_the_configs_of_the_experiments():
@@ -278,6 +296,17 @@ def test_the_readme_is_changed_between_its_markers_alone(tmp_path):
     file.write_text("no markers")
     with pytest.raises(UsageError, match="markers"):
         report.update_readme(file, rows)
+
+
+def test_the_readme_has_no_verdicts_of_the_quick_report(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("experiments.__main__.ROOT", tmp_path)
+    (tmp_path / "README.md").write_text(f"{report.START}\n{report.END}\n")
+    before = (tmp_path / "README.md").read_bytes()
+    monkeypatch.setattr(report, "sizes", lambda *_, **__: {})
+    assert main(["report", "--readme", "--output", str(tmp_path / "new")]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "--readme" in message and "--full" in message
+    assert (tmp_path / "README.md").read_bytes() == before and not (tmp_path / "new").exists()
 
 
 def test_the_page_asks_nothing_of_the_network(written):
