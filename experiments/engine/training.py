@@ -35,12 +35,17 @@ Loss = Callable[..., tuple[Float[Array, ""], Any]]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The optimiser (AdamW), its schedule, and how often to look."""
+    """The optimiser, its schedule, and how often to look."""
 
     steps: Count = 20
     """Optimiser steps."""
     batch_size: Size = 16
     """Examples in each step."""
+    optimizer: Literal["adamw", "sgd", "lion"] = "adamw"
+    """AdamW, gradient descent with momentum, or Lion, which wants about a tenth of AdamW's learning
+    rate."""
+    momentum: Fraction = 0.9
+    """Of sgd: the share of the last step's direction that is added to the gradient."""
     learning_rate: Positive = 1e-2
     """Highest learning rate of the schedule."""
     schedule: Literal["constant", "cosine"] = "cosine"
@@ -48,7 +53,8 @@ class TrainConfig:
     warmup: Fraction = 0.05
     """Share of the steps over which the learning rate rises from zero."""
     weight_decay: NonNegative = 0.0
-    """Decoupled weight decay, multiplied by the learning rate."""
+    """Decoupled weight decay, multiplied by the learning rate. Biases, by their name, and all other
+    arrays of one axis, as the scales of norms, are spared."""
     clip_norm: Positive = 1.0
     """Gradients longer than this, in global norm, are scaled back to it."""
     log_every: Count = 5
@@ -99,11 +105,30 @@ def make_schedule(config: TrainConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW along the config's schedule, after clipping by global norm."""
+    """The config's optimiser along its schedule, after clipping by global norm."""
+    directions = {
+        "adamw": optax.scale_by_adam(),
+        "sgd": optax.trace(config.momentum),
+        "lion": optax.scale_by_lion(),
+    }
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(make_schedule(config), weight_decay=config.weight_decay),
+        directions[config.optimizer],
+        optax.add_decayed_weights(config.weight_decay, mask=decayed),
+        optax.scale_by_learning_rate(make_schedule(config)),
     )
+
+
+def decayed(params: PyTree) -> PyTree:
+    """Which arrays weight decay falls on: those of several axes that are no bias.
+
+    The name counts as well as the axes: a bias of several heads has two.
+    """
+
+    def falls_on(path: Any, x: Any) -> bool:
+        return x.ndim > 1 and "bias" not in jax.tree_util.keystr(path, simple=True, separator="/")
+
+    return jax.tree.map_with_path(falls_on, params)
 
 
 def start(

@@ -14,7 +14,15 @@ import pytest
 from experiments.engine.cost import step_cost
 from experiments.engine.devices import ParallelConfig, make_mesh
 from experiments.engine.session import Session
-from experiments.engine.training import TrainConfig, compare, fit, make_optimizer, make_schedule
+from experiments.engine.training import (
+    TrainConfig,
+    compare,
+    decayed,
+    fit,
+    make_optimizer,
+    make_schedule,
+)
+from experiments.models.vit import ViTConfig, build, functional
 
 
 def square(params, batch, key):
@@ -191,6 +199,57 @@ def test_long_gradients_are_clipped_before_the_optimiser():
         _, state = optimizer.update(jnp.array([30.0, 40.0], jnp.float32), state, params)
     moments = optax.tree.get(state, "mu")
     np.testing.assert_allclose(moments, [0.06, 0.08], rtol=1e-6)
+
+
+PARAMS = {"kernel": np.array([[3.0, -1.0]], np.float32), "bias": np.array([[2.0]], np.float32)}
+PARAMS["scale"] = np.array([1.0], np.float32)
+
+
+def stepped(steps: int = 1, gradient: float = 0.5, **changes: Any) -> dict[str, np.ndarray]:
+    """How far the parameters move, in steps of a gradient that is the same for all numbers."""
+    config = TrainConfig(schedule="constant", warmup=0.0, clip_norm=1e9, **changes)
+    optimizer, params = make_optimizer(config), PARAMS
+    grads = jax.tree.map(lambda x: np.full_like(x, gradient), PARAMS)
+    with jax.numpy_dtype_promotion("standard"):
+        state = optimizer.init(params)
+        for _ in range(steps):
+            updates, state = optimizer.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+    return jax.tree.map(lambda new, old: np.asarray(new - old), params, PARAMS)
+
+
+@pytest.mark.parametrize(
+    "name, steps, distance",
+    # the gradient's sign, whatever its size; then the gradient, with 0.9 of the one before added
+    [("adamw", 2, 2), ("lion", 2, 2), ("sgd", 1, 0.5), ("sgd", 2, 0.5 + 0.95)],
+)
+def test_optimisers_go_by_name(name, steps, distance):
+    moved = stepped(steps, optimizer=name, learning_rate=0.1)
+    for each in moved.values():
+        np.testing.assert_allclose(each, -0.1 * distance, rtol=1e-5)
+
+
+def test_the_momentum_is_an_option():
+    moved = stepped(2, optimizer="sgd", momentum=0.5, learning_rate=0.1)
+    np.testing.assert_allclose(moved["scale"], -0.1 * (0.5 + 0.75), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lion"])
+def test_weight_decay_spares_biases_and_norms(name):
+    moved = stepped(gradient=0.0, optimizer=name, learning_rate=0.1, weight_decay=0.2)
+    np.testing.assert_allclose(moved["kernel"], -0.1 * 0.2 * PARAMS["kernel"], rtol=1e-5)
+    assert not moved["bias"].any() and not moved["scale"].any()
+
+
+def test_weight_decay_knows_the_biases_of_the_vision_transformer():
+    model = build(ViTConfig(width=8, pool="cls", stem="conv"), (8, 8))
+    params, _ = functional(model)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(decayed(params))
+    names = [jax.tree_util.keystr(path, simple=True) for path, falls_on in leaves if falls_on]
+    assert {"kernel", "cls", "position"} == {
+        part for name in names for part in ("kernel", "cls", "position", "bias") if part in name
+    }
+    assert sum("kernel" in name for name in names) == 10
 
 
 def test_compare_sees_a_loss_that_differs():
