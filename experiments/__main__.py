@@ -320,7 +320,7 @@ def _prepare(path: Path, arguments: Sequence[str]) -> Study:
     processes.check_devices()
     processes.check_same(dataclasses.replace(options, process=None))
     if hasattr(config, runs.WHERE):
-        devices.check(config.parallel, config.train.batch_size)
+        devices.check(config.parallel, config.train.batch_size, config.train.accumulate)
     experiment.check(config)
     return Study(path, arguments, experiment, config, options)
 

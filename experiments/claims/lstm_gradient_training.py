@@ -146,7 +146,7 @@ def check(config: Config) -> None:
         for size in (config.train.batch_size, config.data.held_out)
     )
     for terms in GRADIENTS.values():
-        check_training(loss_under(terms), params, batch, data=test)
+        check_training(config.train, loss_under(terms), params, batch, data=test)
 
 
 def run(config: Config, session: Session = SILENT) -> Result:

@@ -36,11 +36,17 @@ class Row(NamedTuple):
 
 def step_cost(
     loss: Loss, params: PyTree, optimizer: optax.GradientTransformation, batch: Any,
-    key: PRNGKeyArray,
+    key: PRNGKeyArray, *, accumulate: int = 1,
 ) -> Cost:  # fmt: skip
-    """What XLA says of the compiled step; NaN where a backend says nothing."""
+    """What XLA says of the compiled step; NaN where a backend says nothing.
+
+    It counts one of the `accumulate` parts of a batch, which are all alike: the operations are as
+    many times that, with those of the optimiser, which are few.
+    """
     state = start(params, optimizer)
-    lowered = train_step.lower(loss, optimizer, state, batch, key, skip=False, mesh=None)
+    lowered = train_step.lower(
+        loss, optimizer, state, batch, key, skip=False, mesh=None, accumulate=accumulate
+    )
     compiled = lowered.compile()
     counted, memory = compiled.cost_analysis(), compiled.memory_analysis()
     counted = counted[0] if isinstance(counted, list) else counted or {}
@@ -48,7 +54,7 @@ def step_cost(
     if memory is not None:
         used = memory.argument_size_in_bytes + memory.output_size_in_bytes
         used += memory.temp_size_in_bytes - memory.alias_size_in_bytes
-    return Cost(float(counted.get("flops", np.nan)), float(used))
+    return Cost(accumulate * float(counted.get("flops", np.nan)), float(used))
 
 
 def count(params: PyTree) -> int:

@@ -35,8 +35,12 @@ class ParallelConfig:
     """Devices in a group, which have a share of its parameters, moments and examples each."""
 
 
-def check(config: ParallelConfig, batch_size: int) -> None:
-    """Raise a `UsageError` if there are no such devices, or if they do not divide the batch."""
+def check(config: ParallelConfig, batch_size: int, accumulate: int = 1) -> None:
+    """Raise a `UsageError` if there are no such devices, or if they do not divide the batch.
+
+    Args:
+        accumulate: parts of the batch, each of which they have to divide.
+    """
     wanted, there = config.data * config.fsdp, jax.device_count()
     named = f"parallel.data × parallel.fsdp = {config.data} × {config.fsdp} = {wanted}"
     if wanted > there:
@@ -47,7 +51,9 @@ def check(config: ParallelConfig, batch_size: int) -> None:
             f"{named}: should be the number of devices of all {jax.process_count()} processes, "
             f"got {there}"
         )
-    if batch_size % wanted:
+    if batch_size % (wanted * accumulate):
+        parts = f"train.accumulate = {accumulate} times " * (accumulate > 1)
+        named = f"{parts}{named}"
         raise UsageError(f"train.batch_size: should be a multiple of {named}, got {batch_size}")
 
 

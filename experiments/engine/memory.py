@@ -5,7 +5,6 @@ what would have fitted is not refused.
 """
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import jax
 from jaxtyping import PyTree
 
 from experiments.engine.config import UsageError
+from experiments.engine.training import Loss, TrainConfig, in_parts, make_optimizer, start
 
 CONTAINERS = (
     Path("/sys/fs/cgroup/memory.max"),
@@ -40,25 +40,34 @@ def check(needed: int, what: str) -> None:
     _compare(needed, of_machine(), what)
 
 
-def of_training(loss: Callable[..., Any], params: PyTree, batch: PyTree, *carry: PyTree) -> int:
-    """Bytes that a step of training takes: the parameters with AdamW's two moments, before and
-    after the step; the batch; and what the loss keeps for its gradient.
+def of_training(
+    train: TrainConfig, loss: Loss, params: PyTree, batch: PyTree, *carry: PyTree
+) -> int:
+    """Bytes that a step of training takes: the parameters with what the optimiser keeps of them,
+    before and after the step; the batch; and what the loss keeps for the gradient of a part of it.
 
     Args:
         loss: as `fit` takes it, and so the rest, whose arrays may be abstract.
     """
+    parts = train.accumulate
 
     def kept(params: PyTree, batch: PyTree, carry: PyTree) -> Any:
         key = jax.random.key(0)
         return jax.vjp(lambda params: loss(params, batch, key, *carry), params, has_aux=True)
 
+    part = batch, carry
+    if parts > 1:
+        first = lambda tree: jax.tree.map(lambda x: x[0], in_parts(tree, parts))
+        part = jax.eval_shape(first, part)
     # what is kept are the leaves of the pullback
-    _, pullback, _ = jax.eval_shape(kept, params, batch, carry)
-    return 6 * size_of(params) + size_of((batch, carry, pullback))
+    _, pullback, _ = jax.eval_shape(kept, params, *part)
+    state = jax.eval_shape(lambda params: start(params, make_optimizer(train)), params)
+    sum_of_gradients = size_of(params) * (parts > 1)
+    return 2 * size_of(state) + sum_of_gradients + size_of((batch, carry, pullback))
 
 
 def check_training(
-    loss: Callable[..., Any], params: PyTree, batch: PyTree, *carry: PyTree, data: PyTree
+    train: TrainConfig, loss: Loss, params: PyTree, batch: PyTree, *carry: PyTree, data: PyTree
 ) -> None:
     """Raise a `UsageError` if a step of training, with the `data` beside it, takes more memory than
     there is; of the rest, see `of_training`."""
@@ -67,7 +76,7 @@ def check_training(
         there = int(devices["bytes_limit"]) * jax.device_count()
     else:
         there = of_machine() * jax.process_count()
-    needed = of_training(loss, params, batch, *carry) + size_of(data)
+    needed = of_training(train, loss, params, batch, *carry) + size_of(data)
     what = f"training {in_words(size_of(params))} of parameters on such a batch"
     _compare(needed, there, what)
 

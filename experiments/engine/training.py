@@ -41,6 +41,9 @@ class TrainConfig:
     """Optimiser steps."""
     batch_size: Size = 16
     """Examples in each step."""
+    accumulate: Count = 1
+    """Parts that a step takes its batch in, one after another, for less memory: the loss and the
+    gradient are those of the whole batch, but for dropout, which each part draws for itself."""
     optimizer: Literal["adamw", "sgd", "lion"] = "adamw"
     """AdamW, gradient descent with momentum, or Lion, which wants about a tenth of AdamW's learning
     rate."""
@@ -144,44 +147,94 @@ def shardings(state: TrainState, mesh: Mesh) -> TrainState:
     return shared._replace(carry=meshes.rows(state.carry, mesh))
 
 
-@partial(jax.jit, static_argnums=(0, 1), static_argnames=("skip", "mesh"))
+@partial(jax.jit, static_argnums=(0, 1), static_argnames=("skip", "mesh", "accumulate"))
 def train_step(
     loss: Loss, optimizer: optax.GradientTransformation, state: TrainState, batch: Any,
-    key: PRNGKeyArray, *, skip: bool, mesh: Mesh | None,
+    key: PRNGKeyArray, *, skip: bool, mesh: Mesh | None, accumulate: int = 1,
 ) -> tuple[TrainState, Metrics]:  # fmt: skip
     """One step of the optimiser: the next state and the batch's metrics.
 
+    The batch is taken in `accumulate` parts, one after another.
     With `skip`, a loss or a gradient that is not finite changes nothing but the number of the step,
     and the metrics say whether the step was `skipped`. With a mesh, the state comes out lying as it
     came in. It is compiled once for all runs with the same loss and optimiser: the same objects, as
     JAX tells functions apart by identity.
     """
     key = jax.random.fold_in(key, state.step)
-    gradient = jax.value_and_grad(loss, has_aux=True)
     params = state.params
     if mesh is not None:
         # each is put together once, not its parts exchanged wherever it is used
         params = jax.lax.with_sharding_constraint(params, meshes.whole(mesh))
-    if state.carry is None:
-        (value, metrics), grads = gradient(params, batch, key)
-        carry = None
-    else:
-        (value, (metrics, carry)), grads = gradient(params, batch, key, state.carry)
+    differentiate = _differentiated if accumulate == 1 else partial(_in_turn, accumulate)
+    grads, metrics, carry = differentiate(loss, params, batch, key, state.carry)
     # optax mixes its integer counts with floats, which strict promotion refuses
     with jax.numpy_dtype_promotion("standard"):
         updates, moments = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         norm = optax.tree.norm(grads)
     after = TrainState(state.step, params, moments, carry)
-    metrics = {"loss": value, **metrics, "gradient_norm": norm}
+    metrics |= {"gradient_norm": norm}
     if skip:
-        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
-        metrics["skipped"] = jnp.logical_not(finite).astype(value.dtype)
+        metrics["skipped"] = jnp.logical_not(finite).astype(metrics["loss"].dtype)
     after = after._replace(step=state.step + 1)
     if mesh is not None:
         after = jax.lax.with_sharding_constraint(after, shardings(after, mesh))
     return after, metrics
+
+
+def _differentiated(
+    loss: Loss, params: PyTree, batch: Any, key: PRNGKeyArray, carry: PyTree
+) -> tuple[PyTree, dict[str, Array], PyTree]:
+    """The gradient of a batch, its metrics with the loss, and what the loss carries on."""
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    if carry is None:
+        (value, metrics), grads = gradient(params, batch, key)
+    else:
+        (value, (metrics, carry)), grads = gradient(params, batch, key, carry)
+    return grads, {"loss": value, **metrics}, carry
+
+
+def _in_turn(
+    parts: int, loss: Loss, params: PyTree, batch: Any, key: PRNGKeyArray, carry: PyTree
+) -> tuple[PyTree, dict[str, Array], PyTree]:
+    """The same of a batch in so many parts, of which one at a time is in memory."""
+
+    def add(total: PyTree, part: Any) -> Any:
+        number, batch, carry = part
+        of_part = jax.random.fold_in(key, number)
+        grads, metrics, carry = _differentiated(loss, params, batch, of_part, carry)
+        return jax.tree.map(jnp.add, total, grads), (metrics, carry)
+
+    numbered = (jnp.arange(parts, dtype=jnp.int32), in_parts(batch, parts), in_parts(carry, parts))
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    total, (metrics, carry) = jax.lax.scan(add, zeros, numbered)
+    grads, metrics = (
+        jax.tree.map(lambda x: x / parts, total),
+        {name: jnp.mean(values, axis=0) for name, values in metrics.items()},
+    )
+    return grads, metrics, jax.tree.map(_joined, carry)
+
+
+def in_parts(tree: PyTree, parts: int) -> PyTree:
+    """Arrays (B, …) as (parts, B / parts, …), and numbers once for each part.
+
+    Part n has the rows n, n + parts, …: where the rows are divided among devices, each has its
+    share of every part.
+    """
+
+    def split(x: Any) -> Array:
+        if x.ndim == 0:
+            return jnp.broadcast_to(x, (parts,))
+        return jnp.swapaxes(jnp.reshape(x, (-1, parts, *x.shape[1:])), 0, 1)
+
+    return jax.tree.map(split, tree)
+
+
+def _joined(x: Array) -> Array:
+    """Undoes `in_parts`; of a number, the last part's."""
+    return x[-1] if x.ndim == 1 else jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
 
 
 def fit(
@@ -248,7 +301,10 @@ def fit(
 
         bar = progress.add_task("compiling", total=steps, completed=done, values="")
         clock = time.perf_counter()
-        step_of = train_step.lower(loss, optimizer, state, batch(0), key, skip=skip, mesh=mesh)
+        step_of = train_step.lower(
+            loss, optimizer, state, batch(0), key, skip=skip, mesh=mesh,
+            accumulate=config.accumulate,
+        )  # fmt: skip
         advance = step_of.compile()
         evaluate, conclude = (
             {split: jax.jit(f).lower(state.params).compile() for split, f in functions.items()}
@@ -352,6 +408,7 @@ def compare(
     *,
     carry: PyTree = None,
     steps: int,
+    accumulate: int = 1,
 ) -> dict[str, float]:
     """Take the first `steps` steps of a run under each of `losses`, turn by turn.
 
@@ -362,7 +419,7 @@ def compare(
     first = start(params, optimizer, carry)
     compiled = {
         name: train_step.lower(
-            loss, optimizer, first, batch(0), key, skip=False, mesh=None
+            loss, optimizer, first, batch(0), key, skip=False, mesh=None, accumulate=accumulate
         ).compile()
         for name, loss in losses.items()
     }

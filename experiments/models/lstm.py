@@ -128,5 +128,13 @@ def train_readout(
     scores = final_scores(trained)
     if compare_steps:
         both = {name: loss(name) for name in ("hand", "autodiff")}
-        scores |= compare(both, params, optimizer, batch, key, steps=compare_steps)
+        scores |= compare(
+            both,
+            params,
+            optimizer,
+            batch,
+            key,
+            steps=compare_steps,
+            accumulate=train.accumulate,
+        )
     return trained, scores

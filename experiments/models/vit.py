@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, PyTree
 
 from experiments.engine.config import Fraction, Layers, Size, UsageError
 from experiments.engine.memory import check_training, rows_like
-from experiments.engine.training import Loss
+from experiments.engine.training import Loss, TrainConfig
 from rnnattn.nn import ViT
 
 READ_AT_ONCE = 200
@@ -85,11 +85,11 @@ def check_model(config: ViTConfig, size: tuple[int, int]) -> ViT:
         raise UsageError(f"--model: {error}") from None
 
 
-def check_memory(model: ViT, data: Any, batch_size: int) -> None:
+def check_memory(model: ViT, data: Any, train: TrainConfig) -> None:
     """Raise a `UsageError` if there is no memory to train the model on the first of the `data`."""
     params, apply = functional(model)
-    batch = rows_like(data[0], batch_size)
-    check_training(loss_of(apply), params, batch, data=data)
+    batch = rows_like(data[0], train.batch_size)
+    check_training(train, loss_of(apply), params, batch, data=data)
 
 
 def functional(model: ViT) -> tuple[PyTree, Apply]:

@@ -90,7 +90,9 @@ def check(config: Config) -> None:
         params = abstract_readout(2, 1, config.model)
         batch = abstract_sums(config.train.batch_size, length, dtype)
         held_out = [abstract_sums(config.data.held_out, length, dtype)] * 2
-        check_training(loss_under(config.model.gradient), params, batch, data=held_out)
+        check_training(
+            config.train, loss_under(config.model.gradient), params, batch, data=held_out
+        )
 
 
 def run(config: Config, session: Session = SILENT) -> Result:

@@ -87,7 +87,7 @@ def check(config: Config) -> None:
         params = abstract_readout(train.images.shape[-1], 10, config.model)
         batch = rows_like(train, config.train.batch_size)
         data = train, validation, test
-        check_training(loss_under(config.model.gradient), params, batch, data=data)
+        check_training(config.train, loss_under(config.model.gradient), params, batch, data=data)
 
 
 def flops_of_sequence(config: ModelConfig, rows: int, columns: int) -> int:
@@ -121,7 +121,9 @@ def run(config: Config, session: Session = SILENT) -> Result:
             session=session,
         )
         loss, optimizer = loss_under(config.model.gradient), make_optimizer(config.train)
-        cost = step_cost(loss, params, optimizer, batch(0), train_key)
+        cost = step_cost(
+            loss, params, optimizer, batch(0), train_key, accumulate=config.train.accumulate
+        )
         of_image = flops_of_sequence(config.model, *train.images.shape[1:])
         cost = cost._replace(flops=float(of_image * config.train.batch_size))
         scores |= cost_scores(params, cost, config.train.steps)

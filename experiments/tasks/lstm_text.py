@@ -108,7 +108,7 @@ def check(config: Config) -> None:
         batch = text_windows(text.train, 0, rows, config.data.window)
         loss = loss_under(config.model.gradient, config.model.dropout)
         data = text.train, text.validation, text.test
-        check_training(loss, params, batch, states, data=data)
+        check_training(config.train, loss, params, batch, states, data=data)
 
 
 def run(config: Config, session: Session = SILENT) -> Result:
@@ -148,8 +148,16 @@ def run(config: Config, session: Session = SILENT) -> Result:
                 "hand": loss_under("hand", config.model.dropout),
                 "autodiff": loss_under("autodiff", config.model.dropout),
             }
-            steps = config.compare_steps
-            scores |= compare(both, params, optimizer, batch, train_key, carry=carry, steps=steps)
+            scores |= compare(
+                both,
+                params,
+                optimizer,
+                batch,
+                train_key,
+                carry=carry,
+                steps=config.compare_steps,
+                accumulate=config.train.accumulate,
+            )
         read = jax.jit(read_through, static_argnums=2)
         nats, _ = read(trained.params, jnp.asarray(text.test), gradient)
         first = jnp.int32(max(0, text.characters.find("\n")))

@@ -80,7 +80,7 @@ def check(config: Config) -> None:
     """Raise a `UsageError` if the data or the model will not do."""
     data = load_images(config.data, config.seed, "float32")
     model = check_model(config.model, data[0].images.shape[1:])
-    check_memory(model, data, config.train.batch_size)
+    check_memory(model, data, config.train)
 
 
 def run(config: Config, session: Session = SILENT) -> Result:
@@ -107,7 +107,7 @@ def run(config: Config, session: Session = SILENT) -> Result:
         session=session,
     )
     scores = final_scores(trained)
-    cost = step_cost(loss, params, optimizer, batch(0), key)
+    cost = step_cost(loss, params, optimizer, batch(0), key, accumulate=config.train.accumulate)
     scores |= cost_scores(params, cost, config.train.steps)
     logits = jax.jit(read, static_argnums=0)(apply, trained.params, jnp.asarray(test.images))
     _, attended = np.unique(test.labels, return_index=True)

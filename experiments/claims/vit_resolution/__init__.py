@@ -125,7 +125,7 @@ def check(config: Config) -> None:
     for method in config.methods:
         small, whole = configs_of(config.model, method)
         check_model(small, (size[0] // 2, size[1] // 2))
-        check_memory(check_model(whole, size), data, config.train.batch_size)
+        check_memory(check_model(whole, size), data, config.train)
 
 
 def quick(config: Config) -> Config:
@@ -229,7 +229,9 @@ def _study(
         )
         optimizer = optimizer_of(plan)
         batch, start = batch_of(small), before.params
-        cost = step_cost(network.loss, start, optimizer, batch(0), key)
+        cost = step_cost(
+            network.loss, start, optimizer, batch(0), key, accumulate=config.train.accumulate
+        )
         trained = fit(
             network.loss,
             start,

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,12 +76,14 @@ OPTIMIZER = make_optimizer(TRAIN)
 
 
 def train(
-    task: Task, data: int = 1, fsdp: int = 1, folder: Path | None = None, **change
-) -> Trained:
+    task: Task, data: int = 1, fsdp: int = 1, folder: Path | None = None, accumulate: int = 1,
+    **change,
+) -> Trained:  # fmt: skip
     task = task._replace(**change)
     session = Session(folder=folder, mesh=mesh.make_mesh(ParallelConfig(data, fsdp)))
     return fit(
-        task.loss, task.params, OPTIMIZER, task.batch, jax.random.key(KEY), TRAIN,
+        task.loss, task.params, OPTIMIZER, task.batch, jax.random.key(KEY),
+        replace(TRAIN, accumulate=accumulate),
         carry=task.carry, evaluations={}, final={"last": size_of}, session=session,
     )  # fmt: skip
 
@@ -115,9 +118,16 @@ def test_losses_are_those_of_one_device(model, dtype, tolerance, data, fsdp):
         assert x.devices() == {jax.devices()[0]}
 
 
-@pytest.mark.parametrize("data, fsdp", [(8, 1), (2, 4)])
 @pytest.mark.parametrize("model", TASKS)
-def test_only_parameters_are_gathered(model, data, fsdp):
+def test_a_batch_in_parts_has_the_same_losses_on_several_devices(model):
+    task = TASKS[model]("float32")
+    one, several = train(task, accumulate=3), train(task, 2, 2, accumulate=3)
+    np.testing.assert_allclose(losses(several), losses(one), rtol=1e-5)
+
+
+@pytest.mark.parametrize("data, fsdp, accumulate", [(8, 1, 1), (2, 4, 1), (2, 4, 3)])
+@pytest.mark.parametrize("model", TASKS)
+def test_only_parameters_are_gathered(model, data, fsdp, accumulate):
     """Each once, and only with fsdp: no device sees the others' examples, or what comes of them."""
     task, devices = TASKS[model]("float32"), mesh.make_mesh(ParallelConfig(data, fsdp))
     assert devices is not None
@@ -126,7 +136,8 @@ def test_only_parameters_are_gathered(model, data, fsdp):
     batch = task.batch(0)
     batch = mesh.put(batch, mesh.rows(batch, devices))
     step = train_step.lower(
-        task.loss, OPTIMIZER, state, batch, jax.random.key(KEY), skip=False, mesh=devices
+        task.loss, OPTIMIZER, state, batch, jax.random.key(KEY), skip=False, mesh=devices,
+        accumulate=accumulate,
     ).compile()  # fmt: skip
     hlo = step.as_text() or ""
     shapes = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather(?:-start)?\(", hlo)
@@ -242,6 +253,11 @@ def test_a_run_goes_on_with_other_devices_and_says_so_in_its_config(tmp_path, ca
             ["--parallel.data", "3"],
             ["train.batch_size", "multiple of parallel.data × parallel.fsdp = 3 × 1", "got 8"],
         ),
+        (
+            ["--parallel.data", "2", "--train.accumulate", "3"],
+            ["multiple of train.accumulate = 3 times parallel.data × parallel.fsdp = 2", "got 8"],
+        ),
+        (["--train.accumulate", "3"], ["multiple of train.accumulate = 3", "got 8"]),
         (["--parallel.fsdp", "0"], ["parallel.fsdp: should be greater than 0, got 0"]),
     ],
 )

@@ -42,7 +42,7 @@ def adder(size):
 def test_the_estimate_is_within_a_third_of_what_xla_plans(task, size):
     with jax.enable_x64(False):
         loss, params, abstract, batch = task(size)
-        estimate = memory.of_training(loss, abstract, memory.rows_like(batch, 1200))
+        estimate = memory.of_training(TrainConfig(), loss, abstract, memory.rows_like(batch, 1200))
         batch = jax.tree.map(lambda x: jax.numpy.resize(x, (1200, *x.shape[1:])), batch)
         planned = step_cost(
             loss, params, make_optimizer(TrainConfig()), batch, jax.random.key(0)
