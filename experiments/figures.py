@@ -15,7 +15,13 @@ from experiments.engine.files import written
 
 # Okabe and Ito's palette
 BLACK, BLUE, ORANGE, GREEN, RED = "#000000", "#0072B2", "#E69F00", "#009E73", "#D55E00"
-SPLITS = {"train": (BLUE, "-"), "validation": (ORANGE, "--"), "test": (GREEN, "")}
+SPLITS = {
+    "train": (BLUE, "-"),
+    "validation": (ORANGE, "--"),
+    "validation_ema": (RED, "--"),
+    "test": (GREEN, ""),
+    "test_ema": (BLACK, ""),
+}
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -19,6 +19,8 @@ from experiments.engine.experiment import Experiment, read
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+SPLITS = ("test", "test_ema", "validation", "validation_ema", "train")
+
 SEED = "seed"
 """Runs that differ in this alone are repetitions of one another."""
 
@@ -54,7 +56,7 @@ def read_run(folder: Path) -> Run:
 
 def shown_scores(found: Sequence[Run], labels: Mapping[str, str]) -> list[str]:
     """The scores worth a column: the last metrics of each split that have a label, and the time."""
-    names = [f"{split}_{metric}" for split in ("test", "validation", "train") for metric in labels]
+    names = [f"{split}_{metric}" for split in SPLITS for metric in labels]
     names.append("train_seconds")
     return [name for name in names if any(name in run.scores for run in found)]
 
@@ -204,11 +206,8 @@ def sweep_figure(rows: Mapping[str, Sequence[Run]], labels: Mapping[str, str]) -
     """The test scores that have a label, a line for each row, a dot for each run."""
     from experiments.figures import scores_by_row
 
-    columns = [
-        name
-        for name in shown_scores([run for row in rows.values() for run in row], labels)
-        if name.startswith("test_")
-    ]
+    there = shown_scores([run for row in rows.values() for run in row], labels)
+    columns = [f"test_{metric}" for metric in labels if f"test_{metric}" in there]
     scores = {
         labels[name.removeprefix("test_")]: {
             row: np.array([run.scores[name] for run in several if name in run.scores])

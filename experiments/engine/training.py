@@ -8,6 +8,8 @@ there is to say about where a run stands in its data.
 """
 
 import datetime
+import itertools
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -58,6 +60,9 @@ class TrainConfig:
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay, multiplied by the learning rate. Biases, by their name, and all other
     arrays of one axis, as the scales of norms, are spared."""
+    ema: Fraction = 0.0
+    """Share of itself that an exponential mean of the parameters keeps at a step, as 0.999. It is
+    evaluated beside them, as the splits validation_ema and test_ema; 0: none."""
     clip_norm: Positive = 1.0
     """Gradients longer than this, in global norm, are scaled back to it."""
     log_every: Count = 5
@@ -114,12 +119,13 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
         "sgd": optax.trace(config.momentum),
         "lion": optax.scale_by_lion(),
     }
-    return optax.chain(
+    parts = [
         optax.clip_by_global_norm(config.clip_norm),
         directions[config.optimizer],
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
         optax.scale_by_learning_rate(make_schedule(config)),
-    )
+    ]
+    return optax.chain(*parts, *[exponential_mean(config.ema)] * (config.ema > 0))
 
 
 def decayed(params: PyTree) -> PyTree:
@@ -132,6 +138,40 @@ def decayed(params: PyTree) -> PyTree:
         return x.ndim > 1 and "bias" not in jax.tree_util.keystr(path, simple=True, separator="/")
 
     return jax.tree.map_with_path(falls_on, params)
+
+
+class MeanState(NamedTuple):
+    """What an exponential mean of the parameters keeps."""
+
+    steps: Int32[Array, ""]
+    mean: PyTree
+
+
+def exponential_mean(decay: float) -> optax.GradientTransformation:
+    """Keeps a mean of the parameters after each step, and leaves the steps as they are.
+
+    Of the parameters so many steps ago the weight is in proportion to that power of `decay`. The
+    weights sum to one from the first step on, so that where training began has none.
+    """
+
+    def update(updates: PyTree, state: MeanState, params: PyTree) -> tuple[PyTree, MeanState]:
+        steps, after = state.steps + 1, optax.apply_updates(params, updates)
+        # (1 - decay) / (1 - decay^steps), whose last difference would cancel
+        of_newest = (1 - decay) / -jnp.expm1(steps.astype(jnp.float32) * math.log(decay))
+        move = lambda mean, new: mean + of_newest.astype(mean.dtype) * (new - mean)
+        return updates, MeanState(steps, jax.tree.map(move, state.mean, after))
+
+    init = lambda params: MeanState(jnp.zeros((), jnp.int32), params)
+    return optax.GradientTransformation(init, update)
+
+
+def evaluated(state: TrainState) -> dict[str, PyTree]:
+    """The parameters that evaluations read, by what the name of a split is followed by."""
+    is_mean = lambda x: isinstance(x, MeanState)
+    for kept in jax.tree.leaves(state.optimizer, is_leaf=is_mean):
+        if is_mean(kept):
+            return {"": state.params, "_ema": kept.mean}
+    return {"": state.params}
 
 
 def start(
@@ -261,6 +301,8 @@ def fit(
     Args:
         carry: what the loss is given at the first step, if it has one.
         evaluations: by the name of a split, metrics of the parameters on it; also after the end.
+            Those of an exponential mean of them, if the optimiser has one, are beside, as those of
+            a split `<name>_ema`.
         final: the same, but after the end only.
         session: is given each record as it comes, keeps the checkpoints, and has the mesh.
         name: of this training, if the session has several.
@@ -274,7 +316,7 @@ def fit(
     steps, skip, mesh = config.steps, config.not_finite == "skip", session.mesh
     if mesh is not None:
         state, batch, key = _spread(state, batch, key, mesh)
-    _check_best(config.best, evaluations, state.params)
+    _check_best(config.best, evaluations, state)
     kept_of = session.checkpoints(name, config.checkpoints_kept, config.best)
     with kept_of as checkpoints, _progress() as progress:
         # a second signal ends the process as it is, and the cursor should be there then
@@ -331,8 +373,10 @@ def fit(
                 if step % config.evaluate_every == 0 or step == steps:
                     paused = time.perf_counter()
                     due = evaluate | conclude if step == steps else evaluate
-                    for split, f in due.items():
-                        values = _mean([f(state.params)], step, f"{split} ")
+                    pairs = itertools.product(due.items(), evaluated(state).items())
+                    for (split, f), (suffix, params) in pairs:
+                        split += suffix
+                        values = _mean([f(params)], step, f"{split} ")
                         emit({"step": step, "split": split, **values})
                         tell(records[-1])
                         named = {f"{split}_{key}": value for key, value in values.items()}
@@ -358,12 +402,15 @@ def fit(
 
 
 def _check_best(
-    best: str | None, evaluations: Mapping[str, Callable[[Any], Metrics]], params: PyTree
+    best: str | None, evaluations: Mapping[str, Callable[[Any], Metrics]], state: TrainState
 ) -> None:
     if best is None:
         return
     names = [
-        f"{split}_{key}" for split, f in evaluations.items() for key in jax.eval_shape(f, params)
+        f"{split}{suffix}_{key}"
+        for split, f in evaluations.items()
+        for suffix in evaluated(state)
+        for key in jax.eval_shape(f, state.params)
     ]
     if best not in names:
         there = f"one of {', '.join(names)}" if names else "left out, as nothing is evaluated"

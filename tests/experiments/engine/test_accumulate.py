@@ -56,7 +56,9 @@ def test_losses_and_parameters_are_those_of_the_whole_batch(task):
         parts.params, whole.params,
     )  # fmt: skip
     for name in ("loss", "accuracy", "gradient_norm"):
-        found, expected = ([r[name] for r in trained.records] for trained in (parts, whole))
+        found, expected = (
+            np.array([r[name] for r in trained.records]) for trained in (parts, whole)
+        )
         np.testing.assert_allclose(found, expected, rtol=1e-12)
     assert whole.records[0]["loss"] != whole.records[-1]["loss"]
 

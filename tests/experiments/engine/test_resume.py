@@ -27,7 +27,7 @@ from experiments.engine.checkpoints import Checkpoints, Progress, read_params
 from experiments.engine.config import UsageError
 from experiments.engine.experiment import ROOT
 from experiments.engine.session import Session, Stopped, deferred_signals
-from experiments.engine.training import TrainConfig, fit
+from experiments.engine.training import TrainConfig, fit, make_optimizer
 from experiments.models.lstm import ModelConfig, init_readout
 from rnnattn.interop import read_safetensors
 
@@ -373,6 +373,40 @@ def test_the_newest_checkpoints_are_kept(tmp_path):
 def away_from_its_goal(step):
     # two steps towards the goal, and all others away from it
     return np.full(2, -9 if step < 4 else 99, np.float32)
+
+
+def test_an_exponential_mean_is_evaluated_beside_the_parameters_and_outlives_an_interruption(
+    tmp_path,
+):
+    def with_mean(folder, batch):
+        config = TrainConfig(
+            steps=9, log_every=4, checkpoint_every=3, evaluate_every=1, ema=0.8, warmup=0.0,
+            best="a_ema_first",
+        )  # fmt: skip
+        return fit(
+            square, jnp.array([4.0, 3.0], jnp.float32), make_optimizer(config), batch,
+            jax.random.key(0), config, evaluations={"a": lambda p: {"first": p[0]}},
+            final={"b": lambda p: {"second": p[1]}}, session=Session(folder=folder),
+        ).records  # fmt: skip
+
+    whole = with_mean(None, away_from_its_goal)
+    first, of_mean = (
+        np.array([r["first"] for r in whole if r["split"] == split]) for split in ("a", "a_ema")
+    )
+    weights = 0.8 ** (np.arange(9)[:, None] - np.arange(9)) * np.tri(9)
+    expected = weights @ first / weights.sum(axis=1)
+    np.testing.assert_allclose(of_mean, expected, rtol=1e-5)
+    assert [r["split"] for r in whole if "second" in r] == ["b", "b_ema"]
+
+    def fails(step):
+        if step == 5:
+            raise RuntimeError("no luck")
+        return away_from_its_goal(step)
+
+    with pytest.raises(RuntimeError, match="no luck"):
+        with_mean(tmp_path, fails)
+    again = with_mean(tmp_path, away_from_its_goal)
+    assert [timeless(r) for r in again] == [timeless(r) for r in whole]
 
 
 @pytest.mark.parametrize("best", ["a_first", "a_accuracy"])
