@@ -7,11 +7,11 @@ Axes: B batch, T time, D input width, H hidden width, O answer width.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 import rnnattn
 import rnnattn.reference
@@ -28,6 +28,8 @@ from experiments.engine.training import (
 )
 
 Gradient = Literal["hand", "autodiff"]
+GRADIENTS: tuple[Gradient, ...] = get_args(Gradient)
+Dtype = Literal["float32", "float64", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,9 @@ class ModelConfig:
     """Width H of the LSTM's state."""
     gradient: Gradient = "hand"
     """The library's hand-derived gradient, or JAX's own through a plain scan."""
-    dtype: Literal["float32", "float64"] = "float32"
-    """Precision of parameters, data and arithmetic."""
+    dtype: Dtype = "float32"
+    """Precision of arithmetic, and of parameters and data; under bfloat16 these stay float32, as do
+    cell states, logits, the loss and what the optimiser keeps."""
 
 
 class ReadoutParams(NamedTuple):
@@ -48,6 +51,16 @@ class ReadoutParams(NamedTuple):
     lstm: rnnattn.LSTMParams
     w: Float[Array, "H O"]
     b: Float[Array, " O"]
+
+
+def kept_dtype(dtype: Dtype) -> str:
+    """That of parameters and data, for arithmetic in `dtype`."""
+    return "float32" if dtype == "bfloat16" else dtype
+
+
+def computed_in(dtype: Dtype | None, tree: PyTree) -> PyTree:
+    """The arrays for arithmetic in `dtype`; None is their own."""
+    return tree if dtype is None else jax.tree.map(lambda x: x.astype(dtype), tree)
 
 
 init_lstm = jax.jit(rnnattn.init_lstm, static_argnums=(1, 2), static_argnames="dtype")
@@ -59,7 +72,7 @@ def init_readout(
 ) -> ReadoutParams:
     """Random weights: the library's for the LSTM, variance 1/H for the read-out."""
     lstm_key, w_key = jax.random.split(key)
-    dtype = jnp.dtype(config.dtype)
+    dtype = jnp.dtype(kept_dtype(config.dtype))
     lstm = init_lstm(lstm_key, input_size, config.hidden_size, dtype=dtype)
     w = jax.random.normal(w_key, (config.hidden_size, output_size), dtype)
     return ReadoutParams(lstm, w / config.hidden_size**0.5, jnp.zeros((output_size,), dtype))
@@ -72,16 +85,21 @@ def abstract_readout(input_size: int, output_size: int, config: ModelConfig) -> 
 
 
 def read_out(
-    params: ReadoutParams, x: Float[Array, "B T D"], gradient: Gradient
+    params: ReadoutParams, x: Float[Array, "B T D"], gradient: Gradient, dtype: Dtype | None = None
 ) -> Float[Array, "B O"]:
-    """The model's answer to each sequence, differentiated as `gradient` says."""
+    """The model's answer to each sequence, differentiated as `gradient` says.
+
+    Args:
+        dtype: of the arithmetic; None is that of the parameters, in which the answer is.
+    """
     lstm = rnnattn.lstm if gradient == "hand" else rnnattn.reference.lstm
-    _, state = lstm(params.lstm, x)
-    return state.h @ params.w + params.b[None, :]
+    of_lstm, w, x = computed_in(dtype, (params.lstm, params.w, x))
+    _, state = lstm(of_lstm, x)
+    return (state.h @ w).astype(params.b.dtype) + params.b[None, :]
 
 
 def train_readout(
-    loss: Callable[[Gradient], Loss],
+    loss: Callable[[Gradient, Dtype], Loss],
     params: ReadoutParams,
     batch: Callable[[int], Any],
     key: PRNGKeyArray,
@@ -95,7 +113,7 @@ def train_readout(
     """Train the model, evaluate it on `held_out`, and set the two gradients side by side.
 
     Args:
-        loss: the task's loss under either gradient.
+        loss: the task's loss under either gradient, with arithmetic in a dtype.
         held_out: batches by split; all but "test" are also evaluated during training.
 
     Returns:
@@ -105,7 +123,7 @@ def train_readout(
 
     def evaluation(data):
         def metrics(params):
-            value, others = loss(model.gradient)(params, data, key)
+            value, others = loss(model.gradient, model.dtype)(params, data, key)
             return {"loss": value, **others}
 
         return metrics
@@ -115,7 +133,7 @@ def train_readout(
     final = {"test": evaluations.pop("test")}
     optimizer = make_optimizer(train)
     trained = fit(
-        loss(model.gradient),
+        loss(model.gradient, model.dtype),
         params,
         optimizer,
         batch,
@@ -127,7 +145,7 @@ def train_readout(
     )
     scores = final_scores(trained)
     if compare_steps:
-        both = {name: loss(name) for name in ("hand", "autodiff")}
+        both: dict[str, Loss] = {name: loss(name, model.dtype) for name in GRADIENTS}
         scores |= compare(
             both,
             params,

@@ -18,7 +18,14 @@ import rnnattn
 import rnnattn.reference
 from experiments.engine.config import Fraction, Layers, Size
 from experiments.engine.training import Loss
-from experiments.models.lstm import Gradient, ModelConfig, init_lstm
+from experiments.models.lstm import (
+    Dtype,
+    Gradient,
+    ModelConfig,
+    computed_in,
+    init_lstm,
+    kept_dtype,
+)
 
 READ_AT_ONCE = 256
 """Characters of held-out text in memory at a time; the scores are the same for any number."""
@@ -50,7 +57,7 @@ class TextParams(NamedTuple):
 def init_text(key: PRNGKeyArray, characters: int, config: TextModelConfig) -> TextParams:
     """Random weights: the library's for the LSTMs, variances 1 and 1/H for what is around them."""
     embedding_key, w_key, *keys = jax.random.split(key, config.layers + 2)
-    E, H, dtype = config.embedding_size, config.hidden_size, jnp.dtype(config.dtype)
+    E, H, dtype = config.embedding_size, config.hidden_size, jnp.dtype(kept_dtype(config.dtype))
     widths = [E] + [H] * (config.layers - 1)
     return TextParams(
         jax.random.normal(embedding_key, (characters, E), dtype),
@@ -73,23 +80,31 @@ def predict(
     gradient: Gradient,
     dropout: float = 0.0,
     key: PRNGKeyArray | None = None,
+    dtype: Dtype | None = None,
 ) -> tuple[Float[Array, "B T V"], States]:
-    """Logits of the character after each of `x`, and the states after the last."""
+    """Logits of the character after each of `x`, and the states after the last.
+
+    Args:
+        dtype: of the arithmetic; None is that of the parameters, in which logits and states are.
+    """
     stack = rnnattn.stacked_lstm if gradient == "hand" else rnnattn.reference.stacked_lstm
-    y, states = stack(
-        params.layers, params.embedding[x], states, dropout_rate=dropout, dropout_key=key
-    )
-    return y @ params.w + params.b[None, None, :], states
+    # of the table itself, the gradients of many characters would be added up in that dtype
+    embedded = computed_in(dtype, params.embedding[x])
+    layers, w = computed_in(dtype, (params.layers, params.w))
+    below = [state._replace(h=computed_in(dtype, state.h)) for state in states]
+    y, after = stack(layers, embedded, below, dropout_rate=dropout, dropout_key=key)
+    logits = (y @ w).astype(params.b.dtype) + params.b[None, None, :]
+    return logits, jax.tree.map(lambda new, old: new.astype(old.dtype), after, states)
 
 
-def loss_under(gradient: Gradient, dropout: float) -> Loss:
+def loss_under(gradient: Gradient, dropout: float, dtype: Dtype | None = None) -> Loss:
     """Cross-entropy and accuracy of a batch of windows, and the states that the next one gets."""
 
     def loss(params, batch, key, states):
         states = jax.lax.stop_gradient(states)
         states = jax.tree.map(lambda s: jnp.where(batch.first, 0, s), states)
         x, following = batch.characters[:, :-1], batch.characters[:, 1:]
-        logits, states = predict(params, x, states, gradient, dropout, key)
+        logits, states = predict(params, x, states, gradient, dropout, key, dtype)
         nats, correct = _judge(logits, following)
         accuracy = jnp.mean(correct, dtype=logits.dtype)
         return jnp.mean(nats), ({"accuracy": accuracy}, states)
@@ -98,13 +113,13 @@ def loss_under(gradient: Gradient, dropout: float) -> Loss:
 
 
 def read_through(
-    params: TextParams, text: Int32[Array, " N"], gradient: Gradient
+    params: TextParams, text: Int32[Array, " N"], gradient: Gradient, dtype: Dtype | None = None
 ) -> tuple[Float[Array, " N-1"], Float[Array, " N-1"]]:
     """-log p of each character but the first, given all before it, and whether it was guessed."""
 
     def read(states, window):
         x, following = window
-        logits, states = predict(params, x[None, :], states, gradient)
+        logits, states = predict(params, x[None, :], states, gradient, dtype=dtype)
         nats, correct = _judge(logits[0], following)
         return states, (nats, correct.astype(nats.dtype))
 

@@ -18,13 +18,15 @@ from experiments.engine.config import Fraction, Layers, Size, UsageError
 from experiments.engine.memory import check_training, rows_like
 from experiments.engine.training import Loss, TrainConfig
 from rnnattn.nn import ViT
+from rnnattn.precision import accumulator
 
 READ_AT_ONCE = 200
 """Held-out images in memory at a time; the scores are the same for any number."""
 
 Apply = Callable[..., Any]
 """`apply(params, images (B, rows, columns), key=None, **options)`: logits, and what else the
-options ask of `rnnattn.nn.ViT`; with a key, as in training, with dropout."""
+options ask of `rnnattn.nn.ViT`, 16-bit numbers in float32; with a key, as in training, with
+dropout."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,9 @@ class ViTConfig:
     """Share of the values that is set to zero in training."""
     drop_path: Fraction = 0.0
     """Chance that a branch of the last block is left out in training."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of arithmetic; parameters, norms, the loss and what the optimiser keeps are in
+    float32 under either."""
 
 
 def build(config: ViTConfig, size: tuple[int, int], seed: int = 0) -> ViT:
@@ -69,6 +74,7 @@ def build(config: ViTConfig, size: tuple[int, int], seed: int = 0) -> ViT:
         stem=config.stem,
         dropout_rate=config.dropout,
         drop_path_rate=config.drop_path,
+        dtype=jnp.bfloat16 if config.dtype == "bfloat16" else None,
         rngs=nnx.Rngs(seed),
     )
 
@@ -102,9 +108,15 @@ def functional(model: ViT) -> tuple[PyTree, Apply]:
     def apply(params, images, key=None, **options):
         graph = reading if key is None else training
         rngs = None if key is None else nnx.Rngs(dropout=key)
-        return nnx.merge(graph, params, rest)(images[..., None], rngs=rngs, **options)
+        found = nnx.merge(graph, params, rest)(images[..., None], rngs=rngs, **options)
+        return jax.tree.map(_widened, found)
 
     return params, apply
+
+
+def _widened(x: Array) -> Array:
+    """Numbers of 16 bits in float32."""
+    return x.astype(accumulator(x.dtype)) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def loss_of(apply: Apply) -> Loss:

@@ -22,10 +22,12 @@ from experiments.engine.memory import check_training
 from experiments.engine.session import SILENT, Session
 from experiments.engine.training import Loss, TrainConfig
 from experiments.models.lstm import (
+    Dtype,
     Gradient,
     ModelConfig,
     abstract_readout,
     init_readout,
+    kept_dtype,
     read_out,
     train_readout,
 )
@@ -72,11 +74,11 @@ class Result(NamedTuple):
     scores: dict[str, float]
 
 
-def loss_under(gradient: Gradient) -> Loss:
+def loss_under(gradient: Gradient, dtype: Dtype | None = None) -> Loss:
     """Mean squared error of a batch, and the share of its sums found within the tolerance."""
 
     def loss(params, batch, key):
-        error = read_out(params, batch.x, gradient)[:, 0] - batch.sums
+        error = read_out(params, batch.x, gradient, dtype)[:, 0] - batch.sums
         found = jnp.abs(error) < TOLERANCE
         return jnp.mean(error**2), {"accuracy": jnp.mean(found, dtype=error.dtype)}
 
@@ -85,14 +87,13 @@ def loss_under(gradient: Gradient) -> Loss:
 
 def check(config: Config) -> None:
     """Raise a `UsageError` if there is no memory to train."""
-    length, dtype = config.data.length, config.model.dtype
+    length, dtype = config.data.length, kept_dtype(config.model.dtype)
     with jax.enable_x64(dtype == "float64"):
         params = abstract_readout(2, 1, config.model)
         batch = abstract_sums(config.train.batch_size, length, dtype)
         held_out = [abstract_sums(config.data.held_out, length, dtype)] * 2
-        check_training(
-            config.train, loss_under(config.model.gradient), params, batch, data=held_out
-        )
+        loss = loss_under(config.model.gradient, config.model.dtype)
+        check_training(config.train, loss, params, batch, data=held_out)
 
 
 def run(config: Config, session: Session = SILENT) -> Result:
@@ -102,7 +103,7 @@ def run(config: Config, session: Session = SILENT) -> Result:
         init_key, data_key, train_key, validation_key, test_key = keys
 
         def draw(key: PRNGKeyArray, size: int) -> Sums:
-            return draw_sums(key, size, config.data.length, config.model.dtype)
+            return draw_sums(key, size, config.data.length, kept_dtype(config.model.dtype))
 
         test = draw(test_key, config.data.held_out)
         trained, scores = train_readout(
@@ -116,7 +117,8 @@ def run(config: Config, session: Session = SILENT) -> Result:
             compare_steps=config.compare_steps,
             session=session,
         )
-        predictions = read_out(trained.params, test.x, config.model.gradient)[:, 0]
+        model = config.model
+        predictions = read_out(trained.params, test.x, model.gradient, model.dtype)[:, 0]
         curve = [record for record in trained.records if record["split"] == "train"]
         return Result(
             sums=np.asarray(test.sums),

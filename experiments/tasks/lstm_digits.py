@@ -21,10 +21,12 @@ from experiments.engine.memory import check_training, rows_like
 from experiments.engine.session import SILENT, Session
 from experiments.engine.training import Loss, TrainConfig, make_optimizer
 from experiments.models.lstm import (
+    Dtype,
     Gradient,
     ModelConfig,
     abstract_readout,
     init_readout,
+    kept_dtype,
     read_out,
     train_readout,
 )
@@ -68,11 +70,11 @@ class Result(NamedTuple):
     scores: dict[str, float]
 
 
-def loss_under(gradient: Gradient) -> Loss:
+def loss_under(gradient: Gradient, dtype: Dtype | None = None) -> Loss:
     """Cross-entropy and accuracy of a batch of digits."""
 
     def loss(params, batch, key):
-        logits = read_out(params, batch.images, gradient)
+        logits = read_out(params, batch.images, gradient, dtype)
         entropy = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
         correct = jax.lax.argmax(logits, 1, jnp.int32) == batch.labels
         return jnp.mean(entropy), {"accuracy": jnp.mean(correct, dtype=logits.dtype)}
@@ -83,11 +85,13 @@ def loss_under(gradient: Gradient) -> Loss:
 def check(config: Config) -> None:
     """Raise a `UsageError` if the digits are not there, or there is no memory to train on them."""
     with jax.enable_x64(config.model.dtype == "float64"):
-        train, validation, test = load_images(config.data, config.seed, config.model.dtype)
+        dtype = kept_dtype(config.model.dtype)
+        train, validation, test = load_images(config.data, config.seed, dtype)
         params = abstract_readout(train.images.shape[-1], 10, config.model)
         batch = rows_like(train, config.train.batch_size)
         data = train, validation, test
-        check_training(config.train, loss_under(config.model.gradient), params, batch, data=data)
+        loss = loss_under(config.model.gradient, config.model.dtype)
+        check_training(config.train, loss, params, batch, data=data)
 
 
 def flops_of_sequence(config: ModelConfig, rows: int, columns: int) -> int:
@@ -101,7 +105,8 @@ def flops_of_sequence(config: ModelConfig, rows: int, columns: int) -> int:
 def run(config: Config, session: Session = SILENT) -> Result:
     """Train on the digits and read the test set."""
     with jax.enable_x64(config.model.dtype == "float64"):
-        train, validation, test = load_images(config.data, config.seed, config.model.dtype)
+        dtype = kept_dtype(config.model.dtype)
+        train, validation, test = load_images(config.data, config.seed, dtype)
 
         def batch(step: int) -> Digits:
             size, shift = config.train.batch_size, config.data.shift
@@ -120,14 +125,16 @@ def run(config: Config, session: Session = SILENT) -> Result:
             compare_steps=config.compare_steps,
             session=session,
         )
-        loss, optimizer = loss_under(config.model.gradient), make_optimizer(config.train)
+        gradient, arithmetic = config.model.gradient, config.model.dtype
+        loss, optimizer = loss_under(gradient, arithmetic), make_optimizer(config.train)
         cost = step_cost(
             loss, params, optimizer, batch(0), train_key, accumulate=config.train.accumulate
         )
         of_image = flops_of_sequence(config.model, *train.images.shape[1:])
         cost = cost._replace(flops=float(of_image * config.train.batch_size))
         scores |= cost_scores(params, cost, config.train.steps)
-        logits = read_out(trained.params, jnp.asarray(test.images), config.model.gradient)
+        images = jnp.asarray(test.images)
+        logits = read_out(trained.params, images, gradient, arithmetic)
         probabilities = np.asarray(jax.nn.softmax(logits, axis=-1))
         rows = score_table("LSTM, row by row", scores)
         return Result(test.images, test.labels, probabilities, rows, scores)

@@ -28,6 +28,7 @@ from experiments.engine.training import (
     fit,
     make_optimizer,
 )
+from experiments.models.lstm import GRADIENTS
 from experiments.models.text import (
     TextModelConfig,
     init_text,
@@ -106,15 +107,15 @@ def check(config: Config) -> None:
         states = jax.eval_shape(lambda params: zero_states(params, rows), params)
         # no larger than the text
         batch = text_windows(text.train, 0, rows, config.data.window)
-        loss = loss_under(config.model.gradient, config.model.dropout)
+        loss = loss_under(config.model.gradient, config.model.dropout, config.model.dtype)
         data = text.train, text.validation, text.test
         check_training(config.train, loss, params, batch, states, data=data)
 
 
 def run(config: Config, session: Session = SILENT) -> Result:
     """Train on the first part of the text, read the rest, and write some more."""
-    text, gradient = _load(config), config.model.gradient
-    with jax.enable_x64(config.model.dtype == "float64"):
+    text, gradient, dtype = _load(config), config.model.gradient, config.model.dtype
+    with jax.enable_x64(dtype == "float64"):
         init_key, train_key, sample_key = jax.random.split(jax.random.key(config.seed), 3)
         size, window = config.train.batch_size, config.data.window
 
@@ -123,7 +124,7 @@ def run(config: Config, session: Session = SILENT) -> Result:
 
         def reading(part: np.ndarray):
             def metrics(params):
-                nats, correct = read_through(params, jnp.asarray(part), gradient)
+                nats, correct = read_through(params, jnp.asarray(part), gradient, dtype)
                 return {"loss": jnp.mean(nats), "accuracy": jnp.mean(correct)}
 
             return metrics
@@ -131,7 +132,7 @@ def run(config: Config, session: Session = SILENT) -> Result:
         params = init_text(init_key, len(text.characters), config.model)
         carry, optimizer = zero_states(params, size), make_optimizer(config.train)
         trained = fit(
-            loss_under(gradient, config.model.dropout),
+            loss_under(gradient, config.model.dropout, dtype),
             params,
             optimizer,
             batch,
@@ -145,8 +146,7 @@ def run(config: Config, session: Session = SILENT) -> Result:
         scores = _with_baselines(text, final_scores(trained))
         if config.compare_steps:
             both: dict[str, Loss] = {
-                "hand": loss_under("hand", config.model.dropout),
-                "autodiff": loss_under("autodiff", config.model.dropout),
+                name: loss_under(name, config.model.dropout, dtype) for name in GRADIENTS
             }
             scores |= compare(
                 both,
@@ -158,8 +158,8 @@ def run(config: Config, session: Session = SILENT) -> Result:
                 steps=config.compare_steps,
                 accumulate=config.train.accumulate,
             )
-        read = jax.jit(read_through, static_argnums=2)
-        nats, _ = read(trained.params, jnp.asarray(text.test), gradient)
+        read = jax.jit(read_through, static_argnums=(2, 3))
+        nats, _ = read(trained.params, jnp.asarray(text.test), gradient, dtype)
         first = jnp.int32(max(0, text.characters.find("\n")))
         written = write(trained.params, first, sample_key, length=config.sample_length)
         curve, held_out = (

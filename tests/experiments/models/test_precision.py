@@ -1,0 +1,99 @@
+"""Under bfloat16 it is arithmetic alone that has 16 bits."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from experiments.data.digits import Digits
+from experiments.data.text import Windows
+from experiments.engine.experiment import find
+from experiments.engine.session import SILENT
+from experiments.engine.training import TrainConfig, make_optimizer, start, train_step
+from experiments.models import lstm, text, vit
+from experiments.tasks import lstm_digits
+
+IMAGES = Digits(np.full((4, 8, 8), 0.5, np.float32), np.arange(4, dtype=np.int32))
+TASKS = ("lstm_digits", "lstm_adding", "lstm_text", "vit_digits")
+
+
+def reader(gradient: lstm.Gradient) -> tuple[Any, ...]:
+    model = lstm.ModelConfig(hidden_size=4, dtype="bfloat16")
+    params = lstm.init_readout(jax.random.key(0), 8, 10, model)
+    return lstm_digits.loss_under(gradient, "bfloat16"), params, IMAGES, None
+
+
+def writer(gradient: lstm.Gradient) -> tuple[Any, ...]:
+    params = text.init_text(
+        jax.random.key(0), 6, text.TextModelConfig(hidden_size=4, dtype="bfloat16")
+    )
+    windows = Windows(np.zeros((4, 6), np.int32), np.asarray(True))
+    loss = text.loss_under(gradient, 0.1, "bfloat16")
+    return loss, params, windows, text.zero_states(params, 4)
+
+
+def transformer() -> tuple[Any, ...]:
+    model = vit.ViTConfig(width=8, stem="conv", position="rope2d", dtype="bfloat16")
+    params, apply = vit.functional(vit.build(model, (8, 8)))
+    return vit.loss_of(apply), params, IMAGES, None
+
+
+def products(jaxpr: Any) -> list[Any]:
+    """The matrix products and convolutions of a program, and of those that it calls."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+            found.append(equation)
+        for inner in jaxprs_in_params(equation.params):
+            found += products(inner)
+    return found
+
+
+MODELS = {
+    "reader": lambda: reader("hand"),
+    "reader, autodiff": lambda: reader("autodiff"),
+    "writer": lambda: writer("hand"),
+    "writer, autodiff": lambda: writer("autodiff"),
+    "transformer": transformer,
+}
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_products_read_bfloat16_and_all_that_is_kept_is_float32(model):
+    loss, params, batch, carry = model()
+    state = start(params, make_optimizer(TrainConfig()), carry)
+    step = lambda state: train_step(
+        loss, make_optimizer(TrainConfig()), state, batch, jax.random.key(0), skip=False, mesh=None
+    )
+    after, metrics = jax.eval_shape(step, state)
+    for leaf in jax.tree.leaves((after, metrics)):
+        assert leaf.dtype in (jnp.float32, jnp.int32)
+    forward = lambda params, batch: loss(
+        params, batch, jax.random.key(0), *([] if carry is None else [carry])
+    )
+    program = jax.make_jaxpr(forward)(params, jax.tree.map(jnp.asarray, batch))
+    read = [x.aval.dtype for product in products(program.jaxpr) for x in product.invars]
+    if model is transformer:
+        # attention's weights, and the values that they weigh
+        assert read.count(jnp.dtype(jnp.float32)) == 2
+        read = [dtype for dtype in read if dtype != jnp.float32]
+    assert read and set(read) == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_runs_near_what_it_does_in_float32(name):
+    task = find(name)
+    scores = []
+    for dtype in ("float32", "bfloat16"):
+        config = replace(task.TINY, model=replace(task.TINY.model, dtype=dtype))
+        task.check(config)
+        result = task.run(config, SILENT)
+        scores.append(result.scores)
+        for value in result:
+            assert getattr(value, "dtype", None) != jnp.bfloat16
+    assert scores[0]["test_loss"] != scores[1]["test_loss"]
+    np.testing.assert_allclose(scores[1]["test_loss"], scores[0]["test_loss"], rtol=0.05)
