@@ -5,9 +5,10 @@
 Axes: B batch, T time, V characters, E width of their embedding, H hidden width.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,9 @@ class TextModelConfig(ModelConfig):
     """Width E of what the lowest one reads for a character."""
     dropout: Fraction = 0.1
     """Share of the values between two layers that is set to zero in training."""
+    remat: Literal["none", "states"] = "none"
+    """What the gradient by hand computes again, for less memory: the states, but for one in as many
+    steps as the root of the window; autodiff keeps all."""
 
 
 class TextParams(NamedTuple):
@@ -81,30 +85,37 @@ def predict(
     dropout: float = 0.0,
     key: PRNGKeyArray | None = None,
     dtype: Dtype | None = None,
+    remat: bool = False,
 ) -> tuple[Float[Array, "B T V"], States]:
     """Logits of the character after each of `x`, and the states after the last.
 
     Args:
         dtype: of the arithmetic; None is that of the parameters, in which logits and states are.
+        remat: keep a few of the states for the gradient.
     """
+    residuals: Literal["states"] | int = math.isqrt(x.shape[1]) if remat else "states"
     stack = rnnattn.stacked_lstm if gradient == "hand" else rnnattn.reference.stacked_lstm
     # of the table itself, the gradients of many characters would be added up in that dtype
     embedded = computed_in(dtype, params.embedding[x])
     layers, w = computed_in(dtype, (params.layers, params.w))
     below = [state._replace(h=computed_in(dtype, state.h)) for state in states]
-    y, after = stack(layers, embedded, below, dropout_rate=dropout, dropout_key=key)
+    y, after = stack(
+        layers, embedded, below, dropout_rate=dropout, dropout_key=key, residuals=residuals
+    )
     logits = (y @ w).astype(params.b.dtype) + params.b[None, None, :]
     return logits, jax.tree.map(lambda new, old: new.astype(old.dtype), after, states)
 
 
-def loss_under(gradient: Gradient, dropout: float, dtype: Dtype | None = None) -> Loss:
+def loss_under(
+    gradient: Gradient, dropout: float, dtype: Dtype | None = None, remat: bool = False
+) -> Loss:
     """Cross-entropy and accuracy of a batch of windows, and the states that the next one gets."""
 
     def loss(params, batch, key, states):
         states = jax.lax.stop_gradient(states)
         states = jax.tree.map(lambda s: jnp.where(batch.first, 0, s), states)
         x, following = batch.characters[:, :-1], batch.characters[:, 1:]
-        logits, states = predict(params, x, states, gradient, dropout, key, dtype)
+        logits, states = predict(params, x, states, gradient, dropout, key, dtype, remat)
         nats, correct = _judge(logits, following)
         accuracy = jnp.mean(correct, dtype=logits.dtype)
         return jnp.mean(nats), ({"accuracy": accuracy}, states)

@@ -28,7 +28,7 @@ from experiments.engine.training import (
     fit,
     make_optimizer,
 )
-from experiments.models.lstm import GRADIENTS
+from experiments.models.lstm import GRADIENTS, Gradient
 from experiments.models.text import (
     TextModelConfig,
     init_text,
@@ -107,7 +107,7 @@ def check(config: Config) -> None:
         states = jax.eval_shape(lambda params: zero_states(params, rows), params)
         # no larger than the text
         batch = text_windows(text.train, 0, rows, config.data.window)
-        loss = loss_under(config.model.gradient, config.model.dropout, config.model.dtype)
+        loss = _loss(config, config.model.gradient)
         data = text.train, text.validation, text.test
         check_training(config.train, loss, params, batch, states, data=data)
 
@@ -132,7 +132,7 @@ def run(config: Config, session: Session = SILENT) -> Result:
         params = init_text(init_key, len(text.characters), config.model)
         carry, optimizer = zero_states(params, size), make_optimizer(config.train)
         trained = fit(
-            loss_under(gradient, config.model.dropout, dtype),
+            _loss(config, gradient),
             params,
             optimizer,
             batch,
@@ -145,9 +145,7 @@ def run(config: Config, session: Session = SILENT) -> Result:
         )
         scores = _with_baselines(text, final_scores(trained))
         if config.compare_steps:
-            both: dict[str, Loss] = {
-                name: loss_under(name, config.model.dropout, dtype) for name in GRADIENTS
-            }
+            both: dict[str, Loss] = {name: _loss(config, name) for name in GRADIENTS}
             scores |= compare(
                 both,
                 params,
@@ -196,6 +194,11 @@ def plot(config: Config, result: Result) -> "Figure":
     bits = scores["test_bits_per_character"]
     figure.suptitle(f"{bits:.3f} bits per character on {len(result.nats):,} of test text")
     return figure
+
+
+def _loss(config: Config, gradient: Gradient) -> Loss:
+    model = config.model
+    return loss_under(gradient, model.dropout, model.dtype, model.remat == "states")
 
 
 def _load(config: Config) -> Text:
