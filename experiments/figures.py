@@ -185,11 +185,11 @@ def predicted_against_true(axes: Axes, true: Any, predicted: Any, tolerance: flo
 
 
 def _show(axes: Axes, image: Any) -> None:
-    """An image (rows, columns, channels): in its colours, or what is bright of one channel dark."""
-    if image.shape[-1] == 1:
-        axes.imshow(image[..., 0], cmap="gray_r", vmin=0, vmax=1)
-    else:
+    """An image (rows, columns, channels): three channels as colours, others' mean, dark if bright."""
+    if image.shape[-1] == 3:
         axes.imshow(image)
+    else:
+        axes.imshow(image.mean(axis=-1), cmap="gray_r", vmin=0, vmax=1)
 
 
 def image_gallery(
