@@ -1,4 +1,4 @@
-"""A vision transformer that names digits: the model of the ViT experiments, as functions of arrays.
+"""A vision transformer that names images: the model of the ViT experiments, as functions of arrays.
 
 loss = -log softmax(logits)[label],   averaged over the batch
 """
@@ -23,8 +23,11 @@ READ_AT_ONCE = 200
 """Held-out images in memory at a time; the scores are the same for any number."""
 
 Apply = Callable[..., Any]
-"""`apply(params, images (B, rows, columns), key=None, **options)`: logits, and what else the
-options ask of `rnnattn.nn.ViT`; with a key, as in training, with dropout."""
+"""`apply(params, pixels (B, rows, columns, channels), key=None, **options)`: logits, and what else
+the options ask of `rnnattn.nn.ViT`; with a key, as in training, with dropout."""
+
+Shape = tuple[int, int, int]
+"""Of an image: rows, columns, channels."""
 
 
 @dataclass(frozen=True)
@@ -53,17 +56,17 @@ class ViTConfig:
     """Chance that a branch of the last block is left out in training."""
 
 
-def build(config: ViTConfig, size: tuple[int, int], seed: int = 0) -> ViT:
-    """The model for images of `size`, which its positions refer to, with weights by the seed."""
+def build(config: ViTConfig, shape: Shape, classes: int, seed: int = 0) -> ViT:
+    """The model for images of `shape`, which its positions refer to, with weights by the seed."""
     return ViT(
         patch_size=config.patch_size,
         width=config.width,
         depth=config.depth,
         num_heads=config.num_heads,
         mlp_ratio=config.mlp_ratio,
-        classes=10,
-        channels=1,
-        image_size=size,
+        classes=classes,
+        channels=shape[2],
+        image_size=shape[:2],
         position=config.position,
         pool=config.pool,
         stem=config.stem,
@@ -73,14 +76,14 @@ def build(config: ViTConfig, size: tuple[int, int], seed: int = 0) -> ViT:
     )
 
 
-def check_model(config: ViTConfig, size: tuple[int, int]) -> ViT:
-    """The model for images of `size`, but for its weights.
+def check_model(config: ViTConfig, shape: Shape, classes: int) -> ViT:
+    """The model for images of `shape`, but for its weights.
 
     Raises:
         UsageError: if there is no such model.
     """
     try:
-        return nnx.eval_shape(lambda: build(config, size))
+        return nnx.eval_shape(lambda: build(config, shape, classes))
     except ValueError as error:
         raise UsageError(f"--model: {error}") from None
 
@@ -99,59 +102,59 @@ def functional(model: ViT) -> tuple[PyTree, Apply]:
     model.eval()
     reading, params, rest = nnx.split(model, nnx.Param, ...)
 
-    def apply(params, images, key=None, **options):
+    def apply(params, pixels, key=None, **options):
         graph = reading if key is None else training
         rngs = None if key is None else nnx.Rngs(dropout=key)
-        return nnx.merge(graph, params, rest)(images[..., None], rngs=rngs, **options)
+        return nnx.merge(graph, params, rest)(pixels, rngs=rngs, **options)
 
     return params, apply
 
 
 def loss_of(apply: Apply) -> Loss:
-    """Cross-entropy and accuracy of a batch of digits."""
+    """Cross-entropy and accuracy of a batch of images."""
 
     def loss(params, batch, key):
-        return judge(apply(params, batch.images, key), batch.labels)
+        return judge(apply(params, batch.pixels, key), batch.labels)
 
     return loss
 
 
-def judge(logits: Float[Array, "B 10"], labels: Array) -> tuple[Array, dict[str, Array]]:
+def judge(logits: Float[Array, "B classes"], labels: Array) -> tuple[Array, dict[str, Array]]:
     """Mean cross-entropy, and accuracy."""
     entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     correct = jax.lax.argmax(logits, 1, jnp.int32) == labels
     return jnp.mean(entropy), {"accuracy": jnp.mean(correct, dtype=logits.dtype)}
 
 
-def read(apply: Apply, params: PyTree, images: Float[Array, "B rows columns"]) -> Array:
+def read(apply: Apply, params: PyTree, pixels: Float[Array, "B rows columns channels"]) -> Array:
     """Logits of any number of images, a few at a time."""
-    size = min(READ_AT_ONCE, len(images))
-    padded = jnp.pad(images, ((0, -len(images) % size), (0, 0), (0, 0)))
-    chunks = padded.reshape(-1, size, *images.shape[1:])
+    size = min(READ_AT_ONCE, len(pixels))
+    padded = jnp.pad(pixels, ((0, -len(pixels) % size), (0, 0), (0, 0), (0, 0)))
+    chunks = padded.reshape(-1, size, *pixels.shape[1:])
     logits = jax.lax.map(lambda chunk: apply(params, chunk), chunks)
-    return logits.reshape(-1, logits.shape[-1])[: len(images)]
+    return logits.reshape(-1, logits.shape[-1])[: len(pixels)]
 
 
-def evaluation(apply: Apply, digits: Any) -> Callable[[PyTree], dict[str, Array]]:
-    """Metrics of the parameters on `digits`."""
+def evaluation(apply: Apply, images: Any) -> Callable[[PyTree], dict[str, Array]]:
+    """Metrics of the parameters on the images."""
 
     def metrics(params):
-        logits = read(apply, params, jnp.asarray(digits.images))
-        loss, others = judge(logits, jnp.asarray(digits.labels))
+        logits = read(apply, params, jnp.asarray(images.pixels))
+        loss, others = judge(logits, jnp.asarray(images.labels))
         return {"loss": loss, **others}
 
     return metrics
 
 
-def attention_received(model: ViT, apply: Apply, params: PyTree, images: Any) -> np.ndarray:
+def attention_received(model: ViT, apply: Apply, params: PyTree, pixels: Any) -> np.ndarray:
     """How much of the attention goes to each patch (B, depth, heads, rows, columns).
 
     Of the class token's attention, if there is one, else of all tokens' in the mean.
     """
-    _, kept = jax.jit(apply, static_argnames="capture")(params, images, capture=True)
+    _, kept = jax.jit(apply, static_argnames="capture")(params, pixels, capture=True)
     of_blocks = np.stack([np.asarray(weights) for weights in kept.weights], axis=1)
     of_readers = of_blocks[..., 0, 1:] if model.prefix else of_blocks.mean(axis=-2)
-    return of_readers.reshape(*of_readers.shape[:-1], *model.grid(images.shape[1:3]))
+    return of_readers.reshape(*of_readers.shape[:-1], *model.grid(pixels.shape[1:3]))
 
 
 def position_similarity(model: ViT, size: tuple[int, int]) -> np.ndarray:

@@ -197,7 +197,7 @@ def _load(config: Config) -> Text:
 def _with_baselines(text: Text, scores: dict[str, float]) -> dict[str, Any]:
     """The scores with those of held-out text also in bits, and beside what needs no memory."""
     more: dict[str, Any] = {
-        "text_sha256": text.sha256,
+        "data_sha256": text.sha256,
         "text_characters": len(text.train) + len(text.validation) + len(text.test),
         "vocabulary_size": len(text.characters),
     }
