@@ -16,7 +16,7 @@ import shlex
 import sys
 import traceback
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +32,7 @@ PROGRAM = "python -m experiments"
 LONGEST = 4096
 """Characters of an argument: as many as a path may have."""
 
-MOST_SEEDS, MOST_JOBS = 1000, 256
+MOST_SEEDS, MOST_JOBS, LONGEST_SAMPLE = 1000, 256, 1_000_000
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,39 @@ class Export:
     """Not the newest checkpoint but the best, by the metric that the run's train.best names."""
 
 
+@dataclass(frozen=True)
+class Evaluate:
+    """Print the scores of a finished run on its test data, or on others, and keep them.
+
+    They are kept as a line of RUN/evaluations.jsonl. On its own data, on the same device, the
+    scores are those of the run's summary, bit for bit. `evaluate RUN --help` lists the options of
+    the data, as --data.path.
+    """
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """The run's folder; it comes first."""
+    best: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Not the newest checkpoint but the best, by the metric that the run's train.best names."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Print text that a finished run of a text model writes; the same for the same options."""
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """The run's folder."""
+    prompt: str | None = None
+    """Text to go on from; without one, the text begins as at the start of a line."""
+    length: Count = 500
+    """Number of characters to write."""
+    temperature: float = 1.0
+    """Above 1 the text is more random, below 1 less; at 0 each character is the most likely one."""
+    seed: int | None = None
+    """Random seed; that of the run if left out."""
+    best: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Not the newest checkpoint but the best, by the metric that the run's train.best names."""
+
+
 def main(arguments: Sequence[str]) -> int:
     """Do what the arguments ask.
 
@@ -178,14 +211,20 @@ def main(arguments: Sequence[str]) -> int:
                     Sweep, args=arguments[1:], prog=f"{PROGRAM} sweep", return_unknown_args=True
                 )
             )
+        if len(arguments) > 1 and arguments[0] == "evaluate" and not arguments[1].startswith("-"):
+            return _evaluate(Path(arguments[1]), arguments[2:])
         command = tyro.cli(
-            Run | Report | List | Sweep | Compare | Export,
+            Run | Report | List | Sweep | Compare | Evaluate | Sample | Export,
             args=arguments,
             prog=PROGRAM,
             description="Sequence models with hand-derived gradients, trained from config files.",
         )
         if isinstance(command, Run):
             raise UsageError(f"run: the config comes first: {PROGRAM} run {command.path} ...")
+        if isinstance(command, Evaluate):
+            raise UsageError(f"evaluate: the run comes first: {PROGRAM} evaluate {command.folder}")
+        if isinstance(command, Sample):
+            return _sample(command)
         if isinstance(command, Report):
             return _report(command)
         if isinstance(command, Export):
@@ -290,7 +329,7 @@ class Study(NamedTuple):
 
 
 def _prepare(path: Path, arguments: Sequence[str]) -> Study:
-    from experiments.engine import devices, processes, runs, sinks
+    from experiments.engine import devices, processes, runs, sinks, weights
 
     experiment, config = read(path)
     options = _options(path, experiment.name, config, arguments)
@@ -322,6 +361,7 @@ def _prepare(path: Path, arguments: Sequence[str]) -> Study:
     if hasattr(config, runs.WHERE):
         devices.check(config.parallel, config.train.batch_size)
     experiment.check(config)
+    weights.start(experiment, config)
     return Study(path, arguments, experiment, config, options)
 
 
@@ -338,23 +378,30 @@ def _run(path: Path, arguments: Sequence[str]) -> int:
         print(f"{folder}: finished")
         return 0
     for name, text in runs.texts(result).items():
-        # all but the ends of lines
-        shown = re.sub(r"[^\r\n]+|\r(?!\n)", lambda part: escaped(part[0]), text)
-        print(f"---- {name}\n{shown}\n----")
-    width = max(map(len, result.scores), default=0)
-    for name, value in result.scores.items():
-        print(f"{name:{width}} {value if isinstance(value, str) else format(value, '.6g')}")
+        print(f"---- {name}\n{_printable(text)}\n----")
+    _print_scores(result.scores)
     for each in study.experiment.claims(study.config, result):
         print(f"{each.id:4} {each.verdict}: {study.experiment.CLAIMS[each.id]}")
     print(folder)
     return 0
 
 
+def _printable(text: str) -> str:
+    """With all but the ends of lines escaped that would move a terminal's cursor."""
+    return re.sub(r"[^\r\n]+|\r(?!\n)", lambda part: escaped(part[0]), text)
+
+
+def _print_scores(scores: Mapping[str, Any]) -> None:
+    width = max(map(len, scores), default=0)
+    for name, value in scores.items():
+        print(f"{name:{width}} {value if isinstance(value, str) else format(value, '.6g')}")
+
+
 def _execute(study: Study, group: str) -> tuple[Path, Any]:
     """The folder of the run, and what came of it; None if it was finished before."""
     import jax
 
-    from experiments.engine import processes, runs
+    from experiments.engine import processes, runs, weights
     from experiments.engine.files import locked
 
     path, arguments, experiment, config, options = study
@@ -379,7 +426,11 @@ def _execute(study: Study, group: str) -> tuple[Path, Any]:
             return folder, None
         asked = {name: getattr(options, name) for name in ("profile", "tensorboard", "wandb")}
         try:
-            return folder, runs.record(experiment, config, folder, **asked)
+            start = weights.start(experiment, config)
+            if start is not None and processes.is_first():
+                for change in start.changes:
+                    print(f"{config.train.init}: {change}", file=sys.stderr)
+            return folder, runs.record(experiment, config, folder, start=start, **asked)
         except jax.errors.JaxRuntimeError as error:
             reason = str(error).splitlines()[0]
             if "RESOURCE_EXHAUSTED" not in reason:
@@ -558,6 +609,48 @@ def _export(command: Export) -> int:
     params = read_params(checkpoints, best=command.best)
     write_safetensors(command.output, params)
     print(command.output)
+    return 0
+
+
+def _evaluate(folder: Path, arguments: Sequence[str]) -> int:
+    from experiments.engine.finished import keep_evaluation, open_run
+
+    run = open_run(folder)
+    data: Any = getattr(run.config, "data", None)
+    kind: Any = type(data)
+    group = [("data", kind, field(default=data))] if dataclasses.is_dataclass(data) else []
+    best = ("best", Evaluate.__annotations__["best"], field(default=False))
+    options: Any = tyro.cli(
+        dataclasses.make_dataclass("Options", [best, *group], frozen=True),
+        args=arguments,
+        prog=f"{PROGRAM} evaluate {folder}",
+        description=Evaluate.__doc__,
+    )
+    if group:
+        data = check(kind, dataclasses.asdict(options.data), f"{folder}, with the options given")
+    _check_kernels()
+    scores = dataclasses.replace(run, best=options.best).evaluate(data)
+    of = {"data": dataclasses.asdict(data)} if group else {}
+    keep_evaluation(folder, {**of, "checkpoint": "best" if options.best else "newest", **scores})
+    _print_scores(scores)
+    return 0
+
+
+def _sample(command: Sample) -> int:
+    from experiments.engine.finished import open_run
+
+    if not 1 <= command.length <= LONGEST_SAMPLE:
+        raise UsageError(f"--length: should be from 1 to {LONGEST_SAMPLE:,}, got {command.length}")
+    if not 0 <= command.temperature < float("inf"):
+        raise UsageError(f"--temperature: should be 0 or a number above, got {command.temperature}")
+    if command.seed is not None and not 0 <= command.seed < 2**32:
+        raise UsageError(f"--seed: should be from 0 to {2**32 - 1}, got {command.seed}")
+    run = open_run(command.folder, best=command.best)
+    _check_kernels()
+    written = run.sample(
+        command.prompt, length=command.length, temperature=command.temperature, seed=command.seed
+    )
+    print(_printable((command.prompt or "") + written))
     return 0
 
 

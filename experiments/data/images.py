@@ -33,3 +33,10 @@ def load_images(data: DataConfig, seed: int, dtype: str) -> tuple[Digits, Digits
     if data.path is not None:
         raise UsageError('--data.path: is for --data.source mnist; "digits" are in scikit-learn')
     return split_digits(seed, dtype)
+
+
+def check_size(digits: Digits, size: tuple[int, ...]) -> None:
+    """Raise a `UsageError` if the images are not of the size that a model was trained on."""
+    if digits.images.shape[1:] != size:
+        here, there = (" × ".join(map(str, each)) for each in (digits.images.shape[1:], size))
+        raise UsageError(f"--data: has images of {here} pixels, and the run's are of {there}")

@@ -13,12 +13,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tyro
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32, PRNGKeyArray, PyTree
 from rich.console import Console
@@ -39,6 +40,8 @@ class TrainConfig:
 
     steps: Count = 20
     """Optimiser steps."""
+    init: Annotated[str | None, tyro.conf.arg(aliases=("--init",), metavar="RUN|FILE")] = None
+    """Parameters to begin with: the folder of a run, or a file (.safetensors, .npz)."""
     batch_size: Size = 16
     """Examples in each step."""
     learning_rate: Positive = 1e-2
@@ -192,7 +195,7 @@ def fit(
         Stopped: after a checkpoint, if the process was asked to stop.
         UsageError: if the config's `best` is no metric of the evaluations.
     """
-    state = start(params, optimizer, carry)
+    state = start(session.begin(params), optimizer, carry)
     steps, skip, mesh = config.steps, config.not_finite == "skip", session.mesh
     if mesh is not None:
         state, batch, key = _spread(state, batch, key, mesh)

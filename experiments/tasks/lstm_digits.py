@@ -3,8 +3,9 @@
 loss = -log softmax(answer)[label],   averaged over the batch
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +14,19 @@ import optax
 from pydantic import Field
 
 from experiments.data.digits import Digits, digits_batch
-from experiments.data.images import DataConfig, load_images
+from experiments.data.images import DataConfig, check_size, load_images
 from experiments.engine.config import Seed
 from experiments.engine.cost import cost_scores, score_table, step_cost
 from experiments.engine.devices import ParallelConfig
 from experiments.engine.memory import check_training, rows_like
+from experiments.engine.model import Model
 from experiments.engine.session import SILENT, Session
 from experiments.engine.training import Loss, TrainConfig, make_optimizer
 from experiments.models.lstm import (
     Gradient,
     ModelConfig,
     abstract_readout,
+    evaluation,
     init_readout,
     read_out,
     train_readout,
@@ -129,6 +132,28 @@ def run(config: Config, session: Session = SILENT) -> Result:
         probabilities = np.asarray(jax.nn.softmax(logits, axis=-1))
         rows = score_table("LSTM, row by row", scores)
         return Result(test.images, test.labels, probabilities, rows, scores)
+
+
+def model(config: Config, result: Result | None) -> Model:
+    """The LSTM with its read-out: logits of images (B, rows, columns)."""
+    init_key, train_key = jax.random.split(jax.random.key(config.seed))
+    gradient, dtype = config.model.gradient, config.model.dtype
+
+    def shape() -> tuple[int, ...]:
+        held = load_images(config.data, config.seed, dtype)[0] if result is None else result
+        return held.images.shape[1:]
+
+    def test() -> Callable[[Any], Any]:
+        digits = load_images(config.data, config.seed, dtype)[2]
+        check_size(digits, shape())
+        return evaluation(loss_under(gradient), digits, train_key)
+
+    return Model(
+        init=lambda: init_readout(init_key, shape()[-1], 10, config.model),
+        apply=lambda params, images: read_out(params, jnp.asarray(images, dtype), gradient),
+        test=test,
+        x64=dtype == "float64",
+    )
 
 
 def plot(config: Config, result: Result) -> "Figure":

@@ -1,7 +1,8 @@
 """A vision transformer reads handwritten digits: 8 × 8 pixels of scikit-learn's, or MNIST's."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,11 @@ import numpy as np
 from flax import nnx
 
 from experiments.data.digits import Digits, digits_batch
-from experiments.data.images import DataConfig, load_images
+from experiments.data.images import DataConfig, check_size, load_images
 from experiments.engine.config import Seed
 from experiments.engine.cost import cost_scores, score_table, step_cost
 from experiments.engine.devices import ParallelConfig
+from experiments.engine.model import Model
 from experiments.engine.session import SILENT, Session
 from experiments.engine.training import (
     TrainConfig,
@@ -124,6 +126,24 @@ def run(config: Config, session: Session = SILENT) -> Result:
         similarity=position_similarity(model, size),
         table=score_table("vision transformer", scores),
         scores=scores,
+    )
+
+
+def model(config: Config, result: Result | None) -> Model:
+    """The vision transformer: logits of images (B, rows, columns)."""
+    held = load_images(config.data, config.seed, "float32")[0] if result is None else result
+    size = held.images.shape[1:]
+    apply = functional(build(config.model, size, config.seed))[1]
+
+    def test() -> Callable[[Any], Any]:
+        digits = load_images(config.data, config.seed, "float32")[2]
+        check_size(digits, size)
+        return evaluation(apply, digits)
+
+    return Model(
+        init=lambda: functional(build(config.model, size, config.seed))[0],
+        apply=lambda params, images: apply(params, jnp.asarray(images)),
+        test=test,
     )
 
 
