@@ -1,6 +1,6 @@
 """A vision transformer reads handwritten digits: 8 × 8 pixels of scikit-learn's, or MNIST's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +14,7 @@ from experiments.data.images import DataConfig, check_size, load_images
 from experiments.engine.config import Seed
 from experiments.engine.cost import cost_scores, score_table, step_cost
 from experiments.engine.devices import ParallelConfig
-from experiments.engine.model import Model
+from experiments.engine.model import Adopted, Model
 from experiments.engine.session import SILENT, Session
 from experiments.engine.training import (
     TrainConfig,
@@ -22,6 +22,7 @@ from experiments.engine.training import (
     fit,
     make_optimizer,
 )
+from experiments.models.pretrained import adopt as pretrained
 from experiments.models.vit import (
     ViTConfig,
     attention_received,
@@ -140,10 +141,14 @@ def model(config: Config, result: Result | None) -> Model:
         check_size(digits, size)
         return evaluation(apply, digits)
 
+    def adopt(arrays: Mapping[str, Any]) -> Adopted | None:
+        return pretrained(build(config.model, size, config.seed), arrays, config.model.num_heads)
+
     return Model(
         init=lambda: functional(build(config.model, size, config.seed))[0],
         apply=lambda params, images: apply(params, jnp.asarray(images)),
         test=test,
+        adopt=adopt,
     )
 
 
