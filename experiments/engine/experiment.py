@@ -223,6 +223,6 @@ def read(path: Path) -> tuple[Experiment, Any]:
     Raises:
         UsageError: if the file cannot be read, or does not hold exactly such a config.
     """
-    name, table = read_table(path, names())
+    name, table = read_table(path, names(), config_paths())
     experiment = find(name)
     return experiment, check(experiment.Config, table, str(path))
