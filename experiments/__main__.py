@@ -15,12 +15,15 @@ import re
 import shlex
 import sys
 import traceback
+import typing
 import unicodedata
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import or_
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
@@ -191,6 +194,23 @@ class Sample:
     """Not the newest checkpoint but the best, by the metric that the run's train.best names."""
 
 
+@dataclass(frozen=True)
+class Completion:
+    """Print a script with which a shell completes `experiments`, short for `python -m experiments`.
+
+    It completes commands, names of configs, and their options. For bash: a line in ~/.bashrc,
+    `source <(python -m experiments completion bash)`, or the path of a file with the script in it.
+    For zsh: a file `_experiments` in a folder of $fpath, and in ~/.zshrc
+    `experiments() { python -m experiments "$@" }`.
+    """
+
+    shell: Annotated[Literal["bash", "zsh"], tyro.conf.Positional]
+    """Which shell."""
+
+
+COMMANDS: Any = Run | Report | List | Sweep | Compare | Evaluate | Sample | Export | Completion
+
+
 def main(arguments: Sequence[str]) -> int:
     """Do what the arguments ask.
 
@@ -214,7 +234,7 @@ def main(arguments: Sequence[str]) -> int:
         if len(arguments) > 1 and arguments[0] == "evaluate" and not arguments[1].startswith("-"):
             return _evaluate(Path(arguments[1]), arguments[2:])
         command = tyro.cli(
-            Run | Report | List | Sweep | Compare | Evaluate | Sample | Export,
+            COMMANDS,
             args=arguments,
             prog=PROGRAM,
             description="Sequence models with hand-derived gradients, trained from config files.",
@@ -223,6 +243,8 @@ def main(arguments: Sequence[str]) -> int:
             raise UsageError(f"run: the config comes first: {PROGRAM} run {command.path} ...")
         if isinstance(command, Evaluate):
             raise UsageError(f"evaluate: the run comes first: {PROGRAM} evaluate {command.folder}")
+        if isinstance(command, Completion):
+            return _completion(command.shell)
         if isinstance(command, Sample):
             return _sample(command)
         if isinstance(command, Report):
@@ -300,18 +322,22 @@ def _check_kernels() -> None:
         raise UsageError(str(error)) from None
 
 
-def _options(path: Path, experiment: str, config: Any, arguments: Sequence[str]) -> Any:
-    """The `Options` given, with those of the config's fields beside them as `config`."""
+def _options_with(config: Any) -> Any:
+    """A dataclass of the `Options`, with those of the config's fields beside them as `config`."""
     kind: Any = type(config)
-    options = dataclasses.make_dataclass(
+    return dataclasses.make_dataclass(
         "Options",
         # without a name, the group gives its members no prefix
         [("config", Annotated[kind, tyro.conf.arg(name="")], field(default=config))],
         bases=(Options,),
         frozen=True,
     )
+
+
+def _options(path: Path, experiment: str, config: Any, arguments: Sequence[str]) -> Any:
+    """The options given, as an instance of `_options_with(config)`."""
     return tyro.cli(
-        options,
+        _options_with(config),
         args=arguments,
         prog=f"{PROGRAM} run {path}",
         description=f"{claim(path)}\n\nExperiment {experiment}, with the values of {path}.",
@@ -652,6 +678,42 @@ def _sample(command: Sample) -> int:
     )
     print(_printable((command.prompt or "") + written))
     return 0
+
+
+def _completion(shell: str) -> int:
+    """Print tyro's script for commands among which `run` has one for each config."""
+    configs = {name: read(path)[1] for name, path in config_paths().items()}
+    # the name of a config takes the place of the path that it stands for
+    fields = [
+        ("path", tyro.conf.Suppress[Path], field(default=Path())),
+        ("grid", Sweep.__annotations__["grid"], field(default=())),
+    ]
+    sweep = dataclasses.make_dataclass("Sweep", fields, bases=(Sweep,), frozen=True)
+    kinds: dict[Any, Any] = {
+        Run: _of_one("run", {name: _options_with(config) for name, config in configs.items()}),
+        Sweep: _of_one("sweep", dict.fromkeys(configs, sweep)),
+    }
+    commands = reduce(or_, [kinds.get(each, each) for each in typing.get_args(COMMANDS)])
+    with suppress(SystemExit):
+        tyro.cli(commands, args=["--tyro-print-completion", shell], prog="experiments")
+    if shell == "bash":
+        # names of files, where tyro has nothing to say
+        print(
+            "_experiments() { _tyro_experiments; [[ ${COMPREPLY[*]} ]] || COMPREPLY=(); }\n"
+            "complete -o default -F _experiments experiments\n"
+            'experiments() { python -m experiments "$@"; }'
+        )
+    return 0
+
+
+def _of_one(name: str, kinds: Mapping[str, Any]) -> Any:
+    """The command of that name as one that has others within it, by their names."""
+    inside = [
+        Annotated[kind, tyro.conf.subcommand(each, prefix_name=False)]
+        for each, kind in kinds.items()
+    ]
+    one = Annotated[reduce(or_, inside), tyro.conf.arg(name="")]  # type: ignore[valid-type]
+    return Annotated[dataclasses.make_dataclass("Of", [("one", one)]), tyro.conf.subcommand(name)]
 
 
 def _list() -> int:
