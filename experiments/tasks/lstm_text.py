@@ -54,12 +54,12 @@ LABELS = {
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The text, and how much of it a step reads in each row of the batch."""
+    """The text, and the length of the windows to train on."""
 
     path: str | None = None
-    """A text file in UTF-8; without one, the English prose of Python's own help."""
+    """A UTF-8 text file; by default, the documentation topics of Python's help()."""
     window: Size = 8
-    """Characters that each row reads in a step; gradients reach back no further."""
+    """Characters in a training window: the length of truncated backpropagation."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ class Config:
     """The defaults are a size for tests: seconds on one core."""
 
     seed: Seed = 0
-    """Decides the initial weights, what is dropped, and the sample."""
+    """Random seed of the initial weights, dropout and the sample."""
     compare_steps: Annotated[int, Field(ge=0, lt=2**31)] = 3
-    """After training, the first so many steps are run and timed under both gradients; 0: none."""
+    """Steps to time with each of the two gradients after training; 0 for none."""
     sample_length: Size = 100
-    """Characters that the trained model writes."""
+    """Characters to generate after training."""
     data: DataConfig = field(default_factory=DataConfig)
     model: TextModelConfig = field(default_factory=TextModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
