@@ -99,6 +99,8 @@ class FinishedRun:
             UsageError: if the data cannot be read or will not do, or if a score is not finite.
         """
         config = self.config if data is None else replace(self.config, data=data)
+        # of memory, too, as what is enough to train is to evaluate
+        self.experiment.check(config)
         functions = self._functions_with(config)
         with jax.enable_x64(functions.x64):
             metrics = jax.jit(functions.test())(self.params)

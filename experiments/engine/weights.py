@@ -5,7 +5,6 @@ all of it.
 """
 
 import hashlib
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,10 @@ def start(experiment: Experiment, config: Any) -> Start | None:
             adopted = model.adopt(arrays) if model.adopt else None
         except ValueError as error:
             raise UsageError(f"--init: {source}: {error}") from None
-        params, changes = adopted or (fitted(arrays, jax.eval_shape(model.init), source), [])
+        if adopted is None:
+            like = jax.eval_shape(model.init)
+            adopted = fitted(arrays, like, f"--init: {source}"), []
+    params, changes = adopted
     return Start(params, _digest(arrays), changes)
 
 
@@ -59,21 +61,18 @@ def read_arrays(source: str) -> dict[str, np.ndarray]:
         return {name: np.asarray(leaf) for name, leaf in flattened(params).items()}
     try:
         if path.suffix == ".safetensors":
-            from safetensors import SafetensorError
             from safetensors.numpy import load
 
-            try:
-                return load(path.read_bytes())
-            except SafetensorError as error:
-                raise ValueError(str(error)) from None
+            return load(path.read_bytes())
         if path.suffix == ".npz":
             # numpy leaves a file open that it cannot read
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 return dict(arrays)
     except OSError as error:
         raise UsageError(f"--init: {source}: cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    # there is no one class of errors for all that can be wrong with a file
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UsageError(f"--init: {source}: damaged, or no such file: {reason}") from None
     raise UsageError(
         f"--init: {source}: is neither the folder of a run nor a file .safetensors or .npz"

@@ -163,6 +163,7 @@ def test_data_that_will_not_do_are_a_sentence(name, options, part, finished, tmp
     given = ["--data.path", str(path)] if path else []
     folder = finished(name)
     before = (folder / EVALUATIONS).read_bytes() if (folder / EVALUATIONS).exists() else None
+    capsys.readouterr()
     assert main(["evaluate", str(folder), *options, *given]) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and part in message
