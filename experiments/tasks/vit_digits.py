@@ -1,5 +1,6 @@
 """A vision transformer names images: digits of scikit-learn or of MNIST, or those of CIFAR-10."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -9,10 +10,11 @@ import numpy as np
 from flax import nnx
 
 from experiments.data.images import image_batches
-from experiments.data.sources import DataConfig, load_images
+from experiments.data.sources import DataConfig, check_like, load_images
 from experiments.engine.config import Seed
 from experiments.engine.cost import cost_scores, score_table, step_cost
 from experiments.engine.devices import ParallelConfig
+from experiments.engine.model import Adopted, Model
 from experiments.engine.session import SILENT, Session
 from experiments.engine.training import (
     TrainConfig,
@@ -20,6 +22,7 @@ from experiments.engine.training import (
     fit,
     make_optimizer,
 )
+from experiments.models.pretrained import adopt as pretrained
 from experiments.models.vit import (
     ViTConfig,
     attention_received,
@@ -47,7 +50,7 @@ class Config:
     """The defaults are a size for tests: seconds on one core."""
 
     seed: Seed = 0
-    """Decides the split, the initial weights and the order of the data."""
+    """Random seed of the split, the initial weights and the order of the data."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ViTConfig = field(default_factory=ViTConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -125,6 +128,32 @@ def run(config: Config, session: Session = SILENT) -> Result:
         similarity=position_similarity(model, shape[:2]),
         table=score_table("vision transformer", scores),
         scores=scores | data.origin,
+    )
+
+
+def model(config: Config, result: Result | None) -> Model:
+    """The vision transformer: logits of images (B, rows, columns, channels)."""
+    if result is None:
+        data = load_images(config.data, config.seed, "float32")
+        shape, classes = data.train.pixels.shape[1:], len(data.classes)
+    else:
+        shape, classes = result.images.shape[1:], len(result.classes)
+    make = lambda: build(config.model, shape, classes, config.seed)
+    apply = functional(make())[1]
+
+    def test() -> Callable[[Any], Any]:
+        data = load_images(config.data, config.seed, "float32")
+        check_like(data, shape, classes)
+        return evaluation(apply, data.test)
+
+    def adopt(arrays: Mapping[str, Any]) -> Adopted | None:
+        return pretrained(make(), arrays, config.model.num_heads)
+
+    return Model(
+        init=lambda: functional(make())[0],
+        apply=lambda params, pixels: apply(params, jnp.asarray(pixels)),
+        test=test,
+        adopt=adopt,
     )
 
 

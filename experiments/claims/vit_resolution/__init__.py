@@ -71,13 +71,13 @@ class Config:
     """The defaults are the size of the quick report: a minute on two cores, with no download."""
 
     seed: Seed = 0
-    """The first of the seeds."""
+    """The first random seed."""
     runs: Size = 1
-    """Seeds that everything is repeated with; each draws split, weights and order anew."""
+    """Number of seeds; each has its own split, initial weights and order of the data."""
     tune_steps: Count = 40
-    """Steps on whole images of a model that was moved."""
+    """Fine-tuning steps on full-size images after moving a model."""
     tune_learning_rate: Positive = 2e-3
-    """Highest learning rate of those."""
+    """Peak learning rate of the fine-tuning."""
     methods: tuple[Method, ...] = get_args(Method)
     """The ways to be tried; a claim about one that is not is undecided. The first is needed."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -86,7 +86,7 @@ class Config:
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(steps=250, batch_size=32, learning_rate=4e-3)
     )
-    """Training on small images, and on whole ones from the start."""
+    """Training on small images, and on full-size ones from scratch."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
