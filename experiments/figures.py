@@ -201,7 +201,7 @@ def predicted_against_true(axes: Axes, true: Any, predicted: Any, tolerance: flo
 
 
 def _show(axes: Axes, image: Any) -> None:
-    """An image (rows, columns, channels): three channels as colours, others' mean, dark if bright."""
+    """An image (rows, columns, channels): three channels in colour, else their mean, inverted."""
     if image.shape[-1] == 3:
         axes.imshow(image)
     else:

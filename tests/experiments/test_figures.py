@@ -23,7 +23,7 @@ def test_a_confusion_matrix_counts_any_number_of_classes(count, tmp_path):
     predictions = labels.copy()
     predictions[0] = count - 1
     figure = new_figure(5, 5)
-    confusion_matrix(figure.subfigures(1, 1), labels, predictions, classes)
+    confusion_matrix(figure.subfigures(1, 1, squeeze=False)[0, 0], labels, predictions, classes)
     (axes,) = figure.axes
     shown = np.asarray(axes.images[0].get_array()) ** 2
     expected = 2 * np.eye(count)
@@ -43,7 +43,7 @@ def test_images_of_any_channels_are_shown_mistakes_first(channels, classes, mist
     images = np.random.default_rng(0).random((4, 6, 8, channels))
     probabilities = np.array([[0.9, 0.1], [0.2, 0.8], [0.1, 0.9], [0.4, 0.6]])
     figure = new_figure(8, 8)
-    left, right = figure.subfigures(1, 2)
+    left, right = figure.subfigures(1, 2, squeeze=False)[0]
     image_gallery(left, images, np.array([0, 0, 1, 1]), probabilities, classes)
     first, second = left.axes[:2]
     assert first.get_title().startswith(mistake) and first.get_title().endswith("(80%)")
