@@ -148,7 +148,11 @@ def test_other_data_are_options_and_are_kept_with_the_scores(finished, tmp_path)
 @pytest.mark.parametrize(
     "name, options, part",
     [
-        (LSTM, ["--data.source", "mnist"], "has images of 4 × 6 × 1 pixels in 10 classes, and the run's"),
+        (
+            LSTM,
+            ["--data.source", "mnist"],
+            "has images of 4 × 6 × 1 pixels in 10 classes, and the run's",
+        ),
         (LSTM, ["--data.shift", "7"], "shift: should be less than or equal to 3, got 7"),
         (TEXT, [], "has characters that the model does not know: '\\ue000'"),
     ],
