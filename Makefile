@@ -1,5 +1,5 @@
 # make run   trains the default experiment      make test   lint, types and tests
-# Both make .venv first, once; a second call installs nothing.
+# Both make .venv first, once; running it again installs nothing.
 
 PYTHON ?= python3
 CONFIG ?= lstm_digits

@@ -5,6 +5,7 @@ import signal
 
 import jax
 import jaxlib
+import jaxtyping
 import matplotlib
 import pytest
 
@@ -27,3 +28,9 @@ def _examples_run_as_users_run_them(request):
     """The examples of docstrings see JAX's default precision."""
     with jax.enable_x64(not isinstance(request.node, pytest.DoctestItem)):
         yield
+
+
+@pytest.fixture
+def only_own_checks(monkeypatch):
+    """Without the suite's type checker, which refuses some arguments before the library does."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import timing
-from experiments.data.digits import Digits
+from experiments.data.images import Images
 from experiments.data.text import Windows
 from experiments.engine import devices as mesh
 from experiments.engine.devices import ParallelConfig
@@ -36,9 +36,10 @@ def lstm(T: int):
 
 
 def transformer(side: int):
-    model = vit.build(vit.ViTConfig(patch_size=2, width=128, depth=4, num_heads=4), (side, side))
+    config = vit.ViTConfig(patch_size=2, width=128, depth=4, num_heads=4)
+    model = vit.build(config, (side, side, 1), 10)
     params, apply = vit.functional(model)
-    batch = Digits(shape((ROWS, side, side), jnp.float32), shape((ROWS,), jnp.int32))
+    batch = Images(shape((ROWS, side, side, 1), jnp.float32), shape((ROWS,), jnp.int32))
     return vit.loss_of(apply), params, None, batch
 
 

@@ -15,12 +15,15 @@ import re
 import shlex
 import sys
 import traceback
+import typing
 import unicodedata
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import or_
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
@@ -32,94 +35,93 @@ PROGRAM = "python -m experiments"
 LONGEST = 4096
 """Characters of an argument: as many as a path may have."""
 
-MOST_SEEDS, MOST_JOBS = 1000, 256
+MOST_SEEDS, MOST_JOBS, LONGEST_SAMPLE = 1000, 256, 1_000_000
 
 
 @dataclass(frozen=True)
 class List:
-    """Name every config, with its claim."""
+    """List all configs, each with what it shows."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What can be said of any run."""
+    """Options of every run."""
 
     name: str | None = None
-    """Name of the run; without one, the run is named by the time."""
+    """Name of the run; by default, the date and time."""
     output: Path = Path("outputs")
-    """Folder that runs are kept in, as OUTPUT/CONFIG/NAME."""
+    """Folder for results: a run is written to OUTPUT/CONFIG/NAME."""
     seeds: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Run N times, with N seeds from the config's on, as a sweep does: OUTPUT/CONFIG-NAME/seed-…"""
+    """Repeat the run with N seeds, counting up from the config's: OUTPUT/CONFIG-NAME/seed-…"""
     quick: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """A size of seconds: the experiment's own defaults in place of the file's, on the same data."""
+    """A small version that takes seconds: the experiment's defaults, on the config's data."""
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Replace the run of that name."""
+    """Replace an existing run of that name."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Go on with the run of that name from its last checkpoint; from the start if it has none."""
+    """Continue the run of that name from its last checkpoint, or start it if there is none."""
     profile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Keep JAX's trace of the third step to the seventh in the run's folder."""
+    """Save a JAX profiler trace of steps 3 to 7 in the run's folder."""
     tensorboard: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Keep the metrics as event files, too."""
+    """Also write the metrics as TensorBoard event files."""
     wandb: Annotated[str | None, tyro.conf.arg(metavar="PROJECT")] = None
-    """Log to this project of Weights & Biases, too; WANDB_MODE=offline keeps that in the run."""
+    """Also log to this Weights & Biases project; WANDB_MODE=offline logs to the run's folder."""
     coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
-    """One of several processes, which all run this command: where process 0 listens."""
+    """Address of process 0, for a run of several processes that all run this command."""
     processes: Count | None = None
-    """How many there are."""
+    """Number of processes."""
     process: int | None = None
-    """Which of them this is, from 0."""
+    """Index of this process, from 0."""
     cluster: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """In place of the three: what Slurm, Open MPI, Kubernetes or Cloud TPU say of this process."""
+    """Detect the previous three from Slurm, Open MPI, Kubernetes or Cloud TPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run(Options):
-    """Run the experiment of a config file, and keep what comes of it in a folder of its own.
+    """Run the experiment of a config file and save the results in a new folder.
 
-    Every field of the config is an option too: `run CONFIG --help` lists them with their values.
+    Every field of the config is also an option: `run CONFIG --help` lists them with their values.
     """
 
     path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
-    """A TOML file, or the name of one of configs/, as lstm_digits; it comes first."""
+    """A TOML file, or the name of a config in configs/, for example lstm_digits. Comes first."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """Put every claim of the notes to the test, and write what comes of it as one page.
+    """Test every claim of the notes and write the results to one HTML page.
 
-    Results that are there are used again, as long as nothing that they depend on has changed.
+    Existing results are reused unless something that they depend on has changed.
     """
 
     full: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Run the sizes of configs/, some of which take minutes; without it, sizes of seconds."""
+    """Run the full-size configs, some of which take minutes; by default, sizes of seconds."""
     readme: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Also bring the table of claims in README.md up to date; with --full, whose table it is."""
+    """Also update the table of claims in README.md; requires --full."""
     output: Path = Path("outputs")
-    """Folder that runs are kept in; the page goes to OUTPUT/report."""
+    """Folder for results; the page is written to OUTPUT/report."""
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Run a config with every combination of some values, and set the runs side by side.
+    """Run a config with every combination of some values, and compare the runs.
 
-    Runs that are finished stay as they are, and those that were interrupted go on. One that fails
-    does not stop the others. Options of `run CONFIG`, as --quick or --train.steps 10, are for all
-    of the runs.
+    Finished runs are kept, interrupted ones continued, and a failure does not stop the others.
+    Options of `run CONFIG`, for example --quick or --train.steps 10, apply to all of the runs.
     """
 
     path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
-    """A TOML file, or the name of one of configs/, as lstm_digits; it comes first."""
+    """A TOML file, or the name of a config in configs/, for example lstm_digits. Comes first."""
     grid: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE,VALUE…")]
-    """Keys of the config with their values, as train.learning_rate=1e-3,3e-3 seed=0,1,2."""
+    """Keys of the config and their values, for example train.learning_rate=1e-3,3e-3 seed=0,1."""
     name: str = "sweep"
-    """Name of the sweep: one with other options needs another."""
+    """Name of the sweep; choose another when you change other options."""
     output: Path = Path("outputs")
-    """Folder that runs are kept in, as OUTPUT/CONFIG-NAME/RUN."""
+    """Folder for results: runs are written to OUTPUT/CONFIG-NAME/RUN."""
     jobs: int = 1
-    """Runs at a time, each in a process of its own, which share the devices that there are."""
+    """Number of runs at a time, each in its own process; they share the devices."""
     part: Annotated[str | None, tyro.conf.arg(metavar="K/N")] = None
-    """Only the K-th of N parts of the runs, from 1, as a job of an array; the same command without
-    it sets all of them side by side."""
+    """Only the K-th of N parts of the runs (from 1), for job arrays; the same command without it
+    compares all of them afterwards."""
 
 
 @dataclass(frozen=True)
@@ -134,28 +136,76 @@ class Seeds:
 
 @dataclass(frozen=True)
 class Compare:
-    """Set finished runs of one experiment side by side."""
+    """Compare finished runs of one experiment in a table and a figure."""
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN RUN …")]
-    """Their folders. Runs that differ in the seed alone are one row: mean ± standard deviation."""
+    """Folders of the runs. Those that differ only in the seed are averaged: mean ± deviation."""
     each: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """A row for each run, also where runs differ in the seed alone."""
+    """One row for each run, even if runs differ only in the seed."""
     output: Path = Path("outputs/compare.png")
-    """Where the figure goes."""
+    """File for the figure."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """Write the parameters of a run as a safetensors file, which `rnnattn.interop` reads."""
+    """Save the parameters of a run to a safetensors file."""
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The run's folder."""
     output: Path = Path("params.safetensors")
-    """The file."""
+    """File to write."""
     training: str = ""
-    """Which of the run's trainings, by its folder in checkpoints/, if it has several."""
+    """For an experiment that trains several models: the folder of one in checkpoints/."""
     best: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Not the newest checkpoint but the best, by the metric that the run's train.best names."""
+    """Use the best checkpoint, by the metric in train.best, instead of the newest."""
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Print and save the test scores of a finished run, on its own data or on others.
+
+    They are added to RUN/evaluations.jsonl. On the run's own data and device they are bitwise
+    equal to those in its summary. `evaluate RUN --help` lists the options of the dataset.
+    """
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """The run's folder. Comes first."""
+    best: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Use the best checkpoint, by the metric in train.best, instead of the newest."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Generate text with a finished run of a text model. Equal options give equal text."""
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """The run's folder."""
+    prompt: str | None = None
+    """Text to continue; by default, generation starts at the beginning of a line."""
+    length: Count = 500
+    """Number of characters to generate."""
+    temperature: float = 1.0
+    """Values above 1 are more random, below 1 less; 0 always takes the most likely character."""
+    seed: int | None = None
+    """Random seed; by default, the run's."""
+    best: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Use the best checkpoint, by the metric in train.best, instead of the newest."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Print a shell completion script for `experiments`, short for `python -m experiments`.
+
+    It completes commands, configs and their options. For bash, add to ~/.bashrc:
+    `source <(python -m experiments completion bash)`. For zsh, save it as `_experiments` in a
+    folder of $fpath and add to ~/.zshrc: `experiments() { python -m experiments "$@" }`.
+    """
+
+    shell: Annotated[Literal["bash", "zsh"], tyro.conf.Positional]
+    """The shell."""
+
+
+COMMANDS: Any = Run | Report | List | Sweep | Compare | Evaluate | Sample | Export | Completion
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -178,14 +228,22 @@ def main(arguments: Sequence[str]) -> int:
                     Sweep, args=arguments[1:], prog=f"{PROGRAM} sweep", return_unknown_args=True
                 )
             )
+        if len(arguments) > 1 and arguments[0] == "evaluate" and not arguments[1].startswith("-"):
+            return _evaluate(Path(arguments[1]), arguments[2:])
         command = tyro.cli(
-            Run | Report | List | Sweep | Compare | Export,
+            COMMANDS,
             args=arguments,
             prog=PROGRAM,
             description="Sequence models with hand-derived gradients, trained from config files.",
         )
         if isinstance(command, Run):
             raise UsageError(f"run: the config comes first: {PROGRAM} run {command.path} ...")
+        if isinstance(command, Evaluate):
+            raise UsageError(f"evaluate: the run comes first: {PROGRAM} evaluate {command.folder}")
+        if isinstance(command, Completion):
+            return _completion(command.shell)
+        if isinstance(command, Sample):
+            return _sample(command)
         if isinstance(command, Report):
             return _report(command)
         if isinstance(command, Export):
@@ -261,21 +319,25 @@ def _check_kernels() -> None:
         raise UsageError(str(error)) from None
 
 
-def _options(path: Path, experiment: str, config: Any, arguments: Sequence[str]) -> Any:
-    """The `Options` given, with those of the config's fields beside them as `config`."""
+def _options_with(config: Any) -> Any:
+    """A dataclass of the `Options`, with those of the config's fields beside them as `config`."""
     kind: Any = type(config)
-    options = dataclasses.make_dataclass(
+    return dataclasses.make_dataclass(
         "Options",
         # without a name, the group gives its members no prefix
         [("config", Annotated[kind, tyro.conf.arg(name="")], field(default=config))],
         bases=(Options,),
         frozen=True,
     )
+
+
+def _options(path: Path, experiment: str, config: Any, arguments: Sequence[str]) -> Any:
+    """The options given, as an instance of `_options_with(config)`."""
     return tyro.cli(
-        options,
+        _options_with(config),
         args=arguments,
         prog=f"{PROGRAM} run {path}",
-        description=f"{claim(path)}\n\nExperiment {experiment}, with the values of {path}.",
+        description=f"{claim(path)}\n\nExperiment {experiment}, with defaults from {path}.",
     )
 
 
@@ -290,7 +352,7 @@ class Study(NamedTuple):
 
 
 def _prepare(path: Path, arguments: Sequence[str]) -> Study:
-    from experiments.engine import devices, processes, runs, sinks
+    from experiments.engine import devices, processes, runs, sinks, weights
 
     experiment, config = read(path)
     options = _options(path, experiment.name, config, arguments)
@@ -322,6 +384,7 @@ def _prepare(path: Path, arguments: Sequence[str]) -> Study:
     if hasattr(config, runs.WHERE):
         devices.check(config.parallel, config.train.batch_size, config.train.accumulate)
     experiment.check(config)
+    weights.start(experiment, config)
     return Study(path, arguments, experiment, config, options)
 
 
@@ -338,23 +401,30 @@ def _run(path: Path, arguments: Sequence[str]) -> int:
         print(f"{folder}: finished")
         return 0
     for name, text in runs.texts(result).items():
-        # all but the ends of lines
-        shown = re.sub(r"[^\r\n]+|\r(?!\n)", lambda part: escaped(part[0]), text)
-        print(f"---- {name}\n{shown}\n----")
-    width = max(map(len, result.scores), default=0)
-    for name, value in result.scores.items():
-        print(f"{name:{width}} {value if isinstance(value, str) else format(value, '.6g')}")
+        print(f"---- {name}\n{_printable(text)}\n----")
+    _print_scores(result.scores)
     for each in study.experiment.claims(study.config, result):
         print(f"{each.id:4} {each.verdict}: {study.experiment.CLAIMS[each.id]}")
     print(folder)
     return 0
 
 
+def _printable(text: str) -> str:
+    """With all but the ends of lines escaped that would move a terminal's cursor."""
+    return re.sub(r"[^\r\n]+|\r(?!\n)", lambda part: escaped(part[0]), text)
+
+
+def _print_scores(scores: Mapping[str, Any]) -> None:
+    width = max(map(len, scores), default=0)
+    for name, value in scores.items():
+        print(f"{name:{width}} {value if isinstance(value, str) else format(value, '.6g')}")
+
+
 def _execute(study: Study, group: str) -> tuple[Path, Any]:
     """The folder of the run, and what came of it; None if it was finished before."""
     import jax
 
-    from experiments.engine import processes, runs
+    from experiments.engine import processes, runs, weights
     from experiments.engine.files import locked
 
     path, arguments, experiment, config, options = study
@@ -379,7 +449,11 @@ def _execute(study: Study, group: str) -> tuple[Path, Any]:
             return folder, None
         asked = {name: getattr(options, name) for name in ("profile", "tensorboard", "wandb")}
         try:
-            return folder, runs.record(experiment, config, folder, **asked)
+            start = weights.start(experiment, config)
+            if start is not None and processes.is_first():
+                for change in start.changes:
+                    print(f"{config.train.init}: {change}", file=sys.stderr)
+            return folder, runs.record(experiment, config, folder, start=start, **asked)
         except jax.errors.JaxRuntimeError as error:
             reason = str(error).splitlines()[0]
             if "RESOURCE_EXHAUSTED" not in reason:
@@ -559,6 +633,84 @@ def _export(command: Export) -> int:
     write_safetensors(command.output, params)
     print(command.output)
     return 0
+
+
+def _evaluate(folder: Path, arguments: Sequence[str]) -> int:
+    from experiments.engine.finished import keep_evaluation, open_run
+
+    run = open_run(folder)
+    data: Any = getattr(run.config, "data", None)
+    kind: Any = type(data)
+    group = [("data", kind, field(default=data))] if dataclasses.is_dataclass(data) else []
+    best = ("best", Evaluate.__annotations__["best"], field(default=False))
+    options: Any = tyro.cli(
+        dataclasses.make_dataclass("Options", [best, *group], frozen=True),
+        args=arguments,
+        prog=f"{PROGRAM} evaluate {folder}",
+        description=Evaluate.__doc__,
+    )
+    if group:
+        data = check(kind, dataclasses.asdict(options.data), f"{folder}, with the options given")
+    _check_kernels()
+    scores = dataclasses.replace(run, best=options.best).evaluate(data)
+    of = {"data": dataclasses.asdict(data)} if group else {}
+    keep_evaluation(folder, {**of, "checkpoint": "best" if options.best else "newest", **scores})
+    _print_scores(scores)
+    return 0
+
+
+def _sample(command: Sample) -> int:
+    from experiments.engine.finished import open_run
+
+    if not 1 <= command.length <= LONGEST_SAMPLE:
+        raise UsageError(f"--length: should be from 1 to {LONGEST_SAMPLE:,}, got {command.length}")
+    if not 0 <= command.temperature < float("inf"):
+        raise UsageError(f"--temperature: should be 0 or a number above, got {command.temperature}")
+    if command.seed is not None and not 0 <= command.seed < 2**32:
+        raise UsageError(f"--seed: should be from 0 to {2**32 - 1}, got {command.seed}")
+    run = open_run(command.folder, best=command.best)
+    _check_kernels()
+    written = run.sample(
+        command.prompt, length=command.length, temperature=command.temperature, seed=command.seed
+    )
+    print(_printable((command.prompt or "") + written))
+    return 0
+
+
+def _completion(shell: str) -> int:
+    """Print tyro's script for commands among which `run` has one for each config."""
+    configs = {name: read(path)[1] for name, path in config_paths().items()}
+    # the name of a config takes the place of the path that it stands for
+    fields = [
+        ("path", tyro.conf.Suppress[Path], field(default=Path())),
+        ("grid", Sweep.__annotations__["grid"], field(default=())),
+    ]
+    sweep = dataclasses.make_dataclass("Sweep", fields, bases=(Sweep,), frozen=True)
+    kinds: dict[Any, Any] = {
+        Run: _of_one("run", {name: _options_with(config) for name, config in configs.items()}),
+        Sweep: _of_one("sweep", dict.fromkeys(configs, sweep)),
+    }
+    commands = reduce(or_, [kinds.get(each, each) for each in typing.get_args(COMMANDS)])
+    with suppress(SystemExit):
+        tyro.cli(commands, args=["--tyro-print-completion", shell], prog="experiments")
+    if shell == "bash":
+        # names of files, where tyro has nothing to say
+        print(
+            "_experiments() { _tyro_experiments; [[ ${COMPREPLY[*]} ]] || COMPREPLY=(); }\n"
+            "complete -o default -F _experiments experiments\n"
+            'experiments() { python -m experiments "$@"; }'
+        )
+    return 0
+
+
+def _of_one(name: str, kinds: Mapping[str, Any]) -> Any:
+    """The command of that name as one that has others within it, by their names."""
+    inside = [
+        Annotated[kind, tyro.conf.subcommand(each, prefix_name=False)]
+        for each, kind in kinds.items()
+    ]
+    one = Annotated[reduce(or_, inside), tyro.conf.arg(name="")]  # type: ignore[valid-type]
+    return Annotated[dataclasses.make_dataclass("Of", [("one", one)]), tyro.conf.subcommand(name)]
 
 
 def _list() -> int:

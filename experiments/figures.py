@@ -206,11 +206,23 @@ def predicted_against_true(axes: Axes, true: Any, predicted: Any, tolerance: flo
     axes.legend(loc="upper left")
 
 
-def digit_gallery(figure: SubFigure, images: Any, labels: Any, probabilities: Any) -> None:
+def _show(axes: Axes, image: Any) -> None:
+    """An image (rows, columns, channels): three channels in colour, else their mean, inverted."""
+    if image.shape[-1] == 3:
+        axes.imshow(image)
+    else:
+        axes.imshow(image.mean(axis=-1), cmap="gray_r", vmin=0, vmax=1)
+
+
+def image_gallery(
+    figure: SubFigure, images: Any, labels: Any, probabilities: Any, classes: Any
+) -> None:
     """30 images with prediction and probability: the wrong ones first, framed."""
     grid = figure.subplots(5, 6)
     predictions = probabilities.argmax(axis=-1)
     order = np.argsort(predictions == labels, kind="stable")
+    # of long names, each has a line
+    before, after = ("\n", "\n") if max(map(len, classes)) > 2 else (", ", "  ")
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
         axes.axis("off")
@@ -218,22 +230,30 @@ def digit_gallery(figure: SubFigure, images: Any, labels: Any, probabilities: An
         guess, label = predictions[index], labels[index]
         right = guess == label
         axes.axis("on")
-        axes.imshow(images[index], cmap="gray_r", vmin=0, vmax=1)
-        text = f"{guess}" if right else f"{guess}, is {label}"
-        text += f"  ({probabilities[index, guess]:.0%})"
+        _show(axes, images[index])
+        text = classes[guess] if right else f"{classes[guess]}{before}is {classes[label]}"
+        text += f"{after}({probabilities[index, guess]:.0%})"
         axes.set_title(text, fontsize=8, color=BLACK if right else RED)
         for spine in axes.spines.values():
             spine.set(color="0.8" if right else RED, linewidth=0.8 if right else 2.5)
-    figure.suptitle("Read as (probability); mistakes first, framed", fontsize=10)
+    figure.suptitle("Named (probability); mistakes first, framed", fontsize=10)
 
 
-def confusion_matrix(figure: SubFigure, labels: Any, predictions: Any) -> None:
-    """How many digits of each label were read as which."""
-    counts = np.zeros((10, 10), np.int64)
+MOST_NUMBERS = 20
+"""A confusion matrix of more classes has no room for its numbers and names."""
+
+
+def confusion_matrix(figure: SubFigure, labels: Any, predictions: Any, classes: Any) -> None:
+    """How many images of each class, by its name, were taken for which."""
+    counts = np.zeros((len(classes), len(classes)), np.int64)
     np.add.at(counts, (labels, predictions), 1)
     axes = figure.subplots()
     # the square root keeps a single mistake visible beside dozens of hits
     axes.imshow(np.sqrt(counts), cmap="Blues")
+    axes.set(xlabel="named", ylabel="is")
+    figure.suptitle("Confusion matrix, in test images", fontsize=10)
+    if len(classes) > MOST_NUMBERS:
+        return
     for (row, column), count in np.ndenumerate(counts):
         if count:
             bright = count > counts.max() / 3
@@ -242,14 +262,16 @@ def confusion_matrix(figure: SubFigure, labels: Any, predictions: Any) -> None:
             axes.text(
                 column, row, str(count), ha="center", va="center", color=colour, fontweight=weight
             )
-    axes.set(xticks=range(10), yticks=range(10), xlabel="read as", ylabel="is")
-    figure.suptitle("Confusion matrix, in test digits", fontsize=10)
+    upright = 90 if max(map(len, classes)) > 2 else 0
+    axes.set_xticks(range(len(classes)), classes, rotation=upright)
+    axes.set_yticks(range(len(classes)), classes)
 
 
 def attention_maps(figure: SubFigure, images: Any, attention: Any) -> None:
     """Each image, and beside it where the attention of each block goes.
 
     Args:
+        images: (images, rows, columns, channels).
         attention: (images, blocks, rows, columns), of patches.
     """
     depth = attention.shape[1]
@@ -257,23 +279,25 @@ def attention_maps(figure: SubFigure, images: Any, attention: Any) -> None:
     for row, image, blocks in zip(grid, images, attention, strict=True):
         for axes in row:
             axes.set(xticks=[], yticks=[])
-        row[0].imshow(image, cmap="gray_r", vmin=0, vmax=1)
+        _show(row[0], image)
         for axes, shares in zip(row[1:], blocks, strict=True):
             _attention_map(axes, image, shares)
     for n, axes in enumerate(grid[0]):
         axes.set_title(f"block {n}" if n else "image", fontsize=9)
-    figure.suptitle(
-        "Where the attention goes (darker: more), with the digit's outline", fontsize=10
-    )
+    title = "Where the attention goes (darker: more)"
+    if images.shape[-1] == 1:
+        title += ", with the outline"
+    figure.suptitle(title, fontsize=10)
 
 
 def _attention_map(axes: Axes, image: Any, shares: Any) -> None:
-    """Shares of attention by patch, over the whole image, whose outline is drawn in."""
-    rows, columns = image.shape
+    """Shares of attention by patch, over the whole image; in one of one channel, its outline."""
+    rows, columns, channels = image.shape
     extent = (-0.5, columns - 0.5, rows - 0.5, -0.5)
     axes.imshow(shares, cmap="Blues", vmin=0, extent=extent)
-    if image.min() < 0.5 < image.max():
-        axes.contour(image, levels=[0.5], colors=[RED], linewidths=1)
+    # a picture in colours has no one outline
+    if channels == 1 and image.min() < 0.5 < image.max():
+        axes.contour(image[..., 0], levels=[0.5], colors=[RED], linewidths=1)
 
 
 def similarity_maps(figure: SubFigure, similarity: Any, title: str = "") -> None:
@@ -370,7 +394,7 @@ def _name_beside(axes: Axes, names: Any, x: Any, y: Any) -> None:
 def before_and_after(
     figure: SubFigure, titles: Sequence[str], images: Any, attention: Any, similarity: Any
 ) -> None:
-    """For each stage, a row: where the attention goes over some digits, and a patch's position."""
+    """For each stage, a row: where the attention goes over some images, and a patch's position."""
     shown = len(images[0])
     grid = figure.subplots(len(titles), 2 * shown, squeeze=False)
     for n, (row, title) in enumerate(zip(grid, titles, strict=True)):
@@ -385,7 +409,8 @@ def before_and_after(
             place = int((m + 0.5) * rows / shown), int((m + 0.5) * columns / shown)
             drawn = axes.imshow(similarity[n][place], cmap="PuOr_r", vmin=-1, vmax=1)
             axes.plot(place[1], place[0], "o", color=BLACK, markersize=3)
-    grid[0, shown // 2].set_title("attention of the last block, with the outline", fontsize=10)
+    outlined = ", with the outline" if images[0].shape[-1] == 1 else ""
+    grid[0, shown // 2].set_title(f"attention of the last block{outlined}", fontsize=10)
     middle = shown + shown // 2
     grid[0, middle].set_title("positions like that of the marked patch", fontsize=10)
     figure.colorbar(drawn, ax=grid, label="cosine of positions", shrink=0.7, pad=0.01)

@@ -37,7 +37,7 @@ class Config:
     """The defaults are the size of the quick report: seconds on one core."""
 
     seed: Seed = 0
-    """Decides the keys' directions and the values."""
+    """Random seed of the keys' directions and the values."""
     several_keys: Several[Annotated[Size, Field(ge=3)]] = (3, 10, 100)
     """Numbers n of keys."""
     betas: Several[Logit] = (0.5, 1.0, 2.0, 4.0, 8.0, 12.0)

@@ -41,7 +41,7 @@ class Config:
     """The defaults are the size of the quick report: seconds on one core."""
 
     seed: Seed = 0
-    """Decides queries, keys and values."""
+    """Random seed of queries, keys and values."""
     draws: Size = 1000
     """Random sets of keys and values for each ε, and for each scale of the logits."""
     keys: Annotated[Size, Field(ge=3)] = 16

@@ -45,7 +45,7 @@ class Config:
     """The defaults are the size of the quick report: seconds on one core."""
 
     seed: Seed = 0
-    """Decides the vectors."""
+    """Random seed of the vectors."""
     widths: Several[Size] = (1, 4, 16, 64, 256, 1024, 4096)
     """Widths d of the vectors."""
     samples: Annotated[Samples, Field(ge=1000)] = 10_000

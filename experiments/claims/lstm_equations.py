@@ -43,7 +43,7 @@ class Config:
     """The defaults are the size of the quick report: seconds on one core."""
 
     seed: Seed = 0
-    """Decides weights, inputs and states."""
+    """Random seed of weights, inputs and states."""
     length: Size = 10
     """Steps of a sequence."""
     batch_size: Size = 8

@@ -72,7 +72,7 @@ class Config:
     """The defaults are the size of the quick report: seconds on one core."""
 
     seed: Seed = 0
-    """Decides weights, inputs, states and losses."""
+    """Random seed of weights, inputs, states and losses."""
     lengths: Several[Size] = (1, 2, 3, 5)
     """The T of the sequences; without 1 and 2 the claims stay undecided."""
     cases: Size = 20

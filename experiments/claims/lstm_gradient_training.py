@@ -46,7 +46,7 @@ class Config:
     """The defaults are the size of the quick report: seconds on one core."""
 
     seed: Seed = 0
-    """Decides the initial weights and the sequences."""
+    """Random seed of the initial weights and the sequences."""
     runs: Size = 2
     """Trainings with each gradient, from other weights on other sequences."""
     hidden_size: Size = 32

@@ -59,7 +59,7 @@ class Config:
     """The defaults are the size of the quick report: seconds on one core."""
 
     seed: Seed = 0
-    """Decides the noise."""
+    """Random seed of the noise."""
     samples: Samples = 20_000
     """Draws of the keys for each setting."""
     keys: Keys = 10

@@ -53,7 +53,7 @@ class Config:
     """The defaults are the size of the quick report: seconds on one core."""
 
     seed: Seed = 0
-    """Decides q and k."""
+    """Random seed of q and k."""
     dim: Annotated[Size, Field(ge=4, multiple_of=2)] = 32
     """Number d of features of a head."""
     base: Base = 10_000.0

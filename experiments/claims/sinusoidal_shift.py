@@ -51,7 +51,7 @@ class Config:
     """The defaults are the size of the quick report: seconds on one core."""
 
     seed: Seed = 0
-    """Decides the positions t."""
+    """Random seed of the positions t."""
     dim: Annotated[Size, Field(ge=4, multiple_of=2)] = 16
     """Number d of features."""
     base: Base = 10_000.0

@@ -61,7 +61,7 @@ class Config:
     """The defaults are the size of the quick report: seconds on one core."""
 
     seed: Seed = 0
-    """Decides the vectors."""
+    """Random seed of the vectors."""
     widths: Several[Annotated[Size, Field(ge=4)]] = (4, 16, 64, 256, 1024, 4096)
     """Widths d of query and keys, rising."""
     keys: Annotated[Size, Field(ge=3)] = 16

@@ -38,7 +38,7 @@ class Config:
     """The defaults are the size of the quick report: seconds on one core."""
 
     seed: Seed = 0
-    """Decides the subspaces and the values."""
+    """Random seed of the subspaces and the values."""
     width: Size = 32
     """Dimension d of the values."""
     rank: Size = 5

@@ -17,7 +17,7 @@ CONSTANT_MSE = 1 / 6
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The sequences; those of training are new at every step."""
+    """Sequences; training draws new ones at every step."""
 
     length: Annotated[Size, Field(ge=2)] = 10
     """Steps in a sequence."""

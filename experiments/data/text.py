@@ -33,11 +33,17 @@ class Windows(NamedTuple):
     """Whether the text begins anew here, so that nothing has been read before."""
 
 
-def load_text(path: str | None, *, rows: int, window: int) -> Text:
+def load_text(
+    path: str | None, *, rows: int = 1, window: int = 1, characters: str | None = None
+) -> Text:
     """The file at `path`, or the built-in prose: 90 % to train on, 5 % to validate, 5 % to test.
 
+    Args:
+        characters: those that a model knows; without them, those of the text.
+
     Raises:
-        UsageError: if the file cannot be read, is not text, or cannot fill `rows` of one `window`.
+        UsageError: if the file cannot be read, is not text, cannot fill `rows` of one `window`, or
+            has a character that is not among the `characters`.
     """
     content = _built_in() if path is None else _read(Path(path))
     # as many characters as fill one batch of 90 %, and two in each of the other parts
@@ -47,12 +53,27 @@ def load_text(path: str | None, *, rows: int, window: int) -> Text:
             f"{path or BUILT_IN}: too short: has {len(content)} characters, but rows that read "
             f"{rows} × {window} at a step need {least}"
         )
-    characters = sorted(set(content))
-    numbers = {character: number for number, character in enumerate(characters)}
-    text = np.array([numbers[character] for character in content], np.int32)
+    characters = characters or "".join(sorted(set(content)))
+    text = encode(content, characters, str(path or BUILT_IN))
     train, validation, test = np.split(text, [len(text) * 90 // 100, len(text) * 95 // 100])
     sha256 = hashlib.sha256(content.encode()).hexdigest()
-    return Text(train, validation, test, "".join(characters), sha256)
+    return Text(train, validation, test, characters, sha256)
+
+
+def encode(content: str, characters: str, source: str) -> np.ndarray:
+    """The text as positions in `characters`.
+
+    Args:
+        source: where the text comes from, for the message.
+
+    Raises:
+        UsageError: if it has others.
+    """
+    numbers = {character: number for number, character in enumerate(characters)}
+    if unknown := sorted(set(content) - numbers.keys()):
+        shown = ", ".join(map(repr, unknown[:10])) + ", …" * (len(unknown) > 10)
+        raise UsageError(f"{source}: has characters that the model does not know: {shown}")
+    return np.array([numbers[character] for character in content], np.int32)
 
 
 def text_windows(text: np.ndarray, step: int, rows: int, window: int) -> Windows:

@@ -83,13 +83,45 @@ def escaped(line: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
-def read_table(path: Path, experiments: Collection[str]) -> tuple[str, dict[str, Any]]:
+def read_table(
+    path: Path, experiments: Collection[str], configs: Mapping[str, Path]
+) -> tuple[str, dict[str, Any]]:
     """The experiment that the TOML file at `path` names, one of `experiments`, and the rest of it.
 
+    A file with a `base`, the name of one of `configs` or the path of a file from its own folder,
+    says only what differs from that: its values take the place of the base's, key by key. (A `base`
+    that is a number is a key of the experiment's own, as of frequencies.)
+
     Raises:
-        UsageError: if the file cannot be read, or names none of them.
+        UsageError: if a file cannot be read, names none of the experiments or another than its
+            base, or if its base has a base.
     """
     table = _parse(path)
+    if not isinstance(table.get("base"), str):
+        return _experiment(table, path, experiments), table
+    named = table.pop("base")
+    base = configs.get(named, path.parent / named)
+    if not base.is_file():
+        nearest = _nearest(named, configs)
+        hint = f"; did you mean {nearest}?" if nearest else ""
+        raise UsageError(f"{path}: base: there is no config {named}{hint}")
+    values = _parse(base)
+    if isinstance(values.get("base"), str):
+        raise UsageError(f"{path}: base: {named} has a base itself, and only one level is read")
+    of_base = _experiment(values, base, experiments)
+    experiment = _experiment({"experiment": of_base} | table, path, experiments)
+    table.pop("experiment", None)
+    if experiment != of_base:
+        raise UsageError(f"{path}: base: {named} is of {of_base}, and this is of {experiment}")
+    for key, value in table.items():
+        group = values.get(key)
+        both = isinstance(group, dict) and isinstance(value, dict)
+        values[key] = group | value if both else value
+    return experiment, values
+
+
+def _experiment(table: dict[str, Any], path: Path, experiments: Collection[str]) -> str:
+    """The experiment that a table names, which is taken from it."""
     names = ", ".join(sorted(experiments))
     if "experiment" not in table:
         raise UsageError(f'{path}: missing key "experiment", one of {names}')
@@ -100,7 +132,7 @@ def read_table(path: Path, experiments: Collection[str]) -> tuple[str, dict[str,
         nearest = _nearest(experiment, experiments)
         hint = f"did you mean {nearest}?" if nearest else f"there are {names}"
         raise UsageError(f"{path}: experiment: unknown {experiment!r}; {hint}")
-    return experiment, table
+    return experiment
 
 
 def check(config: type, table: Mapping[str, Any], source: str) -> Any:

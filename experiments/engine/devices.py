@@ -24,15 +24,15 @@ WHOLE_BELOW = 1024
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """The devices that a training is spread over: data × fsdp of them.
+    """Devices to train on: data × fsdp of them.
 
-    Losses do not depend on it but for rounding, and a run may go on with other values.
+    Losses are the same up to rounding, and a run can be resumed with other values.
     """
 
     data: Count = 1
-    """Groups of devices, each with all parameters and a share of every batch."""
+    """Number of device groups; each has all parameters and a part of every batch."""
     fsdp: Count = 1
-    """Devices in a group, which have a share of its parameters, moments and examples each."""
+    """Devices in a group; parameters, optimiser state and examples are sharded over them."""
 
 
 def check(config: ParallelConfig, batch_size: int, accumulate: int = 1) -> None:

@@ -22,6 +22,10 @@ and, where they are needed,
     LABELS                   The metrics whose curves are drawn, with what they are on an axis.
     CLAIMS                   The titles of the claims that it tests, by their ids.
     claims(config, result)   An `experiments.report.evidence.Claim` for each of them.
+    model(config, result)    What it trains, an `experiments.engine.model.Model`: with it there are
+                             --init, `evaluate`, `sample` and `experiments.open(folder).model`. What
+                             the config leaves to the data, as how many characters there are, is
+                             taken from the result of a finished run; before a run, that is None.
     BESIDE                   The experiment of the report beside whose figure this one's stands.
 
 It is imported when it is asked for, and looked over before it runs.
@@ -68,6 +72,7 @@ class Experiment:
     LABELS: Mapping[str, str] = field(default_factory=dict)
     CLAIMS: Mapping[str, str] = field(default_factory=dict)
     claims: Callable[[Any, Any], tuple] = lambda config, result: ()
+    model: Callable[[Any, Any], Any] | None = None
     BESIDE: str = ""
 
 
@@ -86,6 +91,7 @@ ARGUMENTS = {
     "check": ("config",),
     "quick": ("config",),
     "claims": ("config", "result"),
+    "model": ("config", "result"),
 }
 
 
@@ -217,6 +223,6 @@ def read(path: Path) -> tuple[Experiment, Any]:
     Raises:
         UsageError: if the file cannot be read, or does not hold exactly such a config.
     """
-    name, table = read_table(path, names())
+    name, table = read_table(path, names(), config_paths())
     experiment = find(name)
     return experiment, check(experiment.Config, table, str(path))

@@ -12,10 +12,11 @@
     tensorboard/   if asked for: the metrics once more, as event files
     wandb/         if asked for: the files of Weights & Biases
     figure.png     of the result
+    evaluations.jsonl   a line for each later `evaluate`
 
-Every file but those of `checkpoints`, `profile`, `tensorboard` and `wandb`, and the metrics, which
-grow, is whole or not there. What counts as finished is the summary that says so, which is written
-last.
+Every file but those of `checkpoints`, `profile`, `tensorboard` and `wandb`, and the metrics and
+evaluations, which grow, is whole or not there. What counts as finished is the summary that says so,
+which is written last.
 
 Every key of the metrics and the summary that depends on the clock ends in `_seconds` or
 `_per_second`; the rest is the same when the run is repeated.
@@ -46,7 +47,7 @@ from experiments.engine import devices as meshes, processes
 from experiments.engine.config import UsageError
 from experiments.engine.experiment import Experiment
 from experiments.engine.files import LOCK, locked, written
-from experiments.engine.session import SILENT, Session
+from experiments.engine.session import SILENT, Session, Start
 from experiments.engine.sinks import EventFiles, JsonLines, Sink, WeightsAndBiases, logging_to
 
 CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
@@ -279,9 +280,12 @@ def read_result(folder: Path, result: Any) -> Any:
 
 def record(
     experiment: Experiment, config: Any, folder: Path, *, profile: bool = False,
-    tensorboard: bool = False, wandb: str | None = None,
+    tensorboard: bool = False, wandb: str | None = None, start: Start | None = None,
 ) -> Any:  # fmt: skip
     """Run the experiment, and leave in the folder what it logs, what comes of it, and figures.
+
+    Args:
+        start: what its training begins with, if not with random parameters of its own.
 
     Returns:
         The result, as it is kept; in a process that writes nothing, None.
@@ -291,7 +295,7 @@ def record(
     """
     clock = time.perf_counter()
     mesh = meshes.make_mesh(config.parallel) if hasattr(config, WHERE) else None
-    session = Session(SILENT.log, folder / CHECKPOINTS, hash_of(config), mesh)
+    session = Session(SILENT.log, folder / CHECKPOINTS, hash_of(config), mesh, start=start)
     if not processes.is_first():
         experiment.run(config, session)
         return None
@@ -304,6 +308,8 @@ def record(
         traces = folder / PROFILE if profile else None
         result = experiment.run(config, replace(session, log=log, profile=traces))
     summary = {"wall_seconds": time.perf_counter() - clock, "seed": config.seed} | surroundings()
+    if start is not None:
+        summary["init_sha256"] = start.sha256
     if not isinstance(result, experiment.Result) or not isinstance(result.scores, Mapping):
         raise ResultError(
             f"{experiment.file}: `run` returned no Result with scores: {result!r:.99}"

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from experiments.engine.checkpoints import Checkpoints, Record
 
@@ -31,6 +32,16 @@ def _discard(record: Record) -> None:
     pass
 
 
+class Start(NamedTuple):
+    """Parameters from outside, of a run or of a file."""
+
+    params: PyTree
+    sha256: str
+    """Of the names and the numbers that were read."""
+    changes: list[str]
+    """What it took to make parameters of another library's, a line for each."""
+
+
 @dataclass(frozen=True)
 class Session:
     """The default keeps nothing, neither records nor checkpoints, and is for one device."""
@@ -45,6 +56,12 @@ class Session:
     """The devices to train on; None for one."""
     profile: Path | None = None
     """For traces of a few steps of each training; None if there are to be none."""
+    start: Start | None = None
+    """What the training begins with in place of the experiment's own parameters; None for these."""
+
+    def begin(self, params: PyTree) -> PyTree:
+        """What a training begins with whose experiment would begin with `params`."""
+        return params if self.start is None else self.start.params
 
     @contextmanager
     def checkpoints(

@@ -15,12 +15,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tyro
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32, PRNGKeyArray, PyTree
 from rich.console import Console
@@ -37,10 +38,12 @@ Loss = Callable[..., tuple[Float[Array, ""], Any]]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The optimiser, its schedule, and how often to look."""
+    """Optimiser, learning-rate schedule, logging and checkpoints."""
 
     steps: Count = 20
     """Optimiser steps."""
+    init: Annotated[str | None, tyro.conf.arg(aliases=("--init",), metavar="RUN|FILE")] = None
+    """Start from these weights: the folder of a run, or a .safetensors or .npz file."""
     batch_size: Size = 16
     """Examples in each step."""
     accumulate: Count = 1
@@ -52,11 +55,11 @@ class TrainConfig:
     momentum: Fraction = 0.9
     """Of sgd: the share of the last step's direction that is added to the gradient."""
     learning_rate: Positive = 1e-2
-    """Highest learning rate of the schedule."""
+    """Peak learning rate."""
     schedule: Literal["constant", "cosine"] = "cosine"
-    """After the warm-up: stay at the learning rate, or fall to zero along a cosine."""
+    """After the warm-up: constant, or cosine decay to zero."""
     warmup: Fraction = 0.05
-    """Share of the steps over which the learning rate rises from zero."""
+    """Fraction of the steps over which the learning rate rises linearly from zero."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay, multiplied by the learning rate. Biases, by their name, and all other
     arrays of one axis, as the scales of norms, are spared."""
@@ -64,20 +67,20 @@ class TrainConfig:
     """Share of itself that an exponential mean of the parameters keeps at a step, as 0.999. It is
     evaluated beside them, as the splits validation_ema and test_ema; 0: none."""
     clip_norm: Positive = 1.0
-    """Gradients longer than this, in global norm, are scaled back to it."""
+    """Clip gradients to this global norm."""
     log_every: Count = 5
-    """Steps between two lines of training metrics, which are means over those steps."""
+    """Steps between log entries; training metrics are averaged over them."""
     evaluate_every: Count = 10
-    """Steps between two evaluations on held-out data."""
+    """Steps between evaluations on held-out data."""
     checkpoint_every: Count = 500
-    """Steps between two checkpoints, from which --resume goes on; there is one at the end, too."""
+    """Steps between checkpoints, for --resume; the last step is always saved."""
     checkpoints_kept: Count = 2
-    """The newest so many are kept."""
+    """Number of recent checkpoints to keep."""
     best: str | None = None
-    """A metric, as validation_loss: the checkpoint with the best of it is kept, too, which is the
-    highest of an accuracy and the lowest of all else; each evaluation then makes a checkpoint."""
+    """Also keep the checkpoint with the best value of this metric, for example validation_loss: the
+    highest accuracy, or the lowest of any other. Every evaluation then saves a checkpoint."""
     not_finite: Literal["stop", "skip"] = "stop"
-    """What is done at a step whose loss or gradient is not finite."""
+    """On a NaN or infinite loss or gradient: stop, or skip the step."""
 
 
 class TrainState(NamedTuple):
@@ -312,7 +315,7 @@ def fit(
         Stopped: after a checkpoint, if the process was asked to stop.
         UsageError: if the config's `best` is no metric of the evaluations.
     """
-    state = start(params, optimizer, carry)
+    state = start(session.begin(params), optimizer, carry)
     steps, skip, mesh = config.steps, config.not_finite == "skip", session.mesh
     if mesh is not None:
         state, batch, key = _spread(state, batch, key, mesh)

@@ -34,15 +34,15 @@ Dtype = Literal["float32", "float64", "bfloat16"]
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The LSTM, and who differentiates it."""
+    """The LSTM and how its gradient is computed."""
 
     hidden_size: Size = 16
-    """Width H of the LSTM's state."""
+    """Hidden size of the LSTM."""
     gradient: Gradient = "hand"
-    """The library's hand-derived gradient, or JAX's own through a plain scan."""
+    """The library's hand-derived gradient, or JAX's autodiff through a plain scan."""
     dtype: Dtype = "float32"
-    """Precision of arithmetic, and of parameters and data; under bfloat16 these stay float32, as do
-    cell states, logits, the loss and what the optimiser keeps."""
+    """Precision of the arithmetic, the parameters and the data; with bfloat16, only the arithmetic
+    has 16 bits: cell states, logits, the loss and the optimiser state stay float32, too."""
 
 
 class ReadoutParams(NamedTuple):
@@ -98,6 +98,17 @@ def read_out(
     return (state.h @ w).astype(params.b.dtype) + params.b[None, :]
 
 
+def evaluation(loss: Loss, data: Any, key: PRNGKeyArray) -> Callable[[Any], dict[str, Array]]:
+    """Metrics of the parameters on held-out `data`."""
+    data = jax.tree.map(jnp.asarray, data)
+
+    def metrics(params):
+        value, others = loss(params, data, key)
+        return {"loss": value, **others}
+
+    return metrics
+
+
 def train_readout(
     loss: Callable[[Gradient, Dtype], Loss],
     params: ReadoutParams,
@@ -121,19 +132,12 @@ def train_readout(
         the gradients over the first `compare_steps` steps.
     """
 
-    def evaluation(data):
-        def metrics(params):
-            value, others = loss(model.gradient, model.dtype)(params, data, key)
-            return {"loss": value, **others}
-
-        return metrics
-
-    held_out = jax.tree.map(jnp.asarray, held_out)
-    evaluations = {split: evaluation(data) for split, data in held_out.items()}
+    of_run = loss(model.gradient, model.dtype)
+    evaluations = {split: evaluation(of_run, data, key) for split, data in held_out.items()}
     final = {"test": evaluations.pop("test")}
     optimizer = make_optimizer(train)
     trained = fit(
-        loss(model.gradient, model.dtype),
+        of_run,
         params,
         optimizer,
         batch,
@@ -148,7 +152,7 @@ def train_readout(
         both: dict[str, Loss] = {name: loss(name, model.dtype) for name in GRADIENTS}
         scores |= compare(
             both,
-            params,
+            session.begin(params),
             optimizer,
             batch,
             key,

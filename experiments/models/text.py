@@ -36,17 +36,17 @@ States = tuple[rnnattn.LSTMState, ...]
 
 @dataclass(frozen=True)
 class TextModelConfig(ModelConfig):
-    """The stack of LSTMs, and who differentiates it."""
+    """The stacked LSTM and how its gradient is computed."""
 
     layers: Layers = 2
-    """LSTMs, one above the other."""
+    """Number of LSTM layers."""
     embedding_size: Size = 8
-    """Width E of what the lowest one reads for a character."""
+    """Size of the character embedding."""
     dropout: Fraction = 0.1
-    """Share of the values between two layers that is set to zero in training."""
+    """Dropout rate between layers, in training."""
     remat: Literal["none", "states"] = "none"
-    """What the gradient by hand computes again, for less memory: the states, but for one in as many
-    steps as the root of the window; autodiff keeps all."""
+    """What to recompute in the backward pass of the hand-derived gradient, to save memory: nothing,
+    or most states (one in √window is kept)."""
 
 
 class TextParams(NamedTuple):
@@ -141,24 +141,42 @@ def read_through(
     return nats.ravel()[: len(text) - 1], correct.ravel()[: len(text) - 1]
 
 
-@partial(jax.jit, static_argnames="length")
+@partial(jax.jit, static_argnames=("length", "temperature"))
 def write(
-    params: TextParams, first: Int32[Array, ""], key: PRNGKeyArray, *, length: int
+    params: TextParams,
+    prompt: Int32[Array, " N"],
+    key: PRNGKeyArray,
+    *,
+    length: int,
+    temperature: float = 1.0,
 ) -> Int32[Array, " length"]:
-    """The characters that follow `first`, each drawn from what the model expects after the last."""
+    """The characters that follow the prompt, which has one at least.
 
-    def step(carry, key):
-        character, below = carry
+    Each is drawn from what the model expects after the last, p(next) ∝ exp(logit / temperature); at
+    a temperature of 0 it is the likeliest.
+    """
+
+    def read(below, character):
         x, states = params.embedding[character][None, :], []
         for layer, state in zip(params.layers, below, strict=True):
             states.append(rnnattn.lstm_step(layer, x, state))
             x = states[-1].h
-        logits = x[0] @ params.w + params.b
-        character = jax.random.categorical(key, logits).astype(jnp.int32)
-        return (character, tuple(states)), character
+        return tuple(states), x[0]
 
-    start = (first, zero_states(params, 1))
-    return jax.lax.scan(step, start, jax.random.split(key, length))[1]
+    def step(carry, key):
+        character, below = carry
+        states, h = read(below, character)
+        logits = h @ params.w + params.b
+        if temperature == 0:
+            character = jax.lax.argmax(logits, 0, jnp.int32)
+        else:
+            character = jax.random.categorical(key, logits / temperature).astype(jnp.int32)
+        return (character, states), character
+
+    states = zero_states(params, 1)
+    if len(prompt) > 1:
+        states, _ = jax.lax.scan(read, states, prompt[:-1])
+    return jax.lax.scan(step, (prompt[-1], states), jax.random.split(key, length))[1]
 
 
 def _judge(logits, following):

@@ -1,4 +1,4 @@
-"""A vision transformer that names digits: the model of the ViT experiments, as functions of arrays.
+"""A vision transformer that names images: the model of the ViT experiments, as functions of arrays.
 
 loss = -log softmax(logits)[label],   averaged over the batch
 """
@@ -24,9 +24,12 @@ READ_AT_ONCE = 200
 """Held-out images in memory at a time; the scores are the same for any number."""
 
 Apply = Callable[..., Any]
-"""`apply(params, images (B, rows, columns), key=None, **options)`: logits, and what else the
-options ask of `rnnattn.nn.ViT`, 16-bit numbers in float32; with a key, as in training, with
+"""`apply(params, pixels (B, rows, columns, channels), key=None, **options)`: logits, and what else
+the options ask of `rnnattn.nn.ViT`, 16-bit numbers in float32; with a key, as in training, with
 dropout."""
+
+Shape = tuple[int, int, int]
+"""Of an image: rows, columns, channels."""
 
 
 @dataclass(frozen=True)
@@ -34,41 +37,41 @@ class ViTConfig:
     """The vision transformer."""
 
     patch_size: Size = 4
-    """Side of a patch, in pixels."""
+    """Side length of a patch, in pixels."""
     width: Size = 16
-    """Numbers in a token."""
+    """Embedding dimension of a token."""
     depth: Layers = 1
-    """Blocks, one above the other."""
+    """Number of transformer blocks."""
     num_heads: Size = 2
-    """Heads of attention in each block."""
+    """Attention heads in each block."""
     mlp_ratio: Size = 2
-    """Hidden width of a block's perceptron, in widths of a token."""
+    """Hidden width of the MLP, as a multiple of the width."""
     position: Literal["learned", "sincos2d", "rope2d", "none"] = "learned"
-    """How a token is told where it is."""
+    """Position encoding."""
     pool: Literal["mean", "cls"] = "mean"
-    """What is read in the end: the mean of the tokens, or a token of its own."""
+    """What the classifier reads: the mean of the tokens, or a class token."""
     stem: Literal["patch", "conv"] = "patch"
-    """How an image becomes tokens: a linear map of each patch, or strided convolutions."""
+    """Patch embedding: a linear map of each patch, or strided convolutions."""
     dropout: Fraction = 0.0
-    """Share of the values that is set to zero in training."""
+    """Dropout rate, in training."""
     drop_path: Fraction = 0.0
-    """Chance that a branch of the last block is left out in training."""
+    """Stochastic depth: probability of dropping a branch of the last block, in training."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of arithmetic; parameters, norms, the loss and what the optimiser keeps are in
-    float32 under either."""
+    """Precision of the arithmetic; parameters, norms, the loss and the optimiser state stay
+    float32."""
 
 
-def build(config: ViTConfig, size: tuple[int, int], seed: int = 0) -> ViT:
-    """The model for images of `size`, which its positions refer to, with weights by the seed."""
+def build(config: ViTConfig, shape: Shape, classes: int, seed: int = 0) -> ViT:
+    """The model for images of `shape`, which its positions refer to, with weights by the seed."""
     return ViT(
         patch_size=config.patch_size,
         width=config.width,
         depth=config.depth,
         num_heads=config.num_heads,
         mlp_ratio=config.mlp_ratio,
-        classes=10,
-        channels=1,
-        image_size=size,
+        classes=classes,
+        channels=shape[2],
+        image_size=shape[:2],
         position=config.position,
         pool=config.pool,
         stem=config.stem,
@@ -79,14 +82,14 @@ def build(config: ViTConfig, size: tuple[int, int], seed: int = 0) -> ViT:
     )
 
 
-def check_model(config: ViTConfig, size: tuple[int, int]) -> ViT:
-    """The model for images of `size`, but for its weights.
+def check_model(config: ViTConfig, shape: Shape, classes: int) -> ViT:
+    """The model for images of `shape`, but for its weights.
 
     Raises:
         UsageError: if there is no such model.
     """
     try:
-        return nnx.eval_shape(lambda: build(config, size))
+        return nnx.eval_shape(lambda: build(config, shape, classes))
     except ValueError as error:
         raise UsageError(f"--model: {error}") from None
 
@@ -105,10 +108,10 @@ def functional(model: ViT) -> tuple[PyTree, Apply]:
     model.eval()
     reading, params, rest = nnx.split(model, nnx.Param, ...)
 
-    def apply(params, images, key=None, **options):
+    def apply(params, pixels, key=None, **options):
         graph = reading if key is None else training
         rngs = None if key is None else nnx.Rngs(dropout=key)
-        found = nnx.merge(graph, params, rest)(images[..., None], rngs=rngs, **options)
+        found = nnx.merge(graph, params, rest)(pixels, rngs=rngs, **options)
         return jax.tree.map(_widened, found)
 
     return params, apply
@@ -120,50 +123,50 @@ def _widened(x: Array) -> Array:
 
 
 def loss_of(apply: Apply) -> Loss:
-    """Cross-entropy and accuracy of a batch of digits."""
+    """Cross-entropy and accuracy of a batch of images."""
 
     def loss(params, batch, key):
-        return judge(apply(params, batch.images, key), batch.labels)
+        return judge(apply(params, batch.pixels, key), batch.labels)
 
     return loss
 
 
-def judge(logits: Float[Array, "B 10"], labels: Array) -> tuple[Array, dict[str, Array]]:
+def judge(logits: Float[Array, "B classes"], labels: Array) -> tuple[Array, dict[str, Array]]:
     """Mean cross-entropy, and accuracy."""
     entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     correct = jax.lax.argmax(logits, 1, jnp.int32) == labels
     return jnp.mean(entropy), {"accuracy": jnp.mean(correct, dtype=logits.dtype)}
 
 
-def read(apply: Apply, params: PyTree, images: Float[Array, "B rows columns"]) -> Array:
+def read(apply: Apply, params: PyTree, pixels: Float[Array, "B rows columns channels"]) -> Array:
     """Logits of any number of images, a few at a time."""
-    size = min(READ_AT_ONCE, len(images))
-    padded = jnp.pad(images, ((0, -len(images) % size), (0, 0), (0, 0)))
-    chunks = padded.reshape(-1, size, *images.shape[1:])
+    size = min(READ_AT_ONCE, len(pixels))
+    padded = jnp.pad(pixels, ((0, -len(pixels) % size), (0, 0), (0, 0), (0, 0)))
+    chunks = padded.reshape(-1, size, *pixels.shape[1:])
     logits = jax.lax.map(lambda chunk: apply(params, chunk), chunks)
-    return logits.reshape(-1, logits.shape[-1])[: len(images)]
+    return logits.reshape(-1, logits.shape[-1])[: len(pixels)]
 
 
-def evaluation(apply: Apply, digits: Any) -> Callable[[PyTree], dict[str, Array]]:
-    """Metrics of the parameters on `digits`."""
+def evaluation(apply: Apply, images: Any) -> Callable[[PyTree], dict[str, Array]]:
+    """Metrics of the parameters on the images."""
 
     def metrics(params):
-        logits = read(apply, params, jnp.asarray(digits.images))
-        loss, others = judge(logits, jnp.asarray(digits.labels))
+        logits = read(apply, params, jnp.asarray(images.pixels))
+        loss, others = judge(logits, jnp.asarray(images.labels))
         return {"loss": loss, **others}
 
     return metrics
 
 
-def attention_received(model: ViT, apply: Apply, params: PyTree, images: Any) -> np.ndarray:
+def attention_received(model: ViT, apply: Apply, params: PyTree, pixels: Any) -> np.ndarray:
     """How much of the attention goes to each patch (B, depth, heads, rows, columns).
 
     Of the class token's attention, if there is one, else of all tokens' in the mean.
     """
-    _, kept = jax.jit(apply, static_argnames="capture")(params, images, capture=True)
+    _, kept = jax.jit(apply, static_argnames="capture")(params, pixels, capture=True)
     of_blocks = np.stack([np.asarray(weights) for weights in kept.weights], axis=1)
     of_readers = of_blocks[..., 0, 1:] if model.prefix else of_blocks.mean(axis=-2)
-    return of_readers.reshape(*of_readers.shape[:-1], *model.grid(images.shape[1:3]))
+    return of_readers.reshape(*of_readers.shape[:-1], *model.grid(pixels.shape[1:3]))
 
 
 def position_similarity(model: ViT, size: tuple[int, int]) -> np.ndarray:

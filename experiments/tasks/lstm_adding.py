@@ -6,8 +6,9 @@ first half and at one of the second, and 0 elsewhere. Answering always 1, the me
 a mean squared error of their variance, 2/12 = 1/6.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from experiments.data.adding import CONSTANT_MSE, DataConfig, Sums, abstract_sum
 from experiments.engine.config import Seed
 from experiments.engine.devices import ParallelConfig
 from experiments.engine.memory import check_training
+from experiments.engine.model import Model
 from experiments.engine.session import SILENT, Session
 from experiments.engine.training import Loss, TrainConfig
 from experiments.models.lstm import (
@@ -26,6 +28,7 @@ from experiments.models.lstm import (
     Gradient,
     ModelConfig,
     abstract_readout,
+    evaluation,
     init_readout,
     kept_dtype,
     read_out,
@@ -47,9 +50,9 @@ class Config:
     """The defaults are a size for tests: seconds on one core."""
 
     seed: Seed = 0
-    """Decides the sequences and the initial weights."""
+    """Random seed of the sequences and the initial weights."""
     compare_steps: Annotated[int, Field(ge=0, lt=2**31)] = 3
-    """After training, the first so many steps are run and timed under both gradients; 0: none."""
+    """Steps to time with each of the two gradients after training; 0 for none."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -127,6 +130,25 @@ def run(config: Config, session: Session = SILENT) -> Result:
             losses=np.array([record["loss"] for record in curve]),
             scores={"constant_loss": CONSTANT_MSE, **scores},
         )
+
+
+def model(config: Config, result: Result | None) -> Model:
+    """The LSTM with its read-out: the sums that it finds in sequences (B, T, 2)."""
+    init_key, _, train_key, _, test_key = jax.random.split(jax.random.key(config.seed), 5)
+    gradient, dtype = config.model.gradient, config.model.dtype
+
+    def test() -> Callable[[Any], Any]:
+        sums = draw_sums(test_key, config.data.held_out, config.data.length, kept_dtype(dtype))
+        return evaluation(loss_under(gradient, dtype), sums, train_key)
+
+    return Model(
+        init=lambda: init_readout(init_key, 2, 1, config.model),
+        apply=lambda params, x: read_out(
+            params, jnp.asarray(x, kept_dtype(dtype)), gradient, dtype
+        )[:, 0],
+        test=test,
+        x64=dtype == "float64",
+    )
 
 
 def plot(config: Config, result: Result) -> "Figure":

@@ -1,23 +1,26 @@
-"""An LSTM reads handwritten digits row by row, of scikit-learn's 8 × 8 pixels or MNIST's 28 × 28.
+"""An LSTM reads images row by row: digits of scikit-learn or of MNIST, or those of CIFAR-10.
 
 loss = -log softmax(answer)[label],   averaged over the batch
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import PyTree
 from pydantic import Field
 
-from experiments.data.digits import Digits, digits_batch
-from experiments.data.images import DataConfig, load_images
+from experiments.data.images import image_batches
+from experiments.data.sources import DataConfig, check_like, load_images
 from experiments.engine.config import Seed
 from experiments.engine.cost import cost_scores, score_table, step_cost
 from experiments.engine.devices import ParallelConfig
 from experiments.engine.memory import check_training, rows_like
+from experiments.engine.model import Model
 from experiments.engine.session import SILENT, Session
 from experiments.engine.training import Loss, TrainConfig, make_optimizer
 from experiments.models.lstm import (
@@ -25,6 +28,7 @@ from experiments.models.lstm import (
     Gradient,
     ModelConfig,
     abstract_readout,
+    evaluation,
     init_readout,
     kept_dtype,
     read_out,
@@ -35,7 +39,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-LABELS = {"loss": "cross-entropy (nats)", "accuracy": "share of digits read correctly"}
+LABELS = {"loss": "cross-entropy (nats)", "accuracy": "share of images named correctly"}
 """What the metrics are, on an axis."""
 
 
@@ -44,9 +48,9 @@ class Config:
     """The defaults are a size for tests: seconds on one core."""
 
     seed: Seed = 0
-    """Decides the split, the initial weights and the order of the data."""
+    """Random seed of the split, the initial weights and the order of the data."""
     compare_steps: Annotated[int, Field(ge=0, lt=2**31)] = 3
-    """After training, the first so many steps are run and timed under both gradients; 0: none."""
+    """Steps to time with each of the two gradients after training; 0 for none."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -65,16 +69,23 @@ class Result(NamedTuple):
 
     images: np.ndarray
     labels: np.ndarray
+    classes: np.ndarray
+    """The names that labels stand for."""
     probabilities: np.ndarray
     table: str
-    scores: dict[str, float]
+    scores: dict[str, Any]
+
+
+def by_rows(pixels: Any) -> Any:
+    """Images as sequences of their rows, (B, rows, columns · channels)."""
+    return pixels.reshape(*pixels.shape[:2], -1)
 
 
 def loss_under(gradient: Gradient, dtype: Dtype | None = None) -> Loss:
-    """Cross-entropy and accuracy of a batch of digits."""
+    """Cross-entropy and accuracy of a batch of images."""
 
     def loss(params, batch, key):
-        logits = read_out(params, batch.images, gradient, dtype)
+        logits = read_out(params, by_rows(batch.pixels), gradient, dtype)
         entropy = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
         correct = jax.lax.argmax(logits, 1, jnp.int32) == batch.labels
         return jnp.mean(entropy), {"accuracy": jnp.mean(correct, dtype=logits.dtype)}
@@ -83,72 +94,98 @@ def loss_under(gradient: Gradient, dtype: Dtype | None = None) -> Loss:
 
 
 def check(config: Config) -> None:
-    """Raise a `UsageError` if the digits are not there, or there is no memory to train on them."""
+    """Raise a `UsageError` if the images are not there, or there is no memory to train on them."""
     with jax.enable_x64(config.model.dtype == "float64"):
-        dtype = kept_dtype(config.model.dtype)
-        train, validation, test = load_images(config.data, config.seed, dtype)
-        params = abstract_readout(train.images.shape[-1], 10, config.model)
-        batch = rows_like(train, config.train.batch_size)
-        data = train, validation, test
+        data = load_images(config.data, config.seed, kept_dtype(config.model.dtype))
+        width = by_rows(data.train.pixels).shape[-1]
+        params = abstract_readout(width, len(data.classes), config.model)
+        batch = rows_like(data.train, config.train.batch_size)
         loss = loss_under(config.model.gradient, config.model.dtype)
-        check_training(config.train, loss, params, batch, data=data)
+        check_training(config.train, loss, params, batch, data=data[:3])
 
 
-def flops_of_sequence(config: ModelConfig, rows: int, columns: int) -> int:
+def flops_of_sequence(config: ModelConfig, rows: int, width: int) -> int:
     """Operations of the matrix products that train on one image: forward, and twice that back.
 
     By hand, as XLA counts the body of the loop over the rows once.
     """
-    return 3 * rows * 2 * (columns + config.hidden_size) * 4 * config.hidden_size
+    return 3 * rows * 2 * (width + config.hidden_size) * 4 * config.hidden_size
 
 
 def run(config: Config, session: Session = SILENT) -> Result:
-    """Train on the digits and read the test set."""
+    """Train on the images and read those of the test set."""
     with jax.enable_x64(config.model.dtype == "float64"):
-        dtype = kept_dtype(config.model.dtype)
-        train, validation, test = load_images(config.data, config.seed, dtype)
-
-        def batch(step: int) -> Digits:
-            size, shift = config.train.batch_size, config.data.shift
-            return digits_batch(train, config.seed, step, size, shift)
-
+        data = load_images(config.data, config.seed, kept_dtype(config.model.dtype))
+        size, shift, flip = config.train.batch_size, config.data.shift, config.data.flip
+        batch = image_batches(data.train, config.seed, size, shift=shift, flip=flip)
         init_key, train_key = jax.random.split(jax.random.key(config.seed))
-        params = init_readout(init_key, train.images.shape[-1], 10, config.model)
+        test = data.test
+        rows, width = by_rows(test.pixels).shape[1:]
+        params = init_readout(init_key, width, len(data.classes), config.model)
         trained, scores = train_readout(
             loss_under,
             params,
             batch,
             train_key,
-            {"validation": validation, "test": test},
+            {"validation": data.validation, "test": test},
             model=config.model,
             train=config.train,
             compare_steps=config.compare_steps,
             session=session,
         )
-        gradient, arithmetic = config.model.gradient, config.model.dtype
-        loss, optimizer = loss_under(gradient, arithmetic), make_optimizer(config.train)
+        gradient, dtype = config.model.gradient, config.model.dtype
+        loss, optimizer = loss_under(gradient, dtype), make_optimizer(config.train)
         cost = step_cost(
             loss, params, optimizer, batch(0), train_key, accumulate=config.train.accumulate
         )
-        of_image = flops_of_sequence(config.model, *train.images.shape[1:])
+        of_image = flops_of_sequence(config.model, rows, width)
         cost = cost._replace(flops=float(of_image * config.train.batch_size))
         scores |= cost_scores(params, cost, config.train.steps)
-        images = jnp.asarray(test.images)
-        logits = read_out(trained.params, images, gradient, arithmetic)
+        sequences = by_rows(jnp.asarray(test.pixels))
+        logits = read_out(trained.params, sequences, gradient, dtype)
         probabilities = np.asarray(jax.nn.softmax(logits, axis=-1))
-        rows = score_table("LSTM, row by row", scores)
-        return Result(test.images, test.labels, probabilities, rows, scores)
+        table = score_table("LSTM, row by row", scores)
+        return Result(
+            test.pixels, test.labels, data.classes, probabilities, table, scores | data.origin
+        )
+
+
+def model(config: Config, result: Result | None) -> Model:
+    """The LSTM with its read-out: logits of images (B, rows, columns, channels)."""
+    init_key, train_key = jax.random.split(jax.random.key(config.seed))
+    gradient, dtype = config.model.gradient, config.model.dtype
+
+    def sizes() -> tuple[tuple[int, ...], int]:
+        if result is not None:
+            return result.images.shape[1:], len(result.classes)
+        data = load_images(config.data, config.seed, kept_dtype(dtype))
+        return data.train.pixels.shape[1:], len(data.classes)
+
+    def init() -> PyTree:
+        (_, columns, channels), classes = sizes()
+        return init_readout(init_key, columns * channels, classes, config.model)
+
+    def test() -> Callable[[Any], Any]:
+        data = load_images(config.data, config.seed, kept_dtype(dtype))
+        check_like(data, *sizes())
+        return evaluation(loss_under(gradient, dtype), data.test, train_key)
+
+    def apply(params: PyTree, pixels: Any) -> jax.Array:
+        pixels = jnp.asarray(pixels, kept_dtype(dtype))
+        return read_out(params, by_rows(pixels), gradient, dtype)
+
+    return Model(init, apply, test, x64=dtype == "float64")
 
 
 def plot(config: Config, result: Result) -> "Figure":
     """Sample test images with their predictions, every mistake first, and the confusion matrix."""
-    from experiments.figures import confusion_matrix, digit_gallery, new_figure
+    from experiments.figures import confusion_matrix, image_gallery, new_figure
 
     predictions = result.probabilities.argmax(axis=-1)
     figure = new_figure(11, 5.2)
     left, matrix = figure.subfigures(1, 2, squeeze=False, width_ratios=(1.15, 1))[0]
-    digit_gallery(left, result.images, result.labels, result.probabilities)
-    confusion_matrix(matrix, result.labels, predictions)
+    image_gallery(left, result.images, result.labels, result.probabilities, result.classes)
+    confusion_matrix(matrix, result.labels, predictions, result.classes)
     share = np.mean(predictions == result.labels)
-    figure.suptitle(f"{share:.1%} of {len(result.labels)} test digits read correctly")
+    figure.suptitle(f"{share:.1%} of {len(result.labels)} test images named correctly")
     return figure

@@ -6,8 +6,9 @@ Held-out text is read in one go, from its first character to its last.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import jax
@@ -15,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from pydantic import Field
 
-from experiments.data.text import Text, Windows, entropies, load_text, text_windows
+from experiments.data.text import Text, Windows, encode, entropies, load_text, text_windows
 from experiments.engine.config import Seed, Size
 from experiments.engine.devices import ParallelConfig
 from experiments.engine.memory import check_training
+from experiments.engine.model import Model
 from experiments.engine.session import SILENT, Session
 from experiments.engine.training import (
     Loss,
@@ -28,11 +30,13 @@ from experiments.engine.training import (
     fit,
     make_optimizer,
 )
-from experiments.models.lstm import GRADIENTS, Gradient
+from experiments.models.lstm import GRADIENTS, Dtype, Gradient
 from experiments.models.text import (
     TextModelConfig,
+    TextParams,
     init_text,
     loss_under,
+    predict,
     read_through,
     write,
     zero_states,
@@ -50,12 +54,12 @@ LABELS = {
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The text, and how much of it a step reads in each row of the batch."""
+    """The text, and the length of the windows to train on."""
 
     path: str | None = None
-    """A text file in UTF-8; without one, the English prose of Python's own help."""
+    """A UTF-8 text file; by default, the documentation topics of Python's help()."""
     window: Size = 8
-    """Characters that each row reads in a step; gradients reach back no further."""
+    """Characters in a training window: the length of truncated backpropagation."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +67,11 @@ class Config:
     """The defaults are a size for tests: seconds on one core."""
 
     seed: Seed = 0
-    """Decides the initial weights, what is dropped, and the sample."""
+    """Random seed of the initial weights, dropout and the sample."""
     compare_steps: Annotated[int, Field(ge=0, lt=2**31)] = 3
-    """After training, the first so many steps are run and timed under both gradients; 0: none."""
+    """Steps to time with each of the two gradients after training; 0 for none."""
     sample_length: Size = 100
-    """Characters that the trained model writes."""
+    """Characters to generate after training."""
     data: DataConfig = field(default_factory=DataConfig)
     model: TextModelConfig = field(default_factory=TextModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -88,6 +92,8 @@ class Result(NamedTuple):
 
     test: np.ndarray
     """Code points."""
+    characters: np.ndarray
+    """Code points of those that the model knows, in its order."""
     nats: np.ndarray
     """-log p of each character of the test text but the first."""
     curve: np.ndarray
@@ -95,6 +101,23 @@ class Result(NamedTuple):
     validation_curve: np.ndarray
     sample: str
     scores: dict[str, Any]
+
+
+def reading(
+    part: np.ndarray, gradient: Gradient, dtype: Dtype
+) -> Callable[[Any], dict[str, jax.Array]]:
+    """Metrics of the parameters on a part of the text."""
+
+    def metrics(params):
+        nats, correct = read_through(params, jnp.asarray(part), gradient, dtype)
+        return {"loss": jnp.mean(nats), "accuracy": jnp.mean(correct)}
+
+    return metrics
+
+
+def start_of_line(characters: str) -> jax.Array:
+    """What a sample begins after where there is no prompt: the end of a line, if there are any."""
+    return jnp.array([max(0, characters.find("\n"))], jnp.int32)
 
 
 def check(config: Config) -> None:
@@ -122,13 +145,6 @@ def run(config: Config, session: Session = SILENT) -> Result:
         def batch(step: int) -> Windows:
             return text_windows(text.train, step, size, window)
 
-        def reading(part: np.ndarray):
-            def metrics(params):
-                nats, correct = read_through(params, jnp.asarray(part), gradient, dtype)
-                return {"loss": jnp.mean(nats), "accuracy": jnp.mean(correct)}
-
-            return metrics
-
         params = init_text(init_key, len(text.characters), config.model)
         carry, optimizer = zero_states(params, size), make_optimizer(config.train)
         trained = fit(
@@ -139,8 +155,8 @@ def run(config: Config, session: Session = SILENT) -> Result:
             train_key,
             config.train,
             carry=carry,
-            evaluations={"validation": reading(text.validation)},
-            final={"test": reading(text.test)},
+            evaluations={"validation": reading(text.validation, gradient, dtype)},
+            final={"test": reading(text.test, gradient, dtype)},
             session=session,
         )
         scores = _with_baselines(text, final_scores(trained))
@@ -148,7 +164,7 @@ def run(config: Config, session: Session = SILENT) -> Result:
             both: dict[str, Loss] = {name: _loss(config, name) for name in GRADIENTS}
             scores |= compare(
                 both,
-                params,
+                session.begin(params),
                 optimizer,
                 batch,
                 train_key,
@@ -158,8 +174,8 @@ def run(config: Config, session: Session = SILENT) -> Result:
             )
         read = jax.jit(read_through, static_argnums=(2, 3))
         nats, _ = read(trained.params, jnp.asarray(text.test), gradient, dtype)
-        first = jnp.int32(max(0, text.characters.find("\n")))
-        written = write(trained.params, first, sample_key, length=config.sample_length)
+        prompt = start_of_line(text.characters)
+        written = write(trained.params, prompt, sample_key, length=config.sample_length)
         curve, held_out = (
             np.array([(r["step"], r["loss"]) for r in trained.records if r["split"] == split])
             for split in ("train", "validation")
@@ -167,12 +183,46 @@ def run(config: Config, session: Session = SILENT) -> Result:
         points = np.array([ord(character) for character in text.characters], np.int32)
         return Result(
             test=points[text.test],
+            characters=points,
             nats=np.asarray(nats),
             curve=curve,
             validation_curve=held_out,
             sample="".join(text.characters[number] for number in np.asarray(written)),
             scores=scores,
         )
+
+
+def model(config: Config, result: Result | None) -> Model:
+    """The stack of LSTMs: logits (B, T, V) of the character after each of texts of one length."""
+    gradient, dtype = config.model.gradient, config.model.dtype
+
+    @cache
+    def characters() -> str:
+        return _load(config).characters if result is None else "".join(map(chr, result.characters))
+
+    def init() -> TextParams:
+        init_key, _, _ = jax.random.split(jax.random.key(config.seed), 3)
+        return init_text(init_key, len(characters()), config.model)
+
+    def apply(params: TextParams, texts: Sequence[str]) -> jax.Array:
+        x = jnp.array([encode(text, characters(), "a text") for text in texts])
+        return predict(params, x, zero_states(params, len(x)), gradient, dtype=dtype)[0]
+
+    def test() -> Callable[[Any], Any]:
+        return reading(load_text(config.data.path, characters=characters()).test, gradient, dtype)
+
+    def sample(
+        params: TextParams, prompt: str | None, length: int, temperature: float, seed: int
+    ) -> str:
+        # so that without a prompt a run's own sample is written again
+        _, _, key = jax.random.split(jax.random.key(seed), 3)
+        first = start_of_line(characters())
+        if prompt:
+            first = jnp.asarray(encode(prompt, characters(), "--prompt"))
+        written = write(params, first, key, length=length, temperature=temperature)
+        return "".join(characters()[number] for number in np.asarray(written))
+
+    return Model(init, apply, test, sample=sample, x64=dtype == "float64")
 
 
 def plot(config: Config, result: Result) -> "Figure":
@@ -208,7 +258,7 @@ def _load(config: Config) -> Text:
 def _with_baselines(text: Text, scores: dict[str, float]) -> dict[str, Any]:
     """The scores with those of held-out text also in bits, and beside what needs no memory."""
     more: dict[str, Any] = {
-        "text_sha256": text.sha256,
+        "data_sha256": text.sha256,
         "text_characters": len(text.train) + len(text.validation) + len(text.test),
         "vocabulary_size": len(text.characters),
     }

@@ -1,18 +1,20 @@
-"""A vision transformer reads handwritten digits: 8 × 8 pixels of scikit-learn's, or MNIST's."""
+"""A vision transformer names images: digits of scikit-learn or of MNIST, or those of CIFAR-10."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments.data.digits import Digits, digits_batch
-from experiments.data.images import DataConfig, load_images
+from experiments.data.images import image_batches
+from experiments.data.sources import DataConfig, check_like, load_images
 from experiments.engine.config import Seed
 from experiments.engine.cost import cost_scores, score_table, step_cost
 from experiments.engine.devices import ParallelConfig
+from experiments.engine.model import Adopted, Model
 from experiments.engine.session import SILENT, Session
 from experiments.engine.training import (
     TrainConfig,
@@ -20,6 +22,7 @@ from experiments.engine.training import (
     fit,
     make_optimizer,
 )
+from experiments.models.pretrained import adopt as pretrained
 from experiments.models.vit import (
     ViTConfig,
     attention_received,
@@ -36,7 +39,7 @@ from experiments.models.vit import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LABELS = {"loss": "cross-entropy (nats)", "accuracy": "share of digits read correctly"}
+LABELS = {"loss": "cross-entropy (nats)", "accuracy": "share of images named correctly"}
 
 SHOWN = 6
 """Test images whose attention is kept."""
@@ -47,7 +50,7 @@ class Config:
     """The defaults are a size for tests: seconds on one core."""
 
     seed: Seed = 0
-    """Decides the split, the initial weights and the order of the data."""
+    """Random seed of the split, the initial weights and the order of the data."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ViTConfig = field(default_factory=ViTConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -65,6 +68,8 @@ class Result(NamedTuple):
 
     images: np.ndarray
     labels: np.ndarray
+    classes: np.ndarray
+    """The names that labels stand for."""
     probabilities: np.ndarray
     attention: np.ndarray
     """Of the first images that have different labels: (images, depth, heads, rows, columns)."""
@@ -73,28 +78,26 @@ class Result(NamedTuple):
     similarity: np.ndarray
     """Of positions: (rows, columns, rows, columns), or empty where none are added."""
     table: str
-    scores: dict[str, float]
+    scores: dict[str, Any]
 
 
 def check(config: Config) -> None:
     """Raise a `UsageError` if the data or the model will not do."""
     data = load_images(config.data, config.seed, "float32")
-    model = check_model(config.model, data[0].images.shape[1:])
-    check_memory(model, data, config.train)
+    model = check_model(config.model, data.train.pixels.shape[1:], len(data.classes))
+    check_memory(model, data[:3], config.train)
 
 
 def run(config: Config, session: Session = SILENT) -> Result:
-    """Train on the digits and read the test set."""
-    train, validation, test = load_images(config.data, config.seed, "float32")
-    size = train.images.shape[1:]
-    model = build(config.model, size, config.seed)
+    """Train on the images and name those of the test set."""
+    data = load_images(config.data, config.seed, "float32")
+    shape, test = data.train.pixels.shape[1:], data.test
+    model = build(config.model, shape, len(data.classes), config.seed)
     params, apply = functional(model)
     loss, optimizer = loss_of(apply), make_optimizer(config.train)
     key = jax.random.key(config.seed)
-
-    def batch(step: int) -> Digits:
-        return digits_batch(train, config.seed, step, config.train.batch_size, config.data.shift)
-
+    size, shift, flip = config.train.batch_size, config.data.shift, config.data.flip
+    batch = image_batches(data.train, config.seed, size, shift=shift, flip=flip)
     trained = fit(
         loss,
         params,
@@ -102,28 +105,55 @@ def run(config: Config, session: Session = SILENT) -> Result:
         batch,
         key,
         config.train,
-        evaluations={"validation": evaluation(apply, validation)},
+        evaluations={"validation": evaluation(apply, data.validation)},
         final={"test": evaluation(apply, test)},
         session=session,
     )
     scores = final_scores(trained)
     cost = step_cost(loss, params, optimizer, batch(0), key, accumulate=config.train.accumulate)
     scores |= cost_scores(params, cost, config.train.steps)
-    logits = jax.jit(read, static_argnums=0)(apply, trained.params, jnp.asarray(test.images))
+    logits = jax.jit(read, static_argnums=0)(apply, trained.params, jnp.asarray(test.pixels))
     _, attended = np.unique(test.labels, return_index=True)
     attended = attended[:SHOWN]
-    shown = jnp.asarray(test.images[attended])
+    shown = jnp.asarray(test.pixels[attended])
     attention = attention_received(model, apply, trained.params, shown)
     nnx.update(model, trained.params)
     return Result(
-        images=test.images,
+        images=test.pixels,
         labels=test.labels,
+        classes=data.classes,
         probabilities=np.asarray(jax.nn.softmax(logits, axis=-1)),
         attention=attention,
         attended=attended,
-        similarity=position_similarity(model, size),
+        similarity=position_similarity(model, shape[:2]),
         table=score_table("vision transformer", scores),
-        scores=scores,
+        scores=scores | data.origin,
+    )
+
+
+def model(config: Config, result: Result | None) -> Model:
+    """The vision transformer: logits of images (B, rows, columns, channels)."""
+    if result is None:
+        data = load_images(config.data, config.seed, "float32")
+        shape, classes = data.train.pixels.shape[1:], len(data.classes)
+    else:
+        shape, classes = result.images.shape[1:], len(result.classes)
+    make = lambda: build(config.model, shape, classes, config.seed)
+    apply = functional(make())[1]
+
+    def test() -> Callable[[Any], Any]:
+        data = load_images(config.data, config.seed, "float32")
+        check_like(data, shape, classes)
+        return evaluation(apply, data.test)
+
+    def adopt(arrays: Mapping[str, Any]) -> Adopted | None:
+        return pretrained(make(), arrays, config.model.num_heads)
+
+    return Model(
+        init=lambda: functional(make())[0],
+        apply=lambda params, pixels: apply(params, jnp.asarray(pixels)),
+        test=test,
+        adopt=adopt,
     )
 
 
@@ -132,7 +162,7 @@ def plot(config: Config, result: Result) -> "Figure":
     from experiments.figures import (
         attention_maps,
         confusion_matrix,
-        digit_gallery,
+        image_gallery,
         new_figure,
         similarity_maps,
     )
@@ -141,13 +171,13 @@ def plot(config: Config, result: Result) -> "Figure":
     figure = new_figure(11, 10.4)
     upper, lower = figure.subfigures(2, 1, squeeze=False, hspace=0.03)[:, 0]
     left, matrix = upper.subfigures(1, 2, squeeze=False, width_ratios=(1.15, 1))[0]
-    digit_gallery(left, result.images, result.labels, result.probabilities)
-    confusion_matrix(matrix, result.labels, predictions)
+    image_gallery(left, result.images, result.labels, result.probabilities, result.classes)
+    confusion_matrix(matrix, result.labels, predictions, result.classes)
     positions = result.similarity.size > 0
     left, *others = lower.subfigures(1, 2 if positions else 1, squeeze=False)[0]
     attention_maps(left, result.images[result.attended], result.attention.mean(axis=2))
     for right_part in others:
         similarity_maps(right_part, result.similarity)
     share = np.mean(predictions == result.labels)
-    figure.suptitle(f"{share:.1%} of {len(result.labels):,} test digits read correctly")
+    figure.suptitle(f"{share:.1%} of {len(result.labels):,} test images named correctly")
     return figure

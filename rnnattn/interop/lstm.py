@@ -219,7 +219,8 @@ def lstm_to_haiku(params: LSTMParams) -> dict[str, np.ndarray]:
 def lstm_from_onnx(weights: Mapping[str, Any], direction: int = 0) -> LSTMParams:
     """One direction of an ONNX `LSTM` node, from its inputs W, R and, if it has them, B and P.
 
-    The two biases are added; no B is zeros, no P is no peepholes.
+    The two biases are added; no B is zeros, no P is no peepholes. For a row of length 0
+    onnxruntime gives zeros as Y_h and Y_c, even with an initial state; `rnnattn.lstm` gives that.
 
     Args:
         weights: each array with its leading axis, one entry for each direction of the node.

@@ -200,6 +200,10 @@ def any_command(draw: random.Random, folder: Path) -> Input:
         lambda: ["export", text()],
         lambda: ["export"],
         lambda: ["compare", text(), text()],
+        lambda: ["evaluate", text(), option_of(text())],
+        lambda: ["sample", text(), "--temperature", text()],
+        lambda: ["completion", text()],
+        lambda: ["run", config, "--init", text()],
         lambda: ["report", f"x{text()}"],
         lambda: ["list", text()],
     ])())  # fmt: skip
@@ -310,8 +314,11 @@ def any_damage(draw: random.Random, folder: Path) -> Input:
         ["run", config, "--name", RUN_NAME, "--resume"],
         ["compare", str(run), "--output", "compare.png"],
         ["export", str(run)],
+        ["evaluate", str(run)],
+        ["sample", str(run)],
+        ["run", config, "--init", str(run)],
     ])  # fmt: skip
-    if command[0] == "run":
+    if "--resume" in command:
         (run / "summary.json").unlink()
     files = sorted(file for file in run.rglob("*") if file.is_file())
     file = draw.choice(files)

@@ -21,7 +21,10 @@ def tiny_options(experiment: str) -> list[str]:
     """What makes any config of the experiment its tiny one."""
     options = []
     for key, value in leaves(find(experiment).TINY):
-        if value is not None:
+        group, dot, name = key.replace("_", "-").rpartition(".")
+        if isinstance(value, bool):
+            options.append(f"--{group}{dot}{'' if value else 'no-'}{name}")
+        elif value is not None:
             values = value if isinstance(value, tuple) else (value,)
-            options += [f"--{key.replace('_', '-')}", *map(str, values)]
+            options += [f"--{group}{dot}{name}", *map(str, values)]
     return options

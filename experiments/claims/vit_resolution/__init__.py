@@ -28,8 +28,8 @@ from experiments.claims.vit_resolution.moves import (
     shrink,
 )
 from experiments.claims.vit_resolution.verdicts import Result
-from experiments.data.digits import Digits, digits_batch
-from experiments.data.images import DataConfig, load_images
+from experiments.data.images import Images, image_batches
+from experiments.data.sources import DataConfig, load_images
 from experiments.engine.config import Count, Positive, Seed, Size, UsageError, on_same_data
 from experiments.engine.cost import Row, count, step_cost, table
 from experiments.engine.devices import ParallelConfig
@@ -71,13 +71,13 @@ class Config:
     """The defaults are the size of the quick report: a minute on two cores, with no download."""
 
     seed: Seed = 0
-    """The first of the seeds."""
+    """The first random seed."""
     runs: Size = 1
-    """Seeds that everything is repeated with; each draws split, weights and order anew."""
+    """Number of seeds; each has its own split, initial weights and order of the data."""
     tune_steps: Count = 40
-    """Steps on whole images of a model that was moved."""
+    """Fine-tuning steps on full-size images after moving a model."""
     tune_learning_rate: Positive = 2e-3
-    """Highest learning rate of those."""
+    """Peak learning rate of the fine-tuning."""
     methods: tuple[Method, ...] = get_args(Method)
     """The ways to be tried; a claim about one that is not is undecided. The first is needed."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -86,7 +86,7 @@ class Config:
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(steps=250, batch_size=32, learning_rate=4e-3)
     )
-    """Training on small images, and on whole ones from the start."""
+    """Training on small images, and on full-size ones from scratch."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
@@ -111,11 +111,11 @@ class Training(NamedTuple):
 def check(config: Config) -> None:
     """Raise a `UsageError` if the data or the model will not do."""
     data = load_images(config.data, config.seed, "float32")
-    size = data[0].images.shape[1:]
-    if size[0] % 2 or size[1] % 2:
-        raise UsageError(f"vit_resolution: images of {size} pixels have no half size")
-    if len(set(data[2].labels)) < 9:
-        raise UsageError("vit_resolution: needs test images of nine digits or more, for its figure")
+    rows, columns, channels = data.train.pixels.shape[1:]
+    if rows % 2 or columns % 2:
+        raise UsageError(f"vit_resolution: images of {rows, columns} pixels have no half size")
+    if len(set(data.test.labels)) < 9:
+        raise UsageError("vit_resolution: needs test images of nine classes, for its figure")
     if config.seed + config.runs > 2**32:
         raise UsageError(
             f"runs: the last seed, {config.seed} + {config.runs} − 1, should be less than {2**32}"
@@ -124,8 +124,9 @@ def check(config: Config) -> None:
         raise UsageError('--methods: "learned" is needed: the others are compared with it')
     for method in config.methods:
         small, whole = configs_of(config.model, method)
-        check_model(small, (size[0] // 2, size[1] // 2))
-        check_memory(check_model(whole, size), data, config.train)
+        check_model(small, (rows // 2, columns // 2, channels), len(data.classes))
+        model = check_model(whole, (rows, columns, channels), len(data.classes))
+        check_memory(model, data[:3], config.train)
 
 
 def quick(config: Config) -> Config:
@@ -138,8 +139,9 @@ def quick(config: Config) -> Config:
 
 def run(config: Config, session: Session = SILENT) -> Result:
     """Train and move everything with each seed, and count what it cost."""
-    size = load_images(config.data, config.seed, "float32")[0].images.shape[1:]
-    networks = make_networks(config.model, config.methods, size)
+    data = load_images(config.data, config.seed, "float32")
+    shape = data.train.pixels.shape[1:]
+    networks = make_networks(config.model, config.methods, shape, len(data.classes))
     # a step is compiled once for all seeds if its optimiser is one object
     optimizer_of = cache(make_optimizer)
     studies = [
@@ -173,11 +175,11 @@ def run(config: Config, session: Session = SILENT) -> Result:
         parameters=np.array([row.parameters for row in rows]),
         tokens=np.array([first[key].tokens for key in keys]),
         patch_values=np.array([int(np.prod(model.patch_size)) for model in models]),
-        sizes=np.array([size[0] // 2, size[0]]),
-        padding_effect=_padding_effect(config, first.get(("pad", "small"))),
-        **_pictures(config, networks["learned"], first),
+        sizes=np.array([shape[0] // 2, shape[0]]),
+        padding_effect=_padding_effect(data.test, config.seed, first.get(("pad", "small"))),
+        **_pictures(data.test, networks["learned"], first),
         table=table(rows),
-        scores=_scores(keys, rows),
+        scores=_scores(keys, rows) | data.origin,
     )
 
 
@@ -203,19 +205,19 @@ def _study(
     session: Session,
 ) -> dict[tuple[str, str], Outcome]:
     """Everything with one seed, by method and phase."""
-    data, _, test = load_images(config.data, seed, "float32")
+    data = load_images(config.data, seed, "float32")
+    test, size = data.test, config.train.batch_size
+    shift, flip = config.data.shift, config.data.flip
+    whole_batch = image_batches(data.train, seed, size, shift=shift, flip=flip)
     key = jax.random.key(seed)
     outcomes: dict[tuple[str, str], Outcome] = {}
 
-    def batch_of(small: bool) -> Callable[[int], Digits]:
-        def batch(step: int) -> Digits:
-            digits = digits_batch(data, seed, step, config.train.batch_size, config.data.shift)
-            return digits._replace(images=shrink(digits.images)) if small else digits
-
-        return batch
+    def small_batch(step: int) -> Images:
+        images = whole_batch(step)
+        return images._replace(pixels=shrink(images.pixels))
 
     def initial(network: Network) -> Training:
-        params, _ = functional(build(network.config, network.size, seed))
+        params, _ = functional(build(network.config, network.shape, network.classes, seed))
         return Training(params, (0, 0), 0.0, 0.0, 0.0)
 
     # the study logs what each training comes to
@@ -228,7 +230,7 @@ def _study(
             config.train, steps=steps, learning_rate=rate, log_every=steps, evaluate_every=steps
         )
         optimizer = optimizer_of(plan)
-        batch, start = batch_of(small), before.params
+        batch, start = small_batch if small else whole_batch, before.params
         cost = step_cost(
             network.loss, start, optimizer, batch(0), key, accumulate=config.train.accumulate
         )
@@ -253,11 +255,11 @@ def _study(
         )
 
     def keep(method: str, phase: str, network: Network, training: Training, small: bool) -> None:
-        images = jnp.asarray(shrink(test.images) if small else test.images)
-        logits = np.asarray(_read(network.apply, training.params, images))
+        pixels = jnp.asarray(shrink(test.pixels) if small else test.pixels)
+        logits = np.asarray(_read(network.apply, training.params, pixels))
         correct = logits.argmax(axis=1) == test.labels
         tokens = jax.eval_shape(
-            lambda p: network.apply(p, images[:1], capture=True)[1].embedded, training.params
+            lambda p: network.apply(p, pixels[:1], capture=True)[1].embedded, training.params
         ).shape[1] - network.model.prefix  # fmt: skip
         outcomes[method, phase] = Outcome(network, training, correct, tokens)
         session.log(
@@ -301,28 +303,27 @@ def _study(
 _read = jax.jit(read, static_argnums=0)
 
 
-def _padding_effect(config: Config, outcome: Outcome | None) -> np.ndarray:
+def _padding_effect(test: Images, seed: int, outcome: Outcome | None) -> np.ndarray:
     """How much logits change when what pads the small images is noise, and not zeros."""
     if outcome is None:
         return np.array(np.nan)
-    images = shrink(load_images(config.data, config.seed, "float32")[2].images[:20])
-    fitted, valid = rnnattn.crop_and_pad(jnp.asarray(images)[..., None], outcome.network.size)
-    noise = np.random.default_rng(config.seed).random(fitted.shape, np.float32)
+    pixels = shrink(test.pixels[:20])
+    fitted, valid = rnnattn.crop_and_pad(jnp.asarray(pixels), outcome.network.shape[:2])
+    noise = np.random.default_rng(seed).random(fitted.shape, np.float32)
     noisy = jnp.where(valid[..., None], fitted, noise)
     _, plain = functional(outcome.network.model)
-    read = jax.jit(lambda x: plain(outcome.training.params, x[..., 0], valid=valid))
+    read = jax.jit(lambda x: plain(outcome.training.params, x, valid=valid))
     return np.asarray(jnp.max(jnp.abs(read(noisy) - read(fitted))))
 
 
 def _pictures(
-    config: Config,
+    test: Images,
     networks: tuple[Network, Network],
     outcomes: dict[tuple[str, str], Outcome],
 ) -> dict[str, np.ndarray]:
     """Positions and attention of the model with learned positions, before and after."""
-    _, _, test = load_images(config.data, config.seed, "float32")
     _, chosen = np.unique(test.labels, return_index=True)
-    whole = test.images[chosen[[2, 4, 8]][:SHOWN]]
+    whole = test.pixels[chosen[[2, 4, 8]][:SHOWN]]
     pictures = {"images_small": shrink(whole), "images_whole": whole}
     for phase in ("small", "moved", "tuned"):
         network = networks[phase != "small"]
@@ -332,7 +333,7 @@ def _pictures(
         nnx.update(model, params)
         attention = attention_received(model, network.apply, params, jnp.asarray(images))
         pictures[f"attention_{phase}"] = attention[:, -1].mean(axis=1)
-        pictures[f"similarity_{phase}"] = position_similarity(model, images.shape[1:])
+        pictures[f"similarity_{phase}"] = position_similarity(model, images.shape[1:3])
     return pictures
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 
 import rnnattn
 from experiments.engine.training import Loss
-from experiments.models.vit import ViTConfig, build, functional, loss_of
+from experiments.models.vit import Shape, ViTConfig, build, functional, loss_of
 from rnnattn.nn import ViT, load_weights
 
 Method = Literal["learned", "sincos2d", "rope2d", "crop", "pad", "conv", "kernel"]
@@ -31,59 +31,63 @@ class Network(NamedTuple):
     """A model whatever its weights, and how it takes its images."""
 
     config: ViTConfig
-    size: tuple[int, int]
+    shape: Shape
     """Of the images that its positions refer to."""
+    classes: int
     model: ViT
     apply: Callable[..., Any]
     loss: Loss
 
 
-def shrink(images: np.ndarray) -> np.ndarray:
-    """Images (B, rows, columns) at half their size: the mean of each 2 × 2 pixels."""
-    B, rows, columns = images.shape
-    return images.reshape(B, rows // 2, 2, columns // 2, 2).mean(axis=(2, 4), dtype=images.dtype)
+def shrink(pixels: np.ndarray) -> np.ndarray:
+    """Images (B, rows, columns, channels) at half their size: the mean of each 2 × 2 pixels."""
+    B, rows, columns, channels = pixels.shape
+    squares = pixels.reshape(B, rows // 2, 2, columns // 2, 2, channels)
+    return squares.mean(axis=(2, 4), dtype=pixels.dtype)
 
 
 def make_network(
-    config: ViTConfig, size: tuple[int, int], fit_to: tuple[int, int] | None = None
+    config: ViTConfig, shape: Shape, classes: int, fit_to: tuple[int, int] | None = None
 ) -> Network:
-    """The network whose positions refer to images of `size`.
+    """The network whose positions refer to images of `shape`.
 
     Args:
         fit_to: all images are cropped and padded to it, and the padding is masked.
     """
-    model = build(config, size)
+    model = build(config, shape, classes)
     _, plain = functional(model)
 
-    def apply(params, images, key=None, **options):
+    def apply(params, pixels, key=None, **options):
         if fit_to is None:
-            return plain(params, images, key, **options)
-        fitted, valid = rnnattn.crop_and_pad(images[..., None], fit_to)
-        return plain(params, fitted[..., 0], key, valid=valid, **options)
+            return plain(params, pixels, key, **options)
+        fitted, valid = rnnattn.crop_and_pad(pixels, fit_to)
+        return plain(params, fitted, key, valid=valid, **options)
 
-    return Network(config, size, model, apply, loss_of(apply))
+    return Network(config, shape, classes, model, apply, loss_of(apply))
 
 
 def make_networks(
-    model: ViTConfig, methods: Sequence[str], size: tuple[int, int]
+    model: ViTConfig, methods: Sequence[str], shape: Shape, classes: int
 ) -> dict[str, tuple[Network, Network]]:
-    """By method, the networks for small images and for whole ones of `size`."""
-    half = (size[0] // 2, size[1] // 2)
+    """By method, the networks for small images and for whole ones of `shape`."""
+    rows, columns, channels = shape
+    half = (rows // 2, columns // 2, channels)
     # methods that share a network share its training and its compiled steps
     network = cache(make_network)
     networks: dict[str, tuple[Network, Network]] = {}
     for method in methods:
         small, whole = configs_of(model, method)
         if method == "pad":
-            both = network(whole, size, fit_to=size)
+            both = network(whole, shape, classes, fit_to=shape[:2])
             networks[method] = both, both
         elif method == "crop":
-            networks[method] = network(small, half), network(small, half, fit_to=half)
+            cropped = network(small, half, classes, fit_to=half[:2])
+            networks[method] = network(small, half, classes), cropped
         else:
             # the stem's grid, and what sinusoids and rotations are stretched to, stay those of
             # small images
-            own = size if method in ("learned", "kernel") else half
-            networks[method] = network(small, half), network(whole, own)
+            own = shape if method in ("learned", "kernel") else half
+            networks[method] = network(small, half, classes), network(whole, own, classes)
     return networks
 
 
@@ -94,7 +98,7 @@ def move(method: str, small: Network, whole: Network, params: Any) -> Any:
         kernel = tree["stem"]["kernel"]
         tree["stem"]["kernel"] = rnnattn.resize_patch_kernel(kernel, whole.model.patch_size)
     if method == "learned":
-        old, new = (network.model.grid(network.size) for network in (small, whole))
+        old, new = (network.model.grid(network.shape[:2]) for network in (small, whole))
         position, prefix = tree["position"], small.model.prefix
         tree["position"] = rnnattn.resample_grid(position, old, new, prefix_tokens=prefix)
     model = nnx.clone(whole.model)

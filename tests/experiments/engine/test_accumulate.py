@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.data.digits import Digits
+from experiments.data.images import Images
 from experiments.data.text import text_windows
 from experiments.engine.cost import step_cost
 from experiments.engine.memory import of_training, rows_like
@@ -32,12 +32,12 @@ def reader() -> dict[str, Any]:
 
 
 def transformer() -> dict[str, Any]:
-    params, apply = vit.functional(vit.build(vit.ViTConfig(width=16, depth=2), (8, 8)))
+    params, apply = vit.functional(vit.build(vit.ViTConfig(width=16, depth=2), (8, 8, 1), 10))
     labels = np.arange(ROWS, dtype=np.int32) % 10
     return {
         "loss": vit.loss_of(apply),
         "params": jax.tree.map(lambda x: x.astype(jnp.float64), params),
-        "batch": lambda step: Digits(np.random.default_rng(step).random((ROWS, 8, 8)), labels),
+        "batch": lambda step: Images(np.random.default_rng(step).random((ROWS, 8, 8, 1)), labels),
     }
 
 
@@ -87,9 +87,9 @@ def test_a_part_has_rows_from_all_over_the_batch():
 
 
 def test_it_takes_less_memory_and_as_many_operations_and_is_estimated_to():
-    params, apply = vit.functional(vit.build(vit.ViTConfig(width=32, depth=2), (8, 8)))
+    params, apply = vit.functional(vit.build(vit.ViTConfig(width=32, depth=2), (8, 8, 1), 10))
     loss, key = vit.loss_of(apply), jax.random.key(0)
-    batch = Digits(np.zeros((1200, 8, 8), np.float32), np.zeros(1200, np.int32))
+    batch = Images(np.zeros((1200, 8, 8, 1), np.float32), np.zeros(1200, np.int32))
     costs, estimates = [], []
     for accumulate in (1, 8):
         config = TrainConfig(accumulate=accumulate)

@@ -14,7 +14,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from experiments.__main__ import main
-from experiments.data.digits import digits_batch, split_digits
+from experiments.data.images import image_batches
+from experiments.data.sources import DataConfig, load_images
 from experiments.data.text import load_text, text_windows
 from experiments.engine import devices as mesh
 from experiments.engine.config import UsageError
@@ -64,11 +65,10 @@ def lstm(dtype: str) -> Task:
 
 @cache
 def transformer(dtype: str) -> Task:
-    digits, _, _ = split_digits(0, dtype)
+    digits = load_images(DataConfig(), 0, dtype).train
     config = vit.ViTConfig(width=32, dropout=0.2, drop_path=0.2)
-    params, apply = vit.functional(vit.build(config, (8, 8)))
-    batch = lambda step: digits_batch(digits, 0, step, ROWS, 1)
-    return Task(vit.loss_of(apply), params, batch)
+    params, apply = vit.functional(vit.build(config, (8, 8, 1), 10))
+    return Task(vit.loss_of(apply), params, image_batches(digits, 0, ROWS, shift=1))
 
 
 TASKS = {"lstm": lstm, "vit": transformer}

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from experiments.data.adding import draw_sums
-from experiments.data.digits import split_digits
+from experiments.data.sources import DataConfig, load_images
 from experiments.engine import memory
 from experiments.engine.config import UsageError
 from experiments.engine.cost import step_cost
@@ -13,14 +13,14 @@ from experiments.models.lstm import ModelConfig, abstract_readout, init_readout
 from experiments.models.vit import ViTConfig, build, check_model, functional, loss_of
 from experiments.tasks import lstm_adding, lstm_digits
 
-DIGITS = split_digits(0, "float32")[0]
+DIGITS = load_images(DataConfig(), 0, "float32").train
 
 
 def vision_transformer(size):
     """Loss, parameters, those that are abstract, and a batch."""
     config = ViTConfig(width=16 * size, depth=2, patch_size=2)
-    params, apply = functional(build(config, (8, 8)))
-    abstract, _ = functional(check_model(config, (8, 8)))
+    params, apply = functional(build(config, (8, 8, 1), 10))
+    abstract, _ = functional(check_model(config, (8, 8, 1), 10))
     return loss_of(apply), params, abstract, DIGITS
 
 

@@ -242,7 +242,7 @@ def test_weight_decay_spares_biases_and_norms(name):
 
 
 def test_weight_decay_knows_the_biases_of_the_vision_transformer():
-    model = build(ViTConfig(width=8, pool="cls", stem="conv"), (8, 8))
+    model = build(ViTConfig(width=8, pool="cls", stem="conv"), (8, 8, 1), 10)
     params, _ = functional(model)
     leaves, _ = jax.tree_util.tree_flatten_with_path(decayed(params))
     names = [jax.tree_util.keystr(path, simple=True) for path, falls_on in leaves if falls_on]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from experiments.data.digits import Digits
+from experiments.data.images import Images
 from experiments.data.text import Windows
 from experiments.engine.experiment import find
 from experiments.engine.session import SILENT
@@ -17,7 +17,7 @@ from experiments.engine.training import TrainConfig, make_optimizer, start, trai
 from experiments.models import lstm, text, vit
 from experiments.tasks import lstm_digits
 
-IMAGES = Digits(np.full((4, 8, 8), 0.5, np.float32), np.arange(4, dtype=np.int32))
+IMAGES = Images(np.full((4, 8, 8, 1), 0.5, np.float32), np.arange(4, dtype=np.int32))
 TASKS = ("lstm_digits", "lstm_adding", "lstm_text", "vit_digits")
 
 
@@ -38,7 +38,7 @@ def writer(gradient: lstm.Gradient) -> tuple[Any, ...]:
 
 def transformer() -> tuple[Any, ...]:
     model = vit.ViTConfig(width=8, stem="conv", position="rope2d", dtype="bfloat16")
-    params, apply = vit.functional(vit.build(model, (8, 8)))
+    params, apply = vit.functional(vit.build(model, (8, 8, 1), 10))
     return vit.loss_of(apply), params, IMAGES, None
 
 

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from experiments.__main__ import main
-from experiments.data.digits import Digits
+from experiments.data.images import Images
 from experiments.engine.cost import Row, count, mean_and_spread, step_cost, table
 from experiments.engine.runs import read_result
 from experiments.engine.training import TrainConfig
@@ -28,16 +28,17 @@ from experiments.models.vit import (
 )
 from experiments.tasks import lstm_digits, vit_digits
 
+SHAPE = (8, 8, 1)
 TINY = ViTConfig(patch_size=4, width=8, depth=1, num_heads=2)
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    model = build(TINY, (8, 8))
+    model = build(TINY, SHAPE, 10)
     return model, *functional(model)
 
 
-def images(count, size=(8, 8)):
+def images(count, size=SHAPE):
     return np.random.default_rng(0).random((count, *size)).astype(np.float32)
 
 
@@ -75,7 +76,7 @@ def test_held_out_images_read_in_parts_are_read_as_in_one(tiny, monkeypatch):
 
 
 def test_dropout_is_in_training_alone_and_follows_from_the_key():
-    model = build(replace(TINY, dropout=0.5), (8, 8))
+    model = build(replace(TINY, dropout=0.5), SHAPE, 10)
     params, apply = functional(model)
     params = jax.tree.map(lambda x: x + 0.1, params)
     x = jnp.asarray(images(2))
@@ -93,7 +94,7 @@ def test_attention_received_by_all_patches_is_all_of_it(tiny):
 
 
 def test_a_model_without_a_table_of_positions_has_no_similarity():
-    assert position_similarity(build(replace(TINY, position="rope2d"), (8, 8)), (8, 8)).size == 0
+    assert position_similarity(build(replace(TINY, position="rope2d"), SHAPE, 10), (8, 8)).size == 0
 
 
 def test_xla_counts_the_operations_of_a_matrix_product():
@@ -117,7 +118,7 @@ def test_parameters_are_counted(tiny):
 def test_the_operations_of_an_lstm_are_those_that_xla_counts_without_a_loop():
     """One time step has no loop."""
     model = ModelConfig(hidden_size=32)
-    data = Digits(images(16, (1, 64)), np.zeros(16, np.int32))
+    data = Images(images(16, (1, 64, 1)), np.zeros(16, np.int32))
     params = lstm_digits.init_readout(jax.random.key(0), 64, 10, model)
     loss = lstm_digits.loss_under("autodiff")
     counted = jax.jit(jax.grad(loss, has_aux=True)).lower(params, data, jax.random.key(0))
@@ -164,7 +165,7 @@ def test_what_will_not_do_is_one_line_and_leaves_no_folder(
 def test_the_loss_of_a_new_model_is_that_of_a_guess(tiny):
     _, params, apply = tiny
     on_device: Any = jnp.asarray(images(4))
-    batch = Digits(on_device, np.arange(4, dtype=np.int32))
+    batch = Images(on_device, np.arange(4, dtype=np.int32))
     loss, _ = loss_of(apply)(params, batch, jax.random.key(0))
     np.testing.assert_allclose(loss, np.log(10), rtol=1e-5)
 
@@ -178,4 +179,4 @@ def test_the_lstm_reads_other_sizes_row_by_row(tmp_path):
         train=TrainConfig(steps=2),
     )
     result = lstm_digits.run(config)
-    assert result.images.shape == (20, 4, 6) and "LSTM" in result.table
+    assert result.images.shape == (20, 4, 6, 1) and "LSTM" in result.table

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from experiments.data.adding import draw_sums
-from experiments.data.digits import digits_batch, split_digits
 from experiments.engine.session import Session
 from experiments.engine.training import TrainConfig
 from experiments.models.lstm import ModelConfig
@@ -44,45 +43,6 @@ def test_another_seed_is_another_run(task):
     config = task.Config(compare_steps=0, train=TrainConfig(steps=2))
     first, other = (task.run(replace(config, seed=seed)).scores for seed in (0, 1))
     assert first["test_loss"] != other["test_loss"]
-
-
-def test_the_split_holds_each_digit_once_with_every_class_in_its_share():
-    parts = split_digits(0, "float32")
-    assert [len(part.labels) for part in parts] == [1257, 180, 360]
-    images = np.concatenate([part.images for part in parts])
-    assert len(np.unique(images, axis=0)) == len(np.unique(images.round(6), axis=0)) == 1797
-    assert images.min() == 0 and images.max() == 1
-    for part in parts:
-        shares = np.bincount(part.labels) / len(part.labels)
-        np.testing.assert_allclose(shares, 0.1, atol=0.01)
-
-
-def test_each_epoch_is_a_permutation_whatever_the_size_of_the_batch():
-    train = split_digits(0, "float32")[0]
-    total = len(train.labels)
-    batches = [digits_batch(train, 5, step, 100, shift=0) for step in range(26)]
-    images = np.concatenate([batch.images for batch in batches])
-    for epoch in (0, 1):
-        seen = images[epoch * total : (epoch + 1) * total]
-        assert len(np.unique(seen, axis=0)) == total
-    assert np.any(images[:total] != images[total : 2 * total])
-    huge = digits_batch(train, 5, 0, 2600, shift=0)
-    np.testing.assert_array_equal(huge.images, images)
-
-
-def test_shifted_images_are_the_images_moved_and_all_moves_occur():
-    train = split_digits(0, "float32")[0]
-    plain = digits_batch(train, 0, 3, 200, shift=0)
-    moved = digits_batch(train, 0, 3, 200, shift=1)
-    np.testing.assert_array_equal(moved.labels, plain.labels)
-    moves = set()
-    for before, after in zip(plain.images, moved.images, strict=True):
-        padded = np.pad(before, 1)
-        windows = {(r, c): padded[r : r + 8, c : c + 8] for r in range(3) for c in range(3)}
-        fits = [move for move, window in windows.items() if np.array_equal(window, after)]
-        assert fits
-        moves.update(fits)
-    assert len(moves) == 9
 
 
 def test_sums_are_of_two_marked_values_one_in_each_half():

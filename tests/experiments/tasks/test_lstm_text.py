@@ -64,7 +64,7 @@ def test_a_tiny_run_learns_and_keeps_a_sample(story, tmp_path, capsys):
     scores = json.loads((folder / "summary.json").read_text())
     assert result.sample == (folder / "sample.txt").read_bytes().decode()
     assert len(result.sample) == 30 and result.sample in output
-    assert scores["text_sha256"] in output and len(scores["text_sha256"]) == 64
+    assert scores["data_sha256"] in output and len(scores["data_sha256"]) == 64
     assert scores["text_characters"] == len(story.read_bytes().decode())
     assert scores["vocabulary_size"] == len(set(story.read_bytes().decode()))
     for split in ("validation", "test"):
