@@ -144,7 +144,9 @@ def test_held_out_text_is_read_as_one(params, length, monkeypatch):
 def test_what_is_written_follows_the_model(params):
     b = jnp.arange(6.0)
     certain = params._replace(w=params.w * 0, b=jnp.where(b == 4, 1e3, 0))
-    assert write(certain, jnp.array([0], jnp.int32), jax.random.key(0), length=7).tolist() == [4] * 7
+    assert (
+        write(certain, jnp.array([0], jnp.int32), jax.random.key(0), length=7).tolist() == [4] * 7
+    )
     chances = jax.nn.softmax(b / 2)
     loose = params._replace(w=params.w * 0, b=b / 2)
     written = write(loose, jnp.array([0], jnp.int32), jax.random.key(0), length=4000)
