@@ -2,6 +2,7 @@
 happens to it.
 """
 
+import codecs
 import json
 import os
 import shlex
@@ -225,6 +226,8 @@ def nothing_may_be_written_in(folder: Path) -> Iterator[None]:
     folder.chmod(0o555)
     try:
         if user == 0:
+            # Python may lie where nobody else reads, and remembers an encoding that it did not find
+            codecs.lookup("utf-8-sig")
             os.seteuid(65534)
         yield
     finally:
