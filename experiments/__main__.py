@@ -509,11 +509,38 @@ def _check_for_several(options: Sequence[str]) -> None:
 
 
 def _sweep(command: Sweep, options: Sequence[str]) -> int:
-    from experiments.engine import compare, jobs, runs
-    from experiments.engine.files import written
-    from experiments.figures import save
+    from experiments.engine import compare, runs
 
     path, grid = find_config(command.path), compare.parse_grid(command.grid)
+    _check_sweep(command, grid, options)
+    group = f"{runs.group_of(path)}-{command.name}"
+    combinations = compare.combinations(grid)
+    each = dict(zip(compare.names_of(combinations), combinations, strict=True))
+    places = compare.parse_part(command.part or "1/1", len(each))
+    place_of = {list(each)[place]: place for place in places}
+    prepared = _prepare_all(path, options, {name: each[name] for name in place_of})
+    failed: dict[str, str] = {}
+    if command.jobs > 1:
+        left = {
+            name: f"{place + 1}/{len(each)}"
+            for name, place in place_of.items()
+            if not runs.finished(command.output / group / name)
+        }
+        failed = _run_in_processes(command, options, left)
+    found, failed = _run_in_turn(command, group, prepared, failed)
+    failures = "".join(f"\n{name}: failed: {error}\n" for name, error in failed.items())
+    if command.part:
+        print(f"part {command.part}: {len(found)} of {len(prepared)} runs are finished\n{failures}")
+    else:
+        labels = next(iter(prepared.values())).experiment.LABELS
+        _show_sweep(command.output / group, compare.repetitions(found, each), labels, failures)
+    return int(bool(failed))
+
+
+def _check_sweep(command: Sweep, grid: Mapping[str, Any], options: Sequence[str]) -> None:
+    """Raise a `UsageError` if the grid and the options do not go together, or one is off."""
+    from experiments.engine import runs
+
     for key in grid.keys() & {option.name for option in dataclasses.fields(Options)}:
         raise UsageError(f"--grid: {key} is an option of the command, and no key of the config")
     for key in grid.keys() & {name[2:].replace("-", "_") for name in _options_in(options)}:
@@ -522,32 +549,45 @@ def _sweep(command: Sweep, options: Sequence[str]) -> int:
     runs.check_name(command.name)
     if not 1 <= command.jobs <= MOST_JOBS:
         raise UsageError(f"--jobs: should be from 1 to {MOST_JOBS}, got {command.jobs}")
-    group = f"{runs.group_of(path)}-{command.name}"
-    folder = command.output / group
-    combinations = compare.combinations(grid)
-    each = dict(zip(compare.names_of(combinations), combinations, strict=True))
-    places = compare.parse_part(command.part or "1/1", len(each))
-    place_of = {list(each)[place]: place for place in places}
-    # what is wrong with any is said before the first begins
+
+
+def _prepare_all(
+    path: Path, options: Sequence[str], combinations: Mapping[str, Mapping[str, str]]
+) -> dict[str, Study]:
+    """The runs of a sweep by name: what is wrong with any is said before the first begins."""
+    from experiments.engine import compare, runs
+
     prepared = {
-        name: _prepare(path, [*options, *compare.options_of(each[name])]) for name in place_of
+        name: _prepare(path, [*options, *compare.options_of(combination)])
+        for name, combination in combinations.items()
     }
     runs_of: dict[str, str] = {}
     for name, study in prepared.items():
         same = runs_of.setdefault(runs.hash_of(study.config), name)
         if same != name:
             raise UsageError(f"--grid: {same} and {name} would be one run; give each value once")
-    failed: dict[str, str] = {}
-    if command.jobs > 1:
-        alike = [sys.executable, "-m", "experiments", "sweep", str(command.path), *options]
-        alike += ["--grid", *command.grid, "--output", str(command.output)]
-        alike += ["--name", command.name, "--part"]
-        left = {name: place for name, place in place_of.items() if not runs.finished(folder / name)}
-        failed = jobs.run_all(
-            {name: [*alike, f"{place + 1}/{len(each)}"] for name, place in left.items()},
-            command.jobs,
-        )
-    found: dict[str, compare.Run] = {}
+    return prepared
+
+
+def _run_in_processes(
+    command: Sweep, options: Sequence[str], parts: Mapping[str, str]
+) -> dict[str, str]:
+    """Run those of the sweep's runs that are `parts` of it, each by itself; those that failed."""
+    from experiments.engine import jobs
+
+    alike = [sys.executable, "-m", "experiments", "sweep", str(command.path), *options]
+    alike += ["--grid", *command.grid, "--output", str(command.output)]
+    alike += ["--name", command.name, "--part"]
+    return jobs.run_all({name: [*alike, part] for name, part in parts.items()}, command.jobs)
+
+
+def _run_in_turn(
+    command: Sweep, group: str, prepared: Mapping[str, Study], failed: Mapping[str, str]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Finish, or begin, all but those that failed before: the runs by name, and all that failed."""
+    from experiments.engine import compare
+
+    found, failed = {}, dict(failed)
     for name, study in prepared.items():
         if name in failed:
             continue
@@ -561,11 +601,17 @@ def _sweep(command: Sweep, options: Sequence[str]) -> int:
         except Exception as error:
             failed[name] = _told(error)
             print(f"{name}: {failed[name]}", file=sys.stderr)
-    failures = "".join(f"\n{name}: failed: {error}\n" for name, error in failed.items())
-    if command.part:
-        print(f"part {command.part}: {len(found)} of {len(prepared)} runs are finished\n{failures}")
-        return int(bool(failed))
-    rows, labels = compare.repetitions(found, each), study.experiment.LABELS
+    return found, failed
+
+
+def _show_sweep(
+    folder: Path, rows: Mapping[str, Any], labels: Mapping[str, str], failures: str
+) -> None:
+    """Print the table of the rows, and write it and the figures into the folder."""
+    from experiments.engine import compare, runs
+    from experiments.engine.files import written
+    from experiments.figures import save
+
     table = compare.score_table(rows, labels) + failures
     with written(folder / "sweep.md") as file:
         file.write(table.encode())
@@ -573,7 +619,6 @@ def _sweep(command: Sweep, options: Sequence[str]) -> int:
     if rows and labels:
         save(compare.curves(rows, labels), folder / runs.CURVES)
     print(table + f"\n{folder}")
-    return int(bool(failed))
 
 
 def _told(error: Exception) -> str:

@@ -62,12 +62,22 @@ def load_images(data: DataConfig, seed: int, dtype: str) -> Split:
         ) from None
 
 
-def check_like(data: Split, shape: tuple[int, ...], classes: int) -> None:
-    """Raise a `UsageError` if the images are not such as a model of these sizes was trained on."""
-    here = (data.test.pixels.shape[1:], len(data.classes))
-    if here != (shape, classes):
-        found, expected = (
+Sizes = tuple[tuple[int, int, int], int]
+"""The shape of an image, (rows, columns, channels), and the number of classes."""
+
+
+def sizes_of(pixels: np.ndarray, classes: np.ndarray) -> Sizes:
+    """Those of images (B, rows, columns, channels) and of the names of their classes."""
+    _, rows, columns, channels = pixels.shape
+    return (rows, columns, channels), len(classes)
+
+
+def check_sizes(data: Split, expected: Sizes) -> None:
+    """Raise a `UsageError` if the images are not of the sizes that a model was trained on."""
+    here = sizes_of(data.test.pixels, data.classes)
+    if here != expected:
+        found, wanted = (
             f"{' × '.join(map(str, size))} pixels in {count} classes"
-            for size, count in (here, (shape, classes))
+            for size, count in (here, expected)
         )
-        raise UsageError(f"--data: has images of {found}, and the run's are of {expected}")
+        raise UsageError(f"--data: has images of {found}, and the run's are of {wanted}")

@@ -372,7 +372,7 @@ def fit(
                     tell(records[-1])
                     progress.update(bar, completed=step, values=_brief(values, speed))
                     window, since = [], time.perf_counter()
-                metric: dict[str, float] = {}
+                best: dict[str, float] | None = None
                 if step % config.evaluate_every == 0 or step == steps:
                     paused = time.perf_counter()
                     due = evaluate | conclude if step == steps else evaluate
@@ -382,17 +382,18 @@ def fit(
                         values = _mean([f(params)], step, f"{split} ")
                         emit({"step": step, "split": split, **values})
                         tell(records[-1])
-                        named = {f"{split}_{key}": value for key, value in values.items()}
-                        metric |= {key: named[key] for key in named if key == config.best}
+                        found = {f"{split}_{metric}": value for metric, value in values.items()}
+                        if config.best in found:
+                            best = {config.best: found[config.best]}
                     since += time.perf_counter() - paused
                 # several processes, of which one may have been asked, agree where they wait anyway
                 stopping = (logged or processes.alone()) and processes.any_says(stop.requested)
                 last = step == steps or stopping
-                if checkpoints and (metric or last or step % config.checkpoint_every == 0):
+                if checkpoints and (best or last or step % config.checkpoint_every == 0):
                     window = _finite(window, step)
                     seconds = kept.seconds + time.perf_counter() - clock
                     progressed = Kept(records.copy(), window.copy(), seconds)
-                    checkpoints.save(step, state, key, progressed, metric or None)
+                    checkpoints.save(step, state, key, progressed, best)
                 if stopping:
                     break
         if checkpoints:

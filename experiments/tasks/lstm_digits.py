@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 from pydantic import Field
 
 from experiments.data.images import image_batches
-from experiments.data.sources import DataConfig, check_like, load_images
+from experiments.data.sources import DataConfig, check_sizes, load_images, sizes_of
 from experiments.engine.config import Seed
 from experiments.engine.cost import cost_scores, score_table, step_cost
 from experiments.engine.devices import ParallelConfig
@@ -155,19 +155,19 @@ def model(config: Config, result: Result | None) -> Model:
     init_key, train_key = jax.random.split(jax.random.key(config.seed))
     gradient, dtype = config.model.gradient, config.model.dtype
 
-    def sizes() -> tuple[tuple[int, ...], int]:
-        if result is not None:
-            return result.images.shape[1:], len(result.classes)
+    if result is None:
         data = load_images(config.data, config.seed, kept_dtype(dtype))
-        return data.train.pixels.shape[1:], len(data.classes)
+        sizes = sizes_of(data.test.pixels, data.classes)
+    else:
+        sizes = sizes_of(result.images, result.classes)
 
     def init() -> PyTree:
-        (_, columns, channels), classes = sizes()
+        (_, columns, channels), classes = sizes
         return init_readout(init_key, columns * channels, classes, config.model)
 
     def test() -> Callable[[Any], Any]:
         data = load_images(config.data, config.seed, kept_dtype(dtype))
-        check_like(data, *sizes())
+        check_sizes(data, sizes)
         return evaluation(loss_under(gradient, dtype), data.test, train_key)
 
     def apply(params: PyTree, pixels: Any) -> jax.Array:

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from experiments.data.images import image_batches
-from experiments.data.sources import DataConfig, check_like, load_images
+from experiments.data.sources import DataConfig, check_sizes, load_images, sizes_of
 from experiments.engine.config import Seed
 from experiments.engine.cost import cost_scores, score_table, step_cost
 from experiments.engine.devices import ParallelConfig
@@ -135,15 +135,15 @@ def model(config: Config, result: Result | None) -> Model:
     """The vision transformer: logits of images (B, rows, columns, channels)."""
     if result is None:
         data = load_images(config.data, config.seed, "float32")
-        shape, classes = data.train.pixels.shape[1:], len(data.classes)
+        sizes = sizes_of(data.test.pixels, data.classes)
     else:
-        shape, classes = result.images.shape[1:], len(result.classes)
-    make = lambda: build(config.model, shape, classes, config.seed)
+        sizes = sizes_of(result.images, result.classes)
+    make = lambda: build(config.model, *sizes, config.seed)
     apply = functional(make())[1]
 
     def test() -> Callable[[Any], Any]:
         data = load_images(config.data, config.seed, "float32")
-        check_like(data, shape, classes)
+        check_sizes(data, sizes)
         return evaluation(apply, data.test)
 
     def adopt(arrays: Mapping[str, Any]) -> Adopted | None:

@@ -144,13 +144,13 @@ def test_held_out_text_is_read_as_one(params, length, monkeypatch):
 def test_what_is_written_follows_the_model(params):
     b = jnp.arange(6.0)
     certain = params._replace(w=params.w * 0, b=jnp.where(b == 4, 1e3, 0))
-    assert (
-        write(certain, jnp.array([0], jnp.int32), jax.random.key(0), length=7).tolist() == [4] * 7
-    )
-    chances = jax.nn.softmax(b / 2)
+    prompt, key = jnp.array([0], jnp.int32), jax.random.key(0)
+    assert write(certain, prompt, key, length=7).tolist() == [4] * 7
     loose = params._replace(w=params.w * 0, b=b / 2)
-    written = write(loose, jnp.array([0], jnp.int32), jax.random.key(0), length=4000)
-    np.testing.assert_allclose(np.bincount(written) / 4000, chances, atol=0.03)
+    for temperature in (1.0, 2.0):
+        chances = jax.nn.softmax(b / 2 / temperature)
+        written = write(loose, prompt, key, length=4000, temperature=temperature)
+        np.testing.assert_allclose(np.bincount(written) / 4000, chances, atol=0.03)
 
 
 def test_each_row_reads_on_and_starts_anew_with_the_epoch():
