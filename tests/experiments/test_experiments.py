@@ -9,6 +9,7 @@ import pytest
 import tomli_w
 
 from experiments.__main__ import main
+from experiments.engine import devices
 from experiments.engine.config import UsageError, to_table
 from experiments.engine.experiment import config_paths, find, names, read
 from experiments.engine.runs import (
@@ -79,7 +80,12 @@ def test_no_number_is_too_large_for_any_key_to_be_checked(name, tmp_path):
                 file = tmp_path / "large.toml"
                 file.write_text(f'experiment = "{name}"\n{key} = {literal}')
                 try:
-                    experiment.check(read(file)[1])
+                    config = read(file)[1]
+                    if hasattr(config, "parallel"):  # which comes first, when it is run
+                        devices.check(
+                            config.parallel, config.train.batch_size, config.train.accumulate
+                        )
+                    experiment.check(config)
                 except UsageError as error:
                     assert all(line.isprintable() for line in str(error).splitlines())
 
