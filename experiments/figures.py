@@ -1,7 +1,7 @@
 """Figures: pure functions of results, in one palette that colour-blind readers can tell apart."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,9 +132,9 @@ def loss_curve(axes: Axes, steps: Any, losses: Any, baseline: str, level: float)
     axes.legend()
 
 
-def error_bars(axes: Axes, x: Any, estimates: Any, colour: str, label: str) -> None:
-    """Points with their intervals; the last axis of the estimates is (value, low, high)."""
-    value, low, high = np.atleast_2d(estimates).T
+def error_bars(axes: Axes, x: Any, measured: Iterable[Any], colour: str, label: str) -> None:
+    """Points with their intervals of 99 %; what was measured is of `experiments.report.intervals`."""
+    value, low, high = np.array([each.interval(0.01) for each in measured]).T
     reach = np.maximum([value - low, high - value], 0)
     axes.errorbar(x, value, reach, color=colour, fmt="o", markersize=4, capsize=3, label=label)
 

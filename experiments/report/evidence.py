@@ -1,24 +1,28 @@
-"""What a claim of the notes is, when it is measured: evidence, intervals and a verdict.
+"""What a claim of the notes is, when it is measured: evidence, and the verdict that follows from it.
 
-A `Claim` holds evidence, not a verdict: the verdict follows from the evidence by `judge`. Each
-claim may be wrong with probability `LEVEL`, which it divides among its own intervals with `share`.
+A `Claim` holds evidence, not a verdict. It may be wrong with probability `LEVEL`, which it divides
+among the measurements that its evidence rests on.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from scipy import stats
+
+from experiments.report.intervals import Exact, Interval, Measurement
 
 Verdict = Literal[
     "holds",
     "holds as corrected",
     "holds only under a stated condition",
+    "missing in the notes",
     "fails",
     "undecided",
 ]
+
+Status = Literal["supported", "contradicted", "undecided"]
 
 Relation = Literal["=", ">", "<"]
 """What is predicted of the true number: that it is the predicted one, above it or below it."""
@@ -26,22 +30,12 @@ Relation = Literal["=", ">", "<"]
 Number = float | np.ndarray
 """A number, possibly as NumPy keeps it in a result: an array without axes."""
 
-LEVEL = 0.01 / 27
-"""Probability that any interval of a claim misses what it is an interval for. Those of 27 claims
-hold together with 99 % (Bonferroni); the page says what it is for as many as it has."""
+NOTES = 27
+"""Statements of the notes that are claims."""
 
-
-def share(intervals: int) -> float:
-    """The level of each of so many intervals that a claim rests on."""
-    return LEVEL / intervals
-
-
-class Estimate(NamedTuple):
-    """A measured number and the interval that holds the true one with the level's probability."""
-
-    value: float
-    low: float
-    high: float
+LEVEL = 0.01 / NOTES
+"""Probability that any interval of a claim misses what it is an interval for. Those of all the
+claims of the notes hold together with 99 % (Bonferroni)."""
 
 
 class Evidence(NamedTuple):
@@ -51,109 +45,134 @@ class Evidence(NamedTuple):
     """What was measured, in a few words and with the conditions that it was measured under."""
     predicted: float
     """What the statement says, computed; of an inequality, the bound."""
-    measured: float
-    low: float
-    high: float
-    rival: float | None = None
+    measured: Measurement
+    rival: Measurement | None = None
     """What holds if the statement does not: the printed value, no effect, …"""
     rival_name: str = ""
     relation: Relation = "="
 
-    @property
-    def status(self) -> Literal["supported", "contradicted", "undecided"]:
-        """Whether the prediction lies in the interval, and the rival does not.
-
-        An inequality has no rival: all of the interval has to lie beyond the bound, and none of it
-        if the inequality is wrong.
-        """
-        numbers = (self.predicted, self.measured, self.low, self.high)
-        if any(math.isnan(number) for number in numbers):
-            return "undecided"
-        over, under = self.low > self.predicted, self.high < self.predicted
-        if self.relation == ">":
-            right, wrong = over, under
-        elif self.relation == "<":
-            right, wrong = under, over
-        else:
-            right = self.rival is None or not self.low <= self.rival <= self.high
-            wrong = over or under
-        if wrong:
-            return "contradicted"
-        return "supported" if right else "undecided"
+    def judged(self, level: float) -> "Judged":
+        """With intervals of this level for what was measured, and for the rival if that was."""
+        measured = self.measured.interval(level)
+        rival = None if self.rival is None else self.rival.interval(level)
+        status = _status(self.predicted, measured, rival, self.relation)
+        value = None if rival is None else rival.value
+        return Judged(
+            self.name, self.predicted, *measured, value, self.rival_name, self.relation, status
+        )
 
 
-def known(value: Number, tolerance: float = 0.0) -> Estimate:
-    """A value that is no statistic, but known up to a stated error of arithmetic."""
-    value = float(value)
-    return Estimate(value, value - tolerance, value + tolerance)
+class Judged(NamedTuple):
+    """Evidence with its interval, and what follows from it."""
+
+    name: str
+    predicted: float
+    measured: float
+    low: float
+    high: float
+    rival: float | None
+    rival_name: str
+    relation: Relation
+    status: Status
 
 
-def measured(
-    name: str,
-    predicted: Number,
-    estimate: Estimate,
-    rival: Number | None = None,
-    rival_name: str = "",
-) -> Evidence:
-    """Evidence from an estimate with an interval."""
-    value, low, high = map(float, estimate)
-    rival = None if rival is None else float(rival)
-    return Evidence(name, float(predicted), value, low, high, rival, rival_name)
+def _status(
+    predicted: float, measured: Interval, rival: Interval | None, relation: Relation
+) -> Status:
+    """Whether the prediction lies in the interval, and the rival does not.
+
+    An inequality has no rival: all of the interval has to lie beyond the bound, and none of it if
+    the inequality is wrong.
+    """
+    if any(map(math.isnan, (predicted, *measured, *(rival or ())))):
+        return "undecided"
+    over, under = measured.low > predicted, measured.high < predicted
+    if relation == ">":
+        right, wrong = over, under
+    elif relation == "<":
+        right, wrong = under, over
+    else:
+        apart = rival is None or rival.high < measured.low or measured.high < rival.low
+        right, wrong = apart, over or under
+    if wrong:
+        return "contradicted"
+    return "supported" if right else "undecided"
 
 
 def equal(
     name: str,
     predicted: Number,
-    value: Number,
-    tolerance: float,
-    rival: Number | None = None,
+    measured: Measurement,
+    rival: Number | Measurement | None = None,
     rival_name: str = "",
 ) -> Evidence:
-    """Evidence that is no statistic: the value is known up to a stated error of arithmetic."""
-    return measured(name, predicted, known(value, tolerance), rival, rival_name)
+    """Evidence that the true number is the predicted one, and not the rival."""
+    if isinstance(rival, float | int | np.ndarray | np.generic):
+        rival = Exact(float(rival))
+    return Evidence(name, float(predicted), measured, rival, rival_name)
 
 
-def above(name: str, bound: Number, estimate: Estimate) -> Evidence:
+def above(name: str, bound: Number, measured: Measurement) -> Evidence:
     """Evidence that the true number is above a bound."""
-    return measured(name, bound, estimate)._replace(relation=">")
+    return Evidence(name, float(bound), measured, relation=">")
 
 
-def below(name: str, bound: Number, estimate: Estimate) -> Evidence:
+def below(name: str, bound: Number, measured: Measurement) -> Evidence:
     """Evidence that the true number is below a bound."""
-    return measured(name, bound, estimate)._replace(relation="<")
+    return Evidence(name, float(bound), measured, relation="<")
+
+
+def each(
+    name: str,
+    values: Iterable[Any],
+    predicted: Any,
+    measured: Iterable[Measurement],
+    rival: Any = None,
+    rival_name: str = "",
+) -> tuple[Evidence, ...]:
+    """One piece of evidence for each value of a parameter, which stands as {} in the name.
+
+    `predicted` and `rival` are one for all or one for each; a rival that is NaN is none.
+    """
+    values = tuple(values)
+    all_predicted = np.broadcast_to(np.asarray(predicted, float), len(values))
+    rivals = np.broadcast_to(np.nan if rival is None else np.asarray(rival, float), len(values))
+    return tuple(
+        equal(name.format(value), p, m, *(() if np.isnan(r) else (float(r), rival_name)))
+        for value, p, m, r in zip(values, all_predicted, measured, rivals, strict=True)
+    )
 
 
 def judge(
-    right: Sequence[Evidence],
+    right: Sequence[Status],
     *,
-    printed: Sequence[Evidence] = (),
-    beyond: Sequence[Evidence] = (),
+    printed: Sequence[Status] = (),
+    beyond: Sequence[Status] = (),
+    in_notes: bool = True,
 ) -> Verdict:
-    """The verdict that follows from evidence.
+    """The verdict that follows from what the evidence is.
 
     Args:
         right: for the statement as rnnattn has it: printed, or corrected, or under its condition.
         printed: for the statement as printed, where it was corrected.
         beyond: for the statement outside its condition, where it has one.
+        in_notes: whether the notes make the statement.
     Returns:
-        "fails" if any of `right` is contradicted, else "undecided" if any of it cannot tell. With
-        `printed`, "holds as corrected" if any of that is contradicted; with `beyond`, and nothing
-        printed, "holds only under a stated condition" likewise; and "undecided" if none is, as
-        nothing then shows that the correction or the condition is needed.
+        "fails" if any of `right` is contradicted, else "undecided" if any of it cannot tell, or if
+        not all of `printed` and `beyond` is contradicted: then nothing shows that the correction or
+        the condition is needed. Else it holds: "as corrected" if anything was printed, "only under
+        a stated condition" if it has one; and it is "missing in the notes" if they do not say it.
     """
-    states = [evidence.status for evidence in right]
-    if "contradicted" in states:
+    if "contradicted" in right:
         return "fails"
-    if not states or "undecided" in states:
+    wrong = [*printed, *beyond]
+    if not right or "undecided" in right or any(status != "contradicted" for status in wrong):
         return "undecided"
-    for others, verdict in (
-        (printed, "holds as corrected"),
-        (beyond, "holds only under a stated condition"),
-    ):
-        if others:
-            needed = any(evidence.status == "contradicted" for evidence in others)
-            return verdict if needed else "undecided"  # type: ignore[return-value]
-    return "holds"
+    if not in_notes:
+        return "missing in the notes"
+    if printed:
+        return "holds as corrected"
+    return "holds only under a stated condition" if beyond else "holds"
 
 
 @dataclass(frozen=True)
@@ -173,112 +192,52 @@ class Claim:
     beyond: tuple[Evidence, ...] = ()
     note: str = ""
     """What a reader should take away that the numbers do not say: the correction, the condition."""
+    printed_equation: str = ""
+    """The statement as the notes print it, in LaTeX, where it is not the one that was tested."""
+    in_notes: bool = True
+    """Whether the notes make the statement."""
+
+    @property
+    def level(self) -> float:
+        """That of each interval: the claim's, divided among what was measured with an error."""
+        several = (*self.right, *self.printed, *self.beyond)
+        numbers = (number for e in several for number in (e.measured, e.rival))
+        # two pieces of evidence may rest on one measurement
+        measured = {id(number) for number in numbers if not isinstance(number, Exact | None)}
+        return LEVEL / max(1, len(measured))
+
+    @property
+    def evidence(self) -> dict[str, tuple[Judged, ...]]:
+        """All evidence as it is judged, by what it is for."""
+        groups = {"right": self.right, "printed": self.printed, "beyond": self.beyond}
+        return {
+            group: tuple(evidence.judged(self.level) for evidence in several)
+            for group, several in groups.items()
+        }
 
     @property
     def verdict(self) -> Verdict:
-        return judge(self.right, printed=self.printed, beyond=self.beyond)
+        states = {group: [e.status for e in several] for group, several in self.evidence.items()}
+        return judge(**states, in_notes=self.in_notes)
 
     def table(self) -> dict[str, Any]:
         """The claim as a JSON object."""
-        first = self.right[0]
-        groups = {"right": self.right, "printed": self.printed, "beyond": self.beyond}
+        first = self.evidence["right"][0]
         return {
             "id": self.id,
             "verdict": self.verdict,
             "equation": self.equation,
+            "printed_equation": self.printed_equation,
             "criterion": self.criterion,
             "note": self.note,
             "relation": first.relation,
             "predicted": first.predicted,
             "measured": first.measured,
             "interval": [first.low, first.high],
+            "level": self.level,
             "evidence": [
-                {"group": group, **evidence._asdict(), "status": evidence.status}
-                for group, several in groups.items()
-                for evidence in several
+                {"group": group, **judged._asdict()}
+                for group, several in self.evidence.items()
+                for judged in several
             ],
         }
-
-
-def mean_interval(samples: np.ndarray, level: float) -> Estimate:
-    """The mean of independent samples, by Student's t.
-
-    Exact for normal samples; else by the central limit theorem, so for thousands of samples whose
-    tails are not heavy (bounded ones, as weights are, and polynomials of normals).
-    """
-    count = samples.size
-    mean = float(np.mean(samples))
-    error = float(np.std(samples, ddof=1)) / math.sqrt(count)
-    reach = float(stats.t.isf(level / 2, count - 1)) * error
-    return Estimate(mean, mean - reach, mean + reach)
-
-
-def variance_interval(samples: np.ndarray, level: float, mean: float | None = None) -> Estimate:
-    """The variance of independent samples: the mean of their squared deviations from the mean.
-
-    The deviations are from `mean` where theory gives it, else from the samples' own; in the second
-    case the bias of order 1/n is far below the interval. See `mean_interval` for when it is right.
-    """
-    centre = np.mean(samples) if mean is None else mean
-    return mean_interval((samples - centre) ** 2, level)
-
-
-def quantile_interval(samples: np.ndarray, probability: float, level: float) -> Estimate:
-    """A quantile of independent samples of any law: order statistics, exactly, by the binomial."""
-    ordered = np.sort(samples)
-    count = ordered.size
-    # the number of samples below the true quantile is Binomial(count, probability)
-    low = int(stats.binom.ppf(level / 2, count, probability)) - 1
-    high = int(stats.binom.isf(level / 2, count, probability))
-    value = float(np.quantile(ordered, probability))
-    return Estimate(
-        value,
-        float(ordered[low]) if low >= 0 else -math.inf,
-        float(ordered[high]) if high < count else math.inf,
-    )
-
-
-def share_interval(hits: int, count: int, level: float) -> Estimate:
-    """The probability of what happened `hits` times of `count`, exactly (Clopper, Pearson 1934)."""
-    low = float(stats.beta.ppf(level / 2, hits, count - hits + 1)) if hits else 0.0
-    high = float(stats.beta.isf(level / 2, hits + 1, count - hits)) if hits < count else 1.0
-    return Estimate(hits / count, low, high)
-
-
-# solving for them costs more than any one integral
-_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
-
-
-def normal_expectation(
-    function: Callable[[np.ndarray], np.ndarray],
-    mean: float = 0.0,
-    variance: float = 1.0,
-    low: float = -math.inf,
-    high: float = math.inf,
-) -> float:
-    """E[function(γ)] for γ ~ N(mean, variance), given low < γ < high, by quadrature.
-
-    Gauss–Legendre of order 16 on 400 panels out to 12 standard deviations, which is exact to 1e-12
-    for softmax weights with logits up to some hundreds. Gauss–Hermite is not: the poles of a steep
-    softmax come near the real axis, and it knows no condition.
-    """
-    deviation = math.sqrt(variance)
-    start, stop = max(low, mean - 12 * deviation), min(high, mean + 12 * deviation)
-    edges = np.linspace(start, stop, 401)
-    half = np.diff(edges)[:, None] / 2
-    points = edges[:-1, None] + half * (1 + _NODES)
-    mass = half * _WEIGHTS * stats.norm.pdf(points, mean, deviation)
-    return float(np.sum(mass * function(points)) / np.sum(mass))
-
-
-def normal_moments(
-    function: Callable[[np.ndarray], np.ndarray],
-    mean: float = 0.0,
-    variance: float = 1.0,
-    low: float = -math.inf,
-    high: float = math.inf,
-) -> tuple[float, float]:
-    """Mean and variance of function(γ), under the law of `normal_expectation`."""
-    law = (mean, variance, low, high)
-    centre = normal_expectation(function, *law)
-    return centre, normal_expectation(lambda x: (function(x) - centre) ** 2, *law)
