@@ -22,6 +22,7 @@ from experiments.engine import memory
 from experiments.engine.config import Scale, Seed, Size
 from experiments.engine.session import SILENT, Session
 from experiments.report.evidence import Claim, equal
+from experiments.report.intervals import Exact
 from rnnattn import LSTMParams, LSTMState
 
 if TYPE_CHECKING:
@@ -193,12 +194,12 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
             right=(
                 equal(
                     "largest difference of a gate, with w_x and w_h apart", 0,
-                    largest(result.found_gates, apart), ROUNDING,
+                    Exact(largest(result.found_gates, apart), ROUNDING),
                     exchanged, "i and f exchanged",
                 ),
                 equal(
                     "largest difference of a gate, with one matrix [w_h, w_x]", 0,
-                    largest(result.found_gates, together), ROUNDING,
+                    Exact(largest(result.found_gates, together), ROUNDING),
                     exchanged, "i and f exchanged",
                 ),
             ),
@@ -211,7 +212,7 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
             right=tuple(
                 equal(
                     f"largest difference of a state, {whose}", 0,
-                    largest(found, result.printed_states), ROUNDING, *rival,
+                    Exact(largest(found, result.printed_states), ROUNDING), *rival,
                 )
                 for whose, found in zip(
                     ("rnnattn.lstm", "jax.experimental.rnn"), result.found_states, strict=True

@@ -37,6 +37,7 @@ from experiments.models.lstm_variants import (
     true_gradient,
 )
 from experiments.report.evidence import Claim, Evidence, equal
+from experiments.report.intervals import Exact
 from rnnattn import LSTMParams, LSTMState
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ class Result(NamedTuple):
     noise: np.ndarray  # (E, T, quantity, case)
     cosines: np.ndarray  # (method, T, case): of the angle between a gradient of θ and the true one
     gate_errors: np.ndarray  # L4 (from the true dE/dc_t or the printed, gate, case), first T
+    rest_errors: np.ndarray  # L7, o restored, without the f term (x or h_prev, case), first T
     factors: np.ndarray  # (o, c_{t−1} or f; as it is or as it is missing, sample), first T
     scores: dict[str, float]
 
@@ -177,6 +179,14 @@ def gate_errors(dc: np.ndarray, true: Steps, steps: Steps) -> np.ndarray:
                      for gate, a in zip(GATES, found, strict=True)])  # fmt: skip
 
 
+def without_f(gradients: Gradients, params: LSTMParams) -> list[np.ndarray]:
+    """L7: dE/dx and dE/dh₋ of each case but for the term of the forget gate, as vectors."""
+    dz_f = np.split(gradients.steps.z, 4, axis=-1)[1]
+    terms = (dz_f @ np.split(w, 4, axis=-1)[1][:, None].mT for w in map(np.asarray, params[:2]))
+    sums = (gradients.x, gradients.steps.h_prev)
+    return [(dx - term).reshape(len(dx), -1) for dx, term in zip(sums, terms, strict=True)]
+
+
 def left_out(true: Steps, found: Steps, steps: Steps) -> np.ndarray:
     """o, c_{t−1} and f of the last step, where nothing comes back from later ones; each as the
     forward pass has it, and as the quotient of the true gradient and the one without it."""
@@ -221,6 +231,8 @@ def run(config: Config, session: Session = SILENT) -> Result:
                         cells = (true.steps.c, found.steps.c[:, 0])
                         in_gates = np.stack([gate_errors(dc, true.steps, steps) for dc in cells])
                         factors = left_out(true.steps, found.steps, steps)
+                        o_restored = jax.tree.map(lambda a: a[:, 1], found)
+                        rest = [without_f(each, cases.params) for each in (o_restored, true)]
     # from ((T, E), quantity, case, method) to (E, method, T, quantity, case)
     apart = lambda a: np.stack(a).reshape(len(config.lengths), 2, *a[0].shape)
     return Result(
@@ -228,6 +240,7 @@ def run(config: Config, session: Session = SILENT) -> Result:
         noise=apart(noise).swapaxes(0, 1),
         cosines=np.stack(angles).transpose(2, 0, 1),
         gate_errors=in_gates,
+        rest_errors=np.stack([relative(*pair) for pair in zip(*rest, strict=True)]),
         factors=factors,
         scores={"largest_noise": float(np.max(noise))},
     )
@@ -252,12 +265,13 @@ def pick(
 
 def none(name: str, errors: np.ndarray, tolerance: float, *rival: Any) -> Evidence:
     """Evidence that there is no error, even in the worst case; the rival is named with its best."""
-    return equal(f"{name}: relative error, worst case", 0, np.max(errors), tolerance, *rival)
+    worst = Exact(np.max(errors), tolerance)
+    return equal(f"{name}: relative error, worst case", 0, worst, *rival)
 
 
 def some(name: str, errors: np.ndarray, tolerance: float) -> Evidence:
     """The same for a statement that is to be shown wrong: its median."""
-    return equal(f"{name}: relative error, median case", 0, np.median(errors), tolerance)
+    return equal(f"{name}: relative error, median case", 0, Exact(np.median(errors), tolerance))
 
 
 def claims(config: Config, result: Result) -> tuple[Claim, ...]:
@@ -266,6 +280,7 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
     tolerance = max(TOLERANCE, float(np.max(result.noise)))
     one, more = (lambda T: T == 1), (lambda T: T >= 2)
     get, h_alone = partial(pick, config, result), (THROUGH_H,)
+    first = f"T = {config.lengths[0]}"
     criterion = (
         "Against finite differences in float64, over all random LSTMs and T, the relative error of "
         f"the corrected statement stays below {tolerance:.0e} in the worst case, and that of the "
@@ -275,7 +290,7 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
     def slope(name: str, k: int) -> Evidence:
         is_, missing = result.factors[k]
         value = float(np.sum(is_ * missing) / np.sum(is_ * is_))
-        return equal(name, 1, value, tolerance, 0, "no such factor")
+        return equal(f"{name}, slope, {first}", 1, Exact(value, tolerance), 0, "no such factor")
 
     def rows(names: Sequence[str], method: str, at: Callable = one, losses: Any = h_alone) -> Any:
         return float(np.min(get(method, names, at, losses))), f"{method}, best case"
@@ -302,6 +317,12 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
         "L7": "The forget gate's term lacks c₋ in both. This dE/dh₋ is the part through step t; "
         "step t − 1 adds its own.",
     }
+    of_f = r"E_{\text{delta}} \cdot (1 - \tanh^2(c_t)) \cdot f(1-f)"
+    as_printed = {
+        "L5": rf"\frac{{dE}}{{dw_{{xf}}}} = {of_f} \cdot x_t",
+        "L6": rf"\frac{{dE}}{{db_f}} = {of_f}",
+        "L7": rf"\frac{{dE}}{{dx_t}} = \ldots + {of_f} \cdot w_{{xf}}",
+    }
     what = {"L5": "the weights", "L6": "the biases", "L7": "x and h₀"}
 
     def through_forget_gate(id: str) -> Claim:
@@ -316,14 +337,20 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
         if id in others:
             errors = get(O_RESTORED, others[id], one, h_alone)
             right.append(none("those of i, g and o, printed, given L3, T = 1", errors, tolerance))
-        right.append(slope("missing factor of dE/dz_f over c₋, slope", 1))
+        else:
+            name = f"{of} but for the term of f, printed, given L3, {first}"
+            right.append(none(name, result.rest_errors, tolerance))
+        right.append(slope("missing factor of dE/dz_f over c₋", 1))
         printed = (
             some(
                 f"{of}, printed, given L3, T = 1", get(O_RESTORED, names, one, h_alone), tolerance
             ),
             some(f"{of}, as printed, T = 1", get(PRINTED, names, one, h_alone), tolerance),
         )
-        return Claim(id, equations[id], criterion, tuple(right), printed, note=notes[id])
+        return Claim(
+            id, equations[id], criterion, tuple(right), printed, note=notes[id],
+            printed_equation=as_printed[id],
+        )  # fmt: skip
 
     by_true, by_printed = result.gate_errors
     output = ("w_xo", "w_ho", "b_o")
@@ -336,29 +363,40 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
             right=(
                 none("dE/dc_t, all T, corrected", get(RIGHT, ["c"]), tolerance,
                      *rows(["c"], PRINTED)),
-                slope("missing factor of dE/dc_t over o, slope", 0),
+                slope("missing factor of dE/dc_t over o", 0),
+                none("w_xo, w_ho, b_o, printed, T = 1", get(PRINTED, output, one, h_alone),
+                     tolerance),
             ),
             printed=(
                 some("dE/dc_t, printed, T = 1", get(PRINTED, ["c"], one, h_alone), tolerance),
                 some("dE/dx, printed, T = 1", get(PRINTED, ["x"], one, h_alone), tolerance),
             ),
-            note="The notes leave out o, and with it spoil every gradient that goes through c_t.",
+            note="The notes leave out o, and with it spoil every gradient that goes through c_t; "
+            "those of the output gate do not.",
+            printed_equation=r"\frac{dE}{dc_t} = E_{\text{delta}} \cdot (1 - \tanh^2(c_t)),\quad"
+            r" E_{\text{delta}} = \frac{dE}{dh_t}",
         ),
         Claim(
             "L4",
             r"\frac{\partial E}{\partial o} = \frac{\partial E}{\partial h_t} \odot \tanh c_t,\;"
             r" \frac{\partial E}{\partial g} = \frac{\partial E}{\partial c_t} \odot i,\;"
             r" \frac{\partial E}{\partial i} = \frac{\partial E}{\partial c_t} \odot g,\;"
-            r" \frac{\partial E}{\partial f} = \frac{\partial E}{\partial c_t} \odot c_{t-1}",
-            "With dE/dc_t and dE/dh_t by finite differences, the four formulas give the gates' "
-            f"gradients to {tolerance:.0e} in the worst case. The condition: with the printed "
-            "dE/dc_t of L3 they do not.",
+            r" \frac{\partial E}{\partial f} = \frac{\partial E}{\partial c_t} \odot c_{t-1},\;"
+            r" \frac{\partial E}{\partial (i \odot g)} = \frac{\partial E}{\partial c_t}",
+            "With dE/dc_t and dE/dh_t by finite differences, the formulas give the gradients of "
+            f"the gates and of i ⊙ g to {tolerance:.0e} in the worst case. The condition: with the "
+            "printed dE/dc_t of L3 they do not.",
             right=(
-                none("i, f, g, o, from the true dE/dc_t", by_true, tolerance,
+                none(f"i, f, g, o, from the true dE/dc_t, {first}", by_true, tolerance,
                      float(np.min(by_printed[:3])), "i, f, g from the printed dE/dc_t, best case"),
                 none("i, f, g, o, all T, corrected", get(RIGHT, GATES), tolerance),
+                none("input_gate = i ⊙ g, all T, corrected", get(RIGHT, ["i_g"]), tolerance,
+                     *rows(["i_g"], PRINTED)),
             ),
-            beyond=(some("i, f, g, from the printed dE/dc_t", by_printed[:3], tolerance),),
+            beyond=(
+                some(f"i, f, g, from the printed dE/dc_t, {first}", by_printed[:3], tolerance),
+                some("input_gate, printed, T = 1", get(PRINTED, ["i_g"], one, h_alone), tolerance),
+            ),
             note="Right under the condition that dE/dc_t is that of L3 as corrected.",
         ),
         *(through_forget_gate(id) for id in ("L5", "L6", "L7")),
@@ -372,7 +410,7 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
                      *rows(("θ", "x"), NO_CARRY, more)),
                 none("dE/dc₋ of every step, corrected", get(RIGHT, ["c_prev"]), tolerance,
                      *rows(["c_prev"], NO_CARRY, more)),
-                slope("dE/dc₋ over dE/dc_t, over f, slope", 2),
+                slope("dE/dc₋ over dE/dc_t, over f", 2),
                 none("without it, θ and x, T = 1", get(NO_CARRY, ("θ", "x"), one), tolerance),
                 none("without it, output gate, T = 2",
                      get(NO_CARRY, output, lambda T: T == 2), tolerance),
@@ -385,6 +423,7 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
             note="The notes say nothing of dE/dc₋. Without it only T = 1 is right; at T = 2 the "
             "output gate's weights still are, and the last input's gradient at any T. What "
             "training with each gradient comes to: configs/claims/lstm_gradient_training.toml.",
+            in_notes=False,
         ),
     )  # fmt: skip
 

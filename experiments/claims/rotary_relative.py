@@ -26,6 +26,7 @@ from experiments.engine import memory
 from experiments.engine.config import Base, Position, Seed, Size
 from experiments.engine.session import SILENT, Session
 from experiments.report.evidence import Claim, Evidence, equal
+from experiments.report.intervals import Exact
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -213,7 +214,7 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
     """P4, which follows from P2."""
 
     def none(name: str, value: Any, tolerance: float, rival: Any, rival_name: str) -> Evidence:
-        return equal(name, 0, np.max(value), tolerance, np.min(rival), rival_name)
+        return equal(name, 0, Exact(np.max(value), tolerance), np.min(rival), rival_name)
 
     predicted = closed_form(config)
     off = lambda products: np.max(np.abs(products - predicted))
@@ -238,7 +239,7 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
                 none("T^(k) T^(l) − T^(k+l)", result.law_errors[0], FLOAT64,
                      result.inverse_errors, "T^(k−l), best k"),
                 *(
-                    equal(name, 0, np.max(errors), FLOAT64)
+                    equal(name, 0, Exact(np.max(errors), FLOAT64))
                     for name, errors in zip(
                         ("T^(−k) − T^(k)ᵀ", "det T^(k) − 1", "rope(x, k) − T^(−k) x"),
                         result.law_errors[1:], strict=True,
@@ -249,7 +250,9 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
                 none("gradient of rnnattn.rope, from differences", grad, FLOAT64,
                      forth, "rotated on"),
             ),
-            note="RoPE's usual block is the transpose of P3's: it rotates the other way round.",
+            note="The notes stop at P2, from which this follows. RoPE's usual block is the transpose "
+            "of P3's: it rotates the other way round.",
+            in_notes=False,
         ),
     )  # fmt: skip
 

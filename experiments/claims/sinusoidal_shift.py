@@ -25,6 +25,7 @@ from experiments.engine import memory
 from experiments.engine.config import Base, Position, Seed, Several, Size, UsageError
 from experiments.engine.session import SILENT, Session
 from experiments.report.evidence import Claim, Evidence, equal
+from experiments.report.intervals import Exact
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -211,7 +212,7 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
         error, best = float(np.max(errors)), None
         if rival:
             best = float(np.min(np.asarray(rival[0])))
-        return equal(name, 0, error, tolerance, best, str(rival[1]) if rival else "")
+        return equal(name, 0, Exact(error, tolerance), best, str(rival[1]) if rival else "")
 
     theory = frequencies(config)
     off = lambda λ: np.max(np.abs(result.found_frequencies / λ - 1))
@@ -237,6 +238,8 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
             ),
             note="Read with the exponent, which the print has lost. The usual m runs from 0; "
             "rnnattn offers both.",
+            printed_equation=r"e_t = [\sin(t/f_1), \cos(t/f_1), \ldots, \cos(t/f_{d/2})],\quad"
+            r" f_m = \frac{1}{\lambda_m} := 10000\,\frac{2m}{d}",
         ),
         Claim(
             "P2",
@@ -279,6 +282,9 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
             ),
             note="Two slips on the last line: the transpose maps t to t − k, and λ is the inverse "
             "of P1's. With the wrong λ in e_t as well the identity would still hold.",
+            printed_equation=r"\Phi_m^{(k)} = \begin{bmatrix} \cos \lambda_m k & \sin \lambda_m k \\"
+            r" -\sin \lambda_m k & \cos \lambda_m k \end{bmatrix}^{\!\top},\quad"
+            r" \lambda_m = 10000^{2m/d}",
         ),
     )  # fmt: skip
 

@@ -54,6 +54,7 @@ class Steps(NamedTuple):
     f: Array
     g: Array
     o: Array
+    i_g: Array  # i ⊙ g, the notes' input_gate
     c: Array
     h: Array
 
@@ -72,9 +73,10 @@ def run_steps(params: LSTMParams, x: Array, state: LSTMState, nudges: Steps | No
         z_i, z_f, z_g, z_o = jnp.split(z, 4, axis=-1)
         i, f = nudged("i", jax.nn.sigmoid(z_i)), nudged("f", jax.nn.sigmoid(z_f))
         g, o = nudged("g", jnp.tanh(z_g)), nudged("o", jax.nn.sigmoid(z_o))
-        c = nudged("c", f * c_prev + i * g)
+        i_g = nudged("i_g", i * g)
+        c = nudged("c", f * c_prev + i_g)
         h = nudged("h", o * jnp.tanh(c))
-        return LSTMState(h, c), Steps(h_prev, c_prev, z, i, f, g, o, c, h)
+        return LSTMState(h, c), Steps(h_prev, c_prev, z, i, f, g, o, i_g, c, h)
 
     return jax.lax.scan(step, state, (x, nudges))[1]
 
@@ -125,7 +127,8 @@ def back_propagate(terms: Terms, case: Case, steps: Steps) -> Gradients:
         dz = jnp.concatenate([dz_i, dz_f, dz_g, dz_o], axis=-1)
         dh_prev = dz @ params.w_h.T
         dc_prev = jnp.where(terms.carried_cell, dc * s.f, 0)
-        made = Steps(dh_prev, dc_prev, dz, di, df, dg, do, dc, dh)
+        # c = f ⊙ c_{t−1} + i ⊙ g, so what reaches i ⊙ g is dc
+        made = Steps(dh_prev, dc_prev, dz, di, df, dg, do, dc, dc, dh)
         return LSTMState(dh_prev, dc_prev), made
 
     last = LSTMState(jnp.zeros_like(case.dc_last), case.dc_last)

@@ -75,7 +75,7 @@ def test_too_few_positions_to_find_a_matrix_from_are_refused():
 
 
 def test_rotary_products_are_relative(rotary):
-    assert judge_rotary(rotary) == {"P4": "holds"}
+    assert judge_rotary(rotary) == {"P4": "missing in the notes"}
     assert rotary.rotated.shape == rotary.rotated32.shape == (3, 21)
     np.testing.assert_allclose(
         rotary.rotated, np.tile(rotary_relative.closed_form(ROTARY), (3, 1)), atol=1e-9
