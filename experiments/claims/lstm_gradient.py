@@ -354,6 +354,7 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
 
     by_true, by_printed = result.gate_errors
     output = ("w_xo", "w_ho", "b_o")
+    through_c = tuple(name for name in (*WEIGHTS, *BIASES) if name not in output)
     return (
         Claim(
             "L3",
@@ -363,6 +364,8 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
             right=(
                 none("dE/dc_t, all T, corrected", get(RIGHT, ["c"]), tolerance,
                      *rows(["c"], PRINTED)),
+                none("what goes through c_t, rnnattn.lstm", get(LIBRARY, through_c), tolerance,
+                     *rows(through_c, PRINTED)),
                 slope("missing factor of dE/dc_t over o", 0),
                 none("w_xo, w_ho, b_o, printed, T = 1", get(PRINTED, output, one, h_alone),
                      tolerance),

@@ -250,8 +250,8 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
                 none("gradient of rnnattn.rope, from differences", grad, FLOAT64,
                      forth, "rotated on"),
             ),
-            note="The notes stop at P2, from which this follows. RoPE's usual block is the transpose "
-            "of P3's: it rotates the other way round.",
+            note="The notes stop at P2, from which this follows. RoPE's usual block is the "
+            "transpose of P3's: it rotates the other way round.",
             in_notes=False,
         ),
     )  # fmt: skip

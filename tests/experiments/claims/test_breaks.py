@@ -1,0 +1,49 @@
+"""Every claim can fail: each notices a change of the library, or of what it rests on."""
+
+import jax
+import pytest
+
+from experiments.engine.experiment import Experiment, find, names
+from experiments.engine.session import SILENT
+from tests.experiments.claims import breaks_lstm, breaks_positions
+from tests.experiments.claims.breaks import Break
+
+BREAKS = (*breaks_lstm.BREAKS, *breaks_positions.BREAKS)
+
+OF_CLAIMS = [name for name, module in names().items() if ".claims." in module]
+
+
+def experiment_of(id: str) -> Experiment:
+    return next(found for found in map(find, OF_CLAIMS) if id in found.CLAIMS)
+
+
+def verdicts(experiment: Experiment) -> dict[str, str]:
+    config = experiment.TINY
+    result = experiment.run(config, SILENT)
+    return {claim.id: claim.verdict for claim in experiment.claims(config, result)}
+
+
+@pytest.fixture
+def compiled_anew():
+    """What was compiled before a change would go on as it was, and after it as it is not."""
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("name", OF_CLAIMS)
+def test_the_tiny_size_of_a_study_decides(name):
+    assert not {"fails", "undecided"} & set(verdicts(find(name)).values())
+
+
+@pytest.mark.usefixtures("compiled_anew")
+@pytest.mark.parametrize("change", BREAKS, ids=lambda change: f"{change.id} {change.target}")
+def test_a_claim_notices_a_change_that_makes_it_wrong(change: Break, monkeypatch):
+    monkeypatch.setattr(change.target, change.replacement)
+    verdict = verdicts(experiment_of(change.id))[change.id]
+    assert verdict in ("fails", "undecided")
+
+
+def test_every_claim_has_a_change_to_notice():
+    claims = {id for name in OF_CLAIMS for id in find(name).CLAIMS}
+    assert {change.id for change in BREAKS} == claims
