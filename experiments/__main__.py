@@ -96,7 +96,9 @@ class Report:
     full: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Run the full-size configs, some of which take minutes; by default, sizes of seconds."""
     readme: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Also update the table of claims in README.md; requires --full."""
+    """Also update the table of claims in README.md and docs/notes.md; requires --full."""
+    pdf: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Also print the page to report.pdf; needs Chromium or Chrome."""
     output: Path = Path("outputs")
     """Folder for results; the page is written to OUTPUT/report."""
 
@@ -465,15 +467,18 @@ def _report(command: Report) -> int:
     if command.readme and not command.full:
         raise UsageError("--readme: the table in README.md is that of --full; give both")
     from experiments.engine import processes
-    from experiments.report import page
+    from experiments.report import documents, page
 
+    browser = page.browser() if command.pdf else ""
     _check_kernels()
     processes.check_devices()
     findings = page.measure(page.sizes(full=command.full), command.output)
     folder = command.output / "report"
     page.write(findings, folder, full=command.full)
     if command.readme:
-        page.update_readme(ROOT / "README.md", findings.rows)
+        documents.update(ROOT, findings.rows)
+    if browser:
+        page.print_pdf(folder, browser)
     for row in findings.rows:
         print(f"{row.id:4} {row.verdict}: {row.title}")
     for error in findings.errors:

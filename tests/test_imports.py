@@ -62,7 +62,8 @@ FOLDERS = {
     "experiments.report": ENGINE,
     "experiments.tasks": ENGINE | {"experiments.data", "experiments.models"},
     "experiments.claims": ENGINE
-    | {"experiments.data", "experiments.models", "experiments.report.evidence"},
+    | {"experiments.data", "experiments.models"}
+    | {f"experiments.report.{name}" for name in ("evidence", "intervals", "quadrature")},
     "experiments": ENGINE | {"experiments.report"},
 }
 

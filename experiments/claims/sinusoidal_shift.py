@@ -282,7 +282,8 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
             ),
             note="Two slips on the last line: the transpose maps t to t − k, and λ is the inverse "
             "of P1's. With the wrong λ in e_t as well the identity would still hold.",
-            printed_equation=r"\Phi_m^{(k)} = \begin{bmatrix} \cos \lambda_m k & \sin \lambda_m k \\"
+            printed_equation=r"\Phi_m^{(k)} ="
+            r" \begin{bmatrix} \cos \lambda_m k & \sin \lambda_m k \\"
             r" -\sin \lambda_m k & \cos \lambda_m k \end{bmatrix}^{\!\top},\quad"
             r" \lambda_m = 10000^{2m/d}",
         ),

@@ -196,6 +196,8 @@ class Claim:
     """The statement as the notes print it, in LaTeX, where it is not the one that was tested."""
     in_notes: bool = True
     """Whether the notes make the statement."""
+    news: str = ""
+    """A sentence for the head of the page, on what a reader who knows the field may not."""
 
     @property
     def level(self) -> float:
@@ -228,6 +230,8 @@ class Claim:
             "verdict": self.verdict,
             "equation": self.equation,
             "printed_equation": self.printed_equation,
+            "in_notes": self.in_notes,
+            "news": self.news,
             "criterion": self.criterion,
             "note": self.note,
             "relation": first.relation,

@@ -7,6 +7,7 @@ anew.
 
     <output>/report/index.html    the page, which needs no network
     <output>/report/report.json   the same for machines
+    <output>/report/report.pdf    the page as it is printed, if asked for
     <output>/report/figures/, configs/
 """
 
@@ -15,9 +16,12 @@ import html
 import io
 import json
 import math
+import shutil
+import subprocess
 import sys
+import tempfile
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -30,16 +34,17 @@ from experiments.engine import runs
 from experiments.engine.config import UsageError, to_table
 from experiments.engine.experiment import ROOT, Experiment, config_paths, find, names, read
 from experiments.engine.files import locked, written
-from experiments.report.evidence import LEVEL, Claim, Verdict
+from experiments.report.evidence import LEVEL, NOTES, Claim, Verdict
 from experiments.report.key import run_key
 
-PAGE, DATA = "index.html", "report.json"
-START, END = "<!-- claims -->", "<!-- /claims -->"
+PAGE, DATA, PDF = "index.html", "report.json", "report.pdf"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 SIGNS: dict[Verdict, str] = {
     "holds": "✓",
     "holds as corrected": "✓",
     "holds only under a stated condition": "◐",
+    "missing in the notes": "+",
     "fails": "✗",
     "undecided": "?",
 }
@@ -192,7 +197,7 @@ def write(findings: Findings, folder: Path, *, full: bool) -> None:
                 file.write((study.folder / runs.FIGURE).read_bytes())
     data = {
         "size": "full" if full else "quick",
-        "family_level": LEVEL * len(findings.rows),
+        "family_level": LEVEL * NOTES,
         **runs.surroundings(),
         "claims": [entry(row, folder) for row in findings.rows],
         "beside": {name: _about(study, folder) for name, study in findings.beside.items()},
@@ -211,6 +216,7 @@ def entry(row: Row, folder: Path) -> dict[str, Any]:
         "title": row.title,
         "verdict": row.verdict,
         "criterion": "",
+        "news": "",
         "relation": None,
         "predicted": None,
         "measured": None,
@@ -246,18 +252,45 @@ def page(findings: Findings, data: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "math": typeset, "heading": heading}
-    experiments: dict[str, list[dict[str, Any]]] = {}
-    for row, table in zip(findings.rows, data["claims"], strict=True):
-        named = experiments.setdefault(row.study.experiment, [])
-        named.append(table | {"trace": row.study.trace})
+    environment.filters |= {"number": number, "math": typeset}
+    claims = [
+        entry | {"trace": row.study.trace}
+        for row, entry in zip(findings.rows, data["claims"], strict=True)
+    ]
     beside = {
         name: data["beside"][name] | {"trace": study.trace}
         for name, study in findings.beside.items()
     }
     return environment.get_template("page.html.jinja").render(
-        data=data, experiments=experiments, beside=beside, signs=SIGNS
+        data={**data, "claims": claims}, beside=beside, signs=SIGNS
     )
+
+
+def browser() -> str:
+    """A Chromium or Chrome of this machine.
+
+    Raises:
+        UsageError: if there is none.
+    """
+    for name in BROWSERS:
+        if found := shutil.which(name):
+            return found
+    raise UsageError(
+        f"--pdf: prints with Chromium or Chrome, and there is no {' or '.join(BROWSERS)}"
+    )
+
+
+def print_pdf(folder: Path, browser: str) -> None:
+    """The page as a PDF beside it, with every claim unfolded."""
+    page, pdf = (folder.resolve() / name for name in (PAGE, PDF))
+    with tempfile.TemporaryDirectory() as profile:
+        done = subprocess.run(
+            [browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-pdf-header-footer",
+             f"--user-data-dir={profile}", f"--print-to-pdf={pdf}", page.as_uri()],
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+    if done.returncode or not pdf.is_file():
+        raise UsageError(f"--pdf: {browser} has not printed {page}: {done.stderr.strip()[-300:]}")
 
 
 def number(value: float | None) -> str:
@@ -265,13 +298,6 @@ def number(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:.4g}".replace("-", "−")
-
-
-def heading(experiment: str) -> str:
-    """An experiment's name as a heading: lstm_gradient is LSTM gradient."""
-    first, *rest = experiment.split("_")
-    first = {"lstm": "LSTM", "vit": "ViT"}.get(first, first.capitalize())
-    return " ".join([first, *rest])
 
 
 def typeset(latex: str) -> str:
@@ -284,34 +310,6 @@ def typeset(latex: str) -> str:
         raise ValueError(f"equation with a control character, so not a raw string: {latex!r}")
     mathml = convert(latex, display="block")
     return Markup(mathml.replace("<math ", f'<math aria-label="{html.escape(latex)}" ', 1))
-
-
-def readme_table(rows: Iterable[tuple[str, str, str, str]]) -> str:
-    """The table of claims for README.md, from each claim's id, title, verdict and experiment."""
-    lines = ["| | claim of the notes | verdict | tested by |", "|---|---|---|---|"]
-    for id_, title, verdict, experiment in rows:
-        config = f"[`{experiment}`](configs/claims/{experiment}.toml)"
-        lines.append(f"| {id_} | {title} | {verdict} | {config} |")
-    return "\n".join([START, *lines, END])
-
-
-def update_readme(path: Path, rows: Sequence[Row]) -> None:
-    """Put the rows' verdicts between the markers of the file.
-
-    Raises:
-        UsageError: if the markers are not there, or a row has an error and hence no verdict.
-    """
-    text = path.read_text(encoding="utf-8")
-    if text.count(START) != 1 or text.count(END) != 1:
-        raise UsageError(f"{path}: needs the markers {START} and {END}, once each")
-    failed = [row.id for row in rows if row.study.error]
-    if failed:
-        raise UsageError(f"{path}: stays as it is, as there is no verdict on {', '.join(failed)}")
-    before, rest = text.split(START)
-    _, after = rest.split(END)
-    table = readme_table((row.id, row.title, row.verdict, row.study.experiment) for row in rows)
-    with written(path) as file:
-        file.write((before + table + after).encode())
 
 
 def _figure(study: Study) -> str:

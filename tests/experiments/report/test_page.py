@@ -22,7 +22,8 @@ from experiments.engine.config import UsageError
 from experiments.engine.session import SILENT
 from experiments.engine.training import TrainConfig, fit, make_optimizer
 from experiments.figures import new_figure
-from experiments.report import evidence as claims, key, page as report
+from experiments.report import documents, evidence as claims, key, page as report
+from experiments.report.intervals import Exact, Interval
 
 README = report.ROOT / "README.md"
 FOUND = {size.experiment.name: size.experiment for size in report.sizes(full=False)}
@@ -81,7 +82,7 @@ def test_a_figure_that_no_claim_rests_on_stands_beside(written):
     about = json.loads((written / report.DATA).read_text())["beside"]["attention_averaging"]
     assert about["experiment"] == "beside" and (written / about["figure"]).is_file()
     page = (written / report.PAGE).read_text()
-    section = page.split('<section id="attention_averaging">')[1].split("</section>")[0]
+    section = page.split('id="A6"')[1].split("measurements</summary>")[0]
     assert "figures/beside.png" in section and "Beside it" in section
 
 
@@ -231,22 +232,29 @@ def test_numbers_have_four_digits(value, text):
 STUDY = report.Study("x", {}, None)
 
 
+class Between(Interval):
+    """A measurement whose interval is the same at every level."""
+
+    def interval(self, level: float) -> Interval:
+        return self
+
+
 def test_what_is_infinite_is_null():
-    evidence = claims.measured("x", 1.0, claims.Estimate(1.0, float("-inf"), float("inf")))
+    evidence = claims.equal("x", 1.0, Between(1.0, float("-inf"), float("inf")))
     row = report.Row("A1", "", STUDY, claims.Claim("A1", "x", "", (evidence,)))
     assert report.entry(row, Path("report"))["interval"] == [None, None]
 
 
 def test_an_inequality_is_shown_as_one(tmp_path):
-    gain = claims.above("gain", 0, claims.Estimate(0.2, 0.1, 0.3))
-    cost = claims.below("cost", 1, claims.known(0.5))
+    gain = claims.above("gain", 0, Between(0.2, 0.1, 0.3))
+    cost = claims.below("cost", 1, Exact(0.5))
     claim = claims.Claim("V3", "x", "", (gain, cost))
     findings = report.Findings([report.Row("V3", "", STUDY, claim)])
     report.write(findings, tmp_path, full=False)
     page = (tmp_path / report.PAGE).read_text()
-    # the headline, and each measurement
     shown = re.findall(r'data-label="predicted">\s*(.*?)\s*</td>', page)
-    assert [html.unescape(text) for text in shown] == [">\xa00", ">\xa00", "<\xa01"]
+    assert [html.unescape(text) for text in shown] == [">\xa00", "<\xa01"]
+    assert "gain: predicted &gt;&nbsp;0, measured 0.2" in " ".join(page.split())
     (entry,) = json.loads((tmp_path / report.DATA).read_text())["claims"]
     assert (entry["relation"], entry["predicted"]) == (">", 0)
     assert [e["relation"] for e in entry["evidence"]] == [">", "<"]
@@ -254,14 +262,14 @@ def test_an_inequality_is_shown_as_one(tmp_path):
 
 def readme_rows() -> list[tuple[str, str, str, str]]:
     """Id, title, verdict and experiment."""
-    section = README.read_text().split(report.START)[1].split(report.END)[0]
+    section = README.read_text().split(documents.START)[1].split(documents.END)[0]
     row = re.compile(r"\| (\w\d+) \| (.*) \| ([^|]+) \| \[`(\w+)`\]\(.*\) \|")
     return row.findall(section)
 
 
 def test_the_readme_has_every_claim_as_the_code_writes_it():
     found = readme_rows()
-    assert report.readme_table(found) in README.read_text()
+    assert documents.readme_table(found) in README.read_text()
     serving = {
         (id_, title, name)
         for name, experiment in SERVING.items()
@@ -279,28 +287,50 @@ def test_the_verdicts_of_the_readme_are_those_of_the_quick_report(name):
     found = experiment.claims(config, experiment.run(config, SILENT))
     readme = {id_: verdict for id_, _, verdict, experiment in readme_rows() if experiment == name}
     assert {claim.id: claim.verdict for claim in found} == readme
-    for claim in found:
-        assert "\\" not in re.sub(r'aria-label="[^"]*"', "", report.typeset(claim.equation))
 
 
-def test_the_readme_is_changed_between_its_markers_alone(tmp_path):
-    file = tmp_path / "README.md"
-    file.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
-    rows = [report.Row("A1", "one", STUDY), report.Row("A2", "two", STUDY)]
-    report.update_readme(file, rows)
+def test_the_notes_have_every_statement_as_the_code_has_it():
+    verdicts = {id_: verdict for id_, _, verdict, _ in readme_rows()}
+    found = [
+        (experiment.CLAIMS[claim.id], claim, verdicts[claim.id])
+        for experiment in SERVING.values()
+        for claim in experiment.claims(experiment.TINY, experiment.run(experiment.TINY, SILENT))
+    ]
+    found.sort(key=lambda row: (row[1].id[0], int(row[1].id[1:])))
+    assert (report.ROOT / "docs" / "notes.md").read_text() == documents.notes_page(found)
+    for _, claim, _ in found:
+        for latex in (claim.equation, claim.printed_equation):
+            assert "\\" not in re.sub(r'aria-label="[^"]*"', "", report.typeset(latex))
+
+
+def test_the_readme_is_changed_between_its_markers_alone_and_the_notes_are_written(tmp_path):
+    (tmp_path / "docs").mkdir()
+    file, notes = tmp_path / "README.md", tmp_path / "docs" / "notes.md"
+    file.write_text(f"before\n{documents.START}\nold\n{documents.END}\nafter\n")
+    said = claims.Claim("A1", "x = 1", "", (claims.equal("x", 1, Exact(1)),), note="Mind this.")
+    printed = replace(said, id="L2", printed_equation="x = 2")
+    missing = replace(said, id="P3", in_notes=False)
+    rows = [report.Row(each.id, each.id.lower(), STUDY, each) for each in (said, printed, missing)]
+    documents.update(tmp_path, rows)
     text = file.read_text()
-    assert text.startswith(f"before\n{report.START}\n|") and text.endswith(f"{report.END}\nafter\n")
-    assert "old" not in text and "| A1 | one |" in text and "| A2 | two |" in text
+    assert text.startswith(f"before\n{documents.START}\n|")
+    assert text.endswith(f"{documents.END}\nafter\n")
+    assert "old" not in text and "| A1 | a1 |" in text and "| L2 | l2 |" in text
+    section = {part[:2]: part for part in notes.read_text().split("\n### ")[1:]}
+    assert "As printed and as tested" in section["A1"] and "*Holds.* Mind this." in section["A1"]
+    assert section["L2"].index("x = 2") < section["L2"].index("As tested") < len(section["L2"])
+    assert "Not in the notes" in section["P3"]
+    assert "*Missing in the notes.*" in section["P3"]
     with pytest.raises(UsageError, match="no verdict on A1"):
-        report.update_readme(file, [report.Row("A1", "", STUDY._replace(error="x"))])
+        documents.update(tmp_path, [report.Row("A1", "", STUDY._replace(error="x"))])
     file.write_text("no markers")
     with pytest.raises(UsageError, match="markers"):
-        report.update_readme(file, rows)
+        documents.update(tmp_path, rows)
 
 
 def test_the_readme_has_no_verdicts_of_the_quick_report(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("experiments.__main__.ROOT", tmp_path)
-    (tmp_path / "README.md").write_text(f"{report.START}\n{report.END}\n")
+    (tmp_path / "README.md").write_text(f"{documents.START}\n{documents.END}\n")
     before = (tmp_path / "README.md").read_bytes()
     monkeypatch.setattr(report, "sizes", lambda *_, **__: {})
     assert main(["report", "--readme", "--output", str(tmp_path / "new")]) == 2
@@ -317,18 +347,28 @@ def test_the_page_asks_nothing_of_the_network(written):
     assert "<script" not in page
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+CHROMIUM = next(filter(None, map(shutil.which, report.BROWSERS)), None)
 
 PROBE = """<script>
 const errors = [];
 addEventListener("error", e => errors.push(e.message || "failed: " + e.target.src), true);
 addEventListener("load", () => {
+  const folded = [...document.querySelectorAll("details.claim")].every(claim => !claim.open);
+  document.querySelectorAll("details").forEach(each => each.open = true);
   const images = [...document.images];
+  const shown = () => [...document.querySelectorAll("details.claim")]
+    .filter(claim => claim.getBoundingClientRect().height > 0).map(claim => claim.id);
+  const chosen = {};
+  for (const choice of document.querySelectorAll('input[name="shown"]')) {
+    choice.checked = true;
+    chosen[choice.id] = shown();
+  }
+  document.querySelector('input[name="shown"]').checked = true;
   parent.postMessage(JSON.stringify({
-    errors,
+    errors, folded, chosen,
     images: images.length,
     loaded: images.filter(image => image.complete && image.naturalWidth > 100).length,
-    claims: [...document.querySelectorAll("tr[data-claim]")].map(row => row.dataset.claim),
+    claims: [...document.querySelectorAll("details.claim")].map(claim => claim.id),
     dead: [...document.querySelectorAll('a[href^="#"]')]
       .filter(a => !document.getElementById(a.getAttribute("href").slice(1))).length,
     wide: document.documentElement.scrollWidth - innerWidth,
@@ -364,5 +404,23 @@ def test_a_browser_shows_the_page_whole(written, tmp_path, width):
     assert seen["width"] == width
     assert seen["errors"] == [] and seen["dead"] == 0 and seen["math"]
     assert seen["images"] == seen["loaded"] == 2
-    assert seen["claims"] == ["A5", "A6"]
+    assert seen["claims"] == ["A5", "A6"] and seen["folded"]
+    assert seen["chosen"] == {"": ["A5", "A6"], "only-holds": ["A6"], "only-undecided": ["A5"]}
     assert seen["wide"] <= 0, "the page is wider than the window"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt-get install chromium)")
+def test_the_page_is_printed_with_every_claim_unfolded(written):
+    report.print_pdf(written, report.browser())
+    pdf = (written / report.PDF).read_bytes()
+    assert pdf.startswith(b"%PDF") and pdf.count(b"/Subtype /Image") >= 2
+
+
+def test_no_browser_to_print_with_is_a_line_before_anything_is_measured(
+    monkeypatch, capsys, tmp_path
+):
+    monkeypatch.setattr(report, "BROWSERS", ("no-such-browser",))
+    assert main(["report", "--pdf", "--output", str(tmp_path / "new")]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "--pdf" in message and "Chromium" in message
+    assert not (tmp_path / "new").exists()
