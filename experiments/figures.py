@@ -133,7 +133,7 @@ def loss_curve(axes: Axes, steps: Any, losses: Any, baseline: str, level: float)
 
 
 def error_bars(axes: Axes, x: Any, measured: Iterable[Any], colour: str, label: str) -> None:
-    """Points with their intervals of 99 %, of measurements as `experiments.report.intervals` has."""
+    """Points with intervals of 99 %; measurements are those of `experiments.report.intervals`."""
     value, low, high = np.array([each.interval(0.01) for each in measured]).T
     reach = np.maximum([value - low, high - value], 0)
     axes.errorbar(x, value, reach, color=colour, fmt="o", markersize=4, capsize=3, label=label)

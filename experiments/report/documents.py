@@ -21,11 +21,11 @@ PARTS = {
 INTRODUCTION = """\
 # The notes, statement by statement
 
-rnnattn implements a set of worked answers about the LSTM, dot-product attention, vision transformers
-and sinusoidal positions: equations, with a few sentences between them, which are translated here.
-Each statement has an id that code, tests and experiments use, and stands as it is printed; where the
-library has another one, that stands below it, with the verdict of the experiment that compares the
-two. What the notes leave out and the library needs is listed as well.
+rnnattn implements a set of worked answers about the LSTM, dot-product attention, vision
+transformers and sinusoidal positions: equations, with a few sentences between them, which are
+translated here. Each statement has an id that code, tests and experiments use, and stands as it is
+printed; where the library has another one, that stands below it, with the verdict of the experiment
+that compares the two. What the notes leave out and the library needs is listed as well.
 
 This page is written by `python -m experiments report --full --readme`."""
 
