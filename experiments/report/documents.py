@@ -32,7 +32,7 @@ This page is written by `python -m experiments report --full --readme`."""
 
 def readme_table(rows: Iterable[tuple[str, str, str, str]]) -> str:
     """The table of claims for README.md, from each claim's id, title, verdict and experiment."""
-    lines = ["| | claim of the notes | verdict | tested by |", "|---|---|---|---|"]
+    lines = ["| | claim | verdict | tested by |", "|---|---|---|---|"]
     for id_, title, verdict, experiment in rows:
         config = f"[`{experiment}`](configs/claims/{experiment}.toml)"
         lines.append(f"| {id_} | {title} | {verdict} | {config} |")

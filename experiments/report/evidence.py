@@ -1,4 +1,4 @@
-"""What a claim of the notes is, when it is measured: evidence, and the verdict that follows from it.
+"""What a measured claim of the notes is: evidence, and the verdict that follows from it.
 
 A `Claim` holds evidence, not a verdict. It may be wrong with probability `LEVEL`, which it divides
 among the measurements that its evidence rests on.

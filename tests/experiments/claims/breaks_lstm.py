@@ -43,7 +43,7 @@ def _slopes(change):
 
 _without_o = _slopes(lambda slopes, _, c: slopes._replace(c=1 - jnp.tanh(c) ** 2))
 _without_c_prev = _slopes(lambda slopes, c_prev, _: slopes._replace(f=slopes.f / c_prev))
-_without_carry = _slopes(lambda slopes, *_: slopes._replace(carry=jnp.zeros_like(slopes.carry)))
+without_carry = _slopes(lambda slopes, *_: slopes._replace(carry=jnp.zeros_like(slopes.carry)))
 
 
 def _steps_with_i_and_g_exchanged(params, x, state):
@@ -61,5 +61,5 @@ BREAKS = (
     Break("L5", SLOPES, _without_c_prev),
     Break("L6", SLOPES, _without_c_prev),
     Break("L7", SLOPES, _without_c_prev),
-    Break("L8", SLOPES, _without_carry),
+    Break("L8", SLOPES, without_carry),
 )
