@@ -163,7 +163,7 @@ def plot(config: Config, result: Result) -> "Figure":
     sizes.barh(places, result.temporary, color=colours, label="measured")
     sizes.plot(counted(config), places[:-1], "|", color=BLACK, markersize=18, label="counted")
     sizes.set(xlabel="memory of the gradient, in T · B · H numbers")
-    sizes.legend(fontsize=8, loc="lower right")
+    sizes.legend(fontsize=8, loc="upper right")
     median = np.median(result.seconds, axis=1)
     times.barh(places, median / median[0], color=colours)
     times.set(xlabel='time of the gradient over that of "gates"')
