@@ -171,7 +171,7 @@ def run(config: Config, session: Session = SILENT) -> Result:
         independent=moments(independent),
         identical=moments([same])[0],
         identical_difference=np.array(np.max(np.abs(same - one))),
-        noiseless=noiseless[0],
+        noiseless=np.array(noiseless[0]),
         specialised=moments(by_beta),
         positive=moments([w[g > 0] for g, w in zip(gammas, by_beta, strict=True)]),
         keys_specialised=moments(by_keys),
