@@ -342,9 +342,9 @@ def plot(config: Config, result: Result) -> "Figure":
     jacobian, entropy, gradient, below = figure.subplots(2, 2).flat
     scales = ((UNSCALED, ORANGE, "unscaled"), (SCALED, BLUE, "scaled"))
     panels = (
-        (JACOBIAN, jacobian, "$\Vert J\Vert_F$"),
+        (JACOBIAN, jacobian, "$\\Vert J\\Vert_F$"),
         (ENTROPY, entropy, "entropy (nats)"),
-        (GRADIENT, gradient, "gradient to q, $\Vert s K^T J g\Vert$"),
+        (GRADIENT, gradient, "gradient to q, $\\Vert s K^T J g\\Vert$"),
     )
     for kind, axes, name in panels:
         for scale, colour, label in scales:
@@ -377,7 +377,7 @@ def plot(config: Config, result: Result) -> "Figure":
         axes.plot(wide, values, line, color=BLACK, linewidth=1, label=label)
     limit = tie_density(config.keys) * math.sqrt(2 / math.pi)
     gradient.axhline(limit, color=BLACK, linewidth=1, linestyle=":",
-                     label="limit of the mean, $f_0\sqrt{2/\pi}$")  # fmt: skip
+                     label="limit of the mean, $f_0\\sqrt{2/\\pi}$")  # fmt: skip
     # the curves of the entropy are named beside it
     for axes in (jacobian, gradient, below):
         axes.legend(fontsize=8)
