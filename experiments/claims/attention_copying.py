@@ -163,7 +163,7 @@ def _distribution(config: Config, result: Result) -> Claim:
         (
             equal(f"largest |Σα − 1|, {rows}", 0, Exact(result.sum_error.max(), ROUNDING),
                   Exact(result.sigmoid_sum_error.min(), ROUNDING), "sigmoid weights"),
-            equal("weights below zero", 0, Exact(float(np.sum(result.lowest < 0)))),
+            equal("weights below zero", 0, Exact(float(np.sum(~(result.lowest >= 0))))),
         ),
     )  # fmt: skip
 
@@ -173,8 +173,9 @@ def _copying(config: Config, result: Result) -> Claim:
     right = []
     for i, error in enumerate(config.errors):
         at = f"ε = {error:g}, n = {n}"
-        violations = float(np.sum(result.weights[i] < 1 - error - ROUNDING))
-        far = float(np.sum(result.distances[i] > error + ROUNDING))
+        # negated, as NaN is on neither side
+        violations = float(np.sum(~(result.weights[i] >= 1 - error - ROUNDING)))
+        far = float(np.sum(~(result.distances[i] <= error + ROUNDING)))
         right += [
             equal(f"weight at the margin, all rivals tied, {at}", 1 - error,
                   Exact(result.tied[i], ROUNDING),
