@@ -16,7 +16,8 @@ import rnnattn
 from experiments.engine import memory
 from experiments.engine.config import Logit, Seed, Several, Size
 from experiments.engine.session import SILENT, Session
-from experiments.report.evidence import Claim, equal
+from experiments.report.evidence import Claim, below, each, equal
+from experiments.report.intervals import Exact
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -101,33 +102,25 @@ def run(config: Config, session: Session = SILENT) -> Result:
 
 def claims(config: Config, result: Result) -> tuple[Claim, ...]:
     """A6: the exact distance from the average, for every n and β."""
-    keys, longest = config.several_keys, config.betas[-1]
-    predicted = left_over(np.array(config.betas), np.array(keys)[:, None])
-    right = [
-        equal(
-            f"‖c − ½(v_a + v_b)‖ over the distance of the other values' mean, β = {longest:g}, "
-            f"n = {n}",
-            predicted[i, -1], result.distance[i, -1], ROUNDING,
-            left_over(0.0, n), "β = 0, all keys alike",
-        )
-        for i, n in enumerate(keys)
-    ]  # fmt: skip
-    right += [
+    longest, n = config.betas[-1], np.array(config.several_keys)
+    distances = [Exact(x, ROUNDING) for x in result.distance[:, -1]]
+    from_average = (
+        f"‖c − ½(v_a + v_b)‖ over the distance of the other values' mean, β = {longest:g}"
+    )
+    right = (
+        *each(f"{from_average}, n = {{}}", n, left_over(longest, n), distances,
+              left_over(longest / np.sqrt(n), n), "logits scaled by 1/√n"),
         equal(
             "largest error of the formula of c, all β and n",
-            0, float(result.identity_error.max()), ROUNDING,
-            float(predicted.max()), "c = ½(v_a + v_b) at every β",
+            0, Exact(result.identity_error.max(), ROUNDING),
+            result.distance.max(), "c = ½(v_a + v_b) at every β",
         ),
         equal(
             "largest difference between α_a and α_b, all β and n",
-            0, float(np.max(np.abs(np.diff(result.weights, axis=2)))), ROUNDING,
+            0, Exact(np.max(np.abs(np.diff(result.weights, axis=2))), ROUNDING),
         ),
-        equal(
-            f"outputs at β = {longest:g} that are off the average by more than {CLOSE:g}",
-            0, float(np.sum(result.distance[:, -1] > CLOSE)), 0.0,
-            float(len(keys)), "all of them",
-        ),
-    ]  # fmt: skip
+        below(f"{from_average}, largest of all n", CLOSE, Exact(result.distance[:, -1].max())),
+    )  # fmt: skip
     return (
         Claim(
             "A6",
@@ -137,8 +130,10 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
             "The distance of the output from the average of the two values is δ times that of the "
             "other values' mean, to the rounding of float64, for every n and β; at the largest β "
             f"it is below {CLOSE:g}.",
-            tuple(right),
+            right,
             note="β must be large against ln n: δ ≤ ½(n−2)e^{−β}.",
+            printed_equation=r"q = \beta(K_a + K_b),\ \beta \gg 0:\quad"
+            r"c \approx \tfrac12(v_a + v_b)",
         ),
     )
 

@@ -22,7 +22,8 @@ import rnnattn
 from experiments.engine import memory
 from experiments.engine.config import Logit, Seed, Several, Size
 from experiments.engine.session import SILENT, Session
-from experiments.report.evidence import Claim, equal
+from experiments.report.evidence import Claim, above, equal
+from experiments.report.intervals import Exact
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -160,9 +161,9 @@ def _distribution(config: Config, result: Result) -> Claim:
         "The weights of every row sum to 1 to the rounding of float64, where sigmoid weights of "
         "the same logits do not, and none is negative.",
         (
-            equal(f"largest |Σα − 1|, {rows}", 0, float(result.sum_error.max()), ROUNDING,
-                  float(result.sigmoid_sum_error.min()), "sigmoid weights"),
-            equal("weights below zero", 0, float(np.sum(result.lowest < 0)), 0.0),
+            equal(f"largest |Σα − 1|, {rows}", 0, Exact(result.sum_error.max(), ROUNDING),
+                  Exact(result.sigmoid_sum_error.min(), ROUNDING), "sigmoid weights"),
+            equal("weights below zero", 0, Exact(float(np.sum(~(result.lowest >= 0))))),
         ),
     )  # fmt: skip
 
@@ -172,22 +173,27 @@ def _copying(config: Config, result: Result) -> Claim:
     right = []
     for i, error in enumerate(config.errors):
         at = f"ε = {error:g}, n = {n}"
-        violations = np.sum(result.weights[i] < 1 - error - ROUNDING)
-        far = np.sum(result.distances[i] > error + ROUNDING)
+        # negated, as NaN is on neither side
+        violations = float(np.sum(~(result.weights[i] >= 1 - error - ROUNDING)))
+        far = float(np.sum(~(result.distances[i] <= error + ROUNDING)))
         right += [
-            equal(f"weight at the margin, all rivals tied, {at}", 1 - error, result.tied[i],
-                  ROUNDING, result.tied_short[i], "at ln((1−ε)/ε), without the n − 1"),
-            equal(f"weights below 1 − ε of {config.draws} random rivals, {at}", 0, violations, 0.0),
-            equal(f"outputs farther than ε max ‖v_i − v_j‖ from v_j, {at}", 0, far, 0.0),
+            equal(f"weight at the margin, all rivals tied, {at}", 1 - error,
+                  Exact(result.tied[i], ROUNDING),
+                  Exact(result.tied_short[i], ROUNDING), "at ln((1−ε)/ε), without the n − 1"),
+            equal(f"weights below 1 − ε of {config.draws} random rivals, {at}", 0,
+                  Exact(violations)),
+            equal(f"outputs farther than ε max ‖v_i − v_j‖ from v_j, {at}", 0, Exact(far)),
         ]  # fmt: skip
-    smallest, lengths = min(config.errors), np.array(config.lengths)
+    largest, lengths = max(config.errors), np.array(config.lengths)
     short = int(np.argmin(np.abs(lengths - 1)))
-    beyond = equal(
-        f"weight for a query of length {lengths[short]:g} that points at its key "
-        f"(cosine 1, and 0 to the others, n = {n})",
-        1 - smallest, result.length_weights[short], smallest,
-        1 / (1 + (n - 1) * np.exp(-lengths[short])), "e^r / (e^r + n − 1)",
-    )  # fmt: skip
+    length, weight = lengths[short], Exact(result.length_weights[short], ROUNDING)
+    alike = (
+        f"weight for a query of length {length:g} that points at its key (cosine 1, and 0 to the "
+        f"others, n = {n})"
+    )
+    right.append(
+        equal(alike, 1 / (1 + (n - 1) * np.exp(-length)), weight, 1 - largest, "it copies")
+    )
     return Claim(
         "A4",
         r"s\langle q, k_j\rangle - \max_{i \ne j} s\langle q, k_i\rangle \ge"
@@ -196,7 +202,7 @@ def _copying(config: Config, result: Result) -> Claim:
         "ln((1−ε)/ε); no random rivals at the margin or below bring it under 1 − ε, nor the output "
         "farther than ε max ‖v_i − v_j‖ from v_j; a short query, however alike, does not copy.",
         tuple(right),
-        beyond=(beyond,),
+        beyond=(above(alike, 1 - largest, weight),),
         note="Likeness alone is not enough: the query must be long, so that the logit margin is.",
     )
 

@@ -3,11 +3,10 @@
 n values with orthonormal directions μ, the first two of them a and b; q = β(μ_a + μ_b), logits not
 scaled. Two kinds of noise:
 
-    A7   k_i ~ N(μ_i, αI)                        the logit difference of a and b is N(0, 4αβ²)
+    A7   k_i ~ N(μ_i, αI)                        logits are independent N(β or 0, 2αβ²)
     A8   k_a = γ μ_a, γ ~ N(1, ½), k_i = μ_i     w_a = 1 / (1 + e^{β(1−γ)} + (n−2) e^{−βγ})
 
 w_a is the weight of v_a in the output, measured by attending to values of 1 at a and 0 elsewhere.
-Measured arrays have a last axis of (value, low, high).
 """
 
 import math
@@ -32,18 +31,10 @@ from experiments.models.noisy_keys import (
     stretched_keys,
     weight_of_first,
 )
-from experiments.report.evidence import (
-    Claim,
-    Estimate,
-    Evidence,
-    equal,
-    mean_interval,
-    measured,
-    normal_moments,
-    share,
-    share_interval,
-    variance_interval,
-)
+from experiments.models.normal_logits import weight_moments
+from experiments.report.evidence import Claim, each, equal
+from experiments.report.intervals import Exact, Mean, Share, variance
+from experiments.report.quadrature import normal_moments
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,7 +47,8 @@ CLAIMS = {
 SWUNG = 0.1
 """An output has swung to one value when the other's weight is below this."""
 
-Keys = Annotated[Size, Field(ge=2)]
+ROUNDING = 1e-12
+"""What float64 leaves of a weight."""
 
 
 @dataclass(frozen=True)
@@ -67,41 +59,43 @@ class Config:
     """Random seed of the noise."""
     samples: Samples = 20_000
     """Draws of the keys for each setting."""
-    keys: Keys = 10
+    keys: Annotated[Size, Field(ge=3)] = 10
     """Number n of keys, where β or α varies."""
     beta: Logit = 10.0
-    """Length β of the query along each of the two keys, where n or α varies."""
+    """Length β of the query along each of the two keys, where n varies."""
     betas: Several[Logit] = (1.0, 2.0, 5.0, 10.0, 20.0)
     """The β of A8's curve."""
-    several_keys: Several[Keys] = (2, 10, 30)
+    several_keys: Several[Annotated[Size, Field(ge=2)]] = (2, 10, 30)
     """The n of A8's curve."""
     blurred_beta: Logit = 40.0
-    """β of A7, where α varies: so long that the other keys keep out of it at every αβ²."""
+    """β of A7, where α varies: so long that the other keys keep out of it."""
     spreads: tuple[Logit, ...] = (0.003, 0.01, 0.1, 1.0, 10.0)
     """The αβ² of A7's curve, rising: the first two are where it should average."""
+    short_betas: Several[Logit] = (0.5, 1.0, 2.0)
+    """β of A7 at the first αβ²: so short that the other keys take part."""
 
 
 TINY = Config(samples=2000, keys=4, several_keys=(2, 3), betas=(2.0, 10.0))
 
 
 class Result(NamedTuple):
-    """Variance of w_a against β, n and αβ², and single numbers."""
+    """Means and variances of w_a, a `Mean` in each row, a `Share`, and some of A8's draws."""
 
-    beta_variance: np.ndarray
-    keys_variance: np.ndarray
-    spread_variance: np.ndarray
-    mean: np.ndarray
+    blurred_mean: np.ndarray
+    """Of A7, by αβ²."""
+    blurred_variance: np.ndarray
+    short_mean: np.ndarray
+    """Of A7, by β."""
+    swing_mean: np.ndarray
+    """Of A8, by `settings`."""
+    swing_variance: np.ndarray
     swung: np.ndarray
-    noisy_query: np.ndarray
+    noisy_query_variance: np.ndarray
+    formula_error: np.ndarray
+    """Largest, of the formula of w_a, and of that without the n − 2 other keys."""
     gamma: np.ndarray
     weight: np.ndarray
-    formula_error: np.ndarray
     scores: dict[str, float]
-
-
-def swing_variance(beta: float, keys: int) -> float:
-    """Var w_a of A8, by quadrature."""
-    return normal_moments(lambda gamma: predicted_weight(gamma, beta, keys), 1.0, VARIANCE)[1]
 
 
 @partial(jax.jit, static_argnums=2)
@@ -127,27 +121,19 @@ def _between_blurred(noise, beta, keys):
     return weight_of_first(query, key[:, :, None])[:, 0, 0]
 
 
-def _blurred_variance(spread: float, beta: float, keys: int) -> float:
-    """Var w_a of A7 by quadrature over the logit difference of a and b, which is N(0, 4αβ²).
-
-    The other keys enter through the mean of their weight relative to the two, which `check` has
-    made sure is negligible.
-    """
-    others = _others(spread, beta, keys)
-
-    def weight(difference):
-        return special.expit(difference) / (1 + others / (2 * np.cosh(difference / 2)))
-
-    return normal_moments(weight, 0.0, 4 * spread)[1]
+def blurred_moments(spread: float, beta: float, keys: int) -> tuple[float, float]:
+    """Mean and variance of w_a of A7, by quadrature."""
+    mean, square = weight_moments(keys, math.sqrt(2 * spread), lead=beta, leaders=2)
+    return mean, square - mean**2
 
 
-def _others(spread: float, beta: float, keys: int) -> float:
-    """E Σ e^{logit of another key − mean logit of a and b}, that is of N(−β, 3αβ²)."""
-    return (keys - 2) * math.exp(min(-beta + 1.5 * spread, 0.0))
+def swing_moments(beta: float, keys: int) -> tuple[float, float]:
+    """Mean and variance of w_a of A8, by quadrature."""
+    return normal_moments(lambda gamma: predicted_weight(gamma, beta, keys), 1.0, VARIANCE)
 
 
-def _noisy_query_variance(beta: float, keys: int) -> float:
-    """Var w_a with a query made of the noisy key, by quadrature."""
+def noisy_query_variance(beta: float, keys: int) -> float:
+    """Var w_a of A8 with a query made of the noisy key, by quadrature."""
 
     def weight(gamma: np.ndarray) -> np.ndarray:
         rest = (keys - 2) * np.exp(-beta * gamma**2)
@@ -156,7 +142,7 @@ def _noisy_query_variance(beta: float, keys: int) -> float:
     return normal_moments(weight, 1.0, VARIANCE)[1]
 
 
-def _swung_share(beta: float, keys: int) -> float:
+def swung_share(beta: float, keys: int) -> float:
     """P(w_a < SWUNG or w_a > 1 − SWUNG): w_a rises with γ, so each is a tail of γ."""
     odds = (1 - SWUNG) / SWUNG
     # 1/w − 1 = e^{−βγ} (e^β + n − 2)
@@ -166,17 +152,30 @@ def _swung_share(beta: float, keys: int) -> float:
     return float(low + 1 - high)
 
 
+def settings(config: Config) -> list[tuple[float, int]]:
+    """The β and n of A8, each once; the first is that of the notes."""
+    by_beta = [(beta, config.keys) for beta in config.betas]
+    by_keys = [(config.beta, keys) for keys in config.several_keys]
+    return list(dict.fromkeys([(config.beta, config.keys), *by_beta, *by_keys]))
+
+
 def check(config: Config) -> None:
-    """Raise a UsageError if A7's prediction would not be exact, or has no small αβ² to show, or if
-    there is no memory for the noise."""
+    """Raise a UsageError if A7's β or αβ² are not what they should show, or if there is no memory
+    for the noise."""
     memory.check(2 * 8 * config.samples * config.keys**2, "samples × keys²")
     memory.check(2 * 8 * max(config.several_keys) ** 2, "several_keys")
-    if list(config.spreads) != sorted(config.spreads) or len(config.spreads) < 3:
-        raise UsageError(f"spreads: need three or more, rising, got {config.spreads}")
-    if _others(config.spreads[-1], config.blurred_beta, config.keys) > 1e-6:
+    spreads, others = config.spreads, config.keys - 2
+    if list(spreads) != sorted(spreads) or len(spreads) < 3:
+        raise UsageError(f"spreads: need three or more, rising, got {spreads}")
+    if others * math.exp(-config.blurred_beta) > 1e-3:
         raise UsageError(
-            f"blurred_beta: {config.blurred_beta:g} is too short for αβ² = {config.spreads[-1]:g}: "
-            "other keys would take part; needs about 1.5 αβ² + 16"
+            f"blurred_beta: {config.blurred_beta:g} is too short: other keys would take part; "
+            f"needs about {math.log(1e3 * others):.3g}"
+        )
+    if others * math.exp(-max(config.short_betas)) < 0.1:
+        raise UsageError(
+            f"short_betas: {max(config.short_betas):g} is too long: other keys would hardly take "
+            f"part; needs {math.log(10 * others):.3g} at most"
         )
 
 
@@ -184,40 +183,34 @@ def run(config: Config, session: Session = SILENT) -> Result:
     """Draw the noise, attend, and take the moments of the weight."""
     random = np.random.default_rng(config.seed)
     beta, keys = config.beta, config.keys
-    level_a7 = share(len(config.spreads))
-    # and the mean, the share that has swung, and the noisy query
-    level_a8 = share(len(config.betas) + len(config.several_keys) + 3)
 
     def swing(beta: float, keys: int) -> np.ndarray:
         gamma = draw_gamma(random, (config.samples,))
         return in_chunks(lambda g: _between(g, beta, keys), gamma, keys)
 
-    def blur(spread: float) -> np.ndarray:
-        long = config.blurred_beta
-        noise = random.normal(0, math.sqrt(spread) / long, (config.samples, keys, keys))
-        return in_chunks(lambda x: _between_blurred(x, long, keys), noise, keys)
-
-    def variance(weight: np.ndarray, level: float) -> Estimate:
-        return variance_interval(weight, level)
+    def blur(spread: float, beta: float) -> np.ndarray:
+        noise = random.normal(0, math.sqrt(spread) / beta, (config.samples, keys, keys))
+        return in_chunks(lambda x: _between_blurred(x, beta, keys), noise, keys)
 
     with jax.enable_x64(True):
         gamma = draw_gamma(random, (config.samples,))
         weight = in_chunks(lambda g: _between(g, beta, keys), gamma, keys)
         noisy = in_chunks(lambda g: _between_noisy(g, beta, keys), gamma, keys)
-        by_beta = [variance(swing(b, keys), level_a8) for b in config.betas]
-        by_keys = [variance(swing(beta, n), level_a8) for n in config.several_keys]
-        by_spread = [variance(blur(spread), level_a7) for spread in config.spreads]
-    swung = int(np.sum((weight < SWUNG) | (weight > 1 - SWUNG)))
+        swinging = [weight, *(swing(*setting) for setting in settings(config)[1:])]
+        blurred = [blur(spread, config.blurred_beta) for spread in config.spreads]
+        short = [blur(config.spreads[0], each) for each in config.short_betas]
+    formulas = (predicted_weight(gamma, beta, n) for n in (keys, 2))
     return Result(
-        beta_variance=np.array(by_beta),
-        keys_variance=np.array(by_keys),
-        spread_variance=np.array(by_spread),
-        mean=np.array(mean_interval(weight, level_a8)),
-        swung=np.array(share_interval(swung, config.samples, level_a8)),
-        noisy_query=np.array(variance(noisy, level_a8)),
+        blurred_mean=np.array([Mean.of(w) for w in blurred]),
+        blurred_variance=np.array([variance(w) for w in blurred]),
+        short_mean=np.array([Mean.of(w) for w in short]),
+        swing_mean=np.array([Mean.of(w) for w in swinging]),
+        swing_variance=np.array([variance(w) for w in swinging]),
+        swung=np.array(Share.of((weight < SWUNG) | (weight > 1 - SWUNG))),
+        noisy_query_variance=np.array(variance(noisy)),
+        formula_error=np.array([np.max(np.abs(weight - formula)) for formula in formulas]),
         gamma=gamma[:2000],
         weight=weight[:2000],
-        formula_error=np.array(np.max(np.abs(weight - predicted_weight(gamma, beta, keys)))),
         scores={"variance": float(np.var(weight)), "noisy_query_variance": float(np.var(noisy))},
     )
 
@@ -228,80 +221,80 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
 
 
 def _averaging_survives(config: Config, result: Result) -> Claim:
-    swing = swing_variance(config.beta, config.keys)
-    predicted_at = [
-        _blurred_variance(spread, config.blurred_beta, config.keys) for spread in config.spreads
-    ]
-    spreads = list(zip(config.spreads, result.spread_variance, predicted_at, strict=True))
-
-    def name(spread: float) -> str:
-        return f"variance of the weight of v_a, αβ² = {spread:g} (n = {config.keys})"
-
-    right = [
-        measured(name(s), predicted, Estimate(*estimate), swing, "the swing of A8")
-        for s, estimate, predicted in spreads[:2]
-    ]
-    # as small as for the smallest spread, however large the spread
-    beyond = [
-        measured(name(s), spreads[0][2], Estimate(*estimate), predicted, "quadrature at this αβ²")
-        for s, estimate, predicted in spreads[2:]
-    ]
+    n, long, spreads = config.keys, config.blurred_beta, config.spreads
+    means, variances = (
+        [Mean(*row) for row in rows] for rows in (result.blurred_mean, result.blurred_variance)
+    )
+    mean, spread = np.array([blurred_moments(s, long, n) for s in spreads]).T
+    # as if k_b were μ_b itself
+    one_noisy = [normal_moments(special.expit, 0.0, 2 * s)[1] for s in spreads[:2]]
+    short = [blurred_moments(spreads[0], beta, n)[0] for beta in config.short_betas]
+    at_variance = f"variance of the weight of v_a, αβ² = {{}} (β = {long:g}, n = {n})"
+    at_mean = f"mean of the weight of v_a, αβ² = {{}} (β = {long:g}, n = {n})"
     return Claim(
         "A7",
         r"k_i \sim \mathcal{N}(\mu_i, \alpha I),\quad q = \beta(\mu_a + \mu_b)"
-        r"\;\Rightarrow\; \operatorname{Var} w_a \approx \tfrac14 \alpha\beta^2"
-        r"\quad(\alpha\beta^2 \ll 1)",
-        "For small αβ² the variance of v_a's weight is that of the exact softmax, by quadrature, "
-        "and not that of the swing of A8; for large αβ² it is no longer that small.",
-        tuple(right),
-        beyond=tuple(beyond),
+        r"\;\Rightarrow\; \mathbb{E}\, w_a \approx \tfrac12,\quad"
+        r"\operatorname{Var} w_a \approx \tfrac14 \alpha\beta^2"
+        r"\quad(\alpha\beta^2 \ll 1,\ (n-2)e^{-\beta} \ll 1)",
+        "For small αβ² and long β mean and variance of v_a's weight are those of the exact softmax "
+        "by quadrature, the variance not that of noise in one of the two keys alone. For large αβ² "
+        "the variance is no longer that small, and for short β the mean is no longer ½.",
+        right=(
+            *each(at_variance, spreads[:2], spread[:2], variances[:2],
+                  one_noisy, "noise in k_a alone"),
+            *each(at_mean, spreads[:2], mean[:2], means[:2]),
+        ),
+        beyond=(
+            # as small as for the smallest αβ², however large it is
+            *each(at_variance, spreads[2:], spread[0], variances[2:],
+                  spread[2:], "quadrature at this αβ²"),
+            *each(f"mean of the weight of v_a, β = {{}} (αβ² = {spreads[0]:g}, n = {n})",
+                  config.short_betas, 0.5, [Mean(*row) for row in result.short_mean],
+                  short, "quadrature at this β"),
+        ),
         note="α tiny is not enough: β → ∞ at any fixed α gives the swinging of A8, as the logit "
-        "difference of the two keys is N(0, 4αβ²).",
-    )
+        "difference of the two keys is N(0, 4αβ²). Nor may β be short: then the others take part.",
+        printed_equation=r"\beta \gg 0,\quad q = \beta K_a + \beta K_b \Leftrightarrow"
+        r"k_i \approx \mu_i",
+    )  # fmt: skip
 
 
 def _the_average_swings(config: Config, result: Result) -> Claim:
-    setting = f"β = {config.beta:g}, n = {config.keys}"
-    at = "variance of the weight of v_a"
-    steady = (0.0, "c stays the mean of the two")
-
-    def swing(beta: float, keys: int, variance: np.ndarray) -> Evidence:
-        name = f"{at}, β = {beta:g}, n = {keys}"
-        return measured(name, swing_variance(beta, keys), Estimate(*variance), *steady)
-
-    by_beta = [
-        swing(beta, config.keys, variance)
-        for beta, variance in zip(config.betas, result.beta_variance, strict=True)
-    ]
-    by_keys = [
-        swing(config.beta, keys, variance)
-        for keys, variance in zip(config.several_keys, result.keys_variance, strict=True)
-    ]
-    # the headline is the setting of the notes
-    by_beta.sort(key=lambda evidence: f"β = {config.beta:g}," not in evidence.name)
-    right = [
-        *by_beta,
-        *by_keys,
-        measured(
-            f"share of draws with a weight within {SWUNG} of 0 or of 1, {setting}",
-            _swung_share(config.beta, config.keys), Estimate(*result.swung), *steady,
-        ),
-        measured(f"mean of the weight of v_a, {setting}", 0.5, Estimate(*result.mean)),
-        measured(
-            f"{at} if q is made of the noisy key, {setting}",
-            _noisy_query_variance(config.beta, config.keys), Estimate(*result.noisy_query), *steady,
-        ),
-        equal(f"largest error of the formula of w_a, {setting}", 0, result.formula_error, 1e-12),
-    ]  # fmt: skip
+    first = f"β = {config.beta:g}, n = {config.keys}"
+    at = settings(config)
+    named = [f"β = {beta:g}, n = {n}" for beta, n in at]
+    mean, var = np.array([swing_moments(*setting) for setting in at]).T
+    noisy = [noisy_query_variance(*setting) for setting in at]
+    # where the others take no part, it is ½ all the same
+    half = np.where(mean < 0.4, 0.5, np.nan)
+    formula, printed = (Exact(error, ROUNDING) for error in result.formula_error)
+    # beyond that, float64 cannot tell them apart
+    told = (config.keys - 2) * math.exp(-config.beta) > 1e-9
     return Claim(
         "A8",
         r"w_a = \frac{1}{1 + e^{\beta(1-\gamma)} + (n-2)\,e^{-\beta\gamma}},\quad"
         r"\gamma \sim \mathcal{N}(1, \tfrac12)\;\Rightarrow\; c"
         r"\text{ swings between } v_a \text{ and } v_b",
-        "The variance of v_a's weight is that of the exact softmax by quadrature at every β and n, "
-        "and not 0; so is the share of draws that have swung; the mean is ½.",
-        tuple(right),
-    )
+        "Mean and variance of v_a's weight are those of the exact softmax by quadrature at every β "
+        "and n, the variance not that of a query made of the noisy key, and the other way round; "
+        "so is the share of draws that have swung to one value, which is not all of them.",
+        right=(
+            *each("variance of the weight of v_a, {}", named, var,
+                  [Mean(*row) for row in result.swing_variance], noisy, "q made of the noisy key"),
+            equal(f"variance of the weight of v_a if q is made of the noisy key, {first}",
+                  noisy[0], Mean(*result.noisy_query_variance), var[0], "q made of μ_a and μ_b"),
+            equal(f"share of draws with a weight within {SWUNG} of 0 or of 1, {first}",
+                  swung_share(*at[0]), Share(*result.swung), 1, "always at one of the two"),
+            *each("mean of the weight of v_a, {}", named, mean,
+                  [Mean(*row) for row in result.swing_mean], half, "½, as of two keys alone"),
+            equal(f"largest error of the formula of w_a, {first}", 0, formula,
+                  printed if told else None, "without the n − 2 others, as printed"),
+        ),
+        note="The mean stays ½ where β is long: it is each single output that is no average.",
+        printed_equation=r"c = \frac{e^{\gamma\beta}}{e^{\gamma\beta} + e^\beta} v_a +"
+        r"\frac{e^\beta}{e^\beta + e^{\gamma\beta}} v_b",
+    )  # fmt: skip
 
 
 def plot(config: Config, result: Result) -> "Figure":
@@ -318,18 +311,20 @@ def plot(config: Config, result: Result) -> "Figure":
     draws.set(xlabel="stretch γ of key a", title=f"A8: it swings (β = {beta:g})")
 
     grid = np.geomspace(min(betas), max(betas), 60)
-    curve = [swing_variance(b, keys) for b in grid]
+    curve = [swing_moments(b, keys)[1] for b in grid]
     swing.plot(grid, curve, color=BLACK, label=f"exact softmax, n = {keys:g}")
-    error_bars(swing, betas, result.beta_variance, BLUE, "measured")
+    at = settings(config)
+    shown = [Mean(*result.swing_variance[at.index((b, keys))]) for b in betas]
+    error_bars(swing, betas, shown, BLUE, "measured")
     swing.axhline(0.25, color=ORANGE, linestyle="--", label="limit ¼")
     swing.set(xlabel="query length β", xscale="log", title="A8: more so with β", ylim=(0, 0.27))
 
     spread = np.geomspace(min(spreads), max(spreads), 40)
-    curve = [_blurred_variance(s, config.blurred_beta, keys) for s in spread]
+    curve = [blurred_moments(s, config.blurred_beta, keys)[1] for s in spread]
     blur.plot(spread, curve, color=BLACK, label="exact softmax")
     small = spread[spread < 1]
     blur.plot(small, small / 4, color=GREEN, linestyle=":", label="αβ²/4")
-    error_bars(blur, spreads, result.spread_variance, BLUE, "measured")
+    error_bars(blur, spreads, [Mean(*row) for row in result.blurred_variance], BLUE, "measured")
     blur.axhline(0.25, color=ORANGE, linestyle="--", label="limit ¼")
     blur.set(xlabel="αβ²", xscale="log", yscale="log", title="A7: small noise averages")
     draws.set_ylabel("weight of $v_a$")

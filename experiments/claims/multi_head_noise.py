@@ -8,7 +8,8 @@ of v_a in the mean over heads. Three readings of "more heads":
     specialised   the same keys, q_1 = βμ_a, q_2 = βμ_b
                   w = ½ [σ(βγ − ln(n−1)) + 1/(e^β + n−1)]
 
-Measured arrays have a last axis of (value, low, high).
+Specialised heads steady the weight and bias it: the first one loses k_a where γ is small, and
+E w < ½. Without noise (γ = 1) each reading averages, to within (n−2)e^{−β}.
 """
 
 import math
@@ -33,16 +34,9 @@ from experiments.models.noisy_keys import (
     stretched_keys,
     weight_of_first,
 )
-from experiments.report.evidence import (
-    Claim,
-    Estimate,
-    equal,
-    measured,
-    normal_moments,
-    share,
-    share_interval,
-    variance_interval,
-)
+from experiments.report.evidence import Claim, Evidence, equal
+from experiments.report.intervals import Exact, Mean, Share, variance
+from experiments.report.quadrature import normal_moments
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,7 +45,8 @@ CLAIMS = {
     "A9": "Several heads steady the average",
 }
 
-Keys = Annotated[int, Field(ge=2)]
+ROUNDING = 1e-12
+"""What float64 leaves of a weight."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +57,7 @@ class Config:
     """Random seed of the noise."""
     samples: Samples = 20_000
     """Draws of the keys for each setting."""
-    keys: Keys = 10
+    keys: Annotated[Size, Field(ge=3)] = 10
     """Number n of keys."""
     beta: Logit = 10.0
     """Length β of the query along each of its keys."""
@@ -70,24 +65,32 @@ class Config:
     """How many heads see noise of their own."""
     betas: Several[Logit] = (5.0, 10.0, 20.0)
     """The β of the specialised heads' curve."""
-    several_keys: Several[Keys] = (2, 30)
+    several_keys: Several[Annotated[Size, Field(ge=2)]] = (2, 30)
     """More n of the specialised heads, at `beta`."""
 
 
-TINY = Config(samples=2000, keys=4, heads=(2, 3), betas=(10.0,), several_keys=(2,))
+TINY = Config(samples=4000, keys=4, heads=(2, 3), betas=(10.0,), several_keys=(2,))
 
 
 class Result(NamedTuple):
-    """Variances of v_a's weight in the mean over heads."""
+    """Mean and variance of v_a's weight in the mean over heads, a `Mean` in each row of two."""
 
     one: np.ndarray
     independent: np.ndarray
+    """By the number of heads."""
     identical: np.ndarray
     identical_difference: np.ndarray
+    """Largest, of the mean of two identical heads from one."""
+    noiseless: np.ndarray
+    """The weight in the mean of two identical heads without noise."""
     specialised: np.ndarray
+    """By β."""
     positive: np.ndarray
+    """The same, given γ > 0."""
     keys_specialised: np.ndarray
+    """By n."""
     lost: np.ndarray
+    """A `Share`."""
     weights_one: np.ndarray
     weights_independent: np.ndarray
     weights_specialised: np.ndarray
@@ -132,13 +135,9 @@ def check(config: Config) -> None:
 
 
 def run(config: Config, session: Session = SILENT) -> Result:
-    """Draw the noise, attend with each kind of heads, and take the variance of their mean."""
+    """Draw the noise, attend with each kind of heads, and take the moments of their mean."""
     random = np.random.default_rng(config.seed)
     beta, keys = config.beta, config.keys
-    # one head, γ > 0 at each β, and the share that loses k_a
-    count = len(config.heads) + 2 * len(config.betas) + len(config.several_keys) + 3
-    level = share(count)
-    variance = partial(variance_interval, level=level)
 
     def draw(heads: int) -> np.ndarray:
         return draw_gamma(random, (config.samples, heads))
@@ -146,13 +145,19 @@ def run(config: Config, session: Session = SILENT) -> Result:
     def specialised(gamma: np.ndarray, beta: float, keys: int) -> np.ndarray:
         return in_chunks(lambda g: _specialised(g, beta, keys), gamma, keys)
 
+    def identical(gamma: np.ndarray) -> np.ndarray:
+        return in_chunks(lambda g: _identical(g, beta, keys), gamma, keys).mean(axis=1)
+
+    def moments(several: list[np.ndarray]) -> np.ndarray:
+        return np.array([(Mean.of(w), variance(w)) for w in several])
+
     with jax.enable_x64(True):
         independent = [
-            in_chunks(lambda g: _independent(g, beta, keys), draw(heads), keys * heads)
+            in_chunks(lambda g: _independent(g, beta, keys), draw(heads), keys * heads).mean(axis=1)
             for heads in config.heads
         ]
         gamma = draw(1)[:, 0]
-        same = in_chunks(lambda g: _identical(g, beta, keys), gamma, keys)
+        same = identical(gamma)
         one = in_chunks(lambda g: _independent(g, beta, keys), gamma[:, None], keys)[:, 0]
         gammas = [draw(1)[:, 0] for _ in config.betas]
         by_beta = [
@@ -160,97 +165,103 @@ def run(config: Config, session: Session = SILENT) -> Result:
         ]
         by_keys = [specialised(draw(1)[:, 0], beta, n).mean(axis=1) for n in config.several_keys]
         pair = specialised(gamma, beta, keys)
+        noiseless = identical(np.ones(1))
     return Result(
-        one=np.array(variance(one)),
-        independent=np.array([variance(w.mean(axis=1)) for w in independent]),
-        identical=np.array(variance(same.mean(axis=1))),
-        identical_difference=np.array(np.max(np.abs(same.mean(axis=1) - one))),
-        specialised=np.array([variance(w) for w in by_beta]),
-        positive=np.array([variance(w[g > 0]) for g, w in zip(gammas, by_beta, strict=True)]),
-        keys_specialised=np.array([variance(w) for w in by_keys]),
-        lost=np.array(share_interval(int(np.sum(pair[:, 0] < 0.5)), config.samples, level)),
+        one=moments([one])[0],
+        independent=moments(independent),
+        identical=moments([same])[0],
+        identical_difference=np.array(np.max(np.abs(same - one))),
+        noiseless=np.array(noiseless[0]),
+        specialised=moments(by_beta),
+        positive=moments([w[g > 0] for g, w in zip(gammas, by_beta, strict=True)]),
+        keys_specialised=moments(by_keys),
+        lost=np.array(Share.of(pair[:, 0] < 0.5)),
         weights_one=one[:20_000],
-        weights_independent=independent[0].mean(axis=1)[:20_000],
+        weights_independent=independent[0][:20_000],
         weights_specialised=pair.mean(axis=1)[:20_000],
         scores={
             "one_head_variance": float(np.var(one)),
             "specialised_variance": float(np.var(pair.mean(axis=1))),
+            "specialised_mean": float(np.mean(pair)),
         },
     )
 
 
-def one_head_variance(config: Config) -> float:
-    """Var w of one head, by quadrature."""
+def one_head_moments(config: Config) -> tuple[float, float]:
+    """Mean and variance of w of one head, by quadrature."""
     weight = lambda gamma: predicted_weight(gamma, config.beta, config.keys)
-    return normal_moments(weight, 1.0, VARIANCE)[1]
+    return normal_moments(weight, 1.0, VARIANCE)
 
 
-def specialised_variance(beta: float, keys: int, low: float = -math.inf) -> float:
-    """Var w of the two specialised heads, given γ > low, by quadrature."""
-    return normal_moments(
-        lambda gamma: predicted_specialised(gamma, beta, keys), 1.0, VARIANCE, low
-    )[1]
+def specialised_moments(beta: float, keys: int, low: float = -math.inf) -> tuple[float, float]:
+    """Mean and variance of w of the two specialised heads, given γ > low, by quadrature."""
+    weight = lambda gamma: predicted_specialised(gamma, beta, keys)
+    return normal_moments(weight, 1.0, VARIANCE, low)
 
 
 def claims(config: Config, result: Result) -> tuple[Claim, ...]:
     """A9, in its three readings."""
-    setting = f"β = {config.beta:g}, n = {config.keys}"
-    single = one_head_variance(config)
-    none = (single, "no reduction")
+    beta, n = config.beta, config.keys
+    setting = f"β = {beta:g}, n = {n}"
+    centre, single = one_head_moments(config)
+    half = "half of one head's, as with independent noise"
+
+    def both(
+        of: str, predicted: tuple[float, float], rows: np.ndarray, mean_rival: tuple[float, str],
+        rival: tuple[float, str],
+    ) -> tuple[Evidence, Evidence]:  # fmt: skip
+        """Evidence for the variance of v_a's weight, and for its mean."""
+        mean, spread = (Mean(*row) for row in rows)
+        return (
+            equal(f"variance, {of}", predicted[1], spread, *rival),
+            equal(f"mean, {of}", predicted[0], mean, *mean_rival),
+        )
+
+    average = (0.5, "½, as printed")
+    biased = (specialised_moments(beta, n)[0], "that of specialised heads")
     independent = [
-        measured(
-            f"variance, {heads} heads with independent noise, {setting}",
-            single / heads, Estimate(*variance), *none,
-        )
-        for heads, variance in zip(config.heads, result.independent, strict=True)
+        both(f"{heads} heads with independent noise, {setting}", (centre, single / heads), rows,
+             biased, (single, "no reduction"))
+        for heads, rows in zip(config.heads, result.independent, strict=True)
     ]  # fmt: skip
-    # what the printed claim says of two heads, which these two do better or worse than
-    halved = (single / 2, "half of one head's variance, as with independent noise")
     specialised = [
-        evidence
-        for b, all_, positive in zip(
-            config.betas, result.specialised, result.positive, strict=True
-        )
-        for evidence in (
-            measured(
-                f"variance, two specialised heads, β = {b:g}, n = {config.keys}",
-                specialised_variance(b, config.keys), Estimate(*all_), *halved,
-            ),
-            measured(
-                f"variance, two specialised heads, given γ > 0, β = {b:g}, n = {config.keys}",
-                specialised_variance(b, config.keys, 0.0), Estimate(*positive),
-                specialised_variance(b, config.keys), "without the condition",
-            ),
+        both(f"two specialised heads, β = {b:g}, n = {keys}", specialised_moments(b, keys), rows,
+             average, (single / 2, half))
+        for b, keys, rows in (
+            *zip(config.betas, [n] * len(config.betas), result.specialised, strict=True),
+            *zip([beta] * len(config.several_keys), config.several_keys,
+                 result.keys_specialised, strict=True),
         )
     ]  # fmt: skip
-    by_keys = [
-        measured(
-            f"variance, two specialised heads, β = {config.beta:g}, n = {n}",
-            specialised_variance(config.beta, n), Estimate(*estimate), *halved,
-        )
-        for n, estimate in zip(config.several_keys, result.keys_specialised, strict=True)
+    positive = [
+        both(f"two specialised heads, given γ > 0, β = {b:g}, n = {n}",
+             specialised_moments(b, n, 0.0), rows,
+             *((x, "without the condition") for x in specialised_moments(b, n)))
+        for b, rows in zip(config.betas, result.positive, strict=True)
     ]  # fmt: skip
+    told = (n - 2) * math.exp(-beta) > 1e-9
     # head 1 loses k_a where its weight falls below one half
-    threshold = math.log(config.keys - 1) / config.beta
+    threshold = math.log(n - 1) / beta
     right = [
-        *independent,
-        *specialised,
-        *by_keys,
-        measured(f"variance, one head, {setting}", single, Estimate(*result.one), 0.0, "no swing"),
-        measured(
-            f"share of draws in which head 1 loses k_a, {setting}",
-            stats.norm.cdf(threshold, 1, math.sqrt(VARIANCE)), Estimate(*result.lost),
-            stats.norm.cdf(-1 / math.sqrt(VARIANCE)), "P(γ < 0), its limit for β → ∞",
-        ),
-        equal(
-            f"largest difference between one head and the mean of two identical ones, {setting}",
-            0, result.identical_difference, 0.0,
-        ),
+        *(evidence for pair in (*independent, *specialised, *positive) for evidence in pair),
+        equal(f"variance, one head, {setting}", single, Mean(*result.one[1]),
+              single / 2, "that of two heads"),
+        equal(f"share of draws in which head 1 loses k_a, {setting}",
+              stats.norm.cdf(threshold, 1, math.sqrt(VARIANCE)), Share(*result.lost),
+              stats.norm.cdf(-1 / math.sqrt(VARIANCE)), "P(γ < 0), its limit for β → ∞"),
+        equal(f"largest difference between one head and the mean of two identical ones, {setting}",
+              0, Exact(float(result.identical_difference))),
+        equal(f"weight of v_a, two identical heads without noise, {setting}",
+              1 / (2 + (n - 2) * math.exp(-beta)), Exact(float(result.noiseless), ROUNDING),
+              # beyond that, float64 cannot tell them apart
+              float(predicted_specialised(np.ones(()), beta, n)) if told else None,
+              "specialised heads"),
     ]  # fmt: skip
-    beyond = measured(
+    beyond = equal(
         f"variance, two heads with the same query and the same keys, {setting}",
-        single / 2, Estimate(*result.identical), single, "no reduction",
+        single / 2, Mean(*result.identical[1]), single, "no reduction",
     )  # fmt: skip
+    bias, _ = specialised_moments(beta, n)
     return (
         Claim(
             "A9",
@@ -258,15 +269,19 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
             r"\operatorname{Var} w_a \quad\text{(independent noise)},\qquad "
             r"w = \tfrac12\big[\sigma(\beta\gamma - \ln(n-1)) + \tfrac{1}{e^\beta + n - 1}\big]"
             r"\quad\text{(specialised)}",
-            "The variance of v_a's weight in the mean over heads: with noise of its own for each "
-            "head it is 1/H of one head's, and not one head's; for two specialised heads it is "
-            "that of the exact softmax by quadrature; two identical heads equal one, array for "
-            "array.",
+            "Of v_a's weight in the mean over heads: with noise of its own for each head the "
+            "variance is 1/H of one head's, and not one head's, at the same mean; for two "
+            "specialised heads mean and variance are those of the exact softmax by quadrature; two "
+            "identical heads equal one, array for array, and average where there is no noise.",
             tuple(right),
             beyond=(beyond,),
             note="With the same keys for all heads, the usual reading, identical queries give "
-            "identical heads and nothing falls. Queries that each look for one key do it, but for "
-            "the draws in which γ is so small that the first head loses its key.",
+            "identical heads and nothing falls. Queries that each look for one key steady the "
+            f"average but bias it: the weight of v_a is {bias:.3f} in the mean at {setting}, and "
+            "not ½, as the first head loses its key where γ is small, and the other has no noise "
+            "to make up for it.",
+            printed_equation=r"q_1 = q_2 = \beta(K_a + K_b):\quad \gamma \to 1,\quad"
+            r"c \sim \tfrac12(v_a + v_b)\quad\text{with more heads}",
         ),
     )
 
@@ -277,29 +292,32 @@ def plot(config: Config, result: Result) -> "Figure":
 
     figure = new_figure(10, 3.8)
     heads, beta, weights = figure.subplots(1, 3)
-    grid, single = np.arange(1, max(config.heads) + 1), one_head_variance(config)
+    grid, single = np.arange(1, max(config.heads) + 1), one_head_moments(config)[1]
     heads.plot(grid, single / grid, color=BLACK, label="one head's / H")
-    error_bars(heads, 1, result.one, RED, "one head")
-    error_bars(heads, config.heads, result.independent, BLUE, "independent noise")
+    error_bars(heads, 1, [Mean(*result.one[1])], RED, "one head")
+    of_heads = [Mean(*row) for row in result.independent[:, 1]]
+    error_bars(heads, config.heads, of_heads, BLUE, "independent noise")
     heads.axhline(single, color=ORANGE, linestyle="--", label="no reduction")
-    error_bars(heads, 2, result.identical, ORANGE, "identical queries, shared keys")
+    same = Mean(*result.identical[1])
+    error_bars(heads, 2, [same], ORANGE, "identical queries, shared keys")
     here = np.argmin(np.abs(np.array(config.betas) - config.beta))
-    error_bars(heads, 2, result.specialised[here], GREEN, "specialised")
+    error_bars(heads, 2, [Mean(*result.specialised[here, 1])], GREEN, "specialised")
     heads.set(xlabel="heads H", ylabel="variance of the weight of $v_a$", xscale="log",
               yscale="log", title="More heads")  # fmt: skip
     heads.set_xticks([1, *config.heads], [1, *config.heads], minor=False)
     heads.minorticks_off()
     # room for the legend below
-    heads.set_ylim(result.independent.min() / 6, None)
+    heads.set_ylim(result.independent[:, 1, 0].min() / 6, None)
 
     betas = np.linspace(min(config.betas), max(config.betas), 40)
-    for estimates, low, colour, line, label in (
+    for rows, low, colour, line, label in (
         (result.specialised, -math.inf, GREEN, "-", "all γ"),
         (result.positive, 0.0, RED, "--", "γ > 0"),
     ):
-        curve = [specialised_variance(b, config.keys, low) for b in betas]
+        curve = [specialised_moments(b, config.keys, low)[1] for b in betas]
         beta.plot(betas, curve, color=colour, linestyle=line, label=f"softmax, {label}")
-        error_bars(beta, config.betas, estimates, colour, f"measured, {label}")
+        found = [Mean(*row) for row in rows[:, 1]]
+        error_bars(beta, config.betas, found, colour, f"measured, {label}")
     beta.set(xlabel="query length β", ylabel="variance of the weight of $v_a$", ylim=(0, None),
              title=f"Two specialised heads, n = {config.keys}")  # fmt: skip
 
@@ -311,8 +329,9 @@ def plot(config: Config, result: Result) -> "Figure":
     ):
         shares = np.histogram(sample, edges)[0] / len(sample)
         weights.stairs(shares, edges, color=colour, linestyle=line, linewidth=1.6, label=label)
+        weights.axvline(sample.mean(), color=colour, linestyle=":", linewidth=1)
     weights.set(xlabel="weight of $v_a$", ylabel="share of draws (bins of 0.025)", yscale="log",
-                ylim=(3e-4, 1), title="The weight itself")  # fmt: skip
+                ylim=(3e-4, 1), title="The weight itself (dotted: its mean)")  # fmt: skip
     for axes in (heads, beta, weights):
         axes.grid(alpha=0.3)
     heads.legend(fontsize=8, loc="lower left")

@@ -20,7 +20,8 @@ from pydantic import Field
 from experiments.engine import memory
 from experiments.engine.config import Seed, Several, Size, UsageError
 from experiments.engine.session import SILENT, Session
-from experiments.report.evidence import Claim, equal
+from experiments.report.evidence import Claim, Evidence, equal
+from experiments.report.intervals import Exact
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,17 +47,16 @@ class Config:
     draws: Size = 100
     """Random pairs of subspaces for each row."""
     angles: Several[Annotated[float, Field(ge=1e-3, le=90)]] = (5, 15, 30, 45, 60, 75, 90)
-    """Angles between the two subspaces, in degrees; all m principal angles are the same."""
+    """Angles between the two subspaces, in degrees, one or more of them below 90; all m principal
+    angles are the same."""
 
 
 TINY = Config(draws=5, width=12, rank=3)
 
 
 class Result(NamedTuple):
-    """Largest relative errors over the draws, and medians against the angle."""
+    """Relative errors of each draw; by (angle, draw) where B is not orthogonal to A."""
 
-    numbers: np.ndarray
-    """In M(v_a + v_b)."""
     coordinates: np.ndarray
     coordinates_of_a: np.ndarray
     projector: np.ndarray
@@ -70,9 +70,12 @@ class Result(NamedTuple):
 
 
 def check(config: Config) -> None:
-    """Raise a UsageError if two such subspaces do not fit, into the space or into memory."""
+    """Raise a UsageError if two such subspaces do not fit, into the space or into memory, or if all
+    are orthogonal."""
     if config.width <= 2 * config.rank:
         raise UsageError(f"width: should be more than twice the rank, got {config.width}")
+    if min(config.angles) == 90:
+        raise UsageError(f"angles: at least one should be below 90, got {config.angles}")
     memory.check(3 * 8 * config.width * 2 * config.rank, "width × rank")
 
 
@@ -134,7 +137,6 @@ def run(config: Config, session: Session = SILENT) -> Result:
     # (angle, draw, kind)
     angled = np.array(by_angle)
     return Result(
-        numbers=np.array(len(coordinates)),
         coordinates=columns[0],
         coordinates_of_a=columns[1],
         projector=columns[2],
@@ -151,33 +153,29 @@ def run(config: Config, session: Session = SILENT) -> Result:
 def claims(config: Config, result: Result) -> tuple[Claim, ...]:
     """A5: the projector gives the vector, the printed matrix its coordinates."""
     count = f"of {len(result.projector)} draws"
-    printed_error = float(result.coordinates.min())
+    printed = Exact(result.coordinates.min(), ROUNDING)
+    slanted = Exact(result.orthogonal[np.array(config.angles) < 90].min(), ROUNDING)
+    skewed = Exact(result.skewed_projector.min(), ROUNDING)
 
-    def exact(name: str, errors: np.ndarray, rival: float, rival_name: str):
-        return equal(f"{name}, largest error {count}", 0, float(errors.max()), ROUNDING,
-                     rival, rival_name)  # fmt: skip
+    def exact(name: str, errors: np.ndarray, rival: Exact, rival_name: str) -> Evidence:
+        largest = Exact(errors.max(), ROUNDING)
+        return equal(f"{name}, largest error {count}", 0, largest, rival, rival_name)
 
-    slanted = np.array(config.angles) < 90
     right = (
-        exact("MᵀM(v_a + v_b) against v_a", result.projector, printed_error, "M alone"),
+        exact("MᵀM(v_a + v_b) against v_a", result.projector, printed, "M alone"),
         exact("M(v_a + v_b) against the coordinates of v_a", result.coordinates_of_a,
-              printed_error, "against v_a itself"),
+              printed, "against v_a itself"),
         exact("a's not orthonormal: AA⁺(v_a + v_b) against v_a", result.skewed_pseudoinverse,
-              float(result.skewed_projector.min()), "MᵀM"),
+              skewed, "MᵀM"),
         exact("A not ⊥ B: [A 0][A B]⁺(v_a + v_b) against v_a", result.oblique,
-              float(result.orthogonal[slanted].min()) if slanted.any() else 1.0,
-              "the orthogonal projector"),
+              slanted, "the orthogonal projector"),
         exact("A not ⊥ B: error of MᵀM against cos θ ‖v_b‖ / ‖v_a‖",
-              np.abs(result.orthogonal - result.orthogonal_predicted),
-              float(result.orthogonal[slanted].min()) if slanted.any() else 1.0, "no error"),
+              np.abs(result.orthogonal - result.orthogonal_predicted), slanted, "no error"),
     )  # fmt: skip
-    printed = (
-        equal("numbers in M(v_a + v_b), where v_a has d", config.width, result.numbers, 0.0),
-        equal(f"M(v_a + v_b) against v_a, smallest error {count}", 0, printed_error, ROUNDING),
-    )
+    as_printed = equal(f"M(v_a + v_b) against v_a, smallest error {count}", 0, printed)
     beyond = equal(
         f"span A ∩ span B ≠ {{0}}: [A 0][A B]⁺(v_a + v_b) against v_a, smallest error {count}",
-        0, float(result.intersecting_oblique.min()), ROUNDING,
+        0, Exact(result.intersecting_oblique.min(), ROUNDING),
     )  # fmt: skip
     return (
         Claim(
@@ -187,10 +185,12 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
             "The corrected formulas give v_a back to the rounding of float64, each where the "
             "simpler one does not; the printed M v gives m numbers that are not v_a.",
             right,
-            printed=printed,
+            printed=(as_printed,),
             beyond=(beyond,),
             note="M(v_a + v_b) are the coordinates of v_a in A. Where A and B are not orthogonal "
             "the oblique projector does it, and nothing does once they share a direction.",
+            printed_equation=r"M = [a_1^\top; \dots; a_m^\top] \Rightarrow"
+            r"M(v_a + v_b) = Mv_a + Mv_b = v_a",
         ),
     )
 

@@ -5,10 +5,20 @@ import pytest
 
 from experiments.engine.experiment import Experiment, find, names
 from experiments.engine.session import SILENT
-from tests.experiments.claims import breaks_lstm, breaks_positions, breaks_project
+from tests.experiments.claims import (
+    breaks_attention,
+    breaks_lstm,
+    breaks_positions,
+    breaks_project,
+)
 from tests.experiments.claims.breaks import Break
 
-BREAKS = (*breaks_lstm.BREAKS, *breaks_positions.BREAKS, *breaks_project.BREAKS)
+BREAKS = (
+    *breaks_attention.BREAKS,
+    *breaks_lstm.BREAKS,
+    *breaks_positions.BREAKS,
+    *breaks_project.BREAKS,
+)
 
 OF_CLAIMS = [name for name, module in names().items() if ".claims." in module]
 
