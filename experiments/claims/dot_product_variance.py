@@ -5,15 +5,9 @@ variance d and kurtosis 3 E‖q‖⁴ / (E‖q‖²)² = 3 + 6/d: normal only in
 is Laplace's, ½ e^{−|x|}.
 
 The raw fourth moment cannot see 6/d past d ≈ 64. The kurtosis at every d is therefore the mean of
-<<<<<<< HEAD
 3s², where s = ‖q‖²/d, which takes for granted that ⟨q, k⟩ given q is normal; from it 6(s − 1), of
 mean exactly 0, is subtracted: the same mean with a standard deviation that falls like the 6/d that
 it has to resolve.
-=======
-3s², where s = ‖q‖²/d, which takes for granted that ⟨q, k⟩ given q is normal; from it 6(s − 1),
-whose mean is exactly 0, is subtracted: the same mean with a standard deviation that falls like the
-6/d that it has to resolve.
->>>>>>> claims-a
 """
 
 from dataclasses import dataclass
@@ -135,13 +129,7 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
             "and not the 3 of the normal law that is printed; at d = 2 the whole law is Laplace's, "
             "and not the normal one.",
             right=(
-<<<<<<< HEAD
                 *each("variance, d = {}", d, d, variance, one_entry, "that of one entry")[::-1],
-=======
-                # the widest first; at d = 1 every power of d is the same
-                *each("variance, d = {}", d[::-1], d[::-1], variance[::-1],
-                      np.where(d == 1, np.nan, 1)[::-1], "of an entry"),
->>>>>>> claims-a
                 *each("kurtosis, as ⟨q, k⟩ is normal given q, d = {}", d, 3 + 6 / d, given_q,
                       3, "a normal law"),
                 *each("kurtosis, from ⟨q, k⟩⁴, d = {}", from_fourth[0], 3 + 6 / from_fourth[0],
