@@ -345,7 +345,7 @@ def plot(config: Config, result: Result) -> "Figure":
         weights.stairs(shares, edges, color=colour, linestyle=line, linewidth=1.6, label=label)
         weights.axvline(sample.mean(), color=colour, linestyle=":", linewidth=1)
     weights.set(xlabel="weight of $v_a$", ylabel="share of draws (bins of 0.025)", yscale="log",
-                ylim=(3e-4, 1), title="The weight itself (dotted: its mean)")  # fmt: skip
+                ylim=(3e-4, 1), title="Weight (dotted: its mean)")  # fmt: skip
     for axes in (heads, beta, weights):
         axes.grid(alpha=0.3)
     heads.legend(fontsize=8, loc="lower left")

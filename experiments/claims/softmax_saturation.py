@@ -181,7 +181,8 @@ def _draw(
         for part, scale in zip(parts, (1.0, 1 / math.sqrt(width)), strict=True):
             *attended, error = map(np.asarray, _attend(*arrays, scale))
             part.append(_measure(*attended))
-            worst = max(worst, float(error))
+            # not `max`, which passes NaN over
+            worst = float(np.maximum(worst, error))
     found = np.array([np.concatenate(part, axis=1) for part in parts])
     return found[..., :samples], np.concatenate(logits)[:samples], worst
 
