@@ -27,6 +27,7 @@ from experiments.models.noisy_keys import (
     VARIANCE,
     draw_gamma,
     in_chunks,
+    log_rest,
     predicted_weight,
     stretched_keys,
     weight_of_first,
@@ -69,7 +70,7 @@ class Config:
     """The n of A8's curve."""
     blurred_beta: Logit = 40.0
     """β of A7, where α varies: so long that the other keys keep out of it."""
-    spreads: tuple[Logit, ...] = (0.003, 0.01, 0.1, 1.0, 10.0)
+    spreads: tuple[Annotated[float, Field(ge=1e-4, le=700)], ...] = (0.003, 0.01, 0.1, 1.0, 10.0)
     """The αβ² of A7's curve, rising: the first two are where it should average."""
     short_betas: Several[Logit] = (0.5, 1.0, 2.0)
     """β of A7 at the first αβ²: so short that the other keys take part."""
@@ -133,21 +134,13 @@ def swing_moments(beta: float, keys: int) -> tuple[float, float]:
 
 
 def noisy_query_variance(beta: float, keys: int) -> float:
-    """Var w_a of A8 with a query made of the noisy key, by quadrature."""
-
-    def weight(gamma: np.ndarray) -> np.ndarray:
-        rest = (keys - 2) * np.exp(-beta * gamma**2)
-        return 1 / (1 + np.exp(beta * (1 - gamma**2)) + rest)
-
-    return normal_moments(weight, 1.0, VARIANCE)[1]
+    """Var w_a of A8 with a query made of the noisy key, by quadrature: the logit is βγ²."""
+    return normal_moments(lambda gamma: predicted_weight(gamma**2, beta, keys), 1.0, VARIANCE)[1]
 
 
 def swung_share(beta: float, keys: int) -> float:
     """P(w_a < SWUNG or w_a > 1 − SWUNG): w_a rises with γ, so each is a tail of γ."""
-    odds = (1 - SWUNG) / SWUNG
-    # 1/w − 1 = e^{−βγ} (e^β + n − 2)
-    shift = math.log(math.exp(beta) + keys - 2)
-    ends = [(shift + sign * math.log(odds)) / beta for sign in (-1, 1)]
+    ends = (special.logit([SWUNG, 1 - SWUNG]) + log_rest(beta, keys)) / beta
     low, high = stats.norm.cdf(ends, 1, math.sqrt(VARIANCE))
     return float(low + 1 - high)
 
@@ -198,7 +191,7 @@ def run(config: Config, session: Session = SILENT) -> Result:
         noisy = in_chunks(lambda g: _between_noisy(g, beta, keys), gamma, keys)
         swinging = [weight, *(swing(*setting) for setting in settings(config)[1:])]
         blurred = [blur(spread, config.blurred_beta) for spread in config.spreads]
-        short = [blur(config.spreads[0], each) for each in config.short_betas]
+        short = [blur(config.spreads[0], b) for b in config.short_betas]
     formulas = (predicted_weight(gamma, beta, n) for n in (keys, 2))
     return Result(
         blurred_mean=np.array([Mean.of(w) for w in blurred]),

@@ -24,7 +24,7 @@ from pydantic import Field
 from scipy import special, stats
 
 from experiments.engine import memory
-from experiments.engine.config import Logit, Samples, Seed, Several, Size
+from experiments.engine.config import Logit, Samples, Seed, Several, Size, UsageError
 from experiments.engine.session import SILENT, Session
 from experiments.models.noisy_keys import (
     VARIANCE,
@@ -44,6 +44,9 @@ if TYPE_CHECKING:
 CLAIMS = {
     "A9": "Several heads steady the average",
 }
+
+FEWEST = 8
+"""Of so many draws that are not near ½, the interval of a mean is as good as it says."""
 
 ROUNDING = 1e-12
 """What float64 leaves of a weight."""
@@ -127,11 +130,19 @@ def predicted_specialised(gamma: np.ndarray, beta: float, keys: int) -> np.ndarr
 
 
 def check(config: Config) -> None:
-    """Raise a `UsageError` if there is no memory for the noise, or for the keys of one draw."""
+    """Raise a `UsageError` if there is no memory for the noise, or for the keys of one draw, or if
+    hardly any draw of the specialised heads would have a short k_a, given γ > 0."""
     heads = max(config.heads)
     memory.check(2 * 8 * config.samples * heads, "samples × heads")
     memory.check(2 * 8 * heads * config.keys**2, "heads × keys²")
     memory.check(2 * 8 * max(config.several_keys) ** 2, "several_keys")
+    beta = max(config.betas)
+    short = lost_share(beta, config.keys) - lost_share(math.inf, config.keys)
+    if config.samples * short < FEWEST:
+        raise UsageError(
+            f"samples: too few of {config.samples} have 0 < γ < ln(n − 1)/β at β = {beta:g} for an "
+            f"interval; needs {math.ceil(FEWEST / short)}"
+        )
 
 
 def run(config: Config, session: Session = SILENT) -> Result:
@@ -199,6 +210,11 @@ def specialised_moments(beta: float, keys: int, low: float = -math.inf) -> tuple
     return normal_moments(weight, 1.0, VARIANCE, low)
 
 
+def lost_share(beta: float, keys: int) -> float:
+    """P(γ < ln(n − 1)/β): the first specialised head loses k_a, its weight falls below one half."""
+    return float(stats.norm.cdf(math.log(keys - 1) / beta, 1, math.sqrt(VARIANCE)))
+
+
 def claims(config: Config, result: Result) -> tuple[Claim, ...]:
     """A9, in its three readings."""
     beta, n = config.beta, config.keys
@@ -240,15 +256,13 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
         for b, rows in zip(config.betas, result.positive, strict=True)
     ]  # fmt: skip
     told = (n - 2) * math.exp(-beta) > 1e-9
-    # head 1 loses k_a where its weight falls below one half
-    threshold = math.log(n - 1) / beta
     right = [
         *(evidence for pair in (*independent, *specialised, *positive) for evidence in pair),
         equal(f"variance, one head, {setting}", single, Mean(*result.one[1]),
               single / 2, "that of two heads"),
         equal(f"share of draws in which head 1 loses k_a, {setting}",
-              stats.norm.cdf(threshold, 1, math.sqrt(VARIANCE)), Share(*result.lost),
-              stats.norm.cdf(-1 / math.sqrt(VARIANCE)), "P(γ < 0), its limit for β → ∞"),
+              lost_share(beta, n), Share(*result.lost),
+              lost_share(math.inf, n), "P(γ < 0), its limit for β → ∞"),
         equal(f"largest difference between one head and the mean of two identical ones, {setting}",
               0, Exact(float(result.identical_difference))),
         equal(f"weight of v_a, two identical heads without noise, {setting}",
@@ -331,7 +345,7 @@ def plot(config: Config, result: Result) -> "Figure":
         weights.stairs(shares, edges, color=colour, linestyle=line, linewidth=1.6, label=label)
         weights.axvline(sample.mean(), color=colour, linestyle=":", linewidth=1)
     weights.set(xlabel="weight of $v_a$", ylabel="share of draws (bins of 0.025)", yscale="log",
-                ylim=(3e-4, 1), title="The weight itself (dotted: its mean)")  # fmt: skip
+                ylim=(3e-4, 1), title="Weight (dotted: its mean)")  # fmt: skip
     for axes in (heads, beta, weights):
         axes.grid(alpha=0.3)
     heads.legend(fontsize=8, loc="lower left")

@@ -50,6 +50,9 @@ GONE = 1e-3
 TENTH = 0.1
 """The lower quantile that is looked at beside the median."""
 
+FEWEST = 8
+"""Of so many draws that are not near 0, the interval of a mean is as good as it says."""
+
 UNSCALED, SCALED = range(2)
 
 KINDS = ("‖J‖_F", "entropy", "gradient", "tr J")
@@ -87,17 +90,24 @@ class Result(NamedTuple):
 
 def check(config: Config) -> None:
     """Raise a UsageError if there is no memory for the logits of a draw and what is found of them
-    all, or if the widest vectors are not wide enough for near-ties."""
+    all, or if the widest vectors are not wide enough for near-ties, or too wide to draw any."""
     n, widths = config.keys, config.widths
     memory.check(2 * 8 * widths[-1] * n, "widths × keys")
     memory.check(8 * n**2, "keys²")
     memory.check(3 * 2 * len(KINDS) * 8 * len(widths) * config.samples, "widths × samples")
     if list(widths) != sorted(widths):
         raise UsageError(f"widths: should rise, got {widths}")
-    if near_ties(n, widths[-1]).trace() < 0.99 * mean_trace(n, widths[-1], UNSCALED):
+    trace = mean_trace(n, widths[-1], UNSCALED)
+    if near_ties(n, widths[-1]).trace() < 0.99 * trace:
         raise UsageError(
             f"widths: {widths[-1]} is too narrow for {n} keys, of which more than three take part; "
             "16 keys need some 1000"
+        )
+    if config.samples * trace < FEWEST:
+        needed = math.ceil(FEWEST / trace)
+        raise UsageError(
+            f"samples: too few of {config.samples} are near-ties at d = {widths[-1]} for an "
+            f"interval; needs {needed}"
         )
 
 
@@ -171,7 +181,8 @@ def _draw(
         for part, scale in zip(parts, (1.0, 1 / math.sqrt(width)), strict=True):
             *attended, error = map(np.asarray, _attend(*arrays, scale))
             part.append(_measure(*attended))
-            worst = max(worst, float(error))
+            # not `max`, which passes NaN over
+            worst = float(np.maximum(worst, error))
     found = np.array([np.concatenate(part, axis=1) for part in parts])
     return found[..., :samples], np.concatenate(logits)[:samples], worst
 

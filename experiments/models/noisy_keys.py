@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from scipy import special
 
 import rnnattn
 
@@ -34,8 +35,13 @@ def draw_gamma(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarra
 
 
 def predicted_weight(gamma: np.ndarray, beta: float, keys: int) -> np.ndarray:
-    """w_a of A8, the exact softmax."""
-    return 1 / (1 + np.exp(beta * (1 - gamma)) + (keys - 2) * np.exp(-beta * gamma))
+    """w_a of A8, the exact softmax 1 / (1 + e^{β(1−γ)} + (n−2) e^{−βγ})."""
+    return special.expit(beta * gamma - log_rest(beta, keys))
+
+
+def log_rest(beta: float, keys: int) -> float:
+    """ln(e^β + n − 2): the logit of a at which its weight is ½."""
+    return math.log(math.exp(beta) + keys - 2)
 
 
 def in_chunks(function: Callable[[Array], Array], samples: np.ndarray, keys: int) -> np.ndarray:

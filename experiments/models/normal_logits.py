@@ -22,17 +22,18 @@ def weight_moments(
     normal law, leave 1e-14.
     """
     step = min(0.2, deviation / 4)
-    ahead = math.ceil(lead / step)
-    step = lead / ahead if ahead else step
     reach = math.ceil(9 * deviation / step)
     mass = stats.norm.pdf(step * np.arange(-reach, reach + 1), 0, deviation)
     # t = e^u; past the logits' range, e^{−t e^z} is 0 above and t e^z is 0 below
     margin = math.ceil(40 / step)
-    u = step * np.arange(-2 * reach - ahead - margin, 2 * reach + ahead + margin + 1)
-    e = np.exp(np.minimum(u, 10.0))
-    none, one, two = (
-        np.clip(signal.fftconvolve(e**j * np.exp(-e), mass / mass.sum(), mode="valid"), 0, 1)
-        for j in range(3)
-    )
-    others = none[ahead:] ** (leaders - 1) * none[: none.size - ahead] ** (keys - leaders)
-    return step * float(np.sum(one[ahead:] * others)), step * float(np.sum(two[ahead:] * others))
+    ahead = math.ceil(lead / step)
+    u = step * np.arange(-2 * reach - margin - ahead, 2 * reach + margin + 1)
+
+    def expected(power: int, u: np.ndarray) -> np.ndarray:
+        e = np.exp(np.minimum(u, 10.0))
+        values = signal.fftconvolve(e**power * np.exp(-e), mass / mass.sum(), mode="valid")
+        return np.clip(values, 0, 1)
+
+    others = expected(0, u + lead) ** (leaders - 1) * expected(0, u) ** (keys - leaders)
+    mean, square = (step * float(np.sum(expected(j, u + lead) * others)) for j in (1, 2))
+    return mean, square

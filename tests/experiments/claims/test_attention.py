@@ -64,8 +64,8 @@ def test_predictions_are_the_values_derived_for_the_notes():
         np.testing.assert_allclose(specialised, both, atol=6e-6)
         np.testing.assert_allclose([specialised[1], given[1]], [both[1], positive], atol=6e-7)
     assert key_noise.noisy_query_variance(10.0, 10) == pytest.approx(0.2210, abs=5e-5)
-    lost = 1 - stats.norm.cdf((1 - math.log(9) / 10) * math.sqrt(2))
-    assert lost == pytest.approx(0.135, abs=5e-4)
+    assert multi_head_noise.lost_share(10.0, 10) == pytest.approx(0.135, abs=5e-4)
+    assert multi_head_noise.lost_share(math.inf, 10) == pytest.approx(0.079, abs=5e-4)
 
 
 @pytest.mark.parametrize(
@@ -261,6 +261,8 @@ def test_too_few_samples_are_undecided():
         (softmax_saturation, dict(widths=(16, 64))),
         (softmax_saturation, dict(widths=(1024, 256))),
         (softmax_saturation, dict(widths=(1024,), keys=100)),
+        (softmax_saturation, dict(widths=(2**14,), samples=300)),
+        (multi_head_noise, dict(betas=(10.0, 700.0), samples=1000)),
     ],
 )
 def test_settings_that_could_show_nothing_are_refused(module, changes):
