@@ -376,6 +376,8 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
             ),
             note="The notes leave out o, and with it spoil every gradient that goes through c_t; "
             "those of the output gate do not.",
+            news="A gradient of the LSTM without the factor o points within 90° of the right one, "
+            "trains, and is wrong by its own length.",
             printed_equation=r"\frac{dE}{dc_t} = E_{\text{delta}} \cdot (1 - \tanh^2(c_t)),\quad"
             r" E_{\text{delta}} = \frac{dE}{dh_t}",
         ),
