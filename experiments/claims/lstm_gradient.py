@@ -376,8 +376,8 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
             ),
             note="The notes leave out o, and with it spoil every gradient that goes through c_t; "
             "those of the output gate do not.",
-            news="A gradient of the LSTM without the factor o points within 90° of the right one, "
-            "trains, and is wrong by its own length.",
+            news="An LSTM's gradient without the factor o is off by about its own length and still "
+            "trains: no loss curve gives it away.",
             printed_equation=r"\frac{dE}{dc_t} = E_{\text{delta}} \cdot (1 - \tanh^2(c_t)),\quad"
             r" E_{\text{delta}} = \frac{dE}{dh_t}",
         ),

@@ -275,7 +275,6 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
         f"variance, two heads with the same query and the same keys, {setting}",
         single / 2, Mean(*result.identical[1]), single, "no reduction",
     )  # fmt: skip
-    bias, _ = specialised_moments(beta, n)
     return (
         Claim(
             "A9",

@@ -341,7 +341,7 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
             "mean does not vanish, as rare near-ties carry it.",
             printed_equation=r"\tfrac{1}{\sqrt{d_k}}\langle q_i, k_i\rangle \sim"
             r"\mathcal{N}(0, 1)\quad\text{prevents vanishing gradients}",
-            news="Without the 1/√d the gradient of attention's logits vanishes in the median, not in "
+            news="Without 1/√d the gradient through the softmax vanishes in the median, and not in "
             "the mean: rare near-ties of two keys carry all of it.",
         ),
     )
