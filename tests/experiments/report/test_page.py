@@ -9,6 +9,7 @@ import signal
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -290,7 +291,7 @@ def test_the_verdicts_of_the_readme_are_those_of_the_quick_report(name):
 
 
 def test_the_notes_have_every_statement_as_the_code_has_it():
-    verdicts = {id_: verdict for id_, _, verdict, _ in readme_rows()}
+    verdicts: dict[str, Any] = {id_: verdict for id_, _, verdict, _ in readme_rows()}
     found = [
         (experiment.CLAIMS[claim.id], claim, verdicts[claim.id])
         for experiment in SERVING.values()
