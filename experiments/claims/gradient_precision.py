@@ -105,7 +105,8 @@ def run(config: Config, session: Session = SILENT) -> Result:
     """Differentiate every LSTM in every way."""
     B, D, H = config.batch_size, config.input_size, config.hidden_size
     with jax.enable_x64(True):
-        hand, by_jax, plain = map(_gradient, (rnnattn.lstm, rnnattn.reference.lstm, plain_lstm))
+        hand, by_jax = _gradient(rnnattn.lstm), _gradient(rnnattn.reference.lstm)
+        plain = _gradient(plain_lstm)
 
         def measure(T: int, case: int) -> list[float]:
             rng = np.random.default_rng([config.seed, T, case])

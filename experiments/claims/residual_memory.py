@@ -121,7 +121,8 @@ def run(config: Config, session: Session = SILENT) -> Result:
                 jax.block_until_ready(each(*arguments))
                 of_round.append(time.perf_counter() - start)
             seconds.append(of_round)
-    planned = [each.memory_analysis().temp_size_in_bytes for each in gradients]
+    plans: list[Any] = [each.memory_analysis() for each in gradients]
+    planned = [plan.temp_size_in_bytes for plan in plans]
     return Result(
         temporary=np.array(planned) / (4 * T * B * H),
         # the first round warms up

@@ -27,7 +27,7 @@ Status = Literal["supported", "contradicted", "undecided"]
 Relation = Literal["=", ">", "<"]
 """What is predicted of the true number: that it is the predicted one, above it or below it."""
 
-Number = float | np.ndarray
+Number = float | np.ndarray | np.generic
 """A number, possibly as NumPy keeps it in a result: an array without axes."""
 
 NOTES = 27

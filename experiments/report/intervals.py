@@ -45,7 +45,8 @@ class Mean(NamedTuple):
     """Standard error of the mean."""
     skewness: float
     """Of the samples; 0 where they are taken to be normal."""
-    count: float
+    number: float
+    """Of samples, and so below."""
 
     @classmethod
     def of(cls, samples: np.ndarray) -> "Mean":
@@ -92,10 +93,10 @@ def variance(samples: np.ndarray, mean: float | None = None) -> Mean:
 
 
 class Share(NamedTuple):
-    """The probability of what happened `hits` times of `count`."""
+    """The probability of what happened `hits` times of `number`."""
 
     hits: float
-    count: float
+    number: float
 
     @classmethod
     def of(cls, happened: np.ndarray) -> "Share":
@@ -131,7 +132,7 @@ class Distance(NamedTuple):
     """The largest difference of the distribution function of samples from a given one."""
 
     value: float
-    count: float
+    number: float
 
     @classmethod
     def of(cls, samples: np.ndarray, law: stats.rv_continuous) -> "Distance":
