@@ -25,6 +25,10 @@ from experiments.tasks import lstm_adding
 
 ADDING = "lstm_adding"
 
+TINY = ["--train.steps", "4", "--train.batch-size", "4", "--train.log-every", "2"]
+TINY += ["--model.hidden-size", "3", "--data.length", "4", "--data.held-out", "8"]
+TINY += ["--compare-steps", "0"]
+
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory) -> Path:
@@ -35,7 +39,8 @@ def swept(tmp_path_factory) -> Path:
 
 
 def sweep(output: Path, *grid: str) -> int:
-    return main(["sweep", ADDING, "--quick", "--output", str(output), "--grid", *grid])
+    where = ["--output", str(output)]
+    return main(["sweep", ADDING, "--quick", *TINY, *where, "--grid", *grid])
 
 
 def test_every_combination_runs_and_one_that_fails_does_not_stop_the_rest(swept):
@@ -251,10 +256,6 @@ def test_a_grid_is_keys_with_values():
 
 
 # ---- several seeds, several processes ------------------------------------------------------------
-
-TINY = ["--train.steps", "4", "--train.batch-size", "4", "--train.log-every", "2"]
-TINY += ["--model.hidden-size", "3", "--data.length", "4", "--data.held-out", "8"]
-TINY += ["--compare-steps", "0"]
 
 
 def test_a_run_is_repeated_with_several_seeds(tmp_path, capsys):
