@@ -110,6 +110,7 @@ LOSSES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model, dtype, tolerance, data, fsdp", LOSSES)
 def test_losses_are_those_of_one_device(model, dtype, tolerance, data, fsdp):
     one = on_one(model, dtype)
@@ -123,6 +124,7 @@ def test_losses_are_those_of_one_device(model, dtype, tolerance, data, fsdp):
         assert x.devices() == {jax.devices()[0]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", TASKS)
 def test_a_batch_in_parts_has_the_same_losses_on_several_devices(model):
     task = TASKS[model]("float32")
@@ -130,6 +132,7 @@ def test_a_batch_in_parts_has_the_same_losses_on_several_devices(model):
     np.testing.assert_allclose(losses(several), losses(one), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data, fsdp, accumulate", [(8, 1, 1), (2, 4, 1), (2, 4, 3)])
 @pytest.mark.parametrize("model", TASKS)
 def test_only_parameters_are_gathered(model, data, fsdp, accumulate):
@@ -190,6 +193,7 @@ def fails_at(fatal: int, batch):
     return until
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model, shapes", [("lstm", [(2, 2), (1, 1), (1, 8)]), ("vit", [(2, 2)])], ids=TASKS
 )

@@ -37,6 +37,7 @@ def adder(size):
     return lstm_adding.loss_under("hand"), params, abstract_readout(2, 1, config), batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 4])
 @pytest.mark.parametrize("task", [vision_transformer, reader, adder])
 def test_the_estimate_is_within_a_third_of_what_xla_plans(task, size):

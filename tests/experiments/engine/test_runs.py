@@ -187,6 +187,7 @@ def test_a_file_is_written_whole_or_not_at_all(before, error, tmp_path):
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"whole"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("summary", [None, b"", b"[]", b"\xff", b'{"seed": 3}', b"[" * 99999])
 def test_finished_is_what_the_summary_says(summary, finished, tmp_path, capsys):
     """And not whether there is a figure, as a process leaves it that dies as it opens the file."""
@@ -289,6 +290,7 @@ def points(folder: Path) -> list[tuple[str, int, float]]:
     return sorted(found)
 
 
+@pytest.mark.slow
 def test_a_trace_and_event_files_are_kept_if_asked_for_and_change_nothing(finished, tmp_path):
     options = ["--name", "x", "--seed", "3", "--tensorboard"]
     assert tiny(tmp_path, *options, "--profile") == 0
@@ -428,6 +430,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_naming_step_and_metric(tmp_path,
     assert (tmp_path / "lstm_digits" / "hot" / "config.toml").exists()
 
 
+@pytest.mark.slow
 def test_without_a_terminal_a_command_says_how_far_it_is_line_by_line(tmp_path):
     command = [sys.executable, "-m", "experiments", "run", DIGITS, *tiny_options("lstm_digits")]
     done = subprocess.run(
