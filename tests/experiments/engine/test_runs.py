@@ -379,6 +379,7 @@ def test_a_run_that_fails_is_finished_with_weights_and_biases_too(begun, tmp_pat
     assert [run.finished for run in begun] == [1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("wandb"), reason="needs wandb")
 def test_weights_and_biases_write_a_run_to_the_folder_where_there_is_no_network(finished, tmp_path):
     """The package itself, in a process of its own, as it begins one."""
