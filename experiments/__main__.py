@@ -382,7 +382,12 @@ def _prepare(path: Path, arguments: Sequence[str]) -> Study:
     processes.check_devices()
     processes.check_same(dataclasses.replace(options, process=None))
     if hasattr(config, runs.WHERE):
-        devices.check(config.parallel, config.train.batch_size, config.train.accumulate)
+        devices.check(
+            config.parallel,
+            config.train.batch_size,
+            config.train.accumulate,
+            divides_sequence=experiment.DIVIDES_SEQUENCE,
+        )
     experiment.check(config)
     weights.start(experiment, config)
     return Study(path, arguments, experiment, config, options)

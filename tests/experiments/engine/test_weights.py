@@ -19,7 +19,7 @@ from experiments.engine.finished import EVALUATIONS
 from tests.experiments.sizes import tiny_options
 
 TASKS = [name for name in names() if find(name).model is not None]
-LSTM, TEXT = "lstm_digits", "lstm_text"
+LSTM, TEXT, ATTENTION = "lstm_digits", "lstm_text", "attention_text"
 
 
 def run(name: str, output: Path, *options: str) -> int:
@@ -47,7 +47,7 @@ def kept_scores(folder: Path) -> dict[str, float]:
 
 
 def test_all_tasks_say_what_they_train():
-    assert {"lstm_adding", LSTM, TEXT, "vit_digits"} <= set(TASKS)
+    assert {"lstm_adding", LSTM, TEXT, ATTENTION, "vit_digits"} <= set(TASKS)
 
 
 # ---- experiments.open ------------------------------------------------------------------------
@@ -74,8 +74,9 @@ def test_the_model_of_an_opened_run_answers_as_the_run_did(name, finished):
     np.testing.assert_allclose(probabilities, opened.result.probabilities, rtol=1e-5, atol=1e-7)
 
 
-def test_a_model_of_text_gives_logits_of_the_next_character(finished):
-    opened = experiments.open(finished(TEXT))
+@pytest.mark.parametrize("name", [TEXT, ATTENTION])
+def test_a_model_of_text_gives_logits_of_the_next_character(name, finished):
+    opened = experiments.open(finished(name))
     logits = opened.model(["any", "two"])
     assert logits.shape == (2, 3, len(opened.result.characters))
     with pytest.raises(UsageError, match=r"characters that the model does not know: '\\ue000'"):
@@ -183,8 +184,9 @@ def sampled(folder: Path, capsys, *options: str) -> str:
     return capsys.readouterr().out.removesuffix("\n")
 
 
-def test_a_sample_without_options_is_that_of_the_run(finished, capsys):
-    folder = finished(TEXT)
+@pytest.mark.parametrize("name", [TEXT, ATTENTION])
+def test_a_sample_without_options_is_that_of_the_run(name, finished, capsys):
+    folder = finished(name)
     own = (folder / "sample.txt").read_bytes().decode()
     assert experiments.open(folder).sample(length=len(own)) == own
 
@@ -197,8 +199,9 @@ def test_a_sample_follows_from_its_options(finished, capsys):
     assert once != sampled(folder, capsys, *options, "--seed", "2")
 
 
-def test_at_temperature_0_each_character_is_the_likeliest(finished, capsys):
-    folder = finished(TEXT)
+@pytest.mark.parametrize("name", [TEXT, ATTENTION])
+def test_at_temperature_0_each_character_is_the_likeliest(name, finished, capsys):
+    folder = finished(name)
     options = ("--prompt", "The ", "--length", "5", "--temperature", "0")
     text = sampled(folder, capsys, *options, "--seed", "1")
     assert text == sampled(folder, capsys, *options, "--seed", "2")
