@@ -91,6 +91,46 @@ def test_the_best_checkpoint_can_be_opened_in_place_of_the_newest(finished):
     assert all(jax.tree.leaves(same)) == (losses[-1] == min(losses))
 
 
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory):
+    """The folder of a finished run of the text model, with a mean of its parameters."""
+    output = tmp_path_factory.mktemp("averaged")
+    assert run(TEXT, output, "--train.ema", "0.9") == 0
+    return output / TEXT / "x"
+
+
+def test_the_mean_of_the_parameters_can_be_opened_evaluated_and_exported(averaged, tmp_path):
+    opened, last = (experiments.open(averaged, ema=ema) for ema in (True, False))
+    assert str(jax.tree.structure(opened.params)) == str(jax.tree.structure(last.params))
+    assert not np.array_equal(opened.params.w, last.params.w)
+    assert main(["evaluate", str(averaged), "--ema"]) == 0
+    scores = json.loads((averaged / EVALUATIONS).read_text().splitlines()[-1])
+    kept = kept_scores(averaged)
+    found = {name: value for name, value in scores.items() if name.startswith("test_")}
+    assert found.keys() == {"test_ema_loss", "test_ema_accuracy"}
+    assert found == {name: kept[name] for name in found}
+    assert found["test_ema_loss"] != kept["test_loss"]
+    file = tmp_path / "mean.safetensors"
+    assert main(["export", str(averaged), "--ema", "--output", str(file)]) == 0
+    np.testing.assert_array_equal(load_file(file)["w"], opened.params.w)
+
+
+def test_the_mean_of_the_parameters_writes_text(averaged, capsys):
+    text = sampled(averaged, capsys, "--ema", "--length", "9", "--seed", "1")
+    assert text == experiments.open(averaged, ema=True).sample(length=9, seed=1)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "export", "sample"])
+def test_of_a_run_without_a_mean_there_is_none(command, finished, tmp_path, monkeypatch, capsys):
+    folder = finished(TEXT)
+    monkeypatch.chdir(tmp_path)
+    assert main([command, str(folder), "--ema"]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "holds no mean of the parameters, which --train.ema keeps" in message
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_no_finished_run_is_a_sentence(finished, tmp_path):
     with pytest.raises(UsageError, match="is not the folder of a run"):
         experiments.open(tmp_path)
