@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import gzip
+import importlib.util
 import json
 import os
 import re
@@ -372,6 +373,25 @@ def test_a_run_that_fails_is_finished_with_weights_and_biases_too(begun, tmp_pat
     options = ["--train.learning-rate", "1e38", "--train.schedule", "constant", "--wandb", "x"]
     assert tiny(tmp_path, *options, "--train.warmup", "0") == 1
     assert [run.finished for run in begun] == [1]
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("wandb"), reason="needs wandb")
+def test_weights_and_biases_write_a_run_to_the_folder_where_there_is_no_network(finished, tmp_path):
+    """The package itself, in a process of its own, as it begins one."""
+    options = [*tiny_options("lstm_digits"), "--output", str(tmp_path), "--name", "x"]
+    subprocess.run(
+        [sys.executable, "-m", "experiments", "run", DIGITS, *options, "--seed", "3",
+         "--wandb", "digits"],
+        env=os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"},
+        cwd=ROOT, check=True, timeout=300,
+    )  # fmt: skip
+    folder = tmp_path / "lstm_digits" / "x"
+    assert [timeless(r) for r in records(folder)] == [timeless(r) for r in records(finished)]
+    (kept,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    content = kept.read_bytes()
+    for record in records(folder):
+        for name in record.keys() - {"step", "split"}:
+            assert f"{record['split']}/{name}".encode() in content
 
 
 def test_weights_and_biases_that_are_not_there_are_a_line(tmp_path, monkeypatch, capsys):
