@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
-from matplotlib.ticker import LogLocator, NullFormatter
 
 from experiments.engine.config import UsageError
 from experiments.engine.files import written
@@ -359,9 +358,9 @@ def similarity_maps(figure: SubFigure, similarity: Any, title: str = "") -> None
 PHASE_STYLES = {
     "small": (BLACK, "s", "small images, as trained"),
     "moved": (ORANGE, "v", "moved to whole images"),
+    "unfitted": (RED, "x", "moved, positions unfitted"),
     "tuned": (BLUE, "o", "moved and tuned"),
-    "equal compute": (RED, "x", "whole from scratch, equal compute"),
-    "equal steps": (GREEN, "+", "whole from scratch, equal steps"),
+    "equal compute": (GREEN, "+", "whole from scratch, equal operations"),
 }
 
 
@@ -388,41 +387,6 @@ def phases_by_method(
     axes.figure.legend(
         *axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=9
     )
-
-
-def phases_by_cost(axes: Axes, methods: Any, phases: Any, accuracy: Any, flops: Any) -> None:
-    """Mean accuracy of every row against the operations of its training."""
-    for phase, (colour, marker, _) in PHASE_STYLES.items():
-        chosen = phases == phase
-        axes.plot(
-            flops[chosen] / 1e12, accuracy[chosen], marker, color=colour, markersize=8,
-            markeredgewidth=2 if marker in "x+" else 0,
-        )  # fmt: skip
-    tuned = phases == "tuned"
-    _name_beside(axes, methods[tuned], flops[tuned] / 1e12, accuracy[tuned])
-    axes.set(xlabel="operations of training (TFLOP, by XLA)", ylabel="test accuracy", xscale="log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.grid(alpha=0.3, which="both")
-
-
-def _name_beside(axes: Axes, names: Any, x: Any, y: Any) -> None:
-    """Write each point's name right of the axes, as high as it is where that leaves room."""
-    order = np.argsort(y)
-    low, high = axes.get_ylim()
-    heights = (y[order] - low) / (high - low)
-    step = 0.055  # of the axes' height: a line of text
-    for n in range(1, len(heights)):
-        heights[n] = max(heights[n], heights[n - 1] + step)
-    heights -= max(heights[-1] - 1, 0)
-    for n in range(len(heights) - 2, -1, -1):
-        heights[n] = min(heights[n], heights[n + 1] - step)
-    for n, height in zip(order, heights, strict=True):
-        axes.annotate(
-            names[n], (x[n], y[n]), (1.03, height), textcoords="axes fraction", va="center",
-            fontsize=8, arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.6},
-        )  # fmt: skip
 
 
 def before_and_after(

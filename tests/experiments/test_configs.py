@@ -223,7 +223,7 @@ TOO_LARGE = {
     "attention_text": "--model.width 1048576",
     "lstm_gradient_training": "--hidden-size 1048576",
     "vit_digits": "--model.width 1048576",
-    "vit_resolution": "--data.source digits --train.batch-size 1048576 --model.width 1024",
+    "vit_resolution": "--data.source digits --batch-size 1048576 --model.width 1024",
     "attention_averaging": "--several-keys 1048576",
     "attention_copying": "--draws 1000000 --keys 1000",
     "dot_product_variance": "--widths 1 --samples 1000000000",
@@ -233,6 +233,7 @@ TOO_LARGE = {
     "subspace_projection": "--width 1000000 --rank 400000",
     "lstm_equations": "--hidden-size 1000000",
     "lstm_gradient": "--hidden-size 100000",
+    "image_patches": "--grids 1000",
     "rotary_relative": "--dim 1000000",
     "sinusoidal_shift": "--dim 100000 --positions 1000000",
 }

@@ -284,6 +284,6 @@ def test_the_study_of_resolution_takes_images_in_colour(tmp_path):
     options = [*tiny_options("vit_resolution"), *data, "--name", "x", "--output", str(tmp_path)]
     assert main(["run", "vit_resolution", *options]) == 0
     result = read_result(tmp_path / "vit_resolution" / "x", find("vit_resolution").Result)
-    assert result.images_whole.shape == (3, 32, 32, 3) and list(result.sizes) == [16, 32]
+    assert result.images_whole.shape == (3, 32, 32, 3)
     means = result.images_whole.reshape(3, 16, 2, 16, 2, 3).mean(axis=(2, 4))
     np.testing.assert_allclose(result.images_small, means, rtol=1e-6)
