@@ -537,14 +537,13 @@ def _positions_must_fit(config: Config, result: Result) -> Claim:
         rows = (("none", "moved"), ("learned", "unfitted"), ("learned", "moved"))
         shares = [kept(*row) for row in rows]
         excess = shares[0] - shares[1]
-        note = (
+        beside = (
             "Of its accuracy above chance a model without positions keeps {:.0%} in the move, the "
-            "unfitted grid {:.0%}, the fitted one {:.0%}: the first is what it costs that a patch "
-            "of the same size sees half as much of the image."
+            "unfitted grid {:.0%}, the fitted one {:.0%}."
         ).format(*map(np.mean, shares))
     else:
         excess = np.full(config.runs, np.nan)
-        note = (
+        beside = (
             "A model without positions reads no more than by chance after the move: what it lost "
             "cannot be compared."
         )
@@ -567,7 +566,10 @@ def _positions_must_fit(config: Config, result: Result) -> Claim:
                 for scheme in config.schemes
             ),
         ),
-        note=f"{note} In accuracy the unfitted grid loses {_interval(cost - cost_without)} more.",
+        note="The model without positions tells what it costs that a patch of the same size sees "
+        "half as much of the image.",
+        beside=f"{beside} In accuracy the unfitted grid loses {_interval(cost - cost_without)} "
+        "more.",
         printed_equation=r"\text{a new (…) that fits the new dimensions may be needed}",
     )  # fmt: skip
 
@@ -600,7 +602,8 @@ def _crop_and_pad(result: Result) -> Claim:
             _gain("cropped whole images, tuned, less small ones", after_cropping, -MARGIN),
         ),
         note="Condition: nothing is cut off that is to be read; a crop to half the side leaves a "
-        f"quarter of the pixels. Accuracy less that of the interpolated grid, all tuned: {beside}.",
+        "quarter of the pixels.",
+        beside=f"Accuracy less that of the interpolated grid, all tuned: {beside}.",
         printed_equation=r"\text{proposed: crop and pad the input to reach the wanted dimensions}",
     )  # fmt: skip
 
@@ -626,8 +629,9 @@ def _by_convolutions(result: Result) -> Claim:
                   -MARGIN),
             equal("tokens of a whole image", small, Exact(whole), patches, "patches"),
         ),
-        note=f"Without tuning the same difference is {_interval(changes['moved'])}. Accuracy less "
-        f"that of the grid, both tuned: {reads}, which is of the architecture and not of the move.",
+        beside=f"Without tuning the same difference is {_interval(changes['moved'])}. Accuracy "
+        f"less that of the grid, both tuned: {reads}, which is of the architecture and not of the "
+        "move.",
         printed_equation=r"\text{proposed: CNNs, to reach the wanted dimensions of the input}",
     )  # fmt: skip
 
@@ -645,14 +649,14 @@ def _interval(samples: np.ndarray) -> str:
 
 
 def _with_power(claim: Claim) -> Claim:
-    """The claim, whose note says which differences so many trainings can see at its level."""
+    """The claim, which says as well which differences so many trainings can see at its level."""
     seen = ", ".join(
         f"{smallest_seen(e.measured, claim.level):.3f} ({e.name})"
         for e in (*claim.right, *claim.beyond)
         if isinstance(e.measured, Mean) and e.relation == ">"
     )
     power = f" A distance from the bound that so many seeds see with {POWER:.0%} probability: "
-    return replace(claim, note=f"{claim.note}{power}{seen}.")
+    return replace(claim, beside=f"{claim.beside}{power}{seen}.".strip())
 
 
 def smallest_seen(mean: Mean, level: float) -> float:

@@ -192,6 +192,8 @@ class Claim:
     beyond: tuple[Evidence, ...] = ()
     note: str = ""
     """What a reader should take away that the numbers do not say: the correction, the condition."""
+    beside: str = ""
+    """What else was measured, in words; the verdict does not rest on it."""
     printed_equation: str = ""
     """The statement as the notes print it, in LaTeX, where it is not the one that was tested."""
     in_notes: bool = True
@@ -234,6 +236,7 @@ class Claim:
             "news": self.news,
             "criterion": self.criterion,
             "note": self.note,
+            "beside": self.beside,
             "relation": first.relation,
             "predicted": first.predicted,
             "measured": first.measured,
