@@ -311,7 +311,9 @@ def plot(config: Config, result: Result) -> "Figure":
     ):
         axes.plot(area, at_fixed, "o", color=BLUE, label=fixed)
         axes.plot(area, at_resized, "s", color=ORANGE, label=resized)
-        axes.set(xlabel="area of the image (pixels)", xscale="log", yscale="log")
+        axes.set(xlabel="image (pixels)", xscale="log", yscale="log")
+        axes.set_xticks(area, [f"{grid * P} × {2 * grid * P}" for grid in config.grids])
+        axes.xaxis.set_minor_formatter("")
         axes.grid(alpha=0.3)
     line = np.array([area.min(), area.max()])
     tokens.plot(line, line / P**2, color=BLUE, label="theory, area / P²")
