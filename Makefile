@@ -1,5 +1,6 @@
 # make run   trains the default experiment      make test   lint, types and tests
-# Both make .venv first, once; running it again installs nothing.
+#                                               make quick  lint, and the tests that are not slow
+# Each makes .venv first, once; running it again installs nothing.
 
 PYTHON ?= python3
 CONFIG ?= lstm_digits
@@ -10,13 +11,16 @@ comma := ,
 venv := .venv/bin
 native := setup.py $(wildcard rnnattn/native/src/*)
 
-.PHONY: run test lint types format clean
+.PHONY: run test quick lint types format clean
 
 run: .venv/installed-experiments
 	$(venv)/python -m experiments run $(CONFIG)
 
 test: .venv/installed-$(subst $(comma),-,$(EXTRAS)) lint types
 	$(venv)/python -m pytest
+
+quick: .venv/installed-$(subst $(comma),-,$(EXTRAS)) lint
+	$(venv)/python -m pytest -m "not slow"
 
 lint: .venv/installed-$(subst $(comma),-,$(EXTRAS))
 	$(venv)/ruff format --check --quiet

@@ -1,5 +1,6 @@
 """Strict settings for the whole suite: float64 on, no silent promotion of dtype or rank."""
 
+import gc
 import os
 import signal
 
@@ -9,11 +10,17 @@ import jaxtyping
 import matplotlib
 import pytest
 
-# Most of the suite's time goes into compiling small programs, which XLA's older emitter of loops
-# does twice as fast. From 0.11 on it is gone, and an unknown flag ends the process. An XLA_FLAGS of
-# one's own is left as it is: `XLA_FLAGS=" " make test` compiles as users do.
+# Most of the suite's time goes into compiling programs that run for milliseconds. That takes two
+# thirds of it without LLVM's optimisations, and half of that with XLA's older emitter of loops; the
+# emitter is gone from 0.11 on, where an unknown flag ends the process. An XLA_FLAGS of one's own is
+# left as it is: `XLA_FLAGS=" " make test` compiles as users do.
+flags = ["--xla_backend_optimization_level=0"]
 if tuple(map(int, jaxlib.__version__.split(".")[:2])) < (0, 11):
-    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+    flags.append("--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", " ".join(flags))
+# Tracing makes many objects, most of which live: to look for garbage among them as often as Python
+# does by itself takes a tenth of the time.
+gc.set_threshold(100_000)
 matplotlib.use("Agg")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell
     signal.signal(signal.SIGINT, signal.default_int_handler)  # tests interrupt what they start

@@ -196,6 +196,7 @@ def test_every_feature_with_every_other(variant, small_blocks):  # noqa: F811
     check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", TWICE)
 def test_second_derivatives_of_every_feature(variant, small_blocks):  # noqa: F811
     options = make_case(**VARIANTS[variant]).options
@@ -273,6 +274,7 @@ def _flagged(f):
     return case._replace(options=case.options | ({"scale": -0.4} if "scale" in rest else {}))
 
 
+@pytest.mark.slow
 def test_every_feature_present_or_absent(small_blocks):  # noqa: F811
     """Axes of one, of a block and a little more or less; the two schedules and the loop."""
 
@@ -325,6 +327,7 @@ def test_gradients_match_finite_differences(implementation, small_blocks):  # no
             assert (n == 1 and name == "value") != bool(np.any(d)), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", SCHEDULES)
 def test_third_order(implementation, small_blocks):  # noqa: F811
     case = make_case(Sizes(1, 3, 5, 2, 1, 2, 2), is_causal=True, query_offset=1)
@@ -503,6 +506,7 @@ UNSEEN: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", UNSEEN)
 def test_what_nobody_sees_may_be_nan_or_infinite(name, small_blocks):  # noqa: F811
     """Past lengths, masked for all, out of reach: to the last bit as if it were zero there."""
@@ -562,6 +566,7 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
     np.testing.assert_array_equal(factors, kept(case))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
 def test_every_schedule_drops_the_same_weights(impl, small_blocks, monkeypatch):  # noqa: F811
     """Blocks that begin within a tile or reach over several; keys whose bits `vmap` changes too."""
@@ -763,6 +768,7 @@ def _largest(compiled):
     return max(int(np.prod([int(n) for n in size.split(",")])) for size in sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_memory_of_the_gradient_is_linear(is_causal):
     small, large = (_compiled(_gradient, size, is_causal=is_causal) for size in (4096, 65_536))
@@ -772,6 +778,7 @@ def test_memory_of_the_gradient_is_linear(is_causal):
     assert _largest(large) <= 65_536 * 4 * 64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("mode", ["forward over reverse", "reverse over reverse"])
 def test_memory_of_a_hessian_vector_product(function, mode):
@@ -1017,6 +1024,7 @@ def test_a_second_eager_call_compiles_nothing():
         jax.monitoring.unregister_event_duration_listener(listener)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", SCHEDULES)
 def test_everything_exports_for_gpu_and_tpu(implementation):
     key = jax.random.key(0)  # no argument, since a key cannot be one of an exported function
@@ -1046,6 +1054,7 @@ def test_everything_exports_for_gpu_and_tpu(implementation):
             export(case.floats, case.others, direction)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", [*SCHEDULES, None])
 def test_the_batch_may_be_divided_by_shard_map(implementation, small_blocks):  # noqa: F811
     """The bias and the sinks are the same on all devices, and so their gradient is the sum."""

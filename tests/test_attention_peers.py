@@ -93,6 +93,7 @@ def _arguments(given, attributes):
     return {"query": q, "key": k, "value": v, "query_offset": offset, **others}, options, present
 
 
+@pytest.mark.slow
 def test_onnx_cases():
     """Every node case of the installed package: each runs, or is listed with the reason."""
     from onnx import helper
@@ -175,6 +176,7 @@ SDPA: dict[str, tuple[Sizes, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SDPA)
 def test_torch(name):
     torch = pytest.importorskip("torch")

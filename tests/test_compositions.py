@@ -16,6 +16,8 @@ from jax import lax
 from rnnattn import LSTMState, dot_product_attention, init_lstm, lstm, lstm_step, reference, rope
 from tests.attention_cases import quick
 
+pytestmark = pytest.mark.slow
+
 draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape, jnp.float32)
 PARAMS = init_lstm(jax.random.key(0), 2, 3)
 ARGUMENTS: dict[str, dict[str, Any]] = {

@@ -96,6 +96,7 @@ RULES: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("hiding", "sinks"),
     [(name, False) for name in HIDING]
@@ -148,6 +149,7 @@ READ = np.array([[0, 0, 0, 1, 0, 1], [0, 0, 1, 1, 0, 0], [1, 0, 1, 1, 1, 1]], bo
 LENGTHS = np.array([6, 0, 4])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("residuals", ["states", "gates", 2])
 @pytest.mark.parametrize("implementation", ["xla", NATIVE])
 @pytest.mark.parametrize("hiding", ["lengths", "resets", "both"])

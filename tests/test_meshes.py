@@ -43,6 +43,8 @@ from rnnattn import (
 from rnnattn.attention import dot_product_attention_jvp
 from tests.attention_cases import assert_same, quick
 
+pytestmark = pytest.mark.slow
+
 MESH = jax.make_mesh((2, 2), ("data", "model"), devices=jax.devices()[:4])
 AUTO = jax.make_mesh((2, 2), ("data", "model"), (AxisType.Auto,) * 2, devices=jax.devices()[:4])
 ROWS, HEADS, BOTH = P("data"), P(None, None, "model"), P("data", None, "model")

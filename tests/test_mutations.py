@@ -7,6 +7,8 @@ import pytest
 
 from tests.mutate import EQUIVALENT, FUNCTIONS, mutants, noticed, unchanged
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("problems", dict.fromkeys(FUNCTIONS.values()), ids=lambda f: f.__name__)
 def test_a_changed_sign_or_factor_is_noticed(problems):

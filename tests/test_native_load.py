@@ -17,6 +17,8 @@ import pytest
 
 from rnnattn import native
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 MAJOR, MINOR = native.ffi_version()
 

@@ -202,6 +202,7 @@ def second_order_problem(reverse):
     return case, options, second_order(partial(reference.lstm, **options), wide(case))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("residuals, reverse", [("gates", True), ("states", False), (2, True)])
 def test_second_derivatives_match_the_plain_twin(residuals, reverse):
     case, options, expected = second_order_problem(reverse)

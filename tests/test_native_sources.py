@@ -9,6 +9,8 @@ from pathlib import Path
 import jax
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SOURCES = sorted(Path(__file__).resolve().parent.parent.glob("rnnattn/native/src/*"))
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 

@@ -252,6 +252,7 @@ def test_rope_takes_a_function_or_a_module():
     assert np.abs(gradient["rope"]["frequencies"][...]).min() > 0
 
 
+@pytest.mark.slow
 def test_dropout_of_weights_is_for_training_only():
     module, plain = attention(dropout_rate=0.5), attention()
     run = jax.jit(lambda module, key: module(X, rngs=nnx.Rngs(dropout=key), return_weights=True))

@@ -137,6 +137,7 @@ def bits(*shape):
     return jax.random.bernoulli(jax.random.key(3), 0.7, shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attend", [rnnattn.dot_product_attention, reference.dot_product_attention])
 def test_attention_over_any_leading_axes(attend):
     """As a loop over them, whatever of them an argument has."""
@@ -197,6 +198,7 @@ def test_heads_of_width_zero_see_the_mean():
 LEADING = [(), (2,), (2, 3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [lstm, reference.lstm])
 @pytest.mark.parametrize("batch", LEADING)
 @pytest.mark.parametrize("time_major", [False, True])

@@ -84,6 +84,7 @@ def _zigzagged(tree, devices, order=zigzag):
     return {n: order(x, devices) if has_places(n) else x for n, x in tree.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, devices", RUNS)
 def test_equals_attention_on_one_device(name, devices, small_blocks):  # noqa: F811
     """O, L and all gradients, with lengths (0 among them), segments and grouped heads."""
@@ -147,6 +148,7 @@ def test_without_lengths_and_segments(is_causal):
     assert_same(value_and_gradients(case, ring_attention, **options), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=str)
 def test_batch_and_heads_may_be_in_parts_as_well(kind):
     """Results and gradients lie where the arguments do."""
@@ -315,6 +317,7 @@ def _temporaries(compiled):
     return compiled.memory_analysis().temp_size_in_bytes / 2**20
 
 
+@pytest.mark.slow
 def test_memory_of_a_device_falls_with_their_number():
     """All but a few blocks of a fixed size: seven times q, k and v. Nothing is gathered."""
     two, four, eight = (_compiled(n, 32_768, is_causal=True) for n in DEVICES)
@@ -346,6 +349,7 @@ def test_sums_are_as_good_as_on_one_device(dtype):
         assert error(out) <= 1.25 * error(outputs(case, dot_product_attention)[0])
 
 
+@pytest.mark.slow
 def test_forward_mode_over_the_gradient_and_no_other():
     length = {"key_value_seq_lengths": jnp.array([8, 0])}
     case = make_case(Sizes(2, 8, 8, 2, 1), is_causal=True, **length)

@@ -1,7 +1,7 @@
 """The LSTM against its plain twin, torch, and what must hold of any LSTM."""
 
 import re
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -99,13 +99,19 @@ def test_second_derivatives_match_the_plain_twin():
     assert_close(second(lstm), second(reference.lstm), 1e-12)
 
 
+@cache
+def _of_the_twin_in(dtype):
+    """A case in this dtype, and its results; the numbers before rounding are those of float64."""
+    case = make_case(20, 4, 6, 8, dtype=dtype)
+    return case, value_and_gradients(reference.lstm, case)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("residuals", ["gates", "states", 3])
 def test_16_bit_error_is_at_most_twice_that_of_the_plain_twin(dtype, residuals):
-    exact = make_case(20, 4, 6, 8)
-    case = make_case(20, 4, 6, 8, dtype=dtype)
-    truth = value_and_gradients(reference.lstm, exact)
-    plain = value_and_gradients(reference.lstm, case)
+    _, truth = _of_the_twin_in(jnp.float64)
+    case, plain = _of_the_twin_in(dtype)
     hand = value_and_gradients(partial(lstm, residuals=residuals), case)
     assert [a.dtype for a in jax.tree.leaves(hand)] == [a.dtype for a in jax.tree.leaves(plain)]
     for ours, theirs, true in zip(*map(jax.tree.leaves, (hand, plain, truth)), strict=True):
@@ -173,28 +179,42 @@ def _masks(T, B, *, seed=0):
     return {"lengths": lengths, "resets": jnp.asarray(rng.random((B, T)) < 0.3)}
 
 
+@cache
+def _variant(name, reverse):
+    """A case, the options of a call, and what the plain twin makes of them."""
+    sizes, options = VARIANTS[name]
+    case = make_case(9, 4, 2, 5, **sizes)
+    options = {**options, **_masks(9, 4), "reverse": reverse}
+    return case, options, value_and_gradients(partial(reference.lstm, **options), case)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("residuals", ["gates", "states", 4])
 def test_every_variant_matches_the_plain_twin(name, residuals):
-    sizes, options = VARIANTS[name]
-    case = make_case(9, 4, 2, 5, **sizes)
-    reverse = residuals == "states"
-    options = {**options, **_masks(9, 4), "reverse": reverse}
-    expected = value_and_gradients(partial(reference.lstm, **options), case)
+    case, options, expected = _variant(name, residuals == "states")
     actual = value_and_gradients(partial(lstm, residuals=residuals, **options), case)
     assert_close(actual, expected, 1e-12)
 
 
+REMAINDERS = 37, 3, 2, 7  # a prime number of steps, and a width no other test has compiled
+
+
+@cache
+def _with_remainders(reverse):
+    case = make_case(*REMAINDERS)
+    options = {**_masks(*REMAINDERS[:2]), "reverse": reverse}
+    return case, options, value_and_gradients(partial(reference.lstm, **options), case)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("residuals", ["gates", "states", 16])
 def test_remainders_of_chunks_match_the_plain_twin(reverse, residuals, monkeypatch):
-    T, B, D, H = 37, 3, 2, 7  # a prime number of steps, and a width no other test has compiled
+    T, B, _, H = REMAINDERS
     monkeypatch.setattr(chunked, "_CHUNK_BYTES", 8 * B * 4 * H * 10)
-    case = make_case(T, B, D, H)
+    case, options, expected = _with_remainders(reverse)
     length = chunked.chunk_length(residuals, Steps(case.x.swapaxes(0, 1), None, None), H)
     assert 1 < length < T and T % length
-    options = {**_masks(T, B), "reverse": reverse}
-    expected = value_and_gradients(partial(reference.lstm, **options), case)
     actual = value_and_gradients(partial(lstm, residuals=residuals, **options), case)
     assert_close(actual, expected, 1e-12)
 
@@ -492,6 +512,7 @@ def test_everything_exports_for_gpu_and_tpu(dtype):
             jax.export.export(jax.jit(f), platforms=platforms)(params, x, state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("residuals", ["gates", "states", 2])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_the_batch_may_be_divided_by_shard_map(residuals, dtype):

@@ -27,6 +27,8 @@ from rnnattn import (
 )
 from tests.attention_cases import QUICK, assert_same
 
+pytestmark = pytest.mark.slow
+
 DEVICES = 2
 
 

@@ -53,6 +53,7 @@ OURS: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", WIDTHS)
 @pytest.mark.parametrize("rule", OURS)
 def test_attention_is_as_exact_as_jax_nn(rule, dtype):

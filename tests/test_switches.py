@@ -27,6 +27,8 @@ from rnnattn import KVCache, LSTMParams, LSTMState
 from rnnattn.attention import dot_product_attention_jvp
 from tests.attention_cases import QUICK, assert_same, quick
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 draw: Any = lambda *shape: np.asarray(RNG.normal(size=shape), np.float32)
 
@@ -256,15 +258,22 @@ def switched(*contexts):
     return stack
 
 
+def not_finite_is_an_error():
+    return switched(jax.debug_nans(True), jax.debug_infs(True))
+
+
 AROUND: dict[str, Any] = {
     "disable_jit": (eager, jax.disable_jit),
-    "debug_nans": (eager, lambda: jax.debug_nans(True)),
-    "debug_nans, compiled": (compiled, lambda: jax.debug_nans(True)),
-    "debug_infs": (eager, lambda: jax.debug_infs(True)),
-    "debug_infs, compiled": (compiled, lambda: jax.debug_infs(True)),
+    # of two switches that do not touch each other each fails as if it was alone
+    "debug_nans and debug_infs": (eager, not_finite_is_an_error),
+    "debug_nans and debug_infs, compiled": (compiled, not_finite_is_an_error),
     "checking_leaks": (compiled, jax.checking_leaks),
-    "logs": (compiled, lambda: switched(jax.log_compiles(), jax.explain_cache_misses(True))),
-    "enable_checks": (compiled, lambda: jax.enable_checks(True)),
+    "logs and enable_checks": (
+        compiled,
+        lambda: switched(
+            jax.log_compiles(), jax.explain_cache_misses(True), jax.enable_checks(True)
+        ),
+    ),
     "not enable_x64": (eager, lambda: jax.enable_x64(False)),
     "highest precision": (compiled, lambda: jax.default_matmul_precision("highest")),
     "precision by algorithm": (compiled, lambda: jax.default_matmul_precision("F32_F32_F32")),

@@ -23,6 +23,8 @@ from rnnattn import (
 )
 from rnnattn.attention import dot_product_attention_jvp
 
+pytestmark = pytest.mark.slow
+
 D, H, N, K = 3, 4, 2, 4
 PARAMS = init_lstm(jax.random.key(0), D, H)
 

@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from tensorboardX.proto import event_pb2
 
@@ -189,10 +190,15 @@ def try_all(wanted: int, seed: int, folder: Path) -> int:
     random = np.random.default_rng(seed)
     whole = folder / "whole"
     whole.mkdir()
+    # what the unharmed run compiles is kept for all others, which only read it: none is killed as
+    # it writes there
+    jax.config.update("jax_compilation_cache_dir", str(folder / "programs"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     if code := in_a_child(lambda: run_and_record(folder / "events.json"), whole):
         raise SystemExit(f"the unharmed run ended with {code}:\n{(whole / 'messages').read_text()}")
     events = [(event, path) for event, path in json.loads((folder / "events.json").read_text())]
     expected = left_by(whole)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", float("inf"))
     print(f"{len(events)} moments, of {len(set(map(kind, (p for _, p in events))))} kinds of file")
 
     killed, failed, left = 0, 0, Counter[str]()

@@ -3,9 +3,12 @@
 import subprocess
 import sys
 
+import pytest
+
 from experiments.engine.experiment import ROOT
 
 
+@pytest.mark.slow
 def test_absurd_inputs_end_with_a_line_and_leave_nothing():
     # in an interpreter of its own: it forks, which a process in which JAX has begun must not
     command = [sys.executable, "-m", "tests.experiments.absurd", "--count", "40", "--seed", "7"]

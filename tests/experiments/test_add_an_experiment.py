@@ -12,6 +12,8 @@ import pytest
 from experiments.engine.experiment import ROOT
 from experiments.engine.runs import read_summary
 
+pytestmark = pytest.mark.slow
+
 TEXT = (ROOT / "docs" / "add_an_experiment.md").read_text(encoding="utf-8")
 FILES = dict(
     re.findall(r"^`([\w/.]+)`[^\n]*:\n\n```(?:python|toml)\n(.*?)^```$", TEXT, re.M | re.S)

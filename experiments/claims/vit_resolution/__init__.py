@@ -122,8 +122,8 @@ def check(config: Config) -> None:
         )
     if "learned" not in config.methods:
         raise UsageError('--methods: "learned" is needed: the others are compared with it')
-    for method in config.methods:
-        small, whole = configs_of(config.model, method)
+    # several methods move the same model
+    for small, whole in dict.fromkeys(configs_of(config.model, each) for each in config.methods):
         check_model(small, (rows // 2, columns // 2, channels), len(data.classes))
         model = check_model(whole, (rows, columns, channels), len(data.classes))
         check_memory(model, data[:3], config.train)

@@ -259,6 +259,7 @@ def test_more_than_the_memory_is_refused_before_it_is_read(write, tmp_path, monk
         read(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config, experiment", [("vit_cifar10", "vit_digits"), ("cifar10_rows_lstm", "lstm_digits")]
 )
@@ -276,6 +277,7 @@ def test_both_models_train_on_it(config, experiment, tmp_path):
     assert np.isfinite(summary["test_loss"])
 
 
+@pytest.mark.slow
 def test_the_study_of_resolution_takes_images_in_colour(tmp_path):
     path = write_folder(tmp_path / "cifar", of_python())
     data = ["--data.source", "cifar10", "--data.path", str(path)]

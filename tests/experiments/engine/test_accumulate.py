@@ -41,6 +41,7 @@ def transformer() -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", [reader, transformer])
 def test_losses_and_parameters_are_those_of_the_whole_batch(task):
     whole, parts = (
@@ -86,6 +87,7 @@ def test_a_part_has_rows_from_all_over_the_batch():
     assert parts["number"].tolist() == [5, 5]
 
 
+@pytest.mark.slow
 def test_it_takes_less_memory_and_as_many_operations_and_is_estimated_to():
     params, apply = vit.functional(vit.build(vit.ViTConfig(width=32, depth=2), (8, 8, 1), 10))
     loss, key = vit.loss_of(apply), jax.random.key(0)

@@ -25,6 +25,10 @@ from experiments.tasks import lstm_adding
 
 ADDING = "lstm_adding"
 
+TINY = ["--train.steps", "4", "--train.batch-size", "4", "--train.log-every", "2"]
+TINY += ["--model.hidden-size", "3", "--data.length", "4", "--data.held-out", "8"]
+TINY += ["--compare-steps", "0"]
+
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory) -> Path:
@@ -35,7 +39,8 @@ def swept(tmp_path_factory) -> Path:
 
 
 def sweep(output: Path, *grid: str) -> int:
-    return main(["sweep", ADDING, "--quick", "--output", str(output), "--grid", *grid])
+    where = ["--output", str(output)]
+    return main(["sweep", ADDING, "--quick", *TINY, *where, "--grid", *grid])
 
 
 def test_every_combination_runs_and_one_that_fails_does_not_stop_the_rest(swept):
@@ -188,6 +193,7 @@ def test_a_sweep_of_which_nothing_is_left_says_so(tmp_path, capsys):
     assert "seed-0: failed: --resume" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_sweep_that_is_told_to_stop_keeps_what_it_has_and_begins_no_other_run(number, tmp_path):
     grid = ["seed=0,1", "train.steps=2000", "train.log_every=1", "model.hidden_size=4"]
@@ -205,6 +211,7 @@ def test_a_sweep_that_is_told_to_stop_keeps_what_it_has_and_begins_no_other_run(
     assert list((folder / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_two_combinations_never_share_a_folder(tmp_path):
     # 12 in Python's way, and two values; a space is none for a folder's name
     grid = ["--grid", "betas=1 2,1_2"]
@@ -251,10 +258,6 @@ def test_a_grid_is_keys_with_values():
 
 
 # ---- several seeds, several processes ------------------------------------------------------------
-
-TINY = ["--train.steps", "4", "--train.batch-size", "4", "--train.log-every", "2"]
-TINY += ["--model.hidden-size", "3", "--data.length", "4", "--data.held-out", "8"]
-TINY += ["--compare-steps", "0"]
 
 
 def test_a_run_is_repeated_with_several_seeds(tmp_path, capsys):
@@ -312,6 +315,7 @@ def test_every_combination_is_in_one_part(number, parts):
     assert sorted(found) == list(range(number))
 
 
+@pytest.mark.slow
 def test_the_runs_of_a_sweep_in_processes_of_their_own(tmp_path, capsys):
     folder = tmp_path / "attention_averaging-sweep"
     folder.mkdir()

@@ -47,6 +47,7 @@ def writer(size):
     return loss_under(config), params, params, Excerpts(zeros, zeros)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 4])
 @pytest.mark.parametrize("task", [vision_transformer, reader, adder, writer])
 def test_the_estimate_is_within_a_third_of_what_xla_plans(task, size):

@@ -103,6 +103,7 @@ def steps_kept(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in (folder / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_stops_both_which_go_on_as_if_it_had_not(tmp_path):
     """To the numbers of one process that has both devices: two summands have one sum."""
     folder = tmp_path / "two" / "lstm_adding" / "x"
@@ -135,6 +136,7 @@ def test_a_signal_to_one_stops_both_which_go_on_as_if_it_had_not(tmp_path):
             np.testing.assert_array_equal(a[array], b[array])
 
 
+@pytest.mark.slow
 def test_one_that_dies_ends_the_other_and_the_run_goes_on_without_it(tmp_path):
     folder = tmp_path / "two" / "vit_digits" / "x"
     processes = two_of_slurm(command("vit_digits", tmp_path / "two"))
@@ -156,6 +158,7 @@ def test_one_that_dies_ends_the_other_and_the_run_goes_on_without_it(tmp_path):
             np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_interrupt_is_heard_while_waiting_for_the_others(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -175,6 +178,7 @@ def test_an_interrupt_is_heard_while_waiting_for_the_others(tmp_path):
     assert time.monotonic() - clock < 2
 
 
+@pytest.mark.slow
 def test_processes_that_do_not_fit_together_are_an_error_in_both(tmp_path):
     arguments = command("lstm_adding", tmp_path / "two")
     for code, out, err in outcomes(two(arguments, devices=(1, 2))):
@@ -258,6 +262,7 @@ def test_no_more_processes_than_can_be_counted(tmp_path, capsys):
     assert "--processes: should be less than 2147483648" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_machine_of_no_cluster_says_so():
     run = [sys.executable, "-m", "experiments", *command("lstm_adding", Path("never")), "--cluster"]
     done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)

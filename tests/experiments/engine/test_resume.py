@@ -85,6 +85,7 @@ def interrupt(output: Path, number: int, lines: int) -> subprocess.CompletedProc
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_was_not(whole, tmp_path):
     for lines in np.sort(np.random.default_rng(0).integers(1, 40, 3)):
         killed = interrupt(tmp_path, signal.SIGKILL, int(lines))
@@ -94,6 +95,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_was_not(whole, tmp_p
     assert kept(tmp_path / "lstm_adding" / "x") == kept(whole)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_told_to_stop_keeps_what_it_has_and_says_so(whole, tmp_path):
     stopped = interrupt(tmp_path, signal.SIGTERM, 10)
     assert stopped.returncode == 75
@@ -187,6 +189,7 @@ def resumed(output: Path) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["truncated", "garbled", "without metadata"])
 def test_a_damaged_checkpoint_is_said_to_be_and_the_one_before_it_is_used(how, whole, tmp_path):
     folder = copy_cut_off(whole, tmp_path)
@@ -197,6 +200,7 @@ def test_a_damaged_checkpoint_is_said_to_be_and_the_one_before_it_is_used(how, w
     assert kept(folder) == kept(whole)
 
 
+@pytest.mark.slow
 def test_without_a_checkpoint_that_can_be_read_nothing_is_overwritten(whole, tmp_path):
     folder = copy_cut_off(whole, tmp_path)
     for step in (folder / "checkpoints").iterdir():
@@ -255,6 +259,7 @@ def test_a_folder_that_may_not_be_written_in_is_one_message(there, capsys):
     assert ("--output: cannot write" in message) == (not there)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_written_leaves_the_ones_before_it(whole, tmp_path):
     folder = copy_cut_off(whole, tmp_path)
     shutil.rmtree(folder / "checkpoints" / str(STEPS))
@@ -268,6 +273,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_ones_before_it(whole, tm
     assert sorted(p.name for p in (folder / "checkpoints").iterdir() if p.name.isdigit()) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kilobytes", [1, 8, 20])
 def test_where_there_is_no_room_is_said_and_nothing_is_lost(kilobytes, whole, tmp_path):
     """For the metrics, a checkpoint, a figure: no file may grow beyond the size."""
@@ -289,6 +295,7 @@ def test_where_there_is_no_room_is_said_and_nothing_is_lost(kilobytes, whole, tm
 # ---- a signal --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("moment", ["importing", "compiling", "training"])
 def test_a_signal_ends_a_run_at_once_and_without_a_traceback(moment, number, tmp_path):

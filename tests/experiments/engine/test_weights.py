@@ -281,6 +281,7 @@ def test_what_cannot_be_written_is_a_sentence(name, options, part, finished, cap
 STILL = ("--train.learning-rate", "1e-30", "--train.best", "validation_loss")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
 def test_a_training_begins_with_the_parameters_of_a_run_or_a_file(name, finished, tmp_path):
     """At a rate at which nothing moves, it ends with them as well."""
@@ -298,6 +299,7 @@ def test_a_training_begins_with_the_parameters_of_a_run_or_a_file(name, finished
     assert "init_sha256" not in before.scores and len(opened.scores["init_sha256"]) == 64
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_only_with_the_parameters_that_it_began_with(finished, tmp_path, capsys):
     folder = finished(LSTM)
     assert run(LSTM, tmp_path, "--init", str(folder)) == 0

@@ -107,6 +107,7 @@ def test_what_does_not_fit_is_named_altogether(changes, parts):
     assert all(part in str(error.value) for part in parts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["timm", "vision_transformer"])
 def test_the_config_is_fine_tuned_from_a_file(form, tmp_path, capsys):
     arrays = arrays_of(pretrained(channels=3, image_size=16, classes=7), form)

@@ -272,6 +272,7 @@ def test_the_readme_has_every_claim_as_the_code_writes_it():
     assert ids == sorted(ids, key=lambda id_: (id_[0], int(id_[1:])))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(SERVING.keys() - SLOW))
 def test_the_verdicts_of_the_readme_are_those_of_the_quick_report(name):
     experiment = FOUND[name]
@@ -344,6 +345,7 @@ addEventListener("message", event => document.body.dataset.probe = event.data);
 </script><iframe src="index.html" style="width: {width}px; height: 900px; border: 0"></iframe>"""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt-get install chromium)")
 @pytest.mark.parametrize("width", [1280, 390], ids=["desktop", "phone"])
 def test_a_browser_shows_the_page_whole(written, tmp_path, width):
