@@ -146,8 +146,18 @@ class Compare:
     """File for the figure."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Which of a run's parameters."""
+
+    best: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Use the best checkpoint, by the metric in train.best, instead of the newest."""
+    ema: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Use the exponential mean of the parameters, which train.ema keeps, instead of the last."""
+
+
 @dataclass(frozen=True)
-class Export:
+class Export(Weights):
     """Save the parameters of a run to a safetensors file."""
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -156,12 +166,10 @@ class Export:
     """File to write."""
     training: str = ""
     """For an experiment that trains several models: the folder of one in checkpoints/."""
-    best: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Use the best checkpoint, by the metric in train.best, instead of the newest."""
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class Evaluate(Weights):
     """Print and save the test scores of a finished run, on its own data or on others.
 
     They are added to RUN/evaluations.jsonl. On the run's own data and device they are bitwise
@@ -170,12 +178,10 @@ class Evaluate:
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """The run's folder. Comes first."""
-    best: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Use the best checkpoint, by the metric in train.best, instead of the newest."""
 
 
 @dataclass(frozen=True)
-class Sample:
+class Sample(Weights):
     """Generate text with a finished run of a text model. Equal options give equal text."""
 
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -188,8 +194,6 @@ class Sample:
     """Values above 1 are more random, below 1 less; 0 always takes the most likely character."""
     seed: int | None = None
     """Random seed; by default, the run's."""
-    best: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Use the best checkpoint, by the metric in train.best, instead of the newest."""
 
 
 @dataclass(frozen=True)
@@ -382,7 +386,12 @@ def _prepare(path: Path, arguments: Sequence[str]) -> Study:
     processes.check_devices()
     processes.check_same(dataclasses.replace(options, process=None))
     if hasattr(config, runs.WHERE):
-        devices.check(config.parallel, config.train.batch_size, config.train.accumulate)
+        devices.check(
+            config.parallel,
+            config.train.batch_size,
+            config.train.accumulate,
+            divides_sequence=experiment.DIVIDES_SEQUENCE,
+        )
     experiment.check(config)
     weights.start(experiment, config)
     return Study(path, arguments, experiment, config, options)
@@ -674,7 +683,7 @@ def _export(command: Export) -> int:
     if command.output.is_dir():
         raise UsageError(f"--output: {command.output} is a folder")
     checkpoints = command.folder / runs.CHECKPOINTS / command.training
-    params = read_params(checkpoints, best=command.best)
+    params = read_params(checkpoints, best=command.best, ema=command.ema)
     write_safetensors(command.output, params)
     print(command.output)
     return 0
@@ -687,9 +696,8 @@ def _evaluate(folder: Path, arguments: Sequence[str]) -> int:
     data: Any = getattr(run.config, "data", None)
     kind: Any = type(data)
     group = [("data", kind, field(default=data))] if dataclasses.is_dataclass(data) else []
-    best = ("best", Evaluate.__annotations__["best"], field(default=False))
     options: Any = tyro.cli(
-        dataclasses.make_dataclass("Options", [best, *group], frozen=True),
+        dataclasses.make_dataclass("Options", group, bases=(Weights,), frozen=True),
         args=arguments,
         prog=f"{PROGRAM} evaluate {folder}",
         description=Evaluate.__doc__,
@@ -697,7 +705,7 @@ def _evaluate(folder: Path, arguments: Sequence[str]) -> int:
     if group:
         data = check(kind, dataclasses.asdict(options.data), f"{folder}, with the options given")
     _check_kernels()
-    scores = dataclasses.replace(run, best=options.best).evaluate(data)
+    scores = dataclasses.replace(run, best=options.best, ema=options.ema).evaluate(data)
     of = {"data": dataclasses.asdict(data)} if group else {}
     keep_evaluation(folder, {**of, "checkpoint": "best" if options.best else "newest", **scores})
     _print_scores(scores)
@@ -713,7 +721,7 @@ def _sample(command: Sample) -> int:
         raise UsageError(f"--temperature: should be 0 or a number above, got {command.temperature}")
     if command.seed is not None and not 0 <= command.seed < 2**32:
         raise UsageError(f"--seed: should be from 0 to {2**32 - 1}, got {command.seed}")
-    run = open_run(command.folder, best=command.best)
+    run = open_run(command.folder, best=command.best, ema=command.ema)
     _check_kernels()
     written = run.sample(
         command.prompt, length=command.length, temperature=command.temperature, seed=command.seed

@@ -139,6 +139,40 @@ def error_bars(axes: Axes, x: Any, estimates: Any, colour: str, label: str) -> N
     axes.errorbar(x, value, reach, color=colour, fmt="o", markersize=4, capsize=3, label=label)
 
 
+def figure_of_text(
+    test: Any, nats: Any, curve: Any, validation_curve: Any, scores: Mapping[str, Any]
+) -> Figure:
+    """What a model of text learned: its loss against what needs no memory, what each place in a
+    word costs, and an excerpt.
+
+    Args:
+        test: code points of the test text; `nats` is what each but the first cost.
+    """
+    figure = new_figure(13, 7.6)
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1, 1.7))[0]
+    upper, lower = left.subplots(2, 1)
+    levels = {
+        "single characters": scores["validation_unigram_loss"],
+        "pairs of characters": scores["validation_bigram_loss"],
+    }
+    loss_of_text(upper, curve, validation_curve, levels)
+    text, bits = [chr(point) for point in test[1:]], nats / np.log(2)
+    cost_by_place(lower, _places(text), bits)
+    cost_of_text(right, text, bits)
+    shown = scores["test_bits_per_character"]
+    figure.suptitle(f"{shown:.3f} bits per character on {len(nats):,} of test text")
+    return figure
+
+
+def _places(text: Sequence[str]) -> np.ndarray:
+    """For each letter how many of its word it is, from 1; for anything else 0."""
+    places, place = [], 0
+    for character in text:
+        place = place + 1 if character.isalpha() else 0
+        places.append(place)
+    return np.array(places)
+
+
 def loss_of_text(axes: Axes, training: Any, validation: Any, levels: Mapping[str, float]) -> None:
     """Bits per character of the two splits by step, with levels to be beaten."""
     bits = 1 / np.log(2)

@@ -1,8 +1,9 @@
 """Text as numbers: one file, or the English prose that ships inside Python, split in three."""
 
 import hashlib
+import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,6 +32,13 @@ class Windows(NamedTuple):
     characters: np.ndarray
     first: np.ndarray
     """Whether the text begins anew here, so that nothing has been read before."""
+
+
+class Excerpts(NamedTuple):
+    """Windows from anywhere in a text, (B, T), and the character after each of theirs."""
+
+    characters: np.ndarray
+    following: np.ndarray
 
 
 def load_text(
@@ -86,6 +94,33 @@ def text_windows(text: np.ndarray, step: int, rows: int, window: int) -> Windows
     place = step % (length // window)
     starts = np.arange(rows) * length + place * window
     return Windows(text[starts[:, None] + np.arange(window + 1)], np.asarray(place == 0))
+
+
+def text_excerpts(text: np.ndarray, seed: int, step: int, rows: int, window: int) -> Excerpts:
+    """The windows of step `step`, whose places follow from it and the seed alone."""
+    starts = np.random.default_rng((seed, step)).integers(0, len(text) - window, rows)
+    read = starts[:, None] + np.arange(window)
+    return Excerpts(text[read], text[read + 1])
+
+
+def scores_of_text(text: Text, scores: dict[str, float]) -> dict[str, Any]:
+    """The scores with those of held-out text also in bits, and beside what needs no memory."""
+    more: dict[str, Any] = {
+        "data_sha256": text.sha256,
+        "text_characters": len(text.train) + len(text.validation) + len(text.test),
+        "vocabulary_size": len(text.characters),
+    }
+    for split, part in {"validation": text.validation, "test": text.test}.items():
+        losses = dict(zip(("unigram_", "bigram_"), entropies(part), strict=True))
+        for name, nats in {"": scores[f"{split}_loss"], **losses}.items():
+            more[f"{split}_{name}loss"] = nats
+            more[f"{split}_{name}bits_per_character"] = nats / math.log(2)
+    return scores | more
+
+
+def start_of_line(characters: str) -> np.ndarray:
+    """What a sample begins after where there is no prompt: the end of a line, if there are any."""
+    return np.array([max(0, characters.find("\n"))], np.int32)
 
 
 def entropies(text: np.ndarray) -> tuple[float, float]:

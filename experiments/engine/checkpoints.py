@@ -187,11 +187,14 @@ def rank(metric: Mapping[str, float]) -> float:
     return value if name.endswith("accuracy") else -value
 
 
-def read_params(folder: Path, *, best: bool = False) -> PyTree:
+def read_params(folder: Path, *, best: bool = False, ema: bool = False) -> PyTree:
     """The parameters of the newest checkpoint, or of the best, in dictionaries.
 
+    Args:
+        ema: their exponential mean in its place.
+
     Raises:
-        UsageError: if there is none that can be read, or none that was kept as the best.
+        UsageError: if there is none that can be read, none that was kept as the best, or no mean.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -214,8 +217,17 @@ def read_params(folder: Path, *, best: bool = False) -> PyTree:
             except Exception as error:
                 _warn(checkpoint.path, error)
                 continue
-            return loaded["state"]["training"]["params"]
+            training = loaded["state"]["training"]
+            return _mean(training["optimizer"], folder) if ema else training["params"]
     raise UsageError(f"{folder}: holds no checkpoint that can be read")
+
+
+def _mean(optimizer: Any, folder: Path) -> PyTree:
+    """Of what the optimiser keeps, the mean of the parameters, by the names that it has there."""
+    for part in optimizer:
+        if isinstance(part, Mapping) and part.keys() == {"steps", "mean"}:
+            return part["mean"]
+    raise UsageError(f"{folder}: holds no mean of the parameters, which --train.ema keeps")
 
 
 def _on_first_device(leaf: Any) -> jax.ShapeDtypeStruct:

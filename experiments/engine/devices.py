@@ -1,12 +1,14 @@
 """Training on several devices: where each array lies. What moves between them is left to jit.
 
-batch, what the loss carries on   rows over all devices
+batch, what the loss carries on   rows over `data` and `fsdp`; what comes second, the time of a
+                                  sequence, over `sequence`
 parameters, moments               over the devices of `fsdp`, along the longest axis that their
                                   number divides; small ones on every device
 numbers, keys                     on every device
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +18,11 @@ from jaxtyping import PyTree
 
 from experiments.engine.config import Count, UsageError
 
-DATA, FSDP = "data", "fsdp"
+DATA, FSDP, SEQUENCE = AXES = ("data", "fsdp", "sequence")
+"""Of the mesh."""
+
+ROWS = (DATA, FSDP)
+"""Those that the rows of a batch are divided along."""
 
 WHOLE_BELOW = 1024
 """Numbers in an array of which a copy on every device costs less than to send for its parts."""
@@ -24,7 +30,7 @@ WHOLE_BELOW = 1024
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Devices to train on: data × fsdp of them.
+    """Devices to train on: data × fsdp × sequence of them.
 
     Losses are the same up to rounding, and a run can be resumed with other values.
     """
@@ -33,37 +39,58 @@ class ParallelConfig:
     """Number of device groups; each has all parameters and a part of every batch."""
     fsdp: Count = 1
     """Devices in a group; parameters, optimiser state and examples are sharded over them."""
+    sequence: Count = 1
+    """Devices that share each sequence, with a part of it on each; for attention_text."""
 
 
-def check(config: ParallelConfig, batch_size: int, accumulate: int = 1) -> None:
+def check(
+    config: ParallelConfig, batch_size: int, accumulate: int = 1, *, divides_sequence: bool = False
+) -> None:
     """Raise a `UsageError` if there are no such devices, or if they do not divide the batch.
 
     Args:
         accumulate: parts of the batch, each of which they have to divide.
+        divides_sequence: whether the model is one whose sequences can lie on several devices.
     """
-    wanted, there = config.data * config.fsdp, jax.device_count()
-    named = f"parallel.data × parallel.fsdp = {config.data} × {config.fsdp} = {wanted}"
+    if config.sequence > 1 and not divides_sequence:
+        raise UsageError(
+            "parallel.sequence: should be 1, as this experiment does not divide its sequences "
+            f"among devices, got {config.sequence}"
+        )
+    rows = {"data": config.data, "fsdp": config.fsdp}
+    sizes = rows | ({"sequence": config.sequence} if config.sequence > 1 else {})
+    wanted, there = math.prod(sizes.values()), jax.device_count()
     if wanted > there:
         hint = "; JAX_NUM_CPU_DEVICES sets their number on a CPU" * (jax.default_backend() == "cpu")
-        raise UsageError(f"{named}: should be at most the number of devices, got {there}{hint}")
+        raise UsageError(
+            f"{_product(sizes)}: should be at most the number of devices, got {there}{hint}"
+        )
     if jax.process_count() > 1 and wanted != there:
         raise UsageError(
-            f"{named}: should be the number of devices of all {jax.process_count()} processes, "
-            f"got {there}"
+            f"{_product(sizes)}: should be the number of devices of all {jax.process_count()} "
+            f"processes, got {there}"
         )
-    if batch_size % (wanted * accumulate):
+    if batch_size % (math.prod(rows.values()) * accumulate):
         parts = f"train.accumulate = {accumulate} times " * (accumulate > 1)
-        named = f"{parts}{named}"
-        raise UsageError(f"train.batch_size: should be a multiple of {named}, got {batch_size}")
+        raise UsageError(
+            f"train.batch_size: should be a multiple of {parts}{_product(rows)}, got {batch_size}"
+        )
+
+
+def _product(sizes: Mapping[str, int]) -> str:
+    """As "parallel.data × parallel.fsdp = 4 × 2 = 8"."""
+    names = " × ".join(f"parallel.{name}" for name in sizes)
+    numbers = " × ".join(map(str, sizes.values()))
+    return f"{names} = {numbers} = {math.prod(sizes.values())}"
 
 
 def make_mesh(config: ParallelConfig) -> Mesh | None:
     """The devices; None for a single one, whose programs need none."""
-    shape = (config.data, config.fsdp)
-    if shape == (1, 1):
+    shape = (config.data, config.fsdp, config.sequence)
+    if math.prod(shape) == 1:
         return None
-    devices = jax.devices()[: config.data * config.fsdp]
-    return jax.make_mesh(shape, (DATA, FSDP), (AxisType.Auto, AxisType.Auto), devices=devices)
+    devices = jax.devices()[: math.prod(shape)]
+    return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def whole(mesh: Mesh) -> NamedSharding:
@@ -72,8 +99,10 @@ def whole(mesh: Mesh) -> NamedSharding:
 
 
 def rows(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Shardings for a tree of arrays whose first axis is that of the examples, and of numbers."""
-    return jax.tree.map(lambda x: NamedSharding(mesh, P((DATA, FSDP)) if x.ndim else P()), tree)
+    """Shardings for a tree of numbers, and of arrays whose first axis is that of the examples; with
+    several devices to a sequence, the second is its time."""
+    axes = (ROWS, SEQUENCE) if mesh.shape[SEQUENCE] > 1 else (ROWS,)
+    return jax.tree.map(lambda x: NamedSharding(mesh, P(*axes[: x.ndim])), tree)
 
 
 def shares(tree: PyTree, mesh: Mesh) -> PyTree:

@@ -26,6 +26,8 @@ and, where they are needed,
                              --init, `evaluate`, `sample` and `experiments.open(folder).model`. What
                              the config leaves to the data, as how many characters there are, is
                              taken from the result of a finished run; before a run, that is None.
+    DIVIDES_SEQUENCE         True if its loss takes batches (B, T) of which each device has a part
+                             of T: `parallel.sequence` may then be above 1.
     BESIDE                   The experiment of the report beside whose figure this one's stands.
 
 It is imported when it is asked for, and looked over before it runs.
@@ -73,6 +75,7 @@ class Experiment:
     CLAIMS: Mapping[str, str] = field(default_factory=dict)
     claims: Callable[[Any, Any], tuple] = lambda config, result: ()
     model: Callable[[Any, Any], Any] | None = None
+    DIVIDES_SEQUENCE: bool = False
     BESIDE: str = ""
 
 

@@ -37,6 +37,8 @@ class FinishedRun:
     """The summary."""
     best: bool = False
     """Whether the parameters are those of the best checkpoint, and not of the newest."""
+    ema: bool = False
+    """Whether they are the exponential mean that `train.ema` kept, and not those of a step."""
 
     @cached_property
     def result(self) -> Any:
@@ -56,7 +58,8 @@ class FinishedRun:
             UsageError: if there are none that can be read, or if they are not those of the config.
         """
         with jax.enable_x64(True):
-            params = read_params(self.folder / runs.CHECKPOINTS, best=self.best)
+            folder = self.folder / runs.CHECKPOINTS
+            params = read_params(folder, best=self.best, ema=self.ema)
         if self.experiment.model is None:
             return params
         with jax.enable_x64(self.functions.x64):
@@ -104,7 +107,8 @@ class FinishedRun:
         functions = self._functions_with(config)
         with jax.enable_x64(functions.x64):
             metrics = jax.jit(functions.test())(self.params)
-            scores = {f"test_{name}": float(value) for name, value in metrics.items()}
+            split = "test_ema" if self.ema else "test"
+            scores = {f"{split}_{name}": float(value) for name, value in metrics.items()}
         for name, value in scores.items():
             if not np.isfinite(value):
                 raise UsageError(f"{self.folder}: on these data {name} is {value}")
@@ -143,7 +147,7 @@ class FinishedRun:
         return self.experiment.model(config, self.result)
 
 
-def open_run(folder: Path, *, best: bool = False) -> FinishedRun:
+def open_run(folder: Path, *, best: bool = False, ema: bool = False) -> FinishedRun:
     """The run in the folder.
 
     Raises:
@@ -151,7 +155,7 @@ def open_run(folder: Path, *, best: bool = False) -> FinishedRun:
     """
     run = read_run(folder)
     summary = runs.read_summary(folder)
-    return FinishedRun(folder, run.experiment, run.config, run.records, summary, best)
+    return FinishedRun(folder, run.experiment, run.config, run.records, summary, best, ema)
 
 
 def keep_evaluation(folder: Path, evaluation: dict[str, Any]) -> None:

@@ -65,7 +65,8 @@ class TrainConfig:
     arrays of one axis, as the scales of norms, are spared."""
     ema: Fraction = 0.0
     """Share of itself that an exponential mean of the parameters keeps at a step, as 0.999. It is
-    evaluated beside them, as the splits validation_ema and test_ema; 0: none."""
+    evaluated beside them, as the splits validation_ema and test_ema, and kept for the --ema of
+    export, evaluate and sample; 0: none."""
     clip_norm: Positive = 1.0
     """Clip gradients to this global norm."""
     log_every: Count = 5
@@ -144,7 +145,7 @@ def decayed(params: PyTree) -> PyTree:
 
 
 class MeanState(NamedTuple):
-    """What an exponential mean of the parameters keeps."""
+    """What an exponential mean of the parameters keeps, under names that `read_params` knows."""
 
     steps: Int32[Array, ""]
     mean: PyTree

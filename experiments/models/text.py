@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int32, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 
 import rnnattn
 import rnnattn.reference
@@ -116,7 +116,7 @@ def loss_under(
         states = jax.tree.map(lambda s: jnp.where(batch.first, 0, s), states)
         x, following = batch.characters[:, :-1], batch.characters[:, 1:]
         logits, states = predict(params, x, states, gradient, dropout, key, dtype, remat)
-        nats, correct = _judge(logits, following)
+        nats, correct = judge(logits, following)
         accuracy = jnp.mean(correct, dtype=logits.dtype)
         return jnp.mean(nats), ({"accuracy": accuracy}, states)
 
@@ -131,7 +131,7 @@ def read_through(
     def read(states, window):
         x, following = window
         logits, states = predict(params, x[None, :], states, gradient, dtype=dtype)
-        nats, correct = _judge(logits[0], following)
+        nats, correct = judge(logits[0], following)
         return states, (nats, correct.astype(nats.dtype))
 
     # what is read beyond the end changes nothing before it
@@ -139,6 +139,13 @@ def read_through(
     windows = [jnp.pad(part, padding).reshape(-1, READ_AT_ONCE) for part in (text[:-1], text[1:])]
     _, (nats, correct) = jax.lax.scan(read, zero_states(params, 1), windows)
     return nats.ravel()[: len(text) - 1], correct.ravel()[: len(text) - 1]
+
+
+def draw(logits: Float[Array, " V"], key: PRNGKeyArray, temperature: float) -> Int32[Array, ""]:
+    """A character by p ∝ exp(logit / temperature); at a temperature of 0 the likeliest."""
+    if temperature == 0:
+        return jax.lax.argmax(logits, 0, jnp.int32)
+    return jax.random.categorical(key, logits / temperature).astype(jnp.int32)
 
 
 @partial(jax.jit, static_argnames=("length", "temperature"))
@@ -167,10 +174,7 @@ def write(
         character, below = carry
         states, h = read(below, character)
         logits = h @ params.w + params.b
-        if temperature == 0:
-            character = jax.lax.argmax(logits, 0, jnp.int32)
-        else:
-            character = jax.random.categorical(key, logits / temperature).astype(jnp.int32)
+        character = draw(logits, key, temperature)
         return (character, states), character
 
     states = zero_states(params, 1)
@@ -179,7 +183,9 @@ def write(
     return jax.lax.scan(step, (prompt[-1], states), jax.random.split(key, length))[1]
 
 
-def _judge(logits, following):
+def judge(
+    logits: Float[Array, "*axes V"], following: Int32[Array, "*axes"]
+) -> tuple[Float[Array, "*axes"], Bool[Array, "*axes"]]:
     """-log p of the characters that follow, and whether they are the likeliest."""
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, following)
     return nats, jax.lax.argmax(logits, logits.ndim - 1, jnp.int32) == following

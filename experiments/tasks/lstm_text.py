@@ -5,7 +5,6 @@ gradient does not (truncated back-propagation through time). An epoch begins wit
 Held-out text is read in one go, from its first character to its last.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -16,7 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from pydantic import Field
 
-from experiments.data.text import Text, Windows, encode, entropies, load_text, text_windows
+from experiments.data.text import (
+    Text,
+    Windows,
+    encode,
+    load_text,
+    scores_of_text,
+    start_of_line,
+    text_windows,
+)
 from experiments.engine.config import Seed, Size
 from experiments.engine.devices import ParallelConfig
 from experiments.engine.memory import check_training
@@ -115,11 +122,6 @@ def reading(
     return metrics
 
 
-def start_of_line(characters: str) -> jax.Array:
-    """What a sample begins after where there is no prompt: the end of a line, if there are any."""
-    return jnp.array([max(0, characters.find("\n"))], jnp.int32)
-
-
 def check(config: Config) -> None:
     """Raise a `UsageError` if the text will not do, or there is no memory to train on it."""
     text, rows = _load(config), config.train.batch_size
@@ -159,7 +161,7 @@ def run(config: Config, session: Session = SILENT) -> Result:
             final={"test": reading(text.test, gradient, dtype)},
             session=session,
         )
-        scores = _with_baselines(text, final_scores(trained))
+        scores = scores_of_text(text, final_scores(trained))
         if config.compare_steps:
             both: dict[str, Loss] = {name: _loss(config, name) for name in GRADIENTS}
             scores |= compare(
@@ -174,7 +176,7 @@ def run(config: Config, session: Session = SILENT) -> Result:
             )
         read = jax.jit(read_through, static_argnums=(2, 3))
         nats, _ = read(trained.params, jnp.asarray(text.test), gradient, dtype)
-        prompt = start_of_line(text.characters)
+        prompt = jnp.asarray(start_of_line(text.characters))
         written = write(trained.params, prompt, sample_key, length=config.sample_length)
         curve, held_out = (
             np.array([(r["step"], r["loss"]) for r in trained.records if r["split"] == split])
@@ -216,34 +218,21 @@ def model(config: Config, result: Result | None) -> Model:
     ) -> str:
         # so that without a prompt a run's own sample is written again
         _, _, key = jax.random.split(jax.random.key(seed), 3)
-        first = start_of_line(characters())
-        if prompt:
-            first = jnp.asarray(encode(prompt, characters(), "--prompt"))
-        written = write(params, first, key, length=length, temperature=temperature)
-        return "".join(characters()[number] for number in np.asarray(written))
+        known = characters()
+        first = encode(prompt, known, "--prompt") if prompt else start_of_line(known)
+        written = write(params, jnp.asarray(first), key, length=length, temperature=temperature)
+        return "".join(known[number] for number in np.asarray(written))
 
     return Model(init, apply, test, sample=sample, x64=dtype == "float64")
 
 
 def plot(config: Config, result: Result) -> "Figure":
     """The loss against what needs no memory, the cost of each place in a word, and an excerpt."""
-    from experiments.figures import cost_by_place, cost_of_text, loss_of_text, new_figure
+    from experiments.figures import figure_of_text
 
-    figure = new_figure(13, 7.6)
-    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1, 1.7))[0]
-    upper, lower = left.subplots(2, 1)
-    scores = result.scores
-    levels = {
-        "single characters": scores["validation_unigram_loss"],
-        "pairs of characters": scores["validation_bigram_loss"],
-    }
-    loss_of_text(upper, result.curve, result.validation_curve, levels)
-    text = [chr(point) for point in result.test]
-    cost_by_place(lower, _places(text[1:]), result.nats / math.log(2))
-    cost_of_text(right, text[1:], result.nats / math.log(2))
-    bits = scores["test_bits_per_character"]
-    figure.suptitle(f"{bits:.3f} bits per character on {len(result.nats):,} of test text")
-    return figure
+    return figure_of_text(
+        result.test, result.nats, result.curve, result.validation_curve, result.scores
+    )
 
 
 def _loss(config: Config, gradient: Gradient) -> Loss:
@@ -253,27 +242,3 @@ def _loss(config: Config, gradient: Gradient) -> Loss:
 
 def _load(config: Config) -> Text:
     return load_text(config.data.path, rows=config.train.batch_size, window=config.data.window)
-
-
-def _with_baselines(text: Text, scores: dict[str, float]) -> dict[str, Any]:
-    """The scores with those of held-out text also in bits, and beside what needs no memory."""
-    more: dict[str, Any] = {
-        "data_sha256": text.sha256,
-        "text_characters": len(text.train) + len(text.validation) + len(text.test),
-        "vocabulary_size": len(text.characters),
-    }
-    for split, part in {"validation": text.validation, "test": text.test}.items():
-        losses = dict(zip(("unigram_", "bigram_"), entropies(part), strict=True))
-        for name, nats in {"": scores[f"{split}_loss"], **losses}.items():
-            more[f"{split}_{name}loss"] = nats
-            more[f"{split}_{name}bits_per_character"] = nats / math.log(2)
-    return scores | more
-
-
-def _places(text: Sequence[str]) -> np.ndarray:
-    """For each letter how many of its word it is, from 1; for anything else 0."""
-    places, place = [], 0
-    for character in text:
-        place = place + 1 if character.isalpha() else 0
-        places.append(place)
-    return np.array(places)

@@ -220,6 +220,7 @@ TOO_LARGE = {
     "lstm_digits": "--model.hidden-size 1048576",
     "lstm_adding": "--train.batch-size 1048576 --data.length 100000",
     "lstm_text": "--model.hidden-size 1048576",
+    "attention_text": "--model.width 1048576",
     "lstm_gradient_training": "--hidden-size 1048576",
     "vit_digits": "--model.width 1048576",
     "vit_resolution": "--data.source digits --train.batch-size 1048576 --model.width 1024",

@@ -88,7 +88,10 @@ def test_no_number_is_too_large_for_any_key_to_be_checked(name, tmp_path):
                         config = replace(experiment.TINY, train=config.train)
                     if hasattr(config, "parallel"):  # which comes first, when it is run
                         devices.check(
-                            config.parallel, config.train.batch_size, config.train.accumulate
+                            config.parallel,
+                            config.train.batch_size,
+                            config.train.accumulate,
+                            divides_sequence=experiment.DIVIDES_SEQUENCE,
                         )
                     experiment.check(config)
                 except UsageError as error:

@@ -1,14 +1,17 @@
 """What training is estimated to take, beside what XLA plans, and what the machine has."""
 
 import jax
+import numpy as np
 import pytest
 
 from experiments.data.adding import draw_sums
 from experiments.data.sources import DataConfig, load_images
+from experiments.data.text import Excerpts
 from experiments.engine import memory
 from experiments.engine.config import UsageError
 from experiments.engine.cost import step_cost
 from experiments.engine.training import TrainConfig, make_optimizer
+from experiments.models.attention_text import TransformerConfig, init_transformer, loss_under
 from experiments.models.lstm import ModelConfig, abstract_readout, init_readout
 from experiments.models.vit import ViTConfig, build, check_model, functional, loss_of
 from experiments.tasks import lstm_adding, lstm_digits
@@ -37,9 +40,16 @@ def adder(size):
     return lstm_adding.loss_under("hand"), params, abstract_readout(2, 1, config), batch
 
 
+def writer(size):
+    config = TransformerConfig(width=16 * size, depth=2)
+    params = init_transformer(jax.random.key(0), 10, config)
+    zeros = np.zeros((1, 64), np.int32)
+    return loss_under(config), params, params, Excerpts(zeros, zeros)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 4])
-@pytest.mark.parametrize("task", [vision_transformer, reader, adder])
+@pytest.mark.parametrize("task", [vision_transformer, reader, adder, writer])
 def test_the_estimate_is_within_a_third_of_what_xla_plans(task, size):
     with jax.enable_x64(False):
         loss, params, abstract, batch = task(size)

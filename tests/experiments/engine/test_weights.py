@@ -19,7 +19,7 @@ from experiments.engine.finished import EVALUATIONS
 from tests.experiments.sizes import tiny_options
 
 TASKS = [name for name in names() if find(name).model is not None]
-LSTM, TEXT = "lstm_digits", "lstm_text"
+LSTM, TEXT, ATTENTION = "lstm_digits", "lstm_text", "attention_text"
 
 
 def run(name: str, output: Path, *options: str) -> int:
@@ -47,7 +47,7 @@ def kept_scores(folder: Path) -> dict[str, float]:
 
 
 def test_all_tasks_say_what_they_train():
-    assert {"lstm_adding", LSTM, TEXT, "vit_digits"} <= set(TASKS)
+    assert {"lstm_adding", LSTM, TEXT, ATTENTION, "vit_digits"} <= set(TASKS)
 
 
 # ---- experiments.open ------------------------------------------------------------------------
@@ -74,8 +74,9 @@ def test_the_model_of_an_opened_run_answers_as_the_run_did(name, finished):
     np.testing.assert_allclose(probabilities, opened.result.probabilities, rtol=1e-5, atol=1e-7)
 
 
-def test_a_model_of_text_gives_logits_of_the_next_character(finished):
-    opened = experiments.open(finished(TEXT))
+@pytest.mark.parametrize("name", [TEXT, ATTENTION])
+def test_a_model_of_text_gives_logits_of_the_next_character(name, finished):
+    opened = experiments.open(finished(name))
     logits = opened.model(["any", "two"])
     assert logits.shape == (2, 3, len(opened.result.characters))
     with pytest.raises(UsageError, match=r"characters that the model does not know: '\\ue000'"):
@@ -88,6 +89,46 @@ def test_the_best_checkpoint_can_be_opened_in_place_of_the_newest(finished):
     newest = experiments.open(finished("lstm_adding"))
     same = jax.tree.map(np.array_equal, opened.params, newest.params)
     assert all(jax.tree.leaves(same)) == (losses[-1] == min(losses))
+
+
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory):
+    """The folder of a finished run of the text model, with a mean of its parameters."""
+    output = tmp_path_factory.mktemp("averaged")
+    assert run(TEXT, output, "--train.ema", "0.9") == 0
+    return output / TEXT / "x"
+
+
+def test_the_mean_of_the_parameters_can_be_opened_evaluated_and_exported(averaged, tmp_path):
+    opened, last = (experiments.open(averaged, ema=ema) for ema in (True, False))
+    assert str(jax.tree.structure(opened.params)) == str(jax.tree.structure(last.params))
+    assert not np.array_equal(opened.params.w, last.params.w)
+    assert main(["evaluate", str(averaged), "--ema"]) == 0
+    scores = json.loads((averaged / EVALUATIONS).read_text().splitlines()[-1])
+    kept = kept_scores(averaged)
+    found = {name: value for name, value in scores.items() if name.startswith("test_")}
+    assert found.keys() == {"test_ema_loss", "test_ema_accuracy"}
+    assert found == {name: kept[name] for name in found}
+    assert found["test_ema_loss"] != kept["test_loss"]
+    file = tmp_path / "mean.safetensors"
+    assert main(["export", str(averaged), "--ema", "--output", str(file)]) == 0
+    np.testing.assert_array_equal(load_file(file)["w"], opened.params.w)
+
+
+def test_the_mean_of_the_parameters_writes_text(averaged, capsys):
+    text = sampled(averaged, capsys, "--ema", "--length", "9", "--seed", "1")
+    assert text == experiments.open(averaged, ema=True).sample(length=9, seed=1)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "export", "sample"])
+def test_of_a_run_without_a_mean_there_is_none(command, finished, tmp_path, monkeypatch, capsys):
+    folder = finished(TEXT)
+    monkeypatch.chdir(tmp_path)
+    assert main([command, str(folder), "--ema"]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "holds no mean of the parameters, which --train.ema keeps" in message
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_no_finished_run_is_a_sentence(finished, tmp_path):
@@ -183,8 +224,9 @@ def sampled(folder: Path, capsys, *options: str) -> str:
     return capsys.readouterr().out.removesuffix("\n")
 
 
-def test_a_sample_without_options_is_that_of_the_run(finished, capsys):
-    folder = finished(TEXT)
+@pytest.mark.parametrize("name", [TEXT, ATTENTION])
+def test_a_sample_without_options_is_that_of_the_run(name, finished, capsys):
+    folder = finished(name)
     own = (folder / "sample.txt").read_bytes().decode()
     assert experiments.open(folder).sample(length=len(own)) == own
 
@@ -197,8 +239,9 @@ def test_a_sample_follows_from_its_options(finished, capsys):
     assert once != sampled(folder, capsys, *options, "--seed", "2")
 
 
-def test_at_temperature_0_each_character_is_the_likeliest(finished, capsys):
-    folder = finished(TEXT)
+@pytest.mark.parametrize("name", [TEXT, ATTENTION])
+def test_at_temperature_0_each_character_is_the_likeliest(name, finished, capsys):
+    folder = finished(name)
     options = ("--prompt", "The ", "--length", "5", "--temperature", "0")
     text = sampled(folder, capsys, *options, "--seed", "1")
     assert text == sampled(folder, capsys, *options, "--seed", "2")

@@ -10,15 +10,15 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from experiments.data.images import Images
-from experiments.data.text import Windows
+from experiments.data.text import Excerpts, Windows
 from experiments.engine.experiment import find
 from experiments.engine.session import SILENT
 from experiments.engine.training import TrainConfig, make_optimizer, start, train_step
-from experiments.models import lstm, text, vit
+from experiments.models import attention_text, lstm, text, vit
 from experiments.tasks import lstm_digits
 
 IMAGES = Images(np.full((4, 8, 8, 1), 0.5, np.float32), np.arange(4, dtype=np.int32))
-TASKS = ("lstm_digits", "lstm_adding", "lstm_text", "vit_digits")
+TASKS = ("lstm_digits", "lstm_adding", "lstm_text", "vit_digits", "attention_text")
 
 
 def reader(gradient: lstm.Gradient) -> tuple[Any, ...]:
@@ -42,6 +42,13 @@ def transformer() -> tuple[Any, ...]:
     return vit.loss_of(apply), params, IMAGES, None
 
 
+def attentive_writer() -> tuple[Any, ...]:
+    model = attention_text.TransformerConfig(width=8, dropout=0.1, dtype="bfloat16")
+    params = attention_text.init_transformer(jax.random.key(0), 6, model)
+    windows = Excerpts(np.zeros((4, 6), np.int32), np.zeros((4, 6), np.int32))
+    return attention_text.loss_under(model), params, windows, None
+
+
 def products(jaxpr: Any) -> list[Any]:
     """The matrix products and convolutions of a program, and of those that it calls."""
     found = []
@@ -59,6 +66,7 @@ MODELS = {
     "writer": lambda: writer("hand"),
     "writer, autodiff": lambda: writer("autodiff"),
     "transformer": transformer,
+    "attentive writer": attentive_writer,
 }
 
 
@@ -77,7 +85,7 @@ def test_products_read_bfloat16_and_all_that_is_kept_is_float32(model):
     )
     program = jax.make_jaxpr(forward)(params, jax.tree.map(jnp.asarray, batch))
     read = [x.aval.dtype for product in products(program.jaxpr) for x in product.invars]
-    if model is transformer:
+    if model in (transformer, attentive_writer):
         # attention's weights, and the values that they weigh
         assert read.count(jnp.dtype(jnp.float32)) == 2
         read = [dtype for dtype in read if dtype != jnp.float32]
