@@ -1,8 +1,10 @@
 """Training on windows that lie on several devices is training on one; the suite has eight."""
 
 import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
@@ -59,11 +61,12 @@ def batch(step: int):
 
 def train(
     shape: tuple[int, int, int], dtype: str = "float32", folder: Path | None = None,
-    accumulate: int = 1, batch=batch,
+    accumulate: int = 1, remat: Literal["none", "blocks"] = "none", batch=batch,
 ) -> Trained:  # fmt: skip
     devices = mesh.make_mesh(ParallelConfig(*shape))
     return fit(
-        loss_under(model(dtype), devices), params(dtype), OPTIMIZER, batch, jax.random.key(KEY),
+        loss_under(replace(model(dtype), remat=remat), devices), params(dtype), OPTIMIZER, batch,
+        jax.random.key(KEY),
         train_config(accumulate), evaluations={}, final={},
         session=Session(folder=folder, mesh=devices),
     )  # fmt: skip
@@ -79,18 +82,18 @@ def on_one(dtype: str = "float32", accumulate: int = 1) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "shape, dtype, tolerance, accumulate",
+    "shape, dtype, tolerance, accumulate, remat",
     [
-        ((1, 1, 2), "float32", 1e-5, 1),
-        ((1, 1, 8), "float32", 1e-5, 1),
-        ((2, 1, 1), "float32", 1e-5, 1),
-        ((2, 1, 2), "float64", 1e-9, 1),
-        ((2, 2, 2), "float32", 1e-5, 2),
+        ((1, 1, 2), "float32", 1e-5, 1, "none"),
+        ((1, 1, 8), "float32", 1e-5, 1, "none"),
+        ((2, 1, 1), "float32", 1e-5, 1, "none"),
+        ((2, 1, 2), "float64", 1e-9, 1, "blocks"),
+        ((2, 2, 2), "float32", 1e-5, 2, "none"),
     ],
 )
-def test_losses_are_those_of_one_device(shape, dtype, tolerance, accumulate):
+def test_losses_are_those_of_one_device(shape, dtype, tolerance, accumulate, remat):
     """With dropout, too, which follows from a character's place in the whole batch."""
-    several = losses(train(shape, dtype, accumulate=accumulate))
+    several = losses(train(shape, dtype, accumulate=accumulate, remat=remat))
     assert len(several) == STEPS and several[-1] < 0.8 * several[0]
     np.testing.assert_allclose(several, on_one(dtype, accumulate), rtol=tolerance)
 
