@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+from pathlib import Path
 
 import jax
 import jaxlib
@@ -35,6 +36,20 @@ def _examples_run_as_users_run_them(request):
     """The examples of docstrings see JAX's default precision."""
     with jax.enable_x64(not isinstance(request.node, pytest.DoctestItem)):
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_programs_at_a_time():
+    """Lets go of compiled programs before they are too many for Linux.
+
+    It gives a process 65,530 mappings of memory by default, of which a program takes about three,
+    and one too many is a segmentation fault in the compiler.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 25_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

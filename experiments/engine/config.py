@@ -131,7 +131,8 @@ def _experiment(table: dict[str, Any], path: Path, experiments: Collection[str])
     if experiment not in experiments:
         nearest = _nearest(experiment, experiments)
         hint = f"did you mean {nearest}?" if nearest else f"there are {names}"
-        raise UsageError(f"{path}: experiment: unknown {experiment!r}; {hint}")
+        quoted = repr(experiment[:100] + "…" * (len(experiment) > 100))
+        raise UsageError(f"{path}: experiment: unknown {quoted}; {hint}")
     return experiment
 
 
