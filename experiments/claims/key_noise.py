@@ -248,7 +248,7 @@ def _averaging_survives(config: Config, result: Result) -> Claim:
         ),
         note="α tiny is not enough: β → ∞ at any fixed α gives the swinging of A8, as the logit "
         "difference of the two keys is N(0, 4αβ²). Nor may β be short: then the others take part.",
-        printed_equation=r"\beta \gg 0,\quad q = \beta K_a + \beta K_b \Leftrightarrow"
+        printed_equation=r"\beta \gg 0,\quad q = \beta K_a + \beta K_b \Leftrightarrow "
         r"k_i \approx \mu_i",
     )  # fmt: skip
 

@@ -189,7 +189,7 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
             beyond=(beyond,),
             note="M(v_a + v_b) are the coordinates of v_a in A. Where A and B are not orthogonal "
             "the oblique projector does it, and nothing does once they share a direction.",
-            printed_equation=r"M = [a_1^\top; \dots; a_m^\top] \Rightarrow"
+            printed_equation=r"M = [a_1^\top; \dots; a_m^\top] \Rightarrow "
             r"M(v_a + v_b) = Mv_a + Mv_b = v_a",
         ),
     )

@@ -351,6 +351,6 @@ def test_what_holds_no_parameters_is_a_sentence(name, content, part, tmp_path, c
 
 
 def test_an_experiment_that_does_not_say_what_it_trains_takes_no_parameters(tmp_path, capsys):
-    assert run("vit_resolution", tmp_path, "--data.source", "digits", "--init", "x") == 2
+    assert run("lstm_gradient_training", tmp_path, "--init", "x") == 2
     message = capsys.readouterr().err
-    assert "--init: vit_resolution does not say what it trains" in message
+    assert "--init: lstm_gradient_training does not say what it trains" in message
