@@ -125,14 +125,14 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
         Claim(
             "A6",
             r"q = \beta(k_a + k_b):\quad c - \tfrac12(v_a + v_b) = \delta\Big("
-            r"\overline{v}_{\text{others}} - \tfrac12(v_a + v_b)\Big),\quad"
+            r"\overline{v}_{\text{others}} - \tfrac12(v_a + v_b)\Big),\quad "
             r"\delta = \frac{n-2}{n-2+2e^\beta}",
             "The distance of the output from the average of the two values is δ times that of the "
             "other values' mean, to the rounding of float64, for every n and β; at the largest β "
             f"it is below {CLOSE:g}.",
             right,
             note="β must be large against ln n: δ ≤ ½(n−2)e^{−β}.",
-            printed_equation=r"q = \beta(K_a + K_b),\ \beta \gg 0:\quad"
+            printed_equation=r"q = \beta(K_a + K_b),\ \beta \gg 0:\quad "
             r"c \approx \tfrac12(v_a + v_b)",
         ),
     )

@@ -250,7 +250,7 @@ def _number_or_size(config: Config, result: Result) -> Claim:
     of_values = "values that a token depends on"
     return Claim(
         "V2",
-        r"N = \frac{\text{rows} \cdot \text{columns}}{P^2}: \quad"
+        r"N = \frac{\text{rows} \cdot \text{columns}}{P^2}: \quad "
         r"N \propto \text{area at fixed } P, \quad P^2 \propto \text{area at fixed } N",
         "At a fixed patch size the number of tokens grows as the area of the image, and the number "
         "of values that one depends on stays; with the patch kernel resized with the image it is "

@@ -295,7 +295,7 @@ def claims(config: Config, result: Result) -> tuple[Claim, ...]:
             "to make up for it.",
             news="Two heads that each look for one of two keys steady their average, and bias it: "
             "0.429 where one head has ½.",
-            printed_equation=r"q_1 = q_2 = \beta(K_a + K_b):\quad \gamma \to 1,\quad"
+            printed_equation=r"q_1 = q_2 = \beta(K_a + K_b):\quad \gamma \to 1,\quad "
             r"c \sim \tfrac12(v_a + v_b)\quad\text{with more heads}",
         ),
     )
