@@ -45,13 +45,14 @@ def notes_page(claims: Iterable[tuple[str, Claim, Verdict]]) -> str:
     parts: dict[str, list[str]] = {letter: [] for letter in PARTS}
     for title, claim, verdict in claims:
         if claim.id[0] in parts:
-            parts[claim.id[0]].append(_statement(title, claim, verdict))
+            parts[claim.id[0]].append(statement(title, claim, verdict))
     for letter, statements in parts.items():
         sections += [f"## {PARTS[letter]}", *statements]
     return "\n\n".join(sections) + "\n"
 
 
-def _statement(title: str, claim: Claim, verdict: Verdict) -> str:
+def statement(title: str, claim: Claim, verdict: Verdict) -> str:
+    """The section of docs/notes.md on a claim."""
     formula = lambda latex: f"```math\n{latex}\n```"
     if not claim.in_notes:
         said = ["Not in the notes. As tested:", formula(claim.equation)]

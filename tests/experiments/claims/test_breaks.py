@@ -13,6 +13,7 @@ from tests.experiments.claims import (
     breaks_project,
 )
 from tests.experiments.claims.breaks import Break
+from tests.experiments.claims.documents import VERDICTS, assert_stated
 
 BREAKS = (
     *breaks_attention.BREAKS,
@@ -50,8 +51,14 @@ def compiled_anew():
 
 
 @pytest.mark.parametrize("name", [name for name in OF_CLAIMS if name != TRAINED])
-def test_the_tiny_size_of_a_study_decides(name):
-    assert not {"fails", "undecided"} & set(verdicts(find(name)).values())
+def test_the_tiny_size_of_a_study_has_the_verdicts_of_the_readme(name):
+    experiment = find(name)
+    config = experiment.TINY
+    found = experiment.claims(config, experiment.run(config, SILENT))
+    expected = {id_: VERDICTS[id_] for id_ in experiment.CLAIMS}
+    assert {claim.id: claim.verdict for claim in found} == expected
+    for claim in found:
+        assert_stated(experiment.CLAIMS[claim.id], claim)
 
 
 @pytest.mark.usefixtures("compiled_anew")

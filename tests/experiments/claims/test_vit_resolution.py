@@ -42,6 +42,7 @@ from tests.experiments.claims.breaks_images import (
     _mask_ignored,
     accuracies,
 )
+from tests.experiments.claims.documents import assert_stated
 
 COSTS = Result(**dict.fromkeys(Result._fields, np.zeros(0)))._replace(  # type: ignore[arg-type]
     chance=np.array(0.1),
@@ -71,6 +72,8 @@ HOLDS = {"V3": "holds", "V4": "holds", "V5": "holds only under a stated conditio
 
 def test_claims_hold_where_the_trainings_say_so(verdicts):
     assert verdicts(READ) == HOLDS
+    for claim in claims(Config(), COSTS):
+        assert_stated(vit_resolution.CLAIMS[claim.id], claim)
 
 
 def test_arms_that_are_equal_decide_nothing(verdicts):
