@@ -41,7 +41,16 @@ PARTS = {
 # The files of a primitive's folder, from the ground up: one imports those of its floor and below.
 FLOORS = [
     {"problem", "equations", "masking", "dropout", "signature"},
-    {"dense", "blockwise", "chunked", "xla", "native"},  # the schedules
+    {
+        "dense",
+        "blockwise",
+        "chunked",
+        "elsewhere",
+        "xla",
+        "native",
+        "hopper",
+        "pallas",
+    },  # schedules
     {"rule"},
     {"arguments", "peers", "cache", "init"},
     {"api", "ring"},

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from rnnattn import LSTMParams, LSTMState, lstm, reference
-from rnnattn.recurrent import chunked, native
+from rnnattn.recurrent import chunked, elsewhere
 from rnnattn.recurrent.arguments import time_major_steps
 from rnnattn.recurrent.equations import Variant
 from rnnattn.recurrent.problem import Options
@@ -111,10 +111,10 @@ def test_a_trace_of_the_kernels_serves_the_schedule_on_xla(masked, reverse, monk
     )
     options = Options(reverse, "states", Variant())
     _, own = chunked.forward(options, True, case.params, case.state, steps)
-    _, trace = native._forward_on_xla((options, True), case.params, case.state, steps)
+    _, trace = elsewhere.forward_on_xla((options, True), case.params, case.state, steps)
     assert trace.starts is None
     dy, dlast = case.cotangents
     arguments = (options, case.params, case.state, steps)
     expected = chunked.backward(*arguments, own, (swap(dy), dlast))
-    actual = native._backward_on_xla(*arguments, trace, (swap(dy), dlast))
+    actual = elsewhere.backward_on_xla(*arguments, trace, (swap(dy), dlast))
     assert_close(actual, expected, 1e-6)

@@ -605,7 +605,7 @@ def _bad_calls():
         "`residuals` must be 'gates', 'states' or a number of steps of at least 1, got 0": run(
             residuals=0
         ),
-        "`implementation` must be None, 'xla', 'native' or 'cudnn', got 'cuda'": run(
+        "`implementation` must be None, 'xla', 'native', 'pallas' or 'cudnn', got 'cuda'": run(
             implementation="cuda"
         ),
         "`implementation='cudnn'` cannot serve the dtype float64 or `clip` or `coupled` or "

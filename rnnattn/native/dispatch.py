@@ -26,13 +26,14 @@ def call_attributes() -> dict[str, Any]:
     return {"instruction_set": np.int64(chosen), "threads": np.int64(threads)}
 
 
-def dispatched(name, natively, on_xla, results, batched):
+def dispatched(name, natively, on_xla, results, batched, platform="cpu"):
     """A function of arrays that runs `natively` or `on_xla`, whichever serves where it ends up.
 
     That is known where a program is lowered, and only there: `natively` runs in one for a single
-    CPU device that is not exported. Programs for several devices are left to XLA, which can divide
-    them, and so is all that is not lowered as one program, as under `jax.disable_jit`. Derivatives
-    are those of `on_xla`, and so of every order.
+    device of the platform; one for a CPU must not be exported, since its kernels stay here.
+    Programs for several devices are left to XLA, which can divide them, and so is all that is not
+    lowered as one program, as under `jax.disable_jit`. Derivatives are those of `on_xla`, and so of
+    every order.
 
     Args:
         natively, on_xla: of what is static, hashable, and of trees of arrays; to a tree of arrays.
@@ -65,13 +66,12 @@ def dispatched(name, natively, on_xla, results, batched):
         in_xla = mlir.lower_fun(plain, multiple_results=True)
         in_kernels = mlir.lower_fun(leafwise(natively), multiple_results=True)
 
-        def for_cpu(context, *leaves, **how):
-            return (in_kernels if _serves(context.module_context) else in_xla)(
-                context, *leaves, **how
-            )
+        def for_platform(context, *leaves, **how):
+            serves = _serves(context.module_context, platform)
+            return (in_kernels if serves else in_xla)(context, *leaves, **how)
 
         mlir.register_lowering(defined, in_xla)
-        mlir.register_lowering(defined, for_cpu, platform="cpu")
+        mlir.register_lowering(defined, for_platform, platform=platform)
 
         def tangents_of(primals, tangents, **how):
             moving = [i for i, t in enumerate(tangents) if type(t) is not ad.Zero]
@@ -116,7 +116,7 @@ def dispatched(name, natively, on_xla, results, batched):
     return call
 
 
-def _serves(module):
-    """Whether a program may call kernels: it stays in this process, and on one device."""
+def _serves(module, platform):
+    """Whether a program may call kernels: it has them where it runs, and is for one device."""
     devices = getattr(module.axis_context, "num_devices", 1)
-    return devices == 1 and not module.lowering_parameters.for_export
+    return devices == 1 and not (platform == "cpu" and module.lowering_parameters.for_export)

@@ -10,6 +10,7 @@ import jax
 from jaxtyping import Array, Bool, Float, Int
 
 import rnnattn.recurrent.native as native
+import rnnattn.recurrent.pallas as pallas
 from rnnattn.checks import Check, forward_mode
 from rnnattn.precision import varying_together
 from rnnattn.recurrent.arguments import (
@@ -82,7 +83,7 @@ def lstm(
     clip: SupportsFloat | None = None,
     coupled: bool = False,
     residuals: Literal["gates", "states"] | SupportsIndex = "states",
-    implementation: Literal["xla", "native", "cudnn"] | None = None,
+    implementation: Literal["xla", "native", "pallas", "cudnn"] | None = None,
 ) -> tuple[Float[Array, "... R"], LSTMState]:
     """The hidden state after every step of `x`, and the state after the last one (L1, L2).
 
@@ -108,10 +109,12 @@ def lstm(
             B 8, D = H = 256 in float32: 210 MiB, 84 MiB, and 13 MiB for n = 64; the plain twin
             takes 516 (`python benchmarks/lstm.py --memory`). "gates" is the fastest.
         implementation: "xla"; "native", the kernels of `rnnattn.native` on a CPU (and "xla"
-            elsewhere), for float32 without a variant; "cudnn", on an NVIDIA GPU, for float32
-            without a variant, resets or `reverse`, and lengths of at least 1 (its gradient is
-            cuDNN's own, of first order); or None, which is "native" where that serves, and "xla"
-            where not.
+            elsewhere), for float32 without a variant; "pallas", the kernels of
+            `rnnattn.recurrent.hopper` on one NVIDIA GPU of the Hopper generation (and "xla"
+            elsewhere), for bfloat16 and float16 without a variant and H 64, 128 or 256; "cudnn",
+            on an NVIDIA GPU, for float32 without a variant, resets or `reverse`, and lengths of at
+            least 1 (its gradient is cuDNN's own, of first order); or None, which is "native" where
+            that serves, and "xla" where not.
     Returns:
         y (B, T, R), or (T, B, R) with `time_major`, in the dtype of x, and the final state, in the
         dtypes of the initial one. For 16-bit inputs c is float32, so that a sequence cut in two and
@@ -136,7 +139,7 @@ def lstm(
     arguments = checked_sequence("lstm", params, x, state, lengths, resets, time_major)
     x, state, lengths, resets = arguments
     check, keeps = Check("lstm"), checked_residuals("lstm", residuals)
-    check.one_of("implementation", implementation, (None, "xla", "native", "cudnn"))
+    check.one_of("implementation", implementation, (None, "xla", "native", "pallas", "cudnn"))
     options = Options(bool(reverse), keeps, checked_variant("lstm", clip, coupled))
     if implementation == "cudnn":
         check.served("cudnn", unserved_by_cudnn(params, x, options, resets))
@@ -150,6 +153,9 @@ def _suited(function, implementation, params, x, options):
     """The schedule that is asked for, or the faster of those that serve."""
     if implementation == "xla":
         return CHUNKED
+    if implementation == "pallas":
+        Check(function).served("pallas", pallas.unserved(params, x, options.variant))
+        return pallas.PALLAS
     unserved = native.unserved(params, x, options.variant)
     if implementation == "native":
         Check(function).served("native", unserved)

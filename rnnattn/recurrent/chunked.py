@@ -74,7 +74,7 @@ def chunk_length(residuals, steps, H):
     return max(range((most + 1) // 2, most + 1), key=lambda n: (T % n == 0, n))
 
 
-def _scan_chunks(chunk, carry, per_step, per_chunk, length, reverse):
+def scan_chunks(chunk, carry, per_step, per_chunk, length, reverse):
     """Scan `chunk(carry, (per_step, per_chunk))`, which returns the same pair, over time.
 
     What is left of T after whole chunks is one shorter chunk at the end of the time axis.
@@ -132,20 +132,7 @@ def _chunk_backward(options, params, halved, carry, steps, dy, trace, start):
 
     if trace.c is None:
         _, trace = _chunk_forward(options, halved, start, steps, keep="ca")
-    h_prev = _states_before(select(steps.valid, trace.y, start.h[None]), start.h, options.reverse)
-    c_prev = _states_before(trace.c, start.c, options.reverse)
-    if steps.fresh is not None:
-        h_prev, c_prev = select(steps.fresh, 0, h_prev), select(steps.fresh, 0, c_prev)
-    # NaN in a step that does not count meets a dz of zero
-    x, c, h_prev, c_prev = (select(steps.valid, z, 0) for z in (steps.x, trace.c, h_prev, c_prev))
-    xh = jnp.concatenate([x, h_prev], axis=-1)
-    if trace.a is not None:
-        a = select(steps.valid, trace.a, 0)
-    else:
-        a = dot(xh, jnp.concatenate([halved.w_x, halved.w_h])) + halved.b[None, None]
-        if peephole is not None:
-            a = a + peephole_terms(halved.peephole, c_prev, c)
-    slopes, m = slopes_of(a, c_prev, c, options.variant)
+    xh, c, c_prev, slopes, m = steps_apart(options, halved, steps, trace, start)
 
     w_x, w_h = params.w_x.astype(dtype), params.w_h.astype(dtype)
     if projection is not None:
@@ -166,7 +153,7 @@ def _chunk_backward(options, params, halved, carry, steps, dy, trace, start):
         return before, (dz, None if projection is None else dh)
 
     xs = (dy.astype(dtype), slopes, steps.valid, steps.fresh)
-    back, turns = not options.reverse, _unroll(x)
+    back, turns = not options.reverse, _unroll(xh)
     dstate, (dz, dh) = lax.scan(step, dstate, xs, reverse=back, unroll=turns)
 
     grown = _WeightGradient(
@@ -180,7 +167,25 @@ def _chunk_backward(options, params, halved, carry, steps, dy, trace, start):
         grown = grown._replace(peephole=dparams.peephole + dp)
     if projection is not None:
         grown = grown._replace(projection=dparams.projection + _outer(m, dh))
-    return (grown, dstate), (dz @ w_x.T).astype(x.dtype)
+    return (grown, dstate), (dz @ w_x.T).astype(xh.dtype)
+
+
+def steps_apart(options, halved, steps, trace, start):
+    """All that each step's gradient needs besides what comes back: [x, h₋], c, c₋, slopes, m."""
+    h_prev = _states_before(select(steps.valid, trace.y, start.h[None]), start.h, options.reverse)
+    c_prev = _states_before(trace.c, start.c, options.reverse)
+    if steps.fresh is not None:
+        h_prev, c_prev = select(steps.fresh, 0, h_prev), select(steps.fresh, 0, c_prev)
+    # NaN in a step that does not count meets a dz of zero
+    x, c, h_prev, c_prev = (select(steps.valid, z, 0) for z in (steps.x, trace.c, h_prev, c_prev))
+    xh = jnp.concatenate([x, h_prev], axis=-1)
+    if trace.a is not None:
+        a = select(steps.valid, trace.a, 0)
+    else:
+        a = dot(xh, jnp.concatenate([halved.w_x, halved.w_h])) + halved.b[None, None]
+        if halved.peephole is not None:
+            a = a + peephole_terms(halved.peephole, c_prev, c)
+    return xh, c, c_prev, *slopes_of(a, c_prev, c, options.variant)
 
 
 def _unroll(x):
@@ -200,6 +205,22 @@ def _states_before(after, start, reverse):
     return jnp.concatenate(parts)
 
 
+def starts_of(options, params, state, steps, trace):
+    """The state before each chunk, from y and c. A row that has not begun holds its own."""
+    T, H = trace.y.shape[0], params.w_h.shape[1] // 4
+    length = chunk_length(options.residuals, steps, H)
+    first, others = (length if options.reverse else length - 1), (T - 1) // length
+    before = lambda a: a[first::length][:others]
+    h = before(trace.y)
+    if steps.valid is not None:
+        h = select(before(steps.valid), h, state.h[None])
+
+    def join(start, rest):
+        return jnp.concatenate([rest, start[None]] if options.reverse else [start[None], rest])
+
+    return LSTMState(join(state.h, h), join(state.c, before(trace.c)))
+
+
 def forward(options, keeps, params, state, steps):
     """The final state and the trace, with the state before each chunk."""
     keep = {"gates": "ca", "states": "c"}.get(options.residuals, "") if keeps else ""
@@ -211,7 +232,7 @@ def forward(options, keeps, params, state, steps):
         return after, (trace, state)
 
     length = chunk_length(options.residuals, steps, params.w_h.shape[1] // 4)
-    state, (trace, starts) = _scan_chunks(chunk, state, (steps,), (), length, options.reverse)
+    state, (trace, starts) = scan_chunks(chunk, state, (steps,), (), length, options.reverse)
     return state, trace._replace(starts=starts)
 
 
@@ -230,7 +251,7 @@ def backward(options, params, state, steps, trace, cotangents):
     dparams = _WeightGradient(jnp.concatenate([zeros.w_x, zeros.w_h]), *zeros[2:])
     carry = (dparams, jax.tree.map(lambda d: d.astype(dtype), dstate))
     length = chunk_length(options.residuals, steps, params.w_h.shape[1] // 4)
-    (dparams, dstate), (dx, _) = _scan_chunks(
+    (dparams, dstate), (dx, _) = scan_chunks(
         chunk,
         carry,
         (steps, dy, trace._replace(starts=None)),

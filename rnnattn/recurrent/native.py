@@ -5,7 +5,6 @@ first, the schedule on XLA runs (`rnnattn.recurrent.chunked`). Both leave the sa
 y with c and a of every step, or with c alone, or the state before every chunk.
 """
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -13,10 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 
 import rnnattn.native as native
-import rnnattn.recurrent.chunked as chunked
 from rnnattn.checks import those_that_hold
 from rnnattn.native import dispatch
-from rnnattn.recurrent.equations import LSTMParams, LSTMState, Variant, select
+from rnnattn.recurrent.elsewhere import (
+    backward_on_xla,
+    backward_over_axis,
+    forward_on_xla,
+    forward_over_axis,
+)
+from rnnattn.recurrent.equations import LSTMParams, LSTMState, Variant
 from rnnattn.recurrent.problem import Schedule, Trace
 
 
@@ -47,38 +51,6 @@ def backward(options, params, state, steps, trace, cotangents):
 
 
 NATIVE = Schedule(forward, backward)
-
-
-# ---- on XLA -----------------------------------------------------------------------------------
-
-
-def _forward_on_xla(static, params, state, steps):
-    options, keeps = static
-    final, trace = chunked.forward(options, keeps, params, state, steps)
-    kept = keeps and isinstance(options.residuals, int)
-    return final, trace if kept else trace._replace(starts=None)
-
-
-def _backward_on_xla(options, params, state, steps, trace, cotangents):
-    if trace.starts is None:
-        trace = trace._replace(starts=_starts(options, params, state, steps, trace))
-    return chunked.backward(options, params, state, steps, trace, cotangents)
-
-
-def _starts(options, params, state, steps, trace):
-    """The state before each chunk of the other schedule. A row that has not begun holds its own."""
-    T, H = trace.y.shape[0], params.w_h.shape[1] // 4
-    length = chunked.chunk_length(options.residuals, steps, H)
-    first, others = (length if options.reverse else length - 1), (T - 1) // length
-    before = lambda a: a[first::length][:others]
-    h = before(trace.y)
-    if steps.valid is not None:
-        h = select(before(steps.valid), h, state.h[None])
-
-    def join(start, rest):
-        return jnp.concatenate([rest, start[None]] if options.reverse else [start[None], rest])
-
-    return LSTMState(join(state.h, h), join(state.c, before(trace.c)))
 
 
 # ---- natively ---------------------------------------------------------------------------------
@@ -144,46 +116,17 @@ def _backward_natively(options, params, state, steps, trace, cotangents):
 
 # ---- where it runs ----------------------------------------------------------------------------
 
-
-def _over_axis_on_xla(on_xla, static, trees, batched):
-    axes = jax.tree.map(lambda b: 0 if b else None, tuple(batched))
-    return jax.vmap(partial(on_xla, static), axes)(*trees), 0
-
-
-def _forward_over_axis(static, trees, batched, size):
-    """`vmap` joins its axis with the batch, if the weights are shared."""
-    if any(jax.tree.leaves(batched[0])):
-        return _over_axis_on_xla(_forward_on_xla, static, trees, batched)
-    params, state, steps = trees
-    _, of_state, of_steps = batched
-    rows = steps.x.shape[2 if of_steps.x else 1]
-
-    def join(at, x, is_batched):
-        """(…, B, …) → (…, A B, …), B standing `at`."""
-        x = jnp.moveaxis(x, 0, at) if is_batched else jnp.expand_dims(x, at)
-        rest = x.shape[at + 2 :]
-        x = jnp.broadcast_to(x, (*x.shape[:at], size, rows, *rest))
-        return x.reshape(*x.shape[:at], size * rows, *rest)
-
-    state = jax.tree.map(partial(join, 0), state, of_state)
-    steps = jax.tree.map(partial(join, 1), steps, of_steps)
-    results = _forward(static, params, state, steps)
-    axes = jax.tree.map(lambda x: x.ndim - 2, results)  # (B, H) or (T, B, …)
-    split = lambda x, at: x.reshape(*x.shape[:at], size, rows, *x.shape[at + 1 :])
-    return jax.tree.map(split, results, axes), axes
-
-
-def _backward_over_axis(options, trees, batched, size):
-    return _over_axis_on_xla(_backward_on_xla, options, trees, batched)
-
-
 _forward = dispatch.dispatched(
-    "rnnattn_lstm", _forward_natively, _forward_on_xla, _forward_results, _forward_over_axis
+    "rnnattn_lstm",
+    _forward_natively,
+    forward_on_xla,
+    _forward_results,
+    forward_over_axis(forward, forward_on_xla),
 )
 _backward = dispatch.dispatched(
     "rnnattn_lstm_gradient",
     _backward_natively,
-    _backward_on_xla,
+    backward_on_xla,
     _backward_results,
-    _backward_over_axis,
+    backward_over_axis(backward_on_xla),
 )

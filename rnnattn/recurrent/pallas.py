@@ -1,0 +1,237 @@
+"""The schedule of the LSTM on a Hopper GPU: the kernels of `rnnattn.recurrent.hopper`.
+
+They hold what goes step by step; all else is made of the whole sequence at once, or of n steps
+where the state is kept every n: the input projections and the transposition before, the slopes
+before the gradient's loop, and the products of dz after it.
+
+Elsewhere, under `vmap` of weights, and for derivatives beyond the first, the schedule on XLA runs
+(`rnnattn.recurrent.chunked`). Both leave the same for the gradient: y with c of every step, or the
+state before every n steps.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rnnattn.checks import those_that_hold
+from rnnattn.native import dispatch
+from rnnattn.precision import accumulator
+from rnnattn.recurrent.chunked import scan_chunks, steps_apart
+from rnnattn.recurrent.elsewhere import (
+    backward_on_xla,
+    backward_over_axis,
+    forward_on_xla,
+    forward_over_axis,
+)
+from rnnattn.recurrent.equations import (
+    LSTMParams,
+    LSTMState,
+    Slopes,
+    Variant,
+    dot,
+    halve_params,
+    select,
+)
+from rnnattn.recurrent.problem import Schedule, Trace
+
+_WIDTHS = (64, 128, 256)
+
+
+def unserved(params, x, variant):
+    """What of a call the kernels cannot serve."""
+    H, dtype = params.w_h.shape[1] // 4, jnp.result_type(x)
+    sizes = (*x.shape, *params.w_h.shape)
+    reasons = {
+        f"the dtype {dtype.name}": dtype not in (jnp.bfloat16, jnp.float16),
+        f"the hidden width {H} (64, 128 and 256 can be)": H not in _WIDTHS,
+        "peephole weights": params.peephole is not None,
+        "a projection": params.projection is not None,
+        "`clip` or `coupled`": variant != Variant(),
+        "symbolic shapes": not all(isinstance(n, int) for n in sizes),
+        "an array without elements": 0 in sizes,
+        "a GPU that is not of the Hopper generation": not _hopper_or_none(),
+    }
+    return those_that_hold(reasons)
+
+
+def _hopper_or_none():
+    """Whether the GPU here, if there is one, has the instructions."""
+    if jax.default_backend() != "gpu":
+        return True
+    return getattr(jax.devices()[0], "compute_capability", "") == "9.0"
+
+
+def forward(options, keeps, params, state, steps):
+    """The final state and the trace."""
+    return _forward((_without_gates(options), keeps), params, state, steps)
+
+
+def backward(options, params, state, steps, trace, cotangents):
+    """The gradients of params, state and x."""
+    return _backward(_without_gates(options), params, state, steps, trace, cotangents)
+
+
+PALLAS = Schedule(forward, backward)
+
+
+def _without_gates(options):
+    """The gates are cheaper made again, by one product of the whole sequence, than written."""
+    return options._replace(residuals="states") if options.residuals == "gates" else options
+
+
+# ---- by the kernels ---------------------------------------------------------------------------
+
+
+def _hopper():
+    # importing Pallas takes longer than all of the library
+    import rnnattn.recurrent.hopper as hopper
+
+    return hopper
+
+
+def _columns(x, to):
+    """(…, B, width) → (…, width, to): transposed, and filled up with rows of zeros."""
+    x = jnp.swapaxes(x, -1, -2)
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, to - x.shape[-1])])
+
+
+def _rows(x, B):
+    """(…, width, B …) → (…, B, width)."""
+    return jnp.swapaxes(x, -1, -2)[..., :B, :]
+
+
+def _filled_up(B):
+    tile = _hopper().TILE
+    return -(-B // tile) * tile
+
+
+def _masks(steps, to):
+    def columns(mask):
+        B = mask.shape[1]
+        return jnp.pad(mask.astype(jnp.float32), [(0, 0), (0, to - B)])
+
+    return [None if mask is None else columns(mask) for mask in (steps.valid, steps.fresh)]
+
+
+def _run(options, keeps, halved, state, steps):
+    """The final state and the trace, of consecutive steps."""
+    B, to = steps.x.shape[1], _filled_up(steps.x.shape[1])
+    x = dot(select(steps.valid, steps.x, 0), halved.w_x) + halved.b[None, None]
+    y, c, h_last, c_last = _hopper().forward(
+        _columns(x, to),
+        halved.w_h.T,
+        [_columns(s, to) for s in state],
+        _masks(steps, to),
+        reverse=options.reverse,
+        keeps=keeps,
+    )
+    y = select(steps.valid, _rows(y, B), 0)
+    return LSTMState(_rows(h_last, B), _rows(c_last, B)), Trace(y, _rows(c, B) if keeps else None)
+
+
+def _run_back(options, params, halved, start, steps, trace, dy, dstate):
+    """The gradients of params, in the accumulator's dtype, state and x, of consecutive steps."""
+    B, to, dtype = dy.shape[1], _filled_up(dy.shape[1]), steps.x.dtype
+    xh, _, _, slopes, _ = steps_apart(options, halved, steps, trace, start)
+    # what is not valid holds dh and dc, and a fresh step passes no dc on
+    carry = slopes.carry if steps.fresh is None else select(~steps.fresh, slopes.carry, 0)
+    if steps.valid is not None:
+        slopes = Slopes(*(select(steps.valid, s, 0) for s in slopes))
+        carry = select(steps.valid, carry, 1)
+    slopes = jnp.stack([_columns(s.astype(dtype), to) for s in slopes._replace(carry=carry)], 1)
+    dz, dh, dc = _hopper().backward(
+        slopes,
+        _columns(select(steps.valid, dy, 0), to),
+        params.w_h,
+        [_columns(d, to) for d in dstate],
+        _masks(steps, to),
+        reverse=options.reverse,
+    )
+    dz, dstate = _rows(dz, B), LSTMState(_rows(dh, B), _rows(dc, B))
+    wide: Any = accumulator(dtype)
+    dw = jnp.tensordot(xh, dz, ((0, 1), (0, 1)), preferred_element_type=wide)
+    dw_x, dw_h = jnp.split(dw, [steps.x.shape[-1]])
+    db = jnp.sum(dz.astype(wide), (0, 1))
+    return LSTMParams(dw_x, dw_h, db), dstate, dot(dz, params.w_x.T).astype(dtype)
+
+
+def _length(options, T):
+    """The steps of a chunk: all, or those between two states that are kept."""
+    return min(options.residuals, T) if isinstance(options.residuals, int) else T
+
+
+def _forward_by_kernel(static, params, state, steps):
+    options, keeps = static
+    chunked, halved = isinstance(options.residuals, int), halve_params(params)
+
+    def chunk(state, inputs):
+        (steps,), _ = inputs
+        after, trace = _run(options, keeps and not chunked, halved, state, steps)
+        return after, (trace, state)
+
+    length = _length(options, steps.x.shape[0]) if keeps else steps.x.shape[0]
+    final, (trace, starts) = scan_chunks(chunk, state, (steps,), (), length, options.reverse)
+    return final, trace._replace(starts=starts) if keeps and chunked else trace
+
+
+def _backward_by_kernel(options, params, state, steps, trace, cotangents):
+    dy, dstate = cotangents
+    wide, halved = accumulator(steps.x.dtype), halve_params(params)
+
+    def chunk(carry, inputs):
+        dparams, dstate = carry
+        (steps, dy, trace), start = inputs
+        if trace.y is None:
+            _, trace = _run(options, True, halved, start, steps)
+        more, dstate, dx = _run_back(options, params, halved, start, steps, trace, dy, dstate)
+        return (jax.tree.map(jnp.add, dparams, more), dstate), (dx, ())
+
+    zeros = jax.tree.map(lambda w: jnp.zeros_like(w, wide), params)
+    carry = (zeros, jax.tree.map(lambda d: d.astype(wide), dstate))
+    starts = trace.starts or jax.tree.map(lambda s: s[None], state)
+    per_step = (steps, dy, trace._replace(starts=None))
+    length = _length(options, steps.x.shape[0])
+    (dparams, dstate), (dx, _) = scan_chunks(
+        chunk, carry, per_step, starts, length, not options.reverse
+    )
+    dparams = jax.tree.map(lambda d, like: d.astype(like.dtype), dparams, params)
+    return dparams, LSTMState(dstate.h.astype(steps.x.dtype), dstate.c), dx
+
+
+# ---- where it runs ----------------------------------------------------------------------------
+
+
+def _forward_results(static, params, state, steps):
+    options, keeps = static
+    (T, B, _), H = steps.x.shape, params.w_h.shape[0]
+    of: Any = jax.ShapeDtypeStruct
+    narrow, wide = steps.x.dtype, accumulator(steps.x.dtype)
+    states = lambda *sizes: LSTMState(of((*sizes, B, H), narrow), of((*sizes, B, H), wide))
+    chunked = isinstance(options.residuals, int)
+    c = of((T, B, H), wide) if keeps and not chunked else None
+    starts = states(-(-T // _length(options, T))) if keeps and chunked else None
+    return states(), Trace(of((T, B, H), narrow), c, None, starts)
+
+
+def _backward_results(options, params, state, steps, *_):
+    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return jax.tree.map(like, (params, state, steps.x))
+
+
+_forward = dispatch.dispatched(
+    "rnnattn_lstm_hopper",
+    _forward_by_kernel,
+    forward_on_xla,
+    _forward_results,
+    forward_over_axis(forward, forward_on_xla),
+    platform="cuda",
+)
+_backward = dispatch.dispatched(
+    "rnnattn_lstm_hopper_gradient",
+    _backward_by_kernel,
+    backward_on_xla,
+    _backward_results,
+    backward_over_axis(backward_on_xla),
+    platform="cuda",
+)
