@@ -58,9 +58,8 @@ def interpreted(monkeypatch):
         pytest.skip("the interpreter of jax 0.10 fails on these kernels")
     plgpu: Any = importlib.import_module("jax.experimental.pallas.mosaic_gpu")
     how = plgpu.InterpretGPUParams(detect_races=True)
-    tuning = hopper.Tuning(resident=False, interpret=how)  # it knows no operand in registers
-    monkeypatch.setattr(hopper, "forward", partial(hopper.forward, tuning=tuning))
-    monkeypatch.setattr(hopper, "backward", partial(hopper.backward, tuning=tuning))
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(hopper, name, partial(getattr(hopper, name), interpret=how))
 
 
 CASES = [

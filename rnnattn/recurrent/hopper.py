@@ -15,10 +15,13 @@ layout, on which the cell is elementwise.
 What blocks send goes straight from registers to the others' shared memory, and completes on a
 barrier there that each block has armed for itself: nothing else is waited for in a step. Two
 buffers take turns. Who sends a second time into a buffer has received what everybody sent after
-having read it. x, the slopes and the results go straight between registers and global memory,
-while the tensor core multiplies.
+having read it.
 
-Axes: T time, B batch, H hidden width, all of which fit: `rnnattn.recurrent.pallas`.
+x, the slopes and the results go straight between registers and global memory, where what a block
+reads or writes in a step lies together, of a batch in N tiles. It is read a step ahead, and asked
+for `AHEAD` steps before, since a step can be shorter than the way to memory and back.
+
+Axes: T time, N tiles of the batch, H hidden width, which fits: `rnnattn.recurrent.pallas`.
 """
 
 from functools import partial
@@ -43,25 +46,13 @@ from rnnattn.recurrent.equations import (
 
 UNITS = 64
 TILE = 16
+AHEAD = 4
 
 _i32, _f32 = jnp.int32, jnp.float32
 _FRAGMENTS = plgpu.Layout.WGMMA  # of an array (UNITS, TILE) in the registers of a block
 _OF_COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # of an array (TILE,) beside it
 _SCALAR = plgpu.Layout.WG_SPLAT
 _WORDS = plgpu.RefType()
-
-
-class Tuning(NamedTuple):
-    """How a kernel does what it does; tests and measurements set these."""
-
-    resident: bool | None = None  # are the weights kept in registers? None: where they fit
-    fence: str = "full"  # between what arrives and the product that reads it
-    late: bool = True  # global memory is read and written while the tensor core multiplies
-    local: bool | None = None  # None: one block alone uses plain stores
-    interpret: Any = None  # parameters of the interpreter, which knows only plain operations
-
-
-CHOSEN = Tuning()
 
 
 def _load(ref, layout=_FRAGMENTS, **how):
@@ -92,19 +83,12 @@ def _barrier(words, n):
     return mgpu.utils.BarrierRef(mgpu.utils.memref_ptr(words), n.registers.item(), no_phases, 1)
 
 
-_FENCES = {
-    "full": "fence.proxy.async.shared::cta;",
-    "acquire": "fence.proxy.async::generic.acquire.sync_restrict::shared::cluster.cluster;",
-}
-
-
 class _ByStores(NamedTuple):
     """From registers into the shared memory of every block of the cluster."""
 
     words: Any  # two barriers
     blocks: int
     expected: int  # the bytes that a block receives in a step
-    fence: str
 
     @staticmethod
     def scratch(blocks):
@@ -137,8 +121,8 @@ class _ByStores(NamedTuple):
         def received(_, words, slot, turn):
             odd = arith.trunci(ir.IntegerType.get_signless(1), turn.registers.item())
             _barrier(words, slot).wait_parity(odd)
-            if for_product and self.fence in _FENCES:
-                _ptx(_FENCES[self.fence])
+            if for_product:  # the tensor core reads by another way than stores go
+                _ptx("fence.proxy.async.shared::cta;")
 
         received(self.words, slot, lax.rem(turn, _i32(2)))
 
@@ -168,20 +152,20 @@ def _row(mask, shape):
     return lax.broadcast_in_dim(mask, shape, (1,)) > 0
 
 
-def forward(x, w, state, masks=None, *, reverse=False, keeps=False, tuning=CHOSEN):
+def forward(x, w, state, masks=None, *, reverse=False, keeps=False, interpret=None):
     """The state after every step, by halved weights.
 
-    x: (T, 4H, B) ½(x w_x + b). w: (4H, H) ½ w_hᵀ, 16-bit.
-    state: h (H, B) in the dtype of w, c (H, B) in float32.
-    masks: valid and fresh, each (T, B) in float32 or None; see `equations.advance`.
-    Returns: h of every step (T, H, B), of the last (H, B); c of every step, if kept, of the last.
+    x: (T, N, 4, H, TILE) ½(x w_x + b). w: (4H, H) ½ w_hᵀ, 16-bit.
+    state: h (N, H, TILE) in the dtype of w, c in float32.
+    masks: valid and fresh, each (T, N, TILE) in float32 or None; see `equations.advance`.
+    interpret: parameters of the interpreter, which knows only plain operations.
+    Returns: h of every step (T, N, H, TILE), c of every step, if kept; both of the last.
     """
-    (T, _, B), H, dtype = x.shape, w.shape[1], w.dtype
+    (T, N, _, H, _), dtype = x.shape, w.dtype
     C, shape = H // UNITS, (UNITS, TILE)
     how = transforms(shape, dtype)  # the tensor core wants the same of both its operands
-    resident = H <= 128 if tuning.resident is None else tuning.resident
-    plain = tuning.interpret is not None
-    alone = C == 1 if tuning.local is None else tuning.local
+    plain, alone = interpret is not None, C == 1
+    resident = H <= 128 and not plain  # are the weights kept in registers?
     valid, fresh = masks or (None, None)
     given = [m for m in (valid, fresh) if m is not None]
 
@@ -191,30 +175,31 @@ def forward(x, w, state, masks=None, *, reverse=False, keeps=False, tuning=CHOSE
         valid_ref = mask_refs.pop(0) if valid is not None else None
         fresh_ref = mask_refs.pop(0) if fresh is not None else None
         tile, block = lax.axis_index("tile"), lax.axis_index("block")
-        cols = pl.ds(pl.multiple_of(tile * TILE, TILE), TILE)
         mine = pl.ds(pl.multiple_of(block * UNITS, UNITS), UNITS)
         gates = [pl.ds(pl.multiple_of(g * H + block * UNITS, UNITS), UNITS) for g in range(4)]
+        until = lambda t: jnp.minimum(t, _i32(T - 1))
         time = lambda t: T - 1 - t if reverse else t
         load = partial(_load, optimized=False)
-        stores = None if plain or alone else _ByStores(link[0], C, H * TILE * 2, tuning.fence)
+        stores = None if plain or alone else _ByStores(link[0], C, H * TILE * 2)
 
         def fetch(t):
-            t = time(jnp.minimum(t, _i32(T - 1)))
-            of_row = lambda ref: load(ref.at[t, cols], _OF_COLUMNS)
-            row = lambda ref: None if ref is None else of_row(ref)
-            return [load(x_ref.at[t, rows, cols]) for rows in gates], row(valid_ref), row(fresh_ref)
+            plgpu.async_prefetch(x_ref.at[time(until(t + AHEAD)), tile, :, mine])
+            t = time(until(t))
+            row = lambda ref: None if ref is None else load(ref.at[t, tile], _OF_COLUMNS)
+            z = [load(x_ref.at[t, tile, g, mine]) for g in range(4)]
+            return z, row(valid_ref), row(fresh_ref)
 
         def record(t, h, c):
-            y_ref[time(t), mine, cols] = h
+            y_ref[time(t), tile, mine] = h
             if keeps:
-                cs_ref[time(t), mine, cols] = c
+                cs_ref[time(t), tile, mine] = c
 
         if stores:
             stores.open()
         for g, rows in enumerate(gates):
             plgpu.copy_gmem_to_smem(w_ref.at[rows, :], w_s.at[g], w_bar)
-        plgpu.copy_gmem_to_smem(h_ref.at[:, cols], h_s.at[0], w_bar)
-        h, c = load(h_ref.at[mine, cols]), load(c_ref.at[mine, cols])
+        plgpu.copy_gmem_to_smem(h_ref.at[tile], h_s.at[0], w_bar)
+        h, c = load(h_ref.at[tile, mine]), load(c_ref.at[tile, mine])
         inputs = fetch(_i32(0))
         plgpu.barrier_wait(w_bar)
         w_g = [_load(w_s.at[g]) if resident else w_s.at[g] for g in range(4)]
@@ -233,15 +218,13 @@ def forward(x, w, state, masks=None, *, reverse=False, keeps=False, tuning=CHOSE
             def product(*sums):
                 for g in range(4):
                     plgpu.wgmma(sums[g], w_g[g], h_s.at[slot])
-                if tuning.late:
+                if alone:
 
                     @pl.when(t > 0)
                     def _():
                         record(t - 1, h, c)
 
-                    later = fetch(t + 1)
-                else:
-                    later = None
+                later = fetch(t + 1) if alone else None
                 return [s[...] for s in sums], later
 
             accumulators = 4 * [plgpu.ACC(shape, _f32)]
@@ -264,32 +247,30 @@ def forward(x, w, state, masks=None, *, reverse=False, keeps=False, tuning=CHOSE
                 h_s[after, ...] = h
                 plgpu.commit_smem()
             else:
-                through[after, mine, cols] = h
+                through[after, tile, mine] = h
                 plgpu.barrier_arrive(link[0])
                 plgpu.barrier_wait(link[0])
-                plgpu.copy_gmem_to_smem(
-                    through.at[after, :, cols], h_s.at[after], link[1].at[after]
-                )
+                plgpu.copy_gmem_to_smem(through.at[after, tile], h_s.at[after], link[1].at[after])
                 plgpu.barrier_wait(link[1].at[after])
-            if not tuning.late:
+            if not alone:
                 record(t, h, c)
                 later = fetch(t + 1)
             return h, c, later
 
         h, c, _ = lax.fori_loop(_i32(0), _i32(T), step, (h, c, inputs))
-        if tuning.late:
+        if alone:
             record(_i32(T - 1), h, c)
-        h_out[mine, cols], c_out[mine, cols] = h, c
+        h_out[tile, mine], c_out[tile, mine] = h, c
         if stores:  # a block that is gone can receive nothing
             stores.wait(_i32(T % 2), _i32((T - 1) // 2), for_product=False)
 
     out: Any = jax.ShapeDtypeStruct
     results = [
-        out((T, H, B), dtype),
-        out((T, H, B) if keeps else (1, 8, 128), _f32),
-        out((H, B), dtype),
-        out((H, B), _f32),
-        out((2, H, B) if plain and not alone else (1, 8, 128), dtype),
+        out((T, N, H, TILE), dtype),
+        out((T, N, H, TILE) if keeps else (1, 1, 8, 128), _f32),
+        out((N, H, TILE), dtype),
+        out((N, H, TILE), _f32),
+        out((2, N, H, TILE) if plain and not alone else (1, 1, 8, 128), dtype),
     ]
     scratch: list[Any] = [
         plgpu.SMEM((4, UNITS, H), dtype, transforms=how),
@@ -298,7 +279,7 @@ def forward(x, w, state, masks=None, *, reverse=False, keeps=False, tuning=CHOSE
         *_link(C, plain, alone),
     ]
     arrays = (x, w, *state, *given)
-    y, c, h_last, c_last, _ = _call(kernel, results, scratch, B, C, tuning)(*arrays)
+    y, c, h_last, c_last, _ = _call(kernel, results, scratch, N, C, interpret)(*arrays)
     return y, c if keeps else None, h_last, c_last
 
 
@@ -310,20 +291,20 @@ def _link(blocks, plain, alone):
     return [plgpu.ClusterBarrier(collective_axes=("block",)), plgpu.Barrier(num_barriers=2)]
 
 
-def _call(kernel, results, scratch, B, C, tuning):
-    how = {} if tuning.interpret is None else {"interpret": tuning.interpret}
+def _call(kernel, results, scratch, N, C, interpret):
+    how = {} if interpret is None else {"interpret": interpret}
     return plgpu.kernel(
         kernel,
         out_type=results,
         scratch_types=scratch,
-        grid=(B // TILE,),
+        grid=(N,),
         grid_names=("tile",),
         cluster=(C,),
         cluster_names=("block",),
         compiler_params=plgpu.CompilerParams(
-            approx_math=tuning.interpret is None,  # tanh in one instruction, right to 2⁻¹¹
+            approx_math=interpret is None,  # tanh in one instruction, right to 2⁻¹¹
             # no thread reads what it writes but behind a barrier of this file
-            unsafe_no_auto_barriers=tuning.interpret is None,
+            unsafe_no_auto_barriers=interpret is None,
         ),
         **how,
     )
@@ -332,51 +313,52 @@ def _call(kernel, results, scratch, B, C, tuning):
 # ---- backward ---------------------------------------------------------------------------------
 
 
-def backward(slopes, dy, w, cotangents, masks=None, *, reverse=False, tuning=CHOSEN):
+def backward(slopes, dy, w, cotangents, masks=None, *, reverse=False, interpret=None):
     """dz of every step, and the cotangents of the initial state.
 
-    slopes: (T, 6, H, B) 16-bit, those of `equations.Slopes`, which hold the state where a step is
-        not valid, and drop c where one is fresh. dy: (T, H, B). w: (H, 4H) w_h, 16-bit.
-    cotangents: of h and c of the last step, each (H, B) in float32.
-    masks: valid and fresh, each (T, B) in float32 or None.
-    Returns: dz (T, 4H, B) in the dtype of w, dh and dc (H, B) in float32.
+    slopes: `equations.Slopes`, each (T, N, H, TILE), which hold the state where a step is not
+        valid, and drop c where one is fresh. dy: (T, N, H, TILE). w: (H, 4H) w_h. All 16-bit.
+    cotangents: of h and c of the last step, each (N, H, TILE) in float32.
+    masks: valid and fresh, each (T, N, TILE) in float32 or None.
+    Returns: dz (T, N, 4, H, TILE) in the dtype of w, dh and dc (N, H, TILE) in float32.
     """
-    (T, _, H, B), dtype = slopes.shape, w.dtype
+    (T, N, H, _), dtype = dy.shape, w.dtype
     C, shape = H // UNITS, (UNITS, TILE)
     how, how_part = transforms(shape, dtype), transforms(shape, _f32)
-    resident = H <= 128 if tuning.resident is None else tuning.resident
-    plain = tuning.interpret is not None
-    alone = C == 1 if tuning.local is None else tuning.local
+    plain, alone = interpret is not None, C == 1
+    resident = H <= 128 and not plain  # are the weights kept in registers?
     valid, fresh = masks or (None, None)
     given = [m for m in (valid, fresh) if m is not None]
 
-    def kernel(slopes_ref, dy_ref, w_ref, dh_ref, dc_ref, *refs):
+    def kernel(*refs):
+        per_step, (w_ref, dh_ref, dc_ref), refs = refs[:7], refs[7:10], refs[10:]
         mask_refs, refs = list(refs[: len(given)]), refs[len(given) :]
         dz_ref, dh_out, dc_out, through, w_s, z_s, part_s, w_bar, *link = refs
         valid_ref = mask_refs.pop(0) if valid is not None else None
         fresh_ref = mask_refs.pop(0) if fresh is not None else None
         tile, block = lax.axis_index("tile"), lax.axis_index("block")
-        cols = pl.ds(pl.multiple_of(tile * TILE, TILE), TILE)
         mine = pl.ds(pl.multiple_of(block * UNITS, UNITS), UNITS)
         gates = [pl.ds(pl.multiple_of(g * H + block * UNITS, UNITS), UNITS) for g in range(4)]
         of_gate = [pl.ds(g * UNITS, UNITS) for g in range(4)]
         of_block = [pl.ds(p * UNITS, UNITS) for p in range(C)]
+        until = lambda n: jnp.minimum(n, _i32(T - 1))
         time = lambda n: n if reverse else T - 1 - n
         load = partial(_load, optimized=False)
-        stores = None if plain or alone else _ByStores(link[0], C, C * UNITS * TILE * 4, "none")
+        stores = None if plain or alone else _ByStores(link[0], C, C * UNITS * TILE * 4)
 
         def fetch(n):
-            t = time(jnp.minimum(n, _i32(T - 1)))
-            of_row = lambda ref: load(ref.at[t, cols], _OF_COLUMNS)
-            row = lambda ref: None if ref is None else of_row(ref)
-            read = [load(slopes_ref.at[t, k, mine, cols]) for k in range(6)]
-            return read, load(dy_ref.at[t, mine, cols]), row(valid_ref), row(fresh_ref)
+            for ref in per_step:
+                plgpu.async_prefetch(ref.at[time(until(n + AHEAD)), tile, mine])
+            t = time(until(n))
+            row = lambda ref: None if ref is None else load(ref.at[t, tile], _OF_COLUMNS)
+            *slopes, dy = (load(ref.at[t, tile, mine]) for ref in per_step)
+            return slopes, dy, row(valid_ref), row(fresh_ref)
 
         if stores:
             stores.open()
         for g, columns in enumerate(gates):
             plgpu.copy_gmem_to_smem(w_ref.at[:, columns], w_s.at[g], w_bar)
-        dh, dc = load(dh_ref.at[mine, cols]), load(dc_ref.at[mine, cols])
+        dh, dc = load(dh_ref.at[tile, mine]), load(dc_ref.at[tile, mine])
         inputs = fetch(_i32(0))
         plgpu.barrier_wait(w_bar)
         read = lambda p, g: w_s.at[g, of_block[p]]
@@ -401,7 +383,7 @@ def backward(slopes, dy, w, cotangents, masks=None, *, reverse=False, tuning=CHO
                     for g in range(4):
                         plgpu.wgmma(sums[p], w_pg[p][g], z_s.at[slot, of_gate[g]])
                 for g in range(4):
-                    dz_ref[t, gates[g], cols] = dz[g]
+                    dz_ref[t, tile, g, mine] = dz[g]
                 later = fetch(n + 1)
                 return [s[...] for s in sums], later
 
@@ -415,10 +397,10 @@ def backward(slopes, dy, w, cotangents, masks=None, *, reverse=False, tuning=CHO
                 total = _sum([_load(part_s.at[slot, q]) for q in range(C)])
             else:
                 for p in range(C):
-                    through[slot, p, block, :, cols] = parts[p]
+                    through[slot, tile, p, block] = parts[p]
                 plgpu.barrier_arrive(link[0])
                 plgpu.barrier_wait(link[0])
-                total = _sum([load(through.at[slot, block, q, :, cols]) for q in range(C)])
+                total = _sum([load(through.at[slot, tile, block, q]) for q in range(C)])
             if fresh is not None:
                 total = jnp.where(_row(fresh, shape), 0.0, total)
             if valid is not None:
@@ -426,14 +408,14 @@ def backward(slopes, dy, w, cotangents, masks=None, *, reverse=False, tuning=CHO
             return total, dc, later
 
         dh, dc, _ = lax.fori_loop(_i32(0), _i32(T), step, (dh, dc, inputs))
-        dh_out[mine, cols], dc_out[mine, cols] = dh, dc
+        dh_out[tile, mine], dc_out[tile, mine] = dh, dc
 
     out: Any = jax.ShapeDtypeStruct
     results = [
-        out((T, 4 * H, B), dtype),
-        out((H, B), _f32),
-        out((H, B), _f32),
-        out((2, C, C, UNITS, B) if plain and not alone else (1, 1, 1, 8, 128), _f32),
+        out((T, N, 4, H, TILE), dtype),
+        out((N, H, TILE), _f32),
+        out((N, H, TILE), _f32),
+        out((2, N, C, C, UNITS, TILE) if plain and not alone else (1, 1, 1, 1, 8, 128), _f32),
     ]
     scratch: list[Any] = [
         plgpu.SMEM((4, H, UNITS), dtype, transforms=how),
@@ -442,8 +424,8 @@ def backward(slopes, dy, w, cotangents, masks=None, *, reverse=False, tuning=CHO
         plgpu.Barrier(num_arrivals=4),
         *_link(C, plain, alone)[:1],
     ]
-    arrays = (slopes, dy, w, *cotangents, *given)
-    dz, dh, dc, _ = _call(kernel, results, scratch, B, C, tuning)(*arrays)
+    arrays = (*slopes, dy, w, *cotangents, *given)
+    dz, dh, dc, _ = _call(kernel, results, scratch, N, C, interpret)(*arrays)
     return dz, dh, dc
 
 

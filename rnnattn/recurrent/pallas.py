@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from rnnattn.checks import those_that_hold
 from rnnattn.native import dispatch
@@ -90,39 +91,40 @@ def _hopper():
     return hopper
 
 
-def _columns(x, to):
-    """(…, B, width) → (…, width, to): transposed, and filled up with rows of zeros."""
-    x = jnp.swapaxes(x, -1, -2)
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, to - x.shape[-1])])
+def _tiles(B):
+    return -(-B // _hopper().TILE)
+
+
+def _tiled(x):
+    """(…, B, width) → (…, N, width, TILE): tiles of the batch, the last filled up with zeros."""
+    *others, B, width = x.shape
+    N, tile = _tiles(B), _hopper().TILE
+    x = jnp.pad(x, [*(len(others) * [(0, 0)]), (0, N * tile - B), (0, 0)])
+    return jnp.swapaxes(x.reshape(*others, N, tile, width), -1, -2)
 
 
 def _rows(x, B):
-    """(…, width, B …) → (…, B, width)."""
-    return jnp.swapaxes(x, -1, -2)[..., :B, :]
+    """(…, N, width, TILE) → (…, B, width)."""
+    *others, N, width, tile = x.shape
+    return jnp.swapaxes(x, -1, -2).reshape(*others, N * tile, width)[..., :B, :]
 
 
-def _filled_up(B):
-    tile = _hopper().TILE
-    return -(-B // tile) * tile
+def _masks(steps):
+    def tiled(mask):
+        return None if mask is None else _tiled(mask.astype(jnp.float32)[..., None])[:, :, 0]
 
-
-def _masks(steps, to):
-    def columns(mask):
-        B = mask.shape[1]
-        return jnp.pad(mask.astype(jnp.float32), [(0, 0), (0, to - B)])
-
-    return [None if mask is None else columns(mask) for mask in (steps.valid, steps.fresh)]
+    return tiled(steps.valid), tiled(steps.fresh)
 
 
 def _run(options, keeps, halved, state, steps):
     """The final state and the trace, of consecutive steps."""
-    B, to = steps.x.shape[1], _filled_up(steps.x.shape[1])
-    x = dot(select(steps.valid, steps.x, 0), halved.w_x) + halved.b[None, None]
+    B = steps.x.shape[1]
+    x = _tiled(dot(select(steps.valid, steps.x, 0), halved.w_x) + halved.b[None, None])
     y, c, h_last, c_last = _hopper().forward(
-        _columns(x, to),
+        x.reshape(*x.shape[:2], 4, -1, x.shape[-1]),
         halved.w_h.T,
-        [_columns(s, to) for s in state],
-        _masks(steps, to),
+        [_tiled(s) for s in state],
+        _masks(steps),
         reverse=options.reverse,
         keeps=keeps,
     )
@@ -132,23 +134,26 @@ def _run(options, keeps, halved, state, steps):
 
 def _run_back(options, params, halved, start, steps, trace, dy, dstate):
     """The gradients of params, in the accumulator's dtype, state and x, of consecutive steps."""
-    B, to, dtype = dy.shape[1], _filled_up(dy.shape[1]), steps.x.dtype
+    B, dtype = dy.shape[1], steps.x.dtype
     xh, _, _, slopes, _ = steps_apart(options, halved, steps, trace, start)
     # what is not valid holds dh and dc, and a fresh step passes no dc on
     carry = slopes.carry if steps.fresh is None else select(~steps.fresh, slopes.carry, 0)
     if steps.valid is not None:
         slopes = Slopes(*(select(steps.valid, s, 0) for s in slopes))
         carry = select(steps.valid, carry, 1)
-    slopes = jnp.stack([_columns(s.astype(dtype), to) for s in slopes._replace(carry=carry)], 1)
+    slopes = jax.tree.map(lambda s: s.astype(dtype), slopes._replace(carry=carry))
+    # else XLA transposes what they are made of, and in float32
+    slopes = lax.optimization_barrier(slopes)
     dz, dh, dc = _hopper().backward(
-        slopes,
-        _columns(select(steps.valid, dy, 0), to),
+        Slopes(*map(_tiled, slopes)),
+        _tiled(select(steps.valid, dy, 0)),
         params.w_h,
-        [_columns(d, to) for d in dstate],
-        _masks(steps, to),
+        [_tiled(d) for d in dstate],
+        _masks(steps),
         reverse=options.reverse,
     )
-    dz, dstate = _rows(dz, B), LSTMState(_rows(dh, B), _rows(dc, B))
+    dz = _rows(dz.reshape(*dz.shape[:2], -1, dz.shape[-1]), B)
+    dstate = LSTMState(_rows(dh, B), _rows(dc, B))
     wide: Any = accumulator(dtype)
     dw = jnp.tensordot(xh, dz, ((0, 1), (0, 1)), preferred_element_type=wide)
     dw_x, dw_h = jnp.split(dw, [steps.x.shape[-1]])
