@@ -358,7 +358,7 @@ class Study(NamedTuple):
 
 
 def _prepare(path: Path, arguments: Sequence[str]) -> Study:
-    from experiments.engine import devices, processes, runs, sinks, weights
+    from experiments.engine import processes, runs, sinks, weights
 
     experiment, config = read(path)
     options = _options(path, experiment.name, config, arguments)
@@ -387,14 +387,7 @@ def _prepare(path: Path, arguments: Sequence[str]) -> Study:
     processes.join(options.coordinator, options.processes, options.process, cluster=options.cluster)
     processes.check_devices()
     processes.check_same(dataclasses.replace(options, process=None))
-    if hasattr(config, runs.WHERE):
-        devices.check(
-            config.parallel,
-            config.train.batch_size,
-            config.train.accumulate,
-            divides_sequence=experiment.DIVIDES_SEQUENCE,
-        )
-    experiment.check(config)
+    runs.check(experiment, config)
     weights.start(experiment, config)
     return Study(path, arguments, experiment, config, options)
 

@@ -116,13 +116,18 @@ def run(config: Config, session: Session = SILENT) -> Result:
     )
 
 
+def bounds(config: Config) -> np.ndarray:
+    """What a float32 product may be off by at the farthest positions of each power."""
+    # of the fastest angle but the first, whose product of whole numbers is exact
+    fastest = config.base ** (-2.0 / config.dim)
+    return 2.0**-23 * 2.0 ** (np.array(config.powers) + 1) * fastest
+
+
 def claims(config: Config, result: Result) -> tuple[Claim, ...]:
     """X4, at the farthest positions."""
     power = config.powers[-1]
     at = f"positions 2^{power} to 2^{power + 1}"
-    # of the fastest angle but the first, whose float32 product of whole numbers is exact
-    fastest = config.base ** (-2.0 / config.dim)
-    bound = 2.0**-23 * 2.0 ** (power + 1) * fastest
+    bound = bounds(config)[-1]
     ours, theirs = result.circle_errors
     squared = [Mean(*row[-1]) for row in result.logit_errors]
     return (
@@ -162,8 +167,7 @@ def plot(config: Config, result: Result) -> "Figure":
     for k, colour, label in ((PLAIN, ORANGE, "float32 products"), (OURS, BLUE, "rnnattn.rope")):
         angles.plot(t, result.circle_errors[k], "o-", color=colour, label=label)
         logits.plot(t, np.sqrt(result.logit_errors[k, :, 0]), "o-", color=colour, label=label)
-    fastest = config.base ** (-2.0 / config.dim)
-    angles.plot(t, 2.0**-22 * t * fastest, color=BLACK, linestyle="--", label="bound of rounding")
+    angles.plot(t, bounds(config), color=BLACK, linestyle="--", label="bound of rounding")
     logits.axhline(VISIBLE, color=BLACK, linestyle="--", label="bfloat16's own rounding")
     angles.set_ylabel("largest error of (sin, cos)")
     logits.set_ylabel("error of a logit of variance 1 (root mean square)")

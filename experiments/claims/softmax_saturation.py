@@ -32,7 +32,7 @@ from experiments.engine.session import SILENT, Session
 from experiments.models.normal_logits import weight_moments
 from experiments.report.evidence import Claim, above, equal
 from experiments.report.intervals import Exact, Mean, Quantile, Share, variance
-from experiments.report.quadrature import normal_expectation
+from experiments.report.quadrature import normal_expectation, panels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -237,7 +237,7 @@ class NearTies(NamedTuple):
         ratio = length / self.norm
         r = np.minimum(ratio / np.maximum(self.second, 1e-300), 6.0)
         chance = np.zeros_like(self.mass)
-        for φ, weight in zip(*_panels(np.array([0, math.pi / 2])), strict=True):
+        for φ, weight in zip(*map(np.ravel, panels(np.array([0, math.pi / 2]))), strict=True):
             g = r * math.sin(φ)
             left = np.sqrt(np.maximum(ratio**2 - (self.second * g) ** 2, 0)) / self.first
             # both signs of g_1 and of g_2
@@ -257,8 +257,9 @@ def near_ties(keys: int, width: int) -> NearTies:
     """By Gauss–Legendre over the gaps, whose density is an integral over the third logit."""
     norm = math.sqrt(2) * math.exp(math.lgamma(width / 2) - math.lgamma((width - 1) / 2))
     # the softmax varies within 1 of a logit, which is 1/norm here
-    gaps, gap_weights = _panels(np.linspace(0, 8, math.ceil(norm) + 1))
-    lasts, last_weights = _panels(np.array([0, 4 / norm, 12 / norm, 36 / norm, 3, 6, 10]))
+    gaps, gap_weights = map(np.ravel, panels(np.linspace(0, 8, math.ceil(norm) + 1)))
+    ends = np.array([0, 4 / norm, 12 / norm, 36 / norm, 3, 6, 10])
+    lasts, last_weights = map(np.ravel, panels(ends))
     u, v = gaps[:, None], lasts
     pdf = stats.norm.pdf
     third = np.arange(-8, 8.25, 0.25)
@@ -273,15 +274,6 @@ def near_ties(keys: int, width: int) -> NearTies:
     first = (trace + np.sqrt(np.maximum(trace**2 - 4 * product, 0))) / 2
     first = np.maximum(first, 1e-300)
     return NearTies(density * gap_weights[:, None] * last_weights, first, product / first, norm)
-
-
-_NODES = np.polynomial.legendre.leggauss(16)
-
-
-def _panels(edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Points and weights of the rule of order 16 between each two edges."""
-    half = np.diff(edges)[:, None] / 2
-    return (edges[:-1, None] + half * (1 + _NODES[0])).ravel(), (half * _NODES[1]).ravel()
 
 
 def claims(config: Config, result: Result) -> tuple[Claim, ...]:
@@ -354,12 +346,12 @@ def plot(config: Config, result: Result) -> "Figure":
     figure = new_figure(10, 7.2)
     jacobian, entropy, gradient, below = figure.subplots(2, 2).flat
     scales = ((UNSCALED, ORANGE, "unscaled"), (SCALED, BLUE, "scaled"))
-    panels = (
+    drawings = (
         (JACOBIAN, jacobian, "$\\Vert J\\Vert_F$"),
         (ENTROPY, entropy, "entropy (nats)"),
         (GRADIENT, gradient, "gradient to q, $\\Vert s K^T J g\\Vert$"),
     )
-    for kind, axes, name in panels:
+    for kind, axes, name in drawings:
         for scale, colour, label in scales:
             # what has underflowed to 0 is far below the axis
             drawn = np.maximum(result.drawn[scale, kind], 1e-300)

@@ -123,9 +123,7 @@ class Config:
     """The model; its position and stem are those of each way to move it."""
 
 
-TINY = Config(
-    runs=2, steps=2, tune_steps=1, batch_size=4, schemes=("learned",), model=ViTConfig(width=8)
-)
+TINY = Config(runs=2, steps=2, tune_steps=1, batch_size=4, model=ViTConfig(width=8))
 
 
 class Result(NamedTuple):

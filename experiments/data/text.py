@@ -9,6 +9,7 @@ import numpy as np
 
 from experiments.engine import memory
 from experiments.engine.config import UsageError
+from experiments.engine.training import Trained
 
 BUILT_IN = "pydoc_data.topics"
 """The text without a path: the topics of Python's `help()`, each paragraph once. Versions of
@@ -101,6 +102,40 @@ def text_excerpts(text: np.ndarray, seed: int, step: int, rows: int, window: int
     starts = np.random.default_rng((seed, step)).integers(0, len(text) - window, rows)
     read = starts[:, None] + np.arange(window)
     return Excerpts(text[read], text[read + 1])
+
+
+class TextResult(NamedTuple):
+    """The test text, what reading it cost, the loss on the way there, and what the model writes."""
+
+    test: np.ndarray
+    """Code points."""
+    characters: np.ndarray
+    """Code points of those that the model knows, in its order."""
+    nats: np.ndarray
+    """-log p of each character of the test text but the first."""
+    curve: np.ndarray
+    """Step and training loss of each record."""
+    validation_curve: np.ndarray
+    sample: str
+    scores: dict[str, Any]
+
+
+def result_of_text(
+    text: Text, trained: Trained, nats: Any, written: Any, scores: dict[str, Any]
+) -> TextResult:
+    """What training on the text and reading the rest came to.
+
+    Args:
+        nats: of the test text.
+        written: the characters of the sample, by number.
+    """
+    points = np.array([ord(character) for character in text.characters], np.int32)
+    curve, held_out = (
+        np.array([(r["step"], r["loss"]) for r in trained.records if r["split"] == split])
+        for split in ("train", "validation")
+    )
+    sample = "".join(text.characters[number] for number in np.asarray(written))
+    return TextResult(points[text.test], points, np.asarray(nats), curve, held_out, sample, scores)
 
 
 def scores_of_text(text: Text, scores: dict[str, float]) -> dict[str, Any]:

@@ -59,6 +59,18 @@ WHERE = "parallel"
 another."""
 
 
+def check(experiment: Experiment, config: Any) -> None:
+    """Raise a `UsageError` if the config will not do: on these devices, or for the experiment."""
+    if hasattr(config, WHERE):
+        meshes.check(
+            config.parallel,
+            config.train.batch_size,
+            config.train.accumulate,
+            divides_sequence=experiment.DIVIDES_SEQUENCE,
+        )
+    experiment.check(config)
+
+
 def group_of(config_path: Path) -> str:
     """The folder that runs of a config belong in: the config's name, or that of a run's group."""
     inside_run = config_path.name == CONFIG and (config_path.parent / METRICS).is_file()

@@ -7,6 +7,7 @@ among the measurements that its evidence rests on.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -210,12 +211,13 @@ class Claim:
         measured = {id(number) for number in numbers if not isinstance(number, Exact | None)}
         return LEVEL / max(1, len(measured))
 
-    @property
+    @cached_property
     def evidence(self) -> dict[str, tuple[Judged, ...]]:
         """All evidence as it is judged, by what it is for."""
         groups = {"right": self.right, "printed": self.printed, "beyond": self.beyond}
+        level = self.level
         return {
-            group: tuple(evidence.judged(self.level) for evidence in several)
+            group: tuple(evidence.judged(level) for evidence in several)
             for group, several in groups.items()
         }
 

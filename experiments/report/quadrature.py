@@ -10,6 +10,12 @@ from scipy import stats
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
 
 
+def panels(edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Points and weights of Gauss–Legendre of order 16, a row between each two edges."""
+    half = np.diff(edges)[:, None] / 2
+    return edges[:-1, None] + half * (1 + _NODES), half * _WEIGHTS
+
+
 def normal_expectation(
     function: Callable[[np.ndarray], np.ndarray],
     mean: float = 0.0,
@@ -25,10 +31,8 @@ def normal_expectation(
     """
     deviation = math.sqrt(variance)
     start, stop = max(low, mean - 12 * deviation), min(high, mean + 12 * deviation)
-    edges = np.linspace(start, stop, 401)
-    half = np.diff(edges)[:, None] / 2
-    points = edges[:-1, None] + half * (1 + _NODES)
-    mass = half * _WEIGHTS * stats.norm.pdf(points, mean, deviation)
+    points, weights = panels(np.linspace(start, stop, 401))
+    mass = weights * stats.norm.pdf(points, mean, deviation)
     return float(np.sum(mass * function(points)) / np.sum(mass))
 
 

@@ -8,7 +8,7 @@ the same length, which overlap by half.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,10 @@ import numpy as np
 from experiments.data.text import (
     Excerpts,
     Text,
+    TextResult,
     encode,
     load_text,
+    result_of_text,
     scores_of_text,
     start_of_line,
     text_excerpts,
@@ -85,20 +87,7 @@ TINY = Config(
 )
 
 
-class Result(NamedTuple):
-    """The test text, what reading it cost, the loss on the way there, and what the model writes."""
-
-    test: np.ndarray
-    """Code points."""
-    characters: np.ndarray
-    """Code points of those that the model knows, in its order."""
-    nats: np.ndarray
-    """-log p of each character of the test text but the first."""
-    curve: np.ndarray
-    """Step and training loss of each record."""
-    validation_curve: np.ndarray
-    sample: str
-    scores: dict[str, Any]
+Result = TextResult
 
 
 def reading(config: Config, part: np.ndarray) -> Callable[[Any], dict[str, jax.Array]]:
@@ -170,20 +159,7 @@ def run(config: Config, session: Session = SILENT) -> Result:
         prompt = jnp.asarray(start_of_line(text.characters))
         length = config.sample_length
         written = write(trained.params, prompt, sample_key, length=length, window=window)
-        curve, held_out = (
-            np.array([(r["step"], r["loss"]) for r in trained.records if r["split"] == split])
-            for split in ("train", "validation")
-        )
-        points = np.array([ord(character) for character in text.characters], np.int32)
-        return Result(
-            test=points[text.test],
-            characters=points,
-            nats=np.asarray(nats),
-            curve=curve,
-            validation_curve=held_out,
-            sample="".join(text.characters[number] for number in np.asarray(written)),
-            scores=scores,
-        )
+        return result_of_text(text, trained, nats, written, scores)
 
 
 def model(config: Config, result: Result | None) -> Model:

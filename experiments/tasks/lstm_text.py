@@ -8,7 +8,7 @@ Held-out text is read in one go, from its first character to its last.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,11 @@ from pydantic import Field
 
 from experiments.data.text import (
     Text,
+    TextResult,
     Windows,
     encode,
     load_text,
+    result_of_text,
     scores_of_text,
     start_of_line,
     text_windows,
@@ -94,20 +96,7 @@ TINY = Config(
 )
 
 
-class Result(NamedTuple):
-    """The test text, what reading it cost, the loss on the way there, and what the model writes."""
-
-    test: np.ndarray
-    """Code points."""
-    characters: np.ndarray
-    """Code points of those that the model knows, in its order."""
-    nats: np.ndarray
-    """-log p of each character of the test text but the first."""
-    curve: np.ndarray
-    """Step and training loss of each record."""
-    validation_curve: np.ndarray
-    sample: str
-    scores: dict[str, Any]
+Result = TextResult
 
 
 def reading(
@@ -178,20 +167,7 @@ def run(config: Config, session: Session = SILENT) -> Result:
         nats, _ = read(trained.params, jnp.asarray(text.test), gradient, dtype)
         prompt = jnp.asarray(start_of_line(text.characters))
         written = write(trained.params, prompt, sample_key, length=config.sample_length)
-        curve, held_out = (
-            np.array([(r["step"], r["loss"]) for r in trained.records if r["split"] == split])
-            for split in ("train", "validation")
-        )
-        points = np.array([ord(character) for character in text.characters], np.int32)
-        return Result(
-            test=points[text.test],
-            characters=points,
-            nats=np.asarray(nats),
-            curve=curve,
-            validation_curve=held_out,
-            sample="".join(text.characters[number] for number in np.asarray(written)),
-            scores=scores,
-        )
+        return result_of_text(text, trained, nats, written, scores)
 
 
 def model(config: Config, result: Result | None) -> Model:

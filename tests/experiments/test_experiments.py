@@ -10,7 +10,6 @@ import pytest
 import tomli_w
 
 from experiments.__main__ import main
-from experiments.engine import devices
 from experiments.engine.config import UsageError, to_table
 from experiments.engine.experiment import config_paths, find, names, read
 from experiments.engine.runs import (
@@ -22,6 +21,7 @@ from experiments.engine.runs import (
     RESULT,
     SUMMARY,
     WHERE,
+    check,
     finished,
     read_result,
     texts,
@@ -86,14 +86,7 @@ def test_no_number_is_too_large_for_any_key_to_be_checked(name, tmp_path):
                     if key.startswith("train.") and key != "train.batch_size":
                         # no size of the model, which is checked sooner where it is tiny
                         config = replace(experiment.TINY, train=config.train)
-                    if hasattr(config, "parallel"):  # which comes first, when it is run
-                        devices.check(
-                            config.parallel,
-                            config.train.batch_size,
-                            config.train.accumulate,
-                            divides_sequence=experiment.DIVIDES_SEQUENCE,
-                        )
-                    experiment.check(config)
+                    check(experiment, config)
                 except UsageError as error:
                     assert all(line.isprintable() for line in str(error).splitlines())
 

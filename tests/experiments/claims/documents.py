@@ -8,8 +8,16 @@ from experiments.report import documents
 from experiments.report.evidence import Claim
 from experiments.report.page import typeset
 
-ROW = re.compile(r"^\| (\w\d+) \| .* \| ([^|]+) \| \[`\w+`\]", re.MULTILINE)
-VERDICTS: dict[str, Any] = dict(ROW.findall((ROOT / "README.md").read_text()))
+
+def readme_rows() -> list[tuple[str, str, str, str]]:
+    """Id, title, verdict and experiment of each row of README's table."""
+    text = (ROOT / "README.md").read_text()
+    section = text.split(documents.START)[1].split(documents.END)[0]
+    row = re.compile(r"\| (\w\d+) \| (.*) \| ([^|]+) \| \[`(\w+)`\]\(.*\) \|")
+    return row.findall(section)
+
+
+VERDICTS: dict[str, Any] = {id_: verdict for id_, _, verdict, _ in readme_rows()}
 
 
 def assert_stated(title: str, claim: Claim) -> None:

@@ -15,6 +15,8 @@ from tests.experiments.claims import (
 from tests.experiments.claims.breaks import Break
 from tests.experiments.claims.documents import VERDICTS, assert_stated
 
+pytestmark = pytest.mark.slow
+
 BREAKS = (
     *breaks_attention.BREAKS,
     *breaks_images.BREAKS,

@@ -44,6 +44,8 @@ from tests.experiments.claims.breaks_images import (
 )
 from tests.experiments.claims.documents import assert_stated
 
+pytestmark = pytest.mark.slow
+
 COSTS = Result(**dict.fromkeys(Result._fields, np.zeros(0)))._replace(  # type: ignore[arg-type]
     chance=np.array(0.1),
     step_flops=np.array([1.0, 4.0]),

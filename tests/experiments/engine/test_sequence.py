@@ -27,6 +27,8 @@ from experiments.engine.training import (
 from experiments.models.attention_text import TransformerConfig, init_transformer, loss_under
 from tests.experiments.sizes import tiny_options
 
+pytestmark = pytest.mark.slow
+
 STEPS, ROWS, WINDOW = 20, 8, 32
 TEXT = load_text(None, rows=ROWS, window=WINDOW)
 KEY = 3

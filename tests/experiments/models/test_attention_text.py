@@ -17,6 +17,8 @@ from experiments.models.attention_text import (
     write,
 )
 
+pytestmark = pytest.mark.slow
+
 CHARACTERS = 6
 
 

@@ -23,6 +23,7 @@ from experiments.engine.training import TrainConfig, fit, make_optimizer
 from experiments.figures import new_figure
 from experiments.report import documents, evidence as claims, key, page as report
 from experiments.report.intervals import Exact, Interval
+from tests.experiments.claims.documents import readme_rows
 
 README = report.ROOT / "README.md"
 FOUND = {size.experiment.name: size.experiment for size in report.sizes(full=False)}
@@ -255,13 +256,6 @@ def test_an_inequality_is_shown_as_one(tmp_path):
     (entry,) = json.loads((tmp_path / report.DATA).read_text())["claims"]
     assert (entry["relation"], entry["predicted"]) == (">", 0)
     assert [e["relation"] for e in entry["evidence"]] == [">", "<"]
-
-
-def readme_rows() -> list[tuple[str, str, str, str]]:
-    """Id, title, verdict and experiment."""
-    section = README.read_text().split(documents.START)[1].split(documents.END)[0]
-    row = re.compile(r"\| (\w\d+) \| (.*) \| ([^|]+) \| \[`(\w+)`\]\(.*\) \|")
-    return row.findall(section)
 
 
 def test_the_readme_has_every_claim_as_the_code_writes_it():
