@@ -1,6 +1,6 @@
 """The native schedule of the LSTM on a CPU: the kernels of `rnnattn/native/src`.
 
-Elsewhere (`rnnattn.native.dispatch`), under `vmap` of weights, and for derivatives beyond the
+Elsewhere (`rnnattn.dispatch`), under `vmap` of weights, and for derivatives beyond the
 first, the schedule on XLA runs (`rnnattn.recurrent.chunked`). Both leave the same for the gradient:
 y with c and a of every step, or with c alone, or the state before every chunk.
 """
@@ -15,7 +15,8 @@ import numpy as np
 import rnnattn.native as native
 import rnnattn.recurrent.chunked as chunked
 from rnnattn.checks import those_that_hold
-from rnnattn.native import dispatch
+from rnnattn.dispatch import dispatched
+from rnnattn.native.calls import call_attributes
 from rnnattn.recurrent.equations import LSTMParams, LSTMState, Variant, select
 from rnnattn.recurrent.problem import Schedule, Trace
 
@@ -97,7 +98,7 @@ def _call(name, options, results, arrays, interval):
         *(given(x, jnp.float32) for x in others),
         reverse=options.reverse,
         interval=np.int64(interval),
-        **dispatch.call_attributes(),
+        **call_attributes(),
     )
     return [None if like is None else x for x, like in zip(made, results, strict=True)]
 
@@ -177,13 +178,17 @@ def _backward_over_axis(options, trees, batched, size):
     return _over_axis_on_xla(_backward_on_xla, options, trees, batched)
 
 
-_forward = dispatch.dispatched(
-    "rnnattn_lstm", _forward_natively, _forward_on_xla, _forward_results, _forward_over_axis
+_forward = dispatched(
+    "rnnattn_lstm",
+    _forward_on_xla,
+    {"cpu": _forward_natively},
+    _forward_results,
+    _forward_over_axis,
 )
-_backward = dispatch.dispatched(
+_backward = dispatched(
     "rnnattn_lstm_gradient",
-    _backward_natively,
     _backward_on_xla,
+    {"cpu": _backward_natively},
     _backward_results,
     _backward_over_axis,
 )
