@@ -444,7 +444,10 @@ EQUIVALENT = {
         "chunked._chunk_backward",
         "select(steps.valid, trace.a, 0) → select(steps.valid, trace.a, 1)",
     ): "any finite number would do: dz is zero at steps that do not count",
-    ("chunked._chunk_backward", "_unroll(x) → x"): "how many steps are in one turn of the loop",
+    (
+        "chunked._chunk_backward",
+        "_unroll(turn, x) → turn",
+    ): "how many steps are in one turn of the loop",
     (
         "blockwise._backward_blocks",
         "jnp.where(first_time[None, None, None], lse, -jnp.inf) → "

@@ -17,7 +17,7 @@ import rnnattn.recurrent.chunked as chunked
 from rnnattn.checks import those_that_hold
 from rnnattn.dispatch import dispatched
 from rnnattn.native.calls import call_attributes
-from rnnattn.recurrent.equations import LSTMParams, LSTMState, Variant, select
+from rnnattn.recurrent.equations import LSTMParams, LSTMState, Variant
 from rnnattn.recurrent.problem import Schedule, Trace
 
 
@@ -50,36 +50,8 @@ def backward(options, params, state, steps, trace, cotangents):
 NATIVE = Schedule(forward, backward)
 
 
-# ---- on XLA -----------------------------------------------------------------------------------
-
-
-def _forward_on_xla(static, params, state, steps):
-    options, keeps = static
-    final, trace = chunked.forward(options, keeps, params, state, steps)
-    kept = keeps and isinstance(options.residuals, int)
-    return final, trace if kept else trace._replace(starts=None)
-
-
-def _backward_on_xla(options, params, state, steps, trace, cotangents):
-    if trace.starts is None:
-        trace = trace._replace(starts=_starts(options, params, state, steps, trace))
-    return chunked.backward(options, params, state, steps, trace, cotangents)
-
-
-def _starts(options, params, state, steps, trace):
-    """The state before each chunk of the other schedule. A row that has not begun holds its own."""
-    T, H = trace.y.shape[0], params.w_h.shape[1] // 4
-    length = chunked.chunk_length(options.residuals, steps, H)
-    first, others = (length if options.reverse else length - 1), (T - 1) // length
-    before = lambda a: a[first::length][:others]
-    h = before(trace.y)
-    if steps.valid is not None:
-        h = select(before(steps.valid), h, state.h[None])
-
-    def join(start, rest):
-        return jnp.concatenate([rest, start[None]] if options.reverse else [start[None], rest])
-
-    return LSTMState(join(state.h, h), join(state.c, before(trace.c)))
+def _forward_on_xla(static, *arrays):
+    return chunked.forward(*static, *arrays)
 
 
 # ---- natively ---------------------------------------------------------------------------------
@@ -175,7 +147,7 @@ def _forward_over_axis(static, trees, batched, size):
 
 
 def _backward_over_axis(options, trees, batched, size):
-    return _over_axis_on_xla(_backward_on_xla, options, trees, batched)
+    return _over_axis_on_xla(chunked.backward, options, trees, batched)
 
 
 _forward = dispatched(
@@ -187,7 +159,7 @@ _forward = dispatched(
 )
 _backward = dispatched(
     "rnnattn_lstm_gradient",
-    _backward_on_xla,
+    chunked.backward,
     {"cpu": _backward_natively},
     _backward_results,
     _backward_over_axis,
