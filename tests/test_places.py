@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from rnnattn import init_lstm, lstm, reference
+from rnnattn import dot_product_attention, init_lstm, lstm, reference
+from rnnattn.attention import api as attention, blockwise
 from rnnattn.recurrent import api as recurrent, chunked
+from tests import attention_cases
 from tests.lstm_cases import assert_close, make_case, value_and_gradients
 
 T, B, H = 64, 64, 128
@@ -63,6 +65,31 @@ def test_on_several_devices_too(arrays):
     assert TURN.replace(f"x{B}x", f"x{B // 2}x") in _lowered(in_parts, ("cuda",), params, rows)
 
 
+def test_blocks_elsewhere_than_on_a_cpu_are_large():
+    x = jnp.ones((1, 2048, 1, 8), jnp.float32)
+    run = lambda x: dot_product_attention(x, x, x, is_causal=True)
+    for f in (run, jax.grad(lambda x: jnp.sum(run(x)))):
+        for platform in ("cuda", "tpu"):
+            assert "2048x2048xf32" in _exported(f, (platform,), x)
+        assert "2048x2048xf32" not in _exported(f, ("cpu",), x)
+
+
+@pytest.mark.parametrize(
+    "rows, heads, length, block",
+    [
+        (32, 8, 1024, (512, 512)),
+        (8, 8, 4096, (1024, 1024)),
+        (2, 8, 16384, (2048, 2048)),
+        (8, 8, 16, (128, 65536)),
+        (1024, 64, 512, (128, 128)),
+    ],
+)
+def test_a_block_has_few_logits_of_all_heads_together(rows, heads, length, block):
+    query: Any = jax.ShapeDtypeStruct((rows, heads, 1, length, 64), jnp.float32)
+    empty: Any = None
+    assert blockwise._large_block(blockwise.Operands(query, empty, empty, empty)) == block
+
+
 # ---- all agree --------------------------------------------------------------------------------
 
 
@@ -74,9 +101,13 @@ def elsewhere(monkeypatch):
         jax.lax, "platform_dependent", lambda *arrays, cpu, default: default(*arrays)
     )
     monkeypatch.setattr(chunked, "ELSEWHERE", small)
-    cast(Any, recurrent._run_lstm).clear_cache()
+    monkeypatch.setattr(blockwise, "BLOCK_LOGITS", 3 * 4 * 4 * 4)
+    monkeypatch.setattr(blockwise, "_LEAST_BLOCK", 3)
+    for run in (recurrent._run_lstm, attention._run_attention):
+        cast(Any, run).clear_cache()
     yield
-    cast(Any, recurrent._run_lstm).clear_cache()
+    for run in (recurrent._run_lstm, attention._run_attention):
+        cast(Any, run).clear_cache()
 
 
 LENGTHS = jnp.array([7, 0, 4])
@@ -97,3 +128,11 @@ def test_an_lstm_is_the_same_in_all_sizes(variant, elsewhere):
     twin = {name: x for name, x in options.items() if name != "residuals"}
     expected = value_and_gradients(partial(reference.lstm, **twin), case)
     assert_close(value_and_gradients(partial(lstm, **options), case), expected, 1e-12)
+
+
+def test_blocks_are_the_same_in_all_sizes(elsewhere):
+    case = attention_cases.make_case(
+        bias=(1, 4, 7, 10), sinks=True, is_causal=True, local_window_size=(4, 0)
+    )
+    run = partial(attention_cases.value_and_gradients, case, dot_product_attention)
+    attention_cases.assert_same(run(implementation="blockwise"), run(implementation="dense"))
