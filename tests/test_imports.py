@@ -20,11 +20,12 @@ MORE["rnnattn.attention.peers"] = {"tokamax"}
 
 # What the parts may import of the library, besides themselves: primitives none of each other.
 HELPERS = {"rnnattn.checks", "rnnattn.meshes", "rnnattn.precision"}
-PRIMITIVE = HELPERS | {"rnnattn.native"}
+PRIMITIVE = HELPERS | {"rnnattn.dispatch", "rnnattn.native"}
 PARTS = {
     "rnnattn.checks": set(),
     "rnnattn.meshes": set(),
     "rnnattn.precision": set(),
+    "rnnattn.dispatch": set(),
     "rnnattn.native": set(),
     "rnnattn.attention": PRIMITIVE,
     "rnnattn.recurrent": PRIMITIVE,
@@ -41,7 +42,7 @@ PARTS = {
 # The files of a primitive's folder, from the ground up: one imports those of its floor and below.
 FLOORS = [
     {"problem", "equations", "masking", "dropout", "signature"},
-    {"dense", "blockwise", "chunked", "xla", "native"},  # the schedules
+    {"dense", "blockwise", "chunked", "xla", "placed", "native", "cudnn"},  # the schedules
     {"rule"},
     {"arguments", "peers", "cache", "init"},
     {"api", "ring"},

@@ -1,6 +1,6 @@
 """The native schedule of the LSTM on a CPU: the kernels of `rnnattn/native/src`.
 
-Elsewhere (`rnnattn.native.dispatch`), under `vmap` of weights, and for derivatives beyond the
+Elsewhere (`rnnattn.dispatch`), under `vmap` of weights, and for derivatives beyond the
 first, the schedule on XLA runs (`rnnattn.recurrent.chunked`). Both leave the same for the gradient:
 y with c and a of every step, or with c alone, or the state before every chunk.
 """
@@ -15,8 +15,9 @@ import numpy as np
 import rnnattn.native as native
 import rnnattn.recurrent.chunked as chunked
 from rnnattn.checks import those_that_hold
-from rnnattn.native import dispatch
-from rnnattn.recurrent.equations import LSTMParams, LSTMState, Variant, select
+from rnnattn.dispatch import dispatched
+from rnnattn.native.calls import call_attributes
+from rnnattn.recurrent.equations import LSTMParams, LSTMState, Variant
 from rnnattn.recurrent.problem import Schedule, Trace
 
 
@@ -49,36 +50,8 @@ def backward(options, params, state, steps, trace, cotangents):
 NATIVE = Schedule(forward, backward)
 
 
-# ---- on XLA -----------------------------------------------------------------------------------
-
-
-def _forward_on_xla(static, params, state, steps):
-    options, keeps = static
-    final, trace = chunked.forward(options, keeps, params, state, steps)
-    kept = keeps and isinstance(options.residuals, int)
-    return final, trace if kept else trace._replace(starts=None)
-
-
-def _backward_on_xla(options, params, state, steps, trace, cotangents):
-    if trace.starts is None:
-        trace = trace._replace(starts=_starts(options, params, state, steps, trace))
-    return chunked.backward(options, params, state, steps, trace, cotangents)
-
-
-def _starts(options, params, state, steps, trace):
-    """The state before each chunk of the other schedule. A row that has not begun holds its own."""
-    T, H = trace.y.shape[0], params.w_h.shape[1] // 4
-    length = chunked.chunk_length(options.residuals, steps, H)
-    first, others = (length if options.reverse else length - 1), (T - 1) // length
-    before = lambda a: a[first::length][:others]
-    h = before(trace.y)
-    if steps.valid is not None:
-        h = select(before(steps.valid), h, state.h[None])
-
-    def join(start, rest):
-        return jnp.concatenate([rest, start[None]] if options.reverse else [start[None], rest])
-
-    return LSTMState(join(state.h, h), join(state.c, before(trace.c)))
+def _forward_on_xla(static, *arrays):
+    return chunked.forward(*static, *arrays)
 
 
 # ---- natively ---------------------------------------------------------------------------------
@@ -97,7 +70,7 @@ def _call(name, options, results, arrays, interval):
         *(given(x, jnp.float32) for x in others),
         reverse=options.reverse,
         interval=np.int64(interval),
-        **dispatch.call_attributes(),
+        **call_attributes(),
     )
     return [None if like is None else x for x, like in zip(made, results, strict=True)]
 
@@ -174,16 +147,20 @@ def _forward_over_axis(static, trees, batched, size):
 
 
 def _backward_over_axis(options, trees, batched, size):
-    return _over_axis_on_xla(_backward_on_xla, options, trees, batched)
+    return _over_axis_on_xla(chunked.backward, options, trees, batched)
 
 
-_forward = dispatch.dispatched(
-    "rnnattn_lstm", _forward_natively, _forward_on_xla, _forward_results, _forward_over_axis
+_forward = dispatched(
+    "rnnattn_lstm",
+    _forward_on_xla,
+    {"cpu": _forward_natively},
+    _forward_results,
+    _forward_over_axis,
 )
-_backward = dispatch.dispatched(
+_backward = dispatched(
     "rnnattn_lstm_gradient",
-    _backward_natively,
-    _backward_on_xla,
+    chunked.backward,
+    {"cpu": _backward_natively},
     _backward_results,
     _backward_over_axis,
 )
