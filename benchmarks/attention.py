@@ -10,6 +10,7 @@ key and value, from a cotangent that is an argument. On a GPU, torch runs on it 
 """
 
 import argparse
+import contextlib
 import re
 import sys
 from collections.abc import Callable
@@ -20,7 +21,6 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -71,7 +71,7 @@ KINDS = ("forward", "gradient")
 
 class Problem(NamedTuple):
     shape: Shape
-    arrays: tuple[jax.Array, ...]  # query, key, value and the cotangent of the output
+    arrays: tuple[jax.Array, ...]  # query, key, value, or a bias too; the output's cotangent
 
 
 def make_problem(shape, *, dtype) -> Problem:
@@ -82,27 +82,28 @@ def make_problem(shape, *, dtype) -> Problem:
 
 # ---- the programs: forward and gradient of each peer ------------------------------------------
 #
-# Either returns the output first; a gradient program those of query, key and value behind it.
+# Either returns the output first; a gradient program those of all operands behind it.
 
 
 def gradient_of(apply: Callable) -> Callable:
-    def gradient(query, key, value, do):
-        o, pullback = jax.vjp(apply, query, key, value)
+    def gradient(*arrays):
+        *operands, do = arrays
+        o, pullback = jax.vjp(apply, *operands)
         return o, *pullback(do)
 
     return gradient
 
 
 def jax_programs(apply: Callable, problem: Problem) -> timing.Programs:
-    """`apply(query, key, value)` returns the output."""
+    """`apply(query, key, value)`, or with a bias as a fourth, returns the output."""
     return {
-        "forward": timing.compiled(apply, *problem.arrays[:3]),
+        "forward": timing.compiled(apply, *problem.arrays[:-1]),
         "gradient": timing.compiled(gradient_of(apply), *problem.arrays),
     }
 
 
-def ours(problem: Problem, implementation=None) -> timing.Programs:
-    options = problem.shape.options | {"implementation": implementation}
+def ours(problem: Problem, **options) -> timing.Programs:
+    options = problem.shape.options | options
     return jax_programs(partial(rnnattn.dot_product_attention, **options), problem)
 
 
@@ -111,19 +112,20 @@ def ours_jvp(problem: Problem) -> timing.Programs:
     return jax_programs(apply, problem)
 
 
-def jax_nn(problem: Problem) -> timing.Programs:
-    if problem.shape.logits >= 2**30:  # 4 GiB in float32
-        raise timing.Unavailable("its gradient needs more than 8 GiB")
-    options = problem.shape.options | {"implementation": "xla"}
+def jax_nn(problem: Problem, most_logits: int = 2**29, **options) -> timing.Programs:
+    if problem.shape.logits > most_logits:
+        GiB = most_logits // 2**27  # of logits and their gradient, in float32
+        raise timing.Unavailable(f"its gradient needs more than {GiB} GiB")
+    options = problem.shape.options | {"implementation": "xla"} | options
     return jax_programs(partial(jax.nn.dot_product_attention, **options), problem)
 
 
-def cudnn(problem: Problem) -> timing.Programs:
+def cudnn(problem: Problem, **options) -> timing.Programs:
     if jax.default_backend() != "gpu":
         raise timing.Unavailable("it needs a GPU")
     if problem.arrays[0].dtype != jnp.bfloat16:
         raise timing.Unavailable("it needs 16 bits")
-    options = problem.shape.options | {"implementation": "cudnn"}
+    options = problem.shape.options | {"implementation": "cudnn"} | options
     return jax_programs(partial(jax.nn.dot_product_attention, **options), problem)
 
 
@@ -134,39 +136,40 @@ def tokamax(problem: Problem) -> timing.Programs:
     return jax_programs(partial(tokamax.dot_product_attention, **options), problem)
 
 
-def torch(problem: Problem) -> timing.Programs:
+def torch(problem: Problem, backend: str | None = None) -> timing.Programs:
+    """By the backend of that name in `torch.nn.attention.SDPBackend`, or the one torch chooses."""
     import torch
+    from torch.nn import attention
 
-    device, wait = timing.prepare_torch(torch)
+    wait = timing.prepare_torch(torch)
     shape = problem.shape
-    dtype = getattr(torch, problem.arrays[0].dtype.name)
-    tensor = lambda array: torch.tensor(np.asarray(array, np.float32), device=device, dtype=dtype)
-    *leaves, do = map(tensor, problem.arrays)
+    *leaves, do = (timing.to_torch(torch, array) for array in problem.arrays)
     leaves = [leaf.requires_grad_() for leaf in leaves]
     mask = None
     if shape.window is not None:
-        t = torch.arange(shape.T, device=device)
+        t = torch.arange(shape.T, device=do.device)
         distance = t[:, None] - t[None]
         mask = (distance >= 0) & (distance <= shape.window)
+    chosen = getattr(attention.SDPBackend, backend) if backend else None
+    by = lambda: attention.sdpa_kernel(chosen) if chosen else contextlib.nullcontext()
 
     def attend():
-        q, k, v = (x.transpose(1, 2) for x in leaves)  # heads before time
+        q, k, v = (x.transpose(1, 2) for x in leaves[:3])  # heads before time
+        bias = leaves[3] if len(leaves) > 3 else mask
         attend = torch.nn.functional.scaled_dot_product_attention
-        return attend(q, k, v, attn_mask=mask, is_causal=shape.causal).transpose(1, 2)
+        with by():
+            return attend(q, k, v, attn_mask=bias, is_causal=shape.causal).transpose(1, 2)
 
     def forward():
         with torch.no_grad():
-            o = attend()
-        wait()
-        return (o,)
+            return (attend(),)
 
     def gradient():
         o = attend()
-        gradients = torch.autograd.grad(o, leaves, do)
-        wait()
-        return o, *gradients
+        return o, *torch.autograd.grad(o, leaves, do)
 
-    return {"forward": timing.Program(forward), "gradient": timing.Program(gradient)}
+    program = partial(timing.Program, wait=wait)
+    return {"forward": program(forward), "gradient": program(gradient)}
 
 
 PEERS: dict[str, Callable[[Problem], timing.Programs]] = {

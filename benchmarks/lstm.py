@@ -145,32 +145,43 @@ def cudnn(problem: Problem) -> timing.Programs:
     return jax_programs(apply, weights, problem.x, problem.dy)
 
 
-def torch(problem: Problem) -> timing.Programs:
+def torch(problem: Problem, lengths: np.ndarray | None = None) -> timing.Programs:
+    """With `lengths`, what goes in and comes out is packed, and stays so."""
     import torch
 
-    device, wait = timing.prepare_torch(torch)
-    options: dict[str, Any] = {"device": device, "dtype": getattr(torch, problem.x.dtype.name)}
-    tensor = lambda array: torch.tensor(np.asarray(array, np.float32), **options)
+    wait = timing.prepare_torch(torch)
+    x, dy = timing.to_torch(torch, problem.x), timing.to_torch(torch, problem.dy)
+    options: dict[str, Any] = {"device": x.device, "dtype": x.dtype}
     module = torch.nn.LSTM(problem.x.shape[-1], problem.dy.shape[-1], **options)
     weights = interop.lstm_to_torch(problem.params)
+    tensor = lambda array: torch.tensor(np.asarray(array, np.float32))
     module.load_state_dict({key: tensor(value) for key, value in weights.items()})
-    x, dy = tensor(problem.x), tensor(problem.dy)
+    run = module
+    if lengths is not None:
+        pack = partial(
+            torch.nn.utils.rnn.pack_padded_sequence,
+            lengths=torch.tensor(lengths), enforce_sorted=False,
+        )  # fmt: skip
+        packed, dy = pack(x), pack(dy).data
+        x = packed.data
+
+        def run(x):
+            y, state = module(packed._replace(data=x))
+            return y.data, state
+
     leaf = x.clone().requires_grad_()
     leaves = [*module.parameters(), leaf]
 
     def forward():
         with torch.no_grad():
-            y, state = module(x)
-        wait()
-        return y, state
+            return run(x)
 
     def training():
-        y, _ = module(leaf)
-        gradients = torch.autograd.grad(y, leaves, dy)
-        wait()
-        return y, *gradients
+        y, _ = run(leaf)
+        return y, *torch.autograd.grad(y, leaves, dy)
 
-    return {"forward": timing.Program(forward), "training": timing.Program(training)}
+    program = partial(timing.Program, wait=wait)
+    return {"forward": program(forward), "training": program(training)}
 
 
 PEERS: dict[str, Callable[[Problem], timing.Programs]] = {

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rnnattn
 from benchmarks import attention, lstm, timing
 from rnnattn import interop, native
-from rnnattn.native import dispatch
+from rnnattn.native import calls
 
 PACKAGES = ["jax", "jaxlib", "numpy", "torch"]
 
@@ -161,7 +161,7 @@ def measure_cores(rounds, T=8192) -> dict[str, Any]:
     shape = attention.Shape(1, T, 1, 64)
     problem = attention.make_problem(shape, dtype="float32")
     programs = {"ours": attention.ours(problem)["gradient"]}
-    with mock.patch.object(dispatch, "threads", 1):
+    with mock.patch.object(calls, "threads", 1):
         jax.clear_caches()
         programs["ours, one thread"] = attention.ours(problem)["gradient"]
     try:

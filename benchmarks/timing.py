@@ -22,6 +22,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,10 +31,24 @@ import numpy as np
 
 
 class Program(NamedTuple):
-    """A call that returns when its results are there."""
+    """What starts a computation, and what returns its results when they are there."""
 
-    call: Callable[[], Any]
+    launch: Callable[[], Any]
     compile_seconds: float | None = None
+    wait: Callable[[Any], Any] = jax.block_until_ready
+
+    def call(self) -> Any:
+        return self.wait(self.launch())
+
+    def in_a_row(self, times: int) -> "Program":
+        """So many calls, and one wait: what it takes to start them passes while others run."""
+
+        def launch():
+            for _ in range(times - 1):
+                self.launch()
+            return self.launch()
+
+        return self._replace(launch=launch)
 
 
 class Ratio(NamedTuple):
@@ -55,7 +70,7 @@ def compiled(function: Callable, *args: Any) -> Program:
     """`function(*args)` as a compiled program of its own."""
     start = time.perf_counter()
     executable = jax.jit(function).lower(*args).compile()
-    return Program(lambda: jax.block_until_ready(executable(*args)), time.perf_counter() - start)
+    return Program(partial(executable, *args), time.perf_counter() - start)
 
 
 def temporary_mebibytes(function: Callable, *args: Any) -> float:
@@ -66,13 +81,24 @@ def temporary_mebibytes(function: Callable, *args: Any) -> float:
     return analysis.temp_size_in_bytes / 2**20
 
 
-def prepare_torch(torch: Any) -> tuple[str, Callable[[], None]]:
-    """Where torch runs, which is where JAX does, on all cores; and a wait for its results."""
+def prepare_torch(torch: Any) -> Callable[[Any], Any]:
+    """Sets torch to all cores; a function that waits for its results, on the device of JAX."""
     on_gpu = jax.default_backend() == "gpu"
     if on_gpu and not torch.cuda.is_available():
         raise Unavailable("this build of torch has no CUDA")
     torch.set_num_threads(cores())
-    return ("cuda", torch.cuda.synchronize) if on_gpu else ("cpu", lambda: None)
+
+    def wait(results):
+        if on_gpu:
+            torch.cuda.synchronize()
+        return results
+
+    return wait
+
+
+def to_torch(torch: Any, array: jax.Array) -> Any:
+    """A copy as a tensor on the same device."""
+    return torch.from_dlpack(array).clone()
 
 
 # ---- speeds -----------------------------------------------------------------------------------

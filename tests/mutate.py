@@ -444,7 +444,10 @@ EQUIVALENT = {
         "chunked._chunk_backward",
         "select(steps.valid, trace.a, 0) → select(steps.valid, trace.a, 1)",
     ): "any finite number would do: dz is zero at steps that do not count",
-    ("chunked._chunk_backward", "_unroll(x) → x"): "how many steps are in one turn of the loop",
+    (
+        "chunked._chunk_backward",
+        "_unroll(turn, x) → turn",
+    ): "how many steps are in one turn of the loop",
     (
         "blockwise._backward_blocks",
         "jnp.where(first_time[None, None, None], lse, -jnp.inf) → "
@@ -459,6 +462,11 @@ EQUIVALENT = {
         "rule._attend_bwd",
         "as_given(gradient, operands) → gradient",
     ): "the problems are in float64; tests/test_sixteen_bits.py holds the dtypes",
+    (
+        "rule._attend_bwd",
+        "lse_gradient=not isinstance(cotangents[1], SymbolicZero) → "
+        "lse_gradient=isinstance(cotangents[1], SymbolicZero)",
+    ): "only cuDNN's schedule reads it: tests/test_cudnn.py",
     (
         "position._angle_gradient",
         "tuple((axis for axis, size in enumerate(shape) if size != dθ.shape[axis])) → "

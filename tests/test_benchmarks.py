@@ -1,8 +1,13 @@
 """What the benchmarks are given is checked before anything is timed."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
-from benchmarks import attention, lstm
+from benchmarks import attention, lstm, visit
 
 
 @pytest.mark.parametrize("benchmark", [lstm, attention])
@@ -38,3 +43,91 @@ def test_shapes_are_read():
     assert [(shape.causal, shape.window) for shape in shapes] == [
         (False, None), (True, None), (False, 0)
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "arguments, part",
+    [
+        ([], "--output"),
+        (["--output", "/dev/null/x"], "/dev/null/x"),
+        (["--output", ".", "--parts", "lstm,bogus"], "'bogus' is none of machine, values, lstm"),
+        (["--output", ".", "--parts", ""], "'' is none of machine"),
+        (["--output", ".", "--minutes", "0"], "'0' is no number from 0.25"),
+        (["--output", ".", "--minutes", "nan"], "'nan' is no number"),
+        (["--output", ".", "--minutes", "soon"], "'soon' is no number"),
+    ],
+)
+def test_a_visit_that_cannot_be_made_is_one_line(arguments, part, capsys):
+    with pytest.raises(SystemExit) as end:
+        visit.parse(arguments)
+    assert end.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert part in message and len(message) < 300
+
+
+# In place of a part: at first its case 1 dies of "worse", then its case 2 of itself.
+DIES = """
+import json, os, pathlib, sys
+order = json.loads(sys.argv[1])
+folder = pathlib.Path(order["output"])
+def row(**columns):
+    with (folder / "rows.jsonl").open("a") as rows:
+        rows.write(json.dumps({"part": order["part"], **columns}) + chr(10))
+for case in range(order["first"], 4):
+    for peer in ("ours", "worse"):
+        if peer in order["without"]:
+            continue
+        where = {"case": case, "peer": None if case == 2 else peer, "labels": {"H": case}}
+        (folder / "running.json").write_text(json.dumps(where))
+        if case == 2 or peer == "worse" and case == 1:
+            print("out of", "luck")
+            os.abort()
+        row(H=case, peer=peer, us_step=1.0)
+"""
+
+
+def test_a_part_goes_on_without_what_it_died_of(tmp_path, monkeypatch):
+    monkeypatch.setattr(visit, "PROCESS", [sys.executable, "-c", DIES])
+    rows = visit.visit(tmp_path, ["memory"], 1, dry=True)
+    assert [(row["H"], row["peer"]) for row in rows if "us_step" in row] == [
+        (0, "ours"), (0, "worse"), (1, "ours"), (1, "ours"), (3, "ours")
+    ]  # fmt: skip
+    errors = [row for row in rows if "error" in row]
+    assert [(row["H"], row["peer"]) for row in errors] == [(1, "worse"), (2, None)]
+    assert all("ended with -6" in row["error"] and "out of luck" in row["error"] for row in errors)
+    assert "memory, worse, 1 × error (first: H 1)" in visit.markdown(rows)
+
+
+def test_a_part_that_takes_too_long_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(visit, "PROCESS", [sys.executable, "-c", "import time; time.sleep(60)"])
+    monkeypatch.setattr(visit, "GRACE", 0)
+    (tmp_path / "rows.jsonl").write_text('{"part": "lstm", "H": 1}\n{"part": "memory"}\n{"cut')
+    rows = visit.visit(tmp_path, ["memory"], (visit.LAST + 1) / 60, dry=True)
+    assert [row["part"] for row in rows] == ["lstm", "memory", "memory"]
+    assert rows[1]["error"].startswith("killed: out of time")
+    assert rows[2]["seconds"] < 10
+
+
+@pytest.mark.slow
+def test_a_visit_to_a_cpu(tmp_path):
+    """Every part finds something, nothing fails, and all values are right."""
+    root = Path(visit.__file__).parent.parent
+    command = [sys.executable, "-m", "benchmarks.visit", "--dry", "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "visit.json").read_text())
+    rows = results["rows"]
+    assert rows == visit.read(tmp_path / "rows.jsonl") and results["versions"]["jax"]
+    assert not [row for row in rows if "error" in row]
+    found = {(row["part"], key) for row in rows for key in row}
+    assert found >= {
+        ("machine", "tflops"), ("machine", "gigabytes"), ("values", "ok"), ("lstm", "us_step"),
+        ("attention", "tflops"), ("attention", "gigabytes"), ("scan", "us_step"),
+        ("scan with commands", "us_step"), ("memory", "mebibytes"),
+    }  # fmt: skip
+    assert all(row["ok"] for row in rows if "ok" in row)
+    assert all(row["differs"] < 0.05 for row in rows if "differs" in row)
+    text = (tmp_path / "visit.md").read_text()
+    for title in ("Values", "LSTM", "Attention", "Scan", "Memory", "Not measured"):
+        assert f"## {title}\n" in text
+    assert (tmp_path / "visit.svg").read_text().count("</svg>") == 1

@@ -20,11 +20,12 @@ MORE["rnnattn.attention.peers"] = {"tokamax"}
 
 # What the parts may import of the library, besides themselves: primitives none of each other.
 HELPERS = {"rnnattn.checks", "rnnattn.meshes", "rnnattn.precision"}
-PRIMITIVE = HELPERS | {"rnnattn.native"}
+PRIMITIVE = HELPERS | {"rnnattn.dispatch", "rnnattn.native"}
 PARTS = {
     "rnnattn.checks": set(),
     "rnnattn.meshes": set(),
     "rnnattn.precision": set(),
+    "rnnattn.dispatch": set(),
     "rnnattn.native": set(),
     "rnnattn.attention": PRIMITIVE,
     "rnnattn.recurrent": PRIMITIVE,
@@ -47,10 +48,12 @@ FLOORS = [
         "chunked",
         "elsewhere",
         "xla",
+        "placed",
         "native",
         "hopper",
         "pallas",
-    },  # schedules
+        "cudnn",
+    },  # the schedules
     {"rule"},
     {"arguments", "peers", "cache", "init"},
     {"api", "ring"},

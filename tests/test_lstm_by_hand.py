@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from rnnattn import LSTMParams, LSTMState, lstm, reference
-from rnnattn.recurrent import chunked, elsewhere
+from rnnattn.recurrent import chunked
 from rnnattn.recurrent.arguments import time_major_steps
 from rnnattn.recurrent.equations import Variant
 from rnnattn.recurrent.problem import Options
@@ -99,10 +99,9 @@ def test_sixteen_bit_peepholes_are_multiplied_in_float32():
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_trace_of_the_kernels_serves_the_schedule_on_xla(masked, reverse, monkeypatch):
-    """In chunks of two: the default's gradient where it cannot be the kernels', as in a `vmap`
-    over weights, takes the states before the chunks from all c and y."""
-    monkeypatch.setattr(chunked, "chunk_length", lambda residuals, steps, H: 2)
+def test_a_trace_serves_chunks_of_any_length(masked, reverse):
+    """The gradient takes the states before its chunks from all c and y: those of the forward pass
+    may have been others, as the kernels' on a CPU are."""
     case = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), make_case(T, B, D, H))
     lengths, resets = (jnp.asarray(LENGTHS), jnp.asarray(RESETS)) if masked else (None, None)
     swap = lambda a: jnp.swapaxes(a, 0, 1)
@@ -110,11 +109,10 @@ def test_a_trace_of_the_kernels_serves_the_schedule_on_xla(masked, reverse, monk
         swap(case.x), lengths, None if resets is None else swap(resets), reverse
     )
     options = Options(reverse, "states", Variant())
-    _, own = chunked.forward(options, True, case.params, case.state, steps)
-    _, trace = elsewhere.forward_on_xla((options, True), case.params, case.state, steps)
+    _, trace = chunked.forward(options, True, case.params, case.state, steps)
     assert trace.starts is None
     dy, dlast = case.cotangents
-    arguments = (options, case.params, case.state, steps)
-    expected = chunked.backward(*arguments, own, (swap(dy), dlast))
-    actual = elsewhere.backward_on_xla(*arguments, trace, (swap(dy), dlast))
-    assert_close(actual, expected, 1e-6)
+    arguments = (options, case.params, case.state, steps, trace, (swap(dy), dlast))
+    in_one = chunked.backward_in(chunked.ELSEWHERE, *arguments)
+    in_twos = chunked.backward_in(chunked.ON_CPU._replace(chunk_steps=2), *arguments)
+    assert_close(in_twos, in_one, 1e-6)

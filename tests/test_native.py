@@ -15,7 +15,7 @@ from hypothesis import given, settings
 
 from rnnattn import dot_product_attention, native, reference
 from rnnattn.attention import api, dot_product_attention_jvp
-from rnnattn.native import dispatch, load
+from rnnattn.native import calls, load
 from tests.attention_cases import (
     Sizes,
     assert_same,
@@ -58,7 +58,7 @@ def assert_native_is_right(case, **options):
 
 def set_how(monkeypatch, **how):
     for name, value in how.items():
-        monkeypatch.setattr(dispatch, name, value)
+        monkeypatch.setattr(calls, name, value)
     cast(Any, api._run_attention).clear_cache()
 
 
@@ -306,7 +306,7 @@ def test_wrong_shapes_are_errors_of_the_call():
             "left": np.int64(-1),
             "right": np.int64(-1),
             "soft_cap": f32(0),
-            **dispatch.call_attributes(),
+            **calls.call_attributes(),
             **attributes,
         }
         return jax.ffi.ffi_call("rnnattn.attention_forward.v1", results)(*arguments, **options)

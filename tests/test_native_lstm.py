@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from rnnattn import LSTMState, init_lstm, lstm, lstm_step, native, reference
-from rnnattn.native import dispatch, load
+from rnnattn.native import calls, load
 from rnnattn.recurrent import api
 from tests.lstm_cases import Case, assert_close, make_case, relative_error, value_and_gradients
 
@@ -38,7 +38,7 @@ def wide(tree):
 
 def set_how(monkeypatch, **how):
     for name, value in how.items():
-        monkeypatch.setattr(dispatch, name, value)
+        monkeypatch.setattr(calls, name, value)
     cast(Any, api._run_lstm).clear_cache()
 
 
@@ -294,7 +294,7 @@ def test_a_kernel_refuses_a_wrong_shape(wrong):
     flags = ("valid", "fresh")
     arrays = [jnp.ones(s, bool if name in flags else jnp.float32) for name, s in shapes.items()]
     call = jax.ffi.ffi_call("rnnattn.lstm_forward.v1", results)
-    options = {"reverse": False, "interval": np.int64(0), **dispatch.call_attributes()}
+    options = {"reverse": False, "interval": np.int64(0), **calls.call_attributes()}
     named = {"x": "w_x"}.get(wrong, wrong)  # the width of x is what w_x is held against
     with pytest.raises(jax.errors.JaxRuntimeError, match=f"rnnattn: {named}: another shape"):
         jax.block_until_ready(jax.jit(partial(call, **options))(*arrays))
@@ -307,7 +307,7 @@ def test_a_kernel_refuses_another_dtype():
     results += [jax.ShapeDtypeStruct((0,), jnp.float32)] * 4
     call = jax.ffi.ffi_call("rnnattn.lstm_forward.v1", results)
     no_masks = [jnp.zeros(0, bool)] * 2
-    options = {"reverse": False, "interval": np.int64(0), **dispatch.call_attributes()}
+    options = {"reverse": False, "interval": np.int64(0), **calls.call_attributes()}
     run = jax.jit(partial(call, **options))
     with pytest.raises(jax.errors.JaxRuntimeError, match="rnnattn: x: another dtype"):
         jax.block_until_ready(run(case.x, *narrow(case.params)[:3], *state, *no_masks))

@@ -25,7 +25,7 @@ from rnnattn import (
     stacked_lstm,
 )
 from rnnattn.recurrent import chunked, peers, stack
-from rnnattn.recurrent.problem import Steps
+from rnnattn.recurrent.problem import Options, Steps
 from tests.lstm_cases import assert_close, make_case, relative_error, value_and_gradients
 
 SIZES = [(7, 3, 2, 4), (1, 1, 1, 1), (1, 2, 3, 1), (3, 1, 1, 5), (4, 2, 1, 1), (37, 2, 3, 3)]
@@ -211,9 +211,10 @@ def _with_remainders(reverse):
 @pytest.mark.parametrize("residuals", ["gates", "states", 16])
 def test_remainders_of_chunks_match_the_plain_twin(reverse, residuals, monkeypatch):
     T, B, _, H = REMAINDERS
-    monkeypatch.setattr(chunked, "_CHUNK_BYTES", 8 * B * 4 * H * 10)
+    sizes = chunked.ON_CPU._replace(chunk_bytes=8 * B * 4 * H * 10)
+    monkeypatch.setattr(chunked, "ON_CPU", sizes)
     case, options, expected = _with_remainders(reverse)
-    length = chunked.chunk_length(residuals, Steps(case.x.swapaxes(0, 1), None, None), H)
+    length = chunked.chunk_length(sizes, residuals, Steps(case.x.swapaxes(0, 1), None, None), H)
     assert 1 < length < T and T % length
     actual = value_and_gradients(partial(lstm, residuals=residuals, **options), case)
     assert_close(actual, expected, 1e-12)
@@ -292,9 +293,12 @@ def test_a_coupled_forget_gate_has_no_gradient_of_its_own():
 def test_many_rows_and_small_weights_take_one_product_a_step(few, small, products, monkeypatch):
     """Else the inputs of a chunk are one product before its steps."""
     B = chunked._FEW_ROWS - 1 if few else chunked._FEW_ROWS
-    monkeypatch.setattr(chunked, "_MERGED_BYTES", 2**20 if small else 0)
+    sizes = chunked.ON_CPU._replace(merged_bytes=2**20 if small else 0)
+    monkeypatch.setattr(chunked, "ON_CPU", sizes)
     case = make_case(3, B, 2, 6 if small else 9)  # sizes that nothing else has compiled
-    assert str(jax.make_jaxpr(lstm)(*case[:3])).count("dot_general") == products
+    steps = Steps(case.x.swapaxes(0, 1), None, None)
+    run = partial(chunked.forward_in, sizes, Options(), False)
+    assert str(jax.make_jaxpr(run)(case.params, case.state, steps)).count("dot_general") == products
     expected = value_and_gradients(reference.lstm, case)
     assert_close(value_and_gradients(lstm, case), expected, 1e-12)
 

@@ -9,6 +9,7 @@ from typing import Any, SupportsFloat, SupportsIndex
 import jax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Real
 
+import rnnattn.attention.cudnn as cudnn
 import rnnattn.attention.native as native
 import rnnattn.attention.xla as xla
 from rnnattn.attention.arguments import (
@@ -69,8 +70,10 @@ def dot_product_attention(
             (the better of the two, blockwise from 2¹⁶ logits for each head on), "native" (kernels
             for a CPU, see `rnnattn.native`; float32, no dropout); "cudnn" and "tokamax" hand the
             call over to `jax.nn` and to tokamax, for what they can serve, with their own gradients
-            and rules for rows that see nothing; None chooses: "native" on a CPU where it can serve,
-            else "xla".
+            and rules for rows that see nothing; None chooses: "native" on a CPU where it can serve;
+            in 16 bits, on one NVIDIA GPU and in a program that is not exported, cuDNN where it can
+            (`rnnattn.attention.cudnn`: as all that is said here, but that it rounds the weights to
+            16 bits before their product with the values); else "xla".
         return_residual: also return the log-sum-exp L, (B, T, N), in float32 for 16-bit inputs and
             with a true gradient, where that of `jax.nn` has the key's dtype and none for L.
         query_offset: a number or (B,): query t stands at position t + offset among the keys. A
@@ -189,6 +192,8 @@ def call(function, rule, arguments, schedule=None):
         rule = with_weights
     if schedule is None:
         schedule = _suited(arrays, options, request)
+    if schedule is cudnn.CUDNN:
+        options = options._replace(scale=cudnn.known_scale(arrays))
     if isinstance(arrays.query_offset, int) and arrays.query_offset == 0:
         arrays = arrays._replace(query_offset=None)  # a constant, which nobody has to send
     wanted = (True, request.return_residual, request.return_weights)
@@ -209,6 +214,8 @@ def _suited(arrays, options, request):
     # one query per head (benchmarks/README.md, "When they run").
     if name != "xla" and not native.unserved(arrays.query, arrays.value, options):
         return native.NATIVE
+    if name is None and not cudnn.unserved(arrays, options):
+        return cudnn.CUDNN
     return xla.by_size(T, S)
 
 

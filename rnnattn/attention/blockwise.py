@@ -16,6 +16,7 @@ makes, is the gradient again, so that every order and mode keeps the memory line
 This module holds no algebra of its own: see `rnnattn.attention.equations`, also for the axes.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -38,9 +39,11 @@ from rnnattn.attention.equations import (
 from rnnattn.attention.masking import key_range, visible
 from rnnattn.attention.problem import Operands
 
-# Measured on a CPU: benchmarks/README.md.
-FORWARD_BLOCK = (512, 512)  # queries of all heads of a group, keys
+# Measured: benchmarks/README.md, "How attention's schedule is chosen".
+FORWARD_BLOCK = (512, 512)  # on a CPU: queries of all heads of a group, keys
 BACKWARD_BLOCK = (512, 256)
+BLOCK_LOGITS = 2**26  # elsewhere, of all rows and heads together: 256 MiB in float32
+_LEAST_BLOCK = 128  # queries of a head, and keys
 _TANGENT_LOGITS = 2**18  # of a block, all heads together, in the rule for tangents
 _LEAST_TANGENT_BLOCK = 64
 
@@ -149,6 +152,22 @@ def _grid(operands, longest, head=None):
     return _Grid(_axis(T, max(queries // G, 1)), _axis(operands.key.shape[2], keys), head)
 
 
+def _large_block(operands):
+    """Queries of a group's heads and keys of a block that lies in no cache.
+
+    It has few logits for memory's sake, and else as many as may be: each turn of a loop costs, and
+    larger products run at a higher rate. Where T is short, keys take what queries leave.
+    """
+    B, M, G, T, _ = operands.query.shape
+    if not all(isinstance(n, int) for n in (B, M, G, T)):
+        return FORWARD_BLOCK
+    logits = max(BLOCK_LOGITS // max(B * M * G, 1), 1)  # of a head
+    side = 2 ** int(math.log2(logits) / 2)
+    queries = max(min(side, T), 1)
+    keys = 2 ** int(math.log2(max(logits // queries, 1)))
+    return G * max(queries, _LEAST_BLOCK), max(keys, _LEAST_BLOCK)
+
+
 def _scores(options, grid, operands, masking, i, j):
     """Block (i, j), from the operands and the masking of the queries of i."""
     operands, masking = grid.cut_keys(operands, masking, j)
@@ -204,7 +223,7 @@ def _segment_bounds(grid, masking):
 
 
 def _forward_blocks(options, operands, masking, head=None):
-    grid = _grid(operands, FORWARD_BLOCK, head)
+    grid = _grid(operands, FORWARD_BLOCK if head else _large_block(operands), head)
     key_blocks = _key_blocks(options, grid, masking)
 
     def query_block(results, i):
@@ -227,7 +246,7 @@ def _forward_blocks(options, operands, masking, head=None):
 
 def _backward_blocks(options, operands, masking, kept, cotangents, dbias, head=None):
     """dq, dk, dv, dscale, and `dbias` grown by its part, in the accumulator's dtype."""
-    grid = _grid(operands, BACKWARD_BLOCK, head)
+    grid = _grid(operands, BACKWARD_BLOCK if head else _large_block(operands), head)
     key_blocks = _key_blocks(options, grid, masking)
     per_row = (*kept, *cotangents)
 

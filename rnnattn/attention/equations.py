@@ -188,6 +188,12 @@ def sinks_gradient(sinks, lse, delta, dlse):
     return jnp.sum(sink_weights(sinks, lse) * (dlse - delta), (0, 3), keepdims=True)
 
 
+def joined_by_sinks(sinks, lse):
+    """What is left of O where sinks join a softmax, e^(L − L₁), and L₁."""
+    joined = jnp.logaddexp(lse, sinks.astype(lse.dtype))
+    return jnp.exp(lse - _finite(joined)), joined
+
+
 def sink_weights(sinks, lse):
     return jnp.exp(sinks.astype(lse.dtype) - _lse_for_exp(lse))
 

@@ -76,6 +76,15 @@ def rows_in_reach(options, masking, T, S):
     return of_row(rows)[:, None, None]
 
 
+def keys_in_reach(options, masking, T, S):
+    """Whether positions and lengths leave a key to a query, (#B, S); None if surely all."""
+    if _unbounded(options, masking):
+        return None
+    first, past = key_range(options, masking, 0, T - 1)
+    s = jnp.arange(S, dtype=jnp.int32)[None]
+    return (s >= first[:, None]) & (s < past[:, None])
+
+
 def _unbounded(options, masking):
     lengths = (masking.query_lengths, masking.key_lengths)
     return not options.is_causal and options.window is None and lengths == (None, None)
@@ -88,9 +97,7 @@ def zero_unreachable(options, operands, masking):
     q, k, v = operands.query, operands.key, operands.value
     T, S = q.shape[3], k.shape[2]
     q = only_seeing(rows_in_reach(options, masking, T, S), q)
-    first, past = key_range(options, masking, 0, T - 1)
-    s = jnp.arange(S, dtype=jnp.int32)[None]
-    seen = ((s >= first[:, None]) & (s < past[:, None]))[:, None, :, None]
+    seen = keys_in_reach(options, masking, T, S)[:, None, :, None]
     return operands._replace(query=q, key=jnp.where(seen, k, 0), value=jnp.where(seen, v, 0))
 
 

@@ -19,6 +19,8 @@ class Options(NamedTuple):
     dropout_rate: float = 0.0
     bias_gradient: bool = True  # that of a (T, S) bias is the one thing as large as the logits
     scale_gradient: bool = True  # a pass over the logits
+    lse_gradient: bool = True  # that which comes back to L, where libraries take none
+    scale: float | None = None  # the operand's value, for a library that has to know it
 
 
 class Operands(NamedTuple):

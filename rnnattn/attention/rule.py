@@ -31,7 +31,11 @@ def _attend_bwd(schedule, options, residuals, cotangents):
     """The gradient from the log-sum-exp: `rnnattn.attention.equations`."""
     *kept, asked = residuals
     wants_bias, wants_scale = (flag.size > 0 for flag in asked)
-    options = options._replace(bias_gradient=wants_bias, scale_gradient=wants_scale)
+    options = options._replace(
+        bias_gradient=wants_bias,
+        scale_gradient=wants_scale,
+        lse_gradient=not isinstance(cotangents[1], SymbolicZero),
+    )
     operands = kept[0]
     gradient = schedule.backward(options, *kept, *instantiated(cotangents, operands))
     return as_given(gradient, operands), None

@@ -116,7 +116,8 @@ def lstm(
             its time (3.1 against 15.3 μs a step of training at B 16, H 128 on an H200); "cudnn",
             on an NVIDIA GPU, for float32 without a variant, resets or `reverse`, and lengths of at
             least 1 (its gradient is cuDNN's own, of first order); or None, which is "native" where
-            that serves, and "xla" where not.
+            that serves, and "xla" where not. "xla" is one loop of several steps a turn on a GPU or
+            TPU, and chunks that fit a cache on a CPU; what it takes of memory above is a CPU's.
     Returns:
         y (B, T, R), or (T, B, R) with `time_major`, in the dtype of x, and the final state, in the
         dtypes of the initial one. For 16-bit inputs c is float32, so that a sequence cut in two and

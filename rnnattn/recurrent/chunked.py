@@ -3,8 +3,9 @@
 Time-major. A chunk's input projections are one matrix product before its steps and its weight
 gradients one after them, where JAX's own differentiation of a scan makes one for each step. All
 that is not sequential, the pre-activations and the local derivatives, is computed for a whole chunk
-at once in the backward pass; only dh and dc go step by step. A chunk is short enough for its
-buffers to stay in cache.
+at once in the backward pass; only dh and dc go step by step. On a CPU a chunk is short enough for
+its buffers to stay in cache; elsewhere, where a loop costs more than what is in it, a chunk is all
+of the sequence, if memory allows, and a turn of a loop several steps (`Sizes`).
 
     forward   per chunk: x w_x + b             per step: h₋ w_h, the cell
     backward  per chunk: z, the slopes         per step: dz, dz w_hᵀ
@@ -15,6 +16,7 @@ This module holds no algebra of its own: see `rnnattn.recurrent.equations`.
 Axes: T time, B batch, D input width, H hidden width, R width of h.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -37,10 +39,22 @@ from rnnattn.recurrent.equations import (
 )
 from rnnattn.recurrent.problem import Schedule, Trace
 
-# Measured on a CPU: benchmarks/README.md, "How the schedule is chosen".
-_CHUNK_BYTES = 4 * 2**20  # the pre-activations of a chunk
-_FEW_ROWS = 8  # a step of fewer rows costs no more than the loop around it
-_MERGED_BYTES = 2**20  # weights up to this size are worth one product for x and h together
+_FEW_ROWS = 8  # on a CPU, a step of fewer rows costs no more than the loop around it
+
+
+class Sizes(NamedTuple):
+    """How time is cut where a program runs."""
+
+    chunk_bytes: int  # of the pre-activations of a chunk
+    chunk_steps: int | None  # of a chunk, at most
+    turn: int  # steps in one turn of a loop
+    turn_of_few: int  # the same of the backward loop, for few rows
+    merged_bytes: int  # weights up to this size are worth one product for x and h together
+
+
+# Measured: benchmarks/README.md, "How the schedule is chosen".
+ON_CPU = Sizes(4 * 2**20, 512, 1, 4, 2**20)
+ELSEWHERE = Sizes(128 * 2**20, None, 8, 8, 0)
 
 
 class _WeightGradient(NamedTuple):
@@ -57,20 +71,20 @@ def _outer(x, dz):
     return jnp.tensordot(x.astype(dz.dtype), dz, ((0, 1), (0, 1)))
 
 
-def chunk_length(residuals, steps, H):
-    """The steps of a chunk: what `residuals` says, or what fills `_CHUNK_BYTES`.
+def chunk_length(sizes, residuals, steps, H):
+    """The steps of a chunk: what `residuals` says, or what fills `chunk_bytes`.
 
-    No more than 512, and a divisor of T if there is one among those not much smaller. All of T
-    where that is symbolic.
+    A divisor of T if there is one among those not much smaller. All of T where that is symbolic.
     """
     T, B, _ = steps.x.shape
     if not isinstance(T, int):
         return T
+    T = max(T, 1)
     if isinstance(residuals, int):
-        return min(residuals, max(T, 1))
+        return min(residuals, T)
     rows = B if isinstance(B, int) else _FEW_ROWS
     row = rows * 4 * H * accumulator(steps.x.dtype).itemsize
-    most = min(max(_CHUNK_BYTES // max(row, 1), 1), 512, max(T, 1))
+    most = min(max(sizes.chunk_bytes // max(row, 1), 1), sizes.chunk_steps or T, T)
     return max(range((most + 1) // 2, most + 1), key=lambda n: (T % n == 0, n))
 
 
@@ -101,10 +115,10 @@ def scan_chunks(chunk, carry, per_step, per_chunk, length, reverse):
     return carry, (per_step, per_chunk)
 
 
-def _chunk_forward(options, halved, state, steps, keep):
+def _chunk_forward(sizes, options, halved, state, steps, keep):
     """Run the steps of one chunk; `keep` names what of the trace besides y is wanted."""
     x, w_x, w_h = select(steps.valid, steps.x, 0), halved.w_x, halved.w_h
-    merged = not _few_rows(x) and w_x.nbytes + w_h.nbytes <= _MERGED_BYTES
+    merged = not _few_rows(x) and w_x.nbytes + w_h.nbytes <= sizes.merged_bytes
     if merged:
         w = jnp.concatenate([w_x, w_h])
     else:
@@ -121,17 +135,17 @@ def _chunk_forward(options, halved, state, steps, keep):
         return state, Trace(y, state.c if "c" in keep else None, a if "a" in keep else None)
 
     xs = (x, steps.valid, steps.fresh)
-    return lax.scan(step, state, xs, reverse=options.reverse, unroll=x.shape[0] == 1)
+    return lax.scan(step, state, xs, reverse=options.reverse, unroll=_unroll(sizes.turn, x))
 
 
-def _chunk_backward(options, params, halved, carry, steps, dy, trace, start):
+def _chunk_backward(sizes, options, params, halved, carry, steps, dy, trace, start):
     """The gradient of one chunk: (dparams, dstate) grows by it; dx is returned."""
     dparams, dstate = carry
     dtype = dstate.c.dtype
     peephole, projection = params.peephole, params.projection
 
     if trace.c is None:
-        _, trace = _chunk_forward(options, halved, start, steps, keep="ca")
+        _, trace = _chunk_forward(sizes, options, halved, start, steps, keep="ca")
     xh, c, c_prev, slopes, m = steps_apart(options, halved, steps, trace, start)
 
     w_x, w_h = params.w_x.astype(dtype), params.w_h.astype(dtype)
@@ -153,8 +167,8 @@ def _chunk_backward(options, params, halved, carry, steps, dy, trace, start):
         return before, (dz, None if projection is None else dh)
 
     xs = (dy.astype(dtype), slopes, steps.valid, steps.fresh)
-    back, turns = not options.reverse, _unroll(xh)
-    dstate, (dz, dh) = lax.scan(step, dstate, xs, reverse=back, unroll=turns)
+    back, turn = not options.reverse, sizes.turn_of_few if _few_rows(xh) else sizes.turn
+    dstate, (dz, dh) = lax.scan(step, dstate, xs, reverse=back, unroll=_unroll(turn, xh))
 
     grown = _WeightGradient(
         w=dparams.w + _outer(xh, dz),
@@ -188,10 +202,10 @@ def steps_apart(options, halved, steps, trace, start):
     return xh, c, c_prev, *slopes_of(a, c_prev, c, options.variant)
 
 
-def _unroll(x):
-    """Steps in one turn of the backward loop, as `lax.scan` wants it."""
+def _unroll(turn, x):
+    """Steps in one turn of a loop, as `lax.scan` wants it."""
     T = x.shape[0]
-    return min(4, T) if _few_rows(x) and isinstance(T, int) else T == 1
+    return max(min(turn, T), 1) if isinstance(T, int) else 1
 
 
 def _few_rows(x):
@@ -205,10 +219,9 @@ def _states_before(after, start, reverse):
     return jnp.concatenate(parts)
 
 
-def starts_of(options, params, state, steps, trace):
-    """The state before each chunk, from y and c. A row that has not begun holds its own."""
-    T, H = trace.y.shape[0], params.w_h.shape[1] // 4
-    length = chunk_length(options.residuals, steps, H)
+def _starts(options, length, state, steps, trace):
+    """The state before each chunk. A row that has not begun holds its own."""
+    T = trace.y.shape[0]
     first, others = (length if options.reverse else length - 1), (T - 1) // length
     before = lambda a: a[first::length][:others]
     h = before(trace.y)
@@ -221,41 +234,43 @@ def starts_of(options, params, state, steps, trace):
     return LSTMState(join(state.h, h), join(state.c, before(trace.c)))
 
 
-def forward(options, keeps, params, state, steps):
-    """The final state and the trace, with the state before each chunk."""
+def forward_in(sizes, options, keeps, params, state, steps):
+    """The final state and the trace, in chunks and turns of these sizes."""
     keep = {"gates": "ca", "states": "c"}.get(options.residuals, "") if keeps else ""
     halved = halve_params(params)
 
     def chunk(state, inputs):
         (steps,), _ = inputs
-        after, trace = _chunk_forward(options, halved, state, steps, keep)
+        after, trace = _chunk_forward(sizes, options, halved, state, steps, keep)
         return after, (trace, state)
 
-    length = chunk_length(options.residuals, steps, params.w_h.shape[1] // 4)
-    state, (trace, starts) = scan_chunks(chunk, state, (steps,), (), length, options.reverse)
-    return state, trace._replace(starts=starts)
+    length = chunk_length(sizes, options.residuals, steps, params.w_h.shape[1] // 4)
+    final, (trace, starts) = scan_chunks(chunk, state, (steps,), (), length, options.reverse)
+    kept = keeps and isinstance(options.residuals, int)  # else chunks differ from place to place
+    return final, trace._replace(starts=starts if kept else None)
 
 
-def backward(options, params, state, steps, trace, cotangents):
+def backward_in(sizes, options, params, state, steps, trace, cotangents):
     """L3 to L8, chunk by chunk against the direction of running; see `cell_gradient`."""
     dy, dstate = cotangents
     dtype = accumulator(steps.x.dtype)
     halved = halve_params(params)
+    length = chunk_length(sizes, options.residuals, steps, params.w_h.shape[1] // 4)
+    starts = trace.starts or _starts(options, length, state, steps, trace)
 
     def chunk(carry, inputs):
         (steps, dy, trace), start = inputs
-        carry, dx = _chunk_backward(options, params, halved, carry, steps, dy, trace, start)
+        carry, dx = _chunk_backward(sizes, options, params, halved, carry, steps, dy, trace, start)
         return carry, (dx, ())
 
     zeros = jax.tree.map(lambda w: jnp.zeros_like(w, dtype), params)
     dparams = _WeightGradient(jnp.concatenate([zeros.w_x, zeros.w_h]), *zeros[2:])
     carry = (dparams, jax.tree.map(lambda d: d.astype(dtype), dstate))
-    length = chunk_length(options.residuals, steps, params.w_h.shape[1] // 4)
     (dparams, dstate), (dx, _) = scan_chunks(
         chunk,
         carry,
         (steps, dy, trace._replace(starts=None)),
-        trace.starts,
+        starts,
         length,
         not options.reverse,
     )
@@ -264,6 +279,22 @@ def backward(options, params, state, steps, trace, cotangents):
     gradient = jax.tree.map(lambda d, like: d.astype(like.dtype), gradient, params)
     dstate = LSTMState(dstate.h.astype(steps.x.dtype), dstate.c)
     return gradient, dstate, dx
+
+
+def _by_place(half, *how):
+    """A function of arrays: `half` in the sizes of the place where the program runs."""
+    cpu, default = (partial(half, sizes, *how) for sizes in (ON_CPU, ELSEWHERE))
+    return partial(lax.platform_dependent, cpu=cpu, default=default)
+
+
+def forward(options, keeps, params, state, steps):
+    """The final state and the trace."""
+    return _by_place(forward_in, options, keeps)(params, state, steps)
+
+
+def backward(options, params, state, steps, trace, cotangents):
+    """The gradients of params, state and x."""
+    return _by_place(backward_in, options)(params, state, steps, trace, cotangents)
 
 
 CHUNKED = Schedule(forward, backward)

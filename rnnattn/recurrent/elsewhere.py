@@ -11,16 +11,10 @@ import rnnattn.recurrent.chunked as chunked
 
 
 def forward_on_xla(static, params, state, steps):
-    options, keeps = static
-    final, trace = chunked.forward(options, keeps, params, state, steps)
-    kept = keeps and isinstance(options.residuals, int)
-    return final, trace if kept else trace._replace(starts=None)
+    return chunked.forward(*static, params, state, steps)
 
 
-def backward_on_xla(options, params, state, steps, trace, cotangents):
-    if trace.starts is None:
-        trace = trace._replace(starts=chunked.starts_of(options, params, state, steps, trace))
-    return chunked.backward(options, params, state, steps, trace, cotangents)
+backward_on_xla = chunked.backward
 
 
 def forward_over_axis(forward, on_xla):

@@ -1,6 +1,6 @@
 """The native schedule of the LSTM on a CPU: the kernels of `rnnattn/native/src`.
 
-Elsewhere (`rnnattn.native.dispatch`), under `vmap` of weights, and for derivatives beyond the
+Elsewhere (`rnnattn.dispatch`), under `vmap` of weights, and for derivatives beyond the
 first, the schedule on XLA runs (`rnnattn.recurrent.chunked`). Both leave the same for the gradient:
 y with c and a of every step, or with c alone, or the state before every chunk.
 """
@@ -13,7 +13,8 @@ import numpy as np
 
 import rnnattn.native as native
 from rnnattn.checks import those_that_hold
-from rnnattn.native import dispatch
+from rnnattn.dispatch import dispatched
+from rnnattn.native.calls import call_attributes
 from rnnattn.recurrent.elsewhere import (
     backward_on_xla,
     backward_over_axis,
@@ -69,7 +70,7 @@ def _call(name, options, results, arrays, interval):
         *(given(x, jnp.float32) for x in others),
         reverse=options.reverse,
         interval=np.int64(interval),
-        **dispatch.call_attributes(),
+        **call_attributes(),
     )
     return [None if like is None else x for x, like in zip(made, results, strict=True)]
 
@@ -116,17 +117,17 @@ def _backward_natively(options, params, state, steps, trace, cotangents):
 
 # ---- where it runs ----------------------------------------------------------------------------
 
-_forward = dispatch.dispatched(
+_forward = dispatched(
     "rnnattn_lstm",
-    _forward_natively,
     forward_on_xla,
+    {"cpu": _forward_natively},
     _forward_results,
     forward_over_axis(forward, forward_on_xla),
 )
-_backward = dispatch.dispatched(
+_backward = dispatched(
     "rnnattn_lstm_gradient",
-    _backward_natively,
     backward_on_xla,
+    {"cpu": _backward_natively},
     _backward_results,
     backward_over_axis(backward_on_xla),
 )

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rnnattn.checks import those_that_hold
-from rnnattn.native import dispatch
+from rnnattn.dispatch import dispatched
 from rnnattn.precision import accumulator
 from rnnattn.recurrent.chunked import scan_chunks, steps_apart
 from rnnattn.recurrent.elsewhere import (
@@ -224,19 +224,17 @@ def _backward_results(options, params, state, steps, *_):
     return jax.tree.map(like, (params, state, steps.x))
 
 
-_forward = dispatch.dispatched(
+_forward = dispatched(
     "rnnattn_lstm_hopper",
-    _forward_by_kernel,
     forward_on_xla,
+    {"cuda": _forward_by_kernel},
     _forward_results,
     forward_over_axis(forward, forward_on_xla),
-    platform="cuda",
 )
-_backward = dispatch.dispatched(
+_backward = dispatched(
     "rnnattn_lstm_hopper_gradient",
-    _backward_by_kernel,
     backward_on_xla,
+    {"cuda": _backward_by_kernel},
     _backward_results,
     backward_over_axis(backward_on_xla),
-    platform="cuda",
 )

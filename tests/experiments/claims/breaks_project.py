@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 
 import rnnattn.reference
+from experiments.models.lstm_variants import back_propagate
 from experiments.report.intervals import Mean
 from tests.experiments.claims.breaks import Break
 from tests.experiments.claims.breaks_lstm import SLOPES, lstm, without_carry
@@ -23,7 +24,12 @@ def _half_as_wide(samples):
     return mean._replace(error=mean.error / 2)
 
 
+def _with_the_way_back(terms, case, steps):
+    return back_propagate(terms._replace(carried_cell=True), case, steps)
+
+
 BREAKS = (
+    Break("X1", "experiments.claims.missing_terms.back_propagate", _with_the_way_back),
     Break("X2", SLOPES, without_carry),
     Break("X3", "rnnattn.lstm", rnnattn.reference.lstm),
     Break("X4", "rnnattn.rope", _rope_at_rounded_positions),

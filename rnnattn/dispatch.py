@@ -1,42 +1,28 @@
-"""Where kernels run: functions that call them in a program for one CPU, and XLA elsewhere.
+"""What runs where: functions with an implementation of their own on a platform, and XLA elsewhere.
 
-`rnnattn.attention.native` and `rnnattn.recurrent.native` are made of these: schedules like any
-other, the kernels' where these serve, and elsewhere one on XLA, with the same results.
+The schedules `rnnattn.attention.placed` and `rnnattn.recurrent.native` are made of these: schedules
+like any other, by kernels or by another library where these serve, and elsewhere on XLA, with the
+same results.
 """
 
 from functools import cache, partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.interpreters import ad, batching, mlir
 
-from rnnattn.native.load import found
 
-# How kernels are called; tests set these.
-instruction_set: str | None = None  # the one of `status`
-threads = 0  # all of XLA's
+def dispatched(name, on_xla, by_platform, results, batched):
+    """A function of arrays that runs `on_xla` or as one `by_platform` says, where it ends up.
 
-
-def call_attributes() -> dict[str, Any]:
-    """Attributes of every call of a kernel."""
-    status, sets = found()
-    chosen = sets[instruction_set or status.instruction_set or ""]
-    return {"instruction_set": np.int64(chosen), "threads": np.int64(threads)}
-
-
-def dispatched(name, natively, on_xla, results, batched, platform="cpu"):
-    """A function of arrays that runs `natively` or `on_xla`, whichever serves where it ends up.
-
-    That is known where a program is lowered, and only there: `natively` runs in one for a single
-    device of the platform; one for a CPU must not be exported, since its kernels stay here.
-    Programs for several devices are left to XLA, which can divide them, and so is all that is not
-    lowered as one program, as under `jax.disable_jit`. Derivatives are those of `on_xla`, and so of
-    every order.
+    That is known where a program is lowered, and only there: another implementation than `on_xla`
+    runs in one for a single device of its platform that is not exported. Programs for several
+    devices are left to XLA, which can divide them, and so is all that is not lowered as one
+    program, as under `jax.disable_jit`. Derivatives are those of `on_xla`, and so of every order.
 
     Args:
-        natively, on_xla: of what is static, hashable, and of trees of arrays; to a tree of arrays.
+        on_xla: of what is static, hashable, and of trees of arrays; to a tree of arrays.
+        by_platform: the same of these, by the names that `jax.export` has for platforms.
         results: of the same, a tree of their `jax.ShapeDtypeStruct`.
         batched: the rule for `vmap`, of what is static, the trees, their leading axes those of
             `vmap` where the same trees of Booleans say so, and the size of these; to the results
@@ -63,15 +49,12 @@ def dispatched(name, natively, on_xla, results, batched, platform="cpu"):
                 jax.core.ShapedArray(x.shape, x.dtype) for x in leafwise(results)(*leaves, **how)
             ]
         )
-        in_xla = mlir.lower_fun(plain, multiple_results=True)
-        in_kernels = mlir.lower_fun(leafwise(natively), multiple_results=True)
-
-        def for_platform(context, *leaves, **how):
-            serves = _serves(context.module_context, platform)
-            return (in_kernels if serves else in_xla)(context, *leaves, **how)
-
+        lower = partial(mlir.lower_fun, multiple_results=True)
+        in_xla = lower(plain)
         mlir.register_lowering(defined, in_xla)
-        mlir.register_lowering(defined, for_platform, platform=platform)
+        for platform, function in by_platform.items():
+            rule = partial(_on_one_device, lower(leafwise(function)), in_xla)
+            mlir.register_lowering(defined, rule, platform=platform)
 
         def tangents_of(primals, tangents, **how):
             moving = [i for i, t in enumerate(tangents) if type(t) is not ad.Zero]
@@ -116,7 +99,9 @@ def dispatched(name, natively, on_xla, results, batched, platform="cpu"):
     return call
 
 
-def _serves(module, platform):
-    """Whether a program may call kernels: it has them where it runs, and is for one device."""
+def _on_one_device(lowered, in_xla, context, *leaves, **how):
+    """A lowering rule: `lowered` in a program that stays in this process, and on one device."""
+    module = context.module_context
     devices = getattr(module.axis_context, "num_devices", 1)
-    return devices == 1 and not (platform == "cpu" and module.lowering_parameters.for_export)
+    serves = devices == 1 and not module.lowering_parameters.for_export
+    return (lowered if serves else in_xla)(context, *leaves, **how)

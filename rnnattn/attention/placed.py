@@ -1,0 +1,154 @@
+"""Schedules in the layout of the arguments, which run on one platform, and elsewhere on XLA.
+
+What they share but the halves that run there: the schedules on XLA in this layout
+(`rnnattn.attention.xla`), for other places (`rnnattn.dispatch`) and for derivatives beyond the
+first, and `vmap`.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import rnnattn.attention.xla as xla
+from rnnattn.attention.equations import row_sums, sinks_gradient
+from rnnattn.attention.masking import only_seeing, rows_in_reach
+from rnnattn.attention.problem import Operands, Schedule
+from rnnattn.dispatch import dispatched
+
+
+def as_they_are(options, operands, masking):
+    return operands
+
+
+def placed(name, platform, forward, backward, enter=as_they_are):
+    """The schedule whose halves run as these in a program for one device of `platform`.
+
+    They take and give what the halves of a schedule do, in the layout of the arguments, with all
+    results in float32; but for the gradient of the sinks, which follows from the rest.
+    """
+    run_forward: Callable = dispatched(
+        name,
+        forward_on_xla,
+        {platform: forward},
+        _forward_results,
+        lambda *how: (_over_axis(run_forward, forward_on_xla, (), *how), 0),
+    )
+    run_backward: Callable = dispatched(
+        f"{name}_gradient",
+        backward_on_xla,
+        {platform: backward},
+        _backward_results,
+        lambda *how: _backward_over_axis(run_backward, *how),
+    )
+
+    def whole_backward(options, operands, masking, o, lse, do, dlse):
+        gradient = run_backward(options, operands, masking, o, lse, do, dlse)
+        dsinks = sinks_gradient(operands.sinks, lse, xla.time_last(row_sums(do, o)), dlse)
+        return gradient._replace(sinks=dsinks)
+
+    return Schedule(enter, run_forward, whole_backward, lambda options, operands, masking, *r: r)
+
+
+# ------------------------------------------------------------------------------------------ on XLA
+
+
+def _by_size(operands):
+    return xla.by_size(operands.query.shape[1], operands.key.shape[1])
+
+
+def forward_on_xla(options, operands, masking):
+    schedule = _by_size(operands)
+    operands = schedule.enter(options, operands, masking)
+    results = schedule.forward(options, operands, masking)
+    return schedule.leave(options, operands, masking, *results)
+
+
+def backward_on_xla(options, operands, masking, o, lse, do, dlse):
+    """The gradient, but for that of the sinks."""
+    schedule = _by_size(operands)
+    operands = schedule.enter(options, operands, masking)._replace(sinks=None)
+    o, do = xla.time_last(o), xla.time_last(do)
+    sees = rows_in_reach(options, masking, o.shape[3], operands.key.shape[2])
+    do, dlse = (only_seeing(sees, x) for x in (do, dlse))
+    d = schedule.backward(options, operands, masking, o, lse, do, dlse)
+    dk, dv = (jnp.moveaxis(x, 1, 2) for x in (d.key, d.value))
+    return d._replace(query=xla.time_first(d.query), key=dk, value=dv)
+
+
+# ------------------------------------------------------------------------------------- the results
+
+
+def _like(x, shape=None) -> Any:
+    return jax.ShapeDtypeStruct(x.shape if shape is None else shape, jnp.float32)
+
+
+def _forward_results(options, operands, masking):
+    q = operands.query
+    B, T, M, G, _ = q.shape
+    return _like(q, (B, T, M, G, operands.value.shape[3])), _like(q, (B, M, G, T))
+
+
+def _backward_results(options, operands, *_):
+    q, k, v, scale, bias, _ = operands
+    dscale = _like(scale) if options.scale_gradient else None
+    dbias = _like(bias) if bias is not None and options.bias_gradient else None
+    return Operands(_like(q), _like(k), _like(v), dscale, dbias)
+
+
+# -------------------------------------------------------------------------------------- under vmap
+
+# Fields of the operands and the masking that the rows of a batch may share.
+_SHARED = ("scale", "bias", "mask", "offset", "sinks")
+
+
+def _joined(trees, batched, size, rows, apart):
+    """The arguments with the axis of `vmap` joined to the batch, (A, B, …) → (A B, …).
+
+    What all rows share stays as it is, but for the fields named in `apart`.
+    """
+
+    def join(x, is_batched, shared=False):
+        if x is None or (shared and not is_batched and x.shape[0] == 1):
+            return x
+        x = x if is_batched else x[None]
+        return jnp.broadcast_to(x, (size, rows, *x.shape[2:])).reshape(size * rows, *x.shape[2:])
+
+    def join_fields(tree, batched):
+        fields = zip(tree._fields, tree, batched, strict=True)
+        shared = [name for name in _SHARED if name not in apart]
+        return type(tree)(*(join(x, b, name in shared) for name, x, b in fields))
+
+    (operands, masking, *others), (of_operands, of_masking, *of_others) = trees, batched
+    joined = [join_fields(operands, of_operands), join_fields(masking, of_masking)]
+    return [*joined, *map(join, others, of_others)]
+
+
+def _over_axis(run, on_xla, apart, options, trees, batched, size):
+    """The results of all rows; sinks of their own for each are left to XLA."""
+    operands, of_operands = trees[0], batched[0]
+    if of_operands.sinks:
+        axes = jax.tree.map(lambda b: 0 if b else None, batched)
+        return jax.vmap(partial(on_xla, options), axes)(*trees)
+    rows = operands.query.shape[1 if of_operands.query else 0]
+    results = run(options, *_joined(trees, batched, size, rows, apart))
+    return jax.tree.map(lambda x: x.reshape(size, rows, *x.shape[1:]), results)
+
+
+def _backward_over_axis(run, options, trees, batched, size):
+    """Scale and bias have a gradient for each row, which is summed where the rows share them."""
+    apart = ("scale",) * options.scale_gradient + ("bias",) * options.bias_gradient
+    gradient = _over_axis(run, backward_on_xla, apart, options, trees, batched, size)
+
+    def shared(d, x, is_batched):
+        if d is None or d.shape[1] == x.shape[1 if is_batched else 0]:
+            return d
+        return jnp.sum(d, 1, keepdims=True)
+
+    scale, bias = (
+        shared(*(getattr(tree, name) for tree in (gradient, trees[0], batched[0])))
+        for name in ("scale", "bias")
+    )
+    return gradient._replace(scale=scale, bias=bias), 0
