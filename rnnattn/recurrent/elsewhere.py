@@ -11,7 +11,8 @@ import rnnattn.recurrent.chunked as chunked
 
 
 def forward_on_xla(static, params, state, steps):
-    return chunked.forward(*static, params, state, steps)
+    options, keeps = static
+    return chunked.forward(options, keeps, params, state, steps)
 
 
 backward_on_xla = chunked.backward
