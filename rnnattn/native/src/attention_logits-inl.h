@@ -5,7 +5,6 @@
 
 #include <math.h>
 #include <cstdint>
-#include <cstring>
 
 #include "attention_masks-inl.h"
 #include "attention_packing-inl.h"
@@ -17,23 +16,6 @@
 
 RNNATTN_BEFORE_NAMESPACE();
 namespace rnnattn::RNNATTN_SET::attention {
-
-RNNATTN_INLINE Integers count_from(int64_t first) {
-  Integers lanes;
-  for (int i = 0; i < W; ++i) lanes[i] = static_cast<int32_t>(first) + i;
-  return lanes;
-}
-
-// W numbers from p on, of which `count` are there to read, and zeros.
-template <class Number>
-RNNATTN_INLINE auto load_few(const Number* p, int64_t count) {
-  Number __attribute__((vector_size(W * sizeof(Number)))) x{};
-  if (count >= W)
-    std::memcpy(&x, p, sizeof x);
-  else
-    std::memcpy(&x, p, count * sizeof(Number));
-  return x;
-}
 
 // One row of logits: the columns [from, to) of a block whose first key is `first`, multiples of W.
 struct Row {
@@ -53,34 +35,30 @@ static void mask_outside(const Row& row, float* s) {
   for (; j < row.to; j += W) store(s + j, splat(-INFINITY));
 }
 
-// s from q kᵀ: the soft cap, the bias, −∞ where masked. `capped` is 1 − (s / c)², if asked for.
+// s from q kᵀ: the soft cap, the bias, −∞ where masked. `uncap` is 1 − (s / c)², if asked for.
 static void finish_logits(const Attention& p, const Row& row, bool segments, float* s,
                           float* uncap) {
+  const V hidden = splat(-INFINITY);
   const float* bias = p.bias.data ? p.bias.row(row.b, row.m, row.g, row.t) : nullptr;
   const uint8_t* mask = p.mask.data ? p.mask.row(row.b, row.m, row.g, row.t) : nullptr;
   const int32_t* of_keys = segments ? p.key_segments + row.b * p.S : nullptr;
   const int32_t segment = segments ? p.query_segments[row.b * p.T + row.t] : 0;
+  const bool all_hidden = mask && p.mask.s == 0 && mask[0] == 0;
   for (int64_t j = row.from; j < row.to; j += W) {
-    const int64_t key = row.first + j, left = p.S - key;
+    const int64_t key = row.first + j;
+    const int count = static_cast<int>(least(W, p.S - key));
     V x = load(s + j);
     if (p.soft_cap > 0) {
       const V y = tanh(x / p.soft_cap);
       x = p.soft_cap * y;
       if (uncap) store(uncap + j, 1.0f - y * y);
     }
-    if (bias) x += p.bias.s ? load_few(bias + key, left) : splat(bias[0]);
-    const Integers at = count_from(key);
-    Integers sees =
-        (at >= static_cast<int32_t>(row.sees.first)) & (at < static_cast<int32_t>(row.sees.past));
-    if (mask) {
-      if (p.mask.s)
-        sees &= __builtin_convertvector(load_few(mask + key, left), Integers) != 0;
-      else if (!mask[0])
-        sees = Integers{};
-    }
-    if (of_keys) sees &= load_few(of_keys + key, left) == segment;
-    store(s + j, sees ? x : splat(-INFINITY));
+    if (bias) x += p.bias.s ? load(bias + key, count) : splat(bias[0]);
+    if (mask && p.mask.s) x = where(nonzero(mask + key, count), x, hidden);
+    if (of_keys) x = where(equal(of_keys + key, count, segment), x, hidden);
+    store(s + j, all_hidden ? hidden : x);
   }
+  mask_outside(row, s);
 }
 
 // s, rows STRIDE apart, of packed queries and keys.

@@ -54,14 +54,6 @@ static void add_row(const float* from, int64_t width, float* to) {
   store(to + i, load(to + i, rest) + load(from + i), rest);
 }
 
-// The largest number of each of W vectors.
-RNNATTN_INLINE V max_of_each(V (&x)[W]) {
-  transpose(x);
-  for (int half = W / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) x[i] = max(x[i], x[i + half]);
-  return x[0];
-}
-
 // Keys [first, past) as columns, in panels of TILE_COLUMNS keys: of these first the numbers 0, then
 // the numbers 1, and so on. Zeros up to a whole number of vectors of keys.
 static void pack_columns(const Attention& p, const float* x, int64_t width, int64_t b, int64_t m,
