@@ -61,12 +61,29 @@ static void finish_logits(const Attention& p, const Row& row, bool segments, flo
   mask_outside(row, s);
 }
 
+// Keys or values of a head, as what a product sums over: in columns, packed, or in rows.
+struct Against {
+  const float* columns;
+  KeyRows rows;
+};
+
+// a xᵀ for the columns of a block, rows STRIDE apart.
+static void product_against(const Block& block, int64_t width, const float* a, const Against& x,
+                            float* c) {
+  const int64_t from = block.from, a_stride = whole_vectors(width);
+  if (x.columns)
+    product<Stored::by_row, From::zero>(block.rows, (block.to - from) / W, width, a, a_stride,
+                                        x.columns + from * width, TILE_COLUMNS,
+                                        TILE_COLUMNS * width, c + from, STRIDE);
+  else
+    product_of_rows(block.rows, block.seen(), width, a, a_stride,
+                    x.rows.data + from * x.rows.stride, x.rows.stride, c + from, STRIDE);
+}
+
 // s, rows STRIDE apart, of packed queries and keys.
 static void logits(const Attention& p, const Block& block, const Rows& of, const Range* ranges,
-                   int64_t row, const float* q, const float* k, float* s, float* uncap) {
-  product<Stored::by_row, From::zero>(block.rows, (block.to - block.from) / W, p.K, q,
-                                      whole_vectors(p.K), k + block.from * p.K, TILE_COLUMNS,
-                                      TILE_COLUMNS * p.K, s + block.from, STRIDE);
+                   int64_t row, const float* q, const Against& k, float* s, float* uncap) {
+  product_against(block, p.K, q, k, s);
   if (block.bare && block.in_range) return;
   for (int64_t r = 0; r < block.rows; ++r) {
     const Row at{of.b,      of.m,        of.head(row + r), of.time(row + r),

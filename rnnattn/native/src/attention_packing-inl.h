@@ -87,6 +87,28 @@ static bool pack_rows(const Attention& p, const float* x, int64_t width, int64_t
   return is_finite(to, count * padded);
 }
 
+// Rows of keys or values of a head: where they are, or packed.
+struct KeyRows {
+  const float* data;
+  int64_t stride;
+};
+static KeyRows rows_in_place(const Attention& p, const float* x, int64_t width, int64_t b,
+                             int64_t m, Range keys) {
+  return {x + key_at(p, width, b, m, keys.first), p.M * width};
+}
+// Whether some rows hold no NaN and no ∞.
+static bool are_finite(KeyRows rows, int64_t count, int64_t width) {
+  const int rest = static_cast<int>(width % W);
+  V products{};
+  for (int64_t i = 0; i < count; ++i) {
+    const float* row = rows.data + i * rows.stride;
+    int64_t k = 0;
+    for (; k + W <= width; k += W) products += 0.0f * load(row + k);
+    if (rest) products += 0.0f * load(row + k, rest);
+  }
+  return sum(products) == 0;
+}
+
 static int64_t whole_panels(int64_t n) { return ceil_div(n, TILE_COLUMNS) * TILE_COLUMNS; }
 
 }  // namespace rnnattn::RNNATTN_SET::attention

@@ -207,22 +207,22 @@ RNNATTN_INLINE void transpose(V (&x)[W]) {
   if constexpr (half > 1) transpose<half / 2>(x);
 }
 
-// Of each of W vectors, `of` all its lanes: halves of two vectors become one, then quarters of two
-// of these.
+// Of each of W vectors all lanes, joined by `of`, which changes its first: halves of two vectors
+// become one, then quarters of two of these.
 template <int half = W / 2, class Of>
 RNNATTN_INLINE V of_each(V (&x)[W], Of of) {
   unrolled<half>([&](auto i) RNNATTN_LAMBDA {
     exchange<half>(x[i], x[i + half], std::make_integer_sequence<int, W>{});
-    x[i] = of(x[i], x[i + half]);
+    of(x[i], x[i + half]);
   });
   if constexpr (half > 1) return of_each<half / 2>(x, of);
   return x[0];
 }
 RNNATTN_INLINE V sum_of_each(V (&x)[W]) {
-  return of_each(x, [](V a, V b) RNNATTN_LAMBDA { return a + b; });
+  return of_each(x, [](V& a, const V& b) RNNATTN_LAMBDA { a += b; });
 }
 RNNATTN_INLINE V max_of_each(V (&x)[W]) {
-  return of_each(x, [](V a, V b) RNNATTN_LAMBDA { return max(a, b); });
+  return of_each(x, [](V& a, const V& b) RNNATTN_LAMBDA { a = max(a, b); });
 }
 
 RNNATTN_INLINE int64_t whole_vectors(int64_t n) { return ceil_div(n, W) * W; }
