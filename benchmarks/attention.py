@@ -31,7 +31,11 @@ from rnnattn.attention import blockwise, xla
 
 
 class Shape(NamedTuple):
-    """T queries and as many keys; `window`: a query sees so many keys before it, and its own."""
+    """T queries of N heads, and as many keys of as many heads, if S and M do not say otherwise.
+
+    `window`: a query sees so many keys before it, and its own; `mask`: a mask (T, S) hides a fifth
+    of them.
+    """
 
     B: int
     T: int
@@ -39,14 +43,29 @@ class Shape(NamedTuple):
     K: int
     causal: bool = False
     window: int | None = None
+    S: int | None = None
+    M: int | None = None
+    mask: bool = False
 
     def __str__(self):
         sees = "causal" if self.causal else "full" if self.window is None else str(self.window)
-        return f"{self.B}, {self.T}, {self.N}, {self.K}, {sees}"
+        numbers = {"S": self.S, "M": self.M}
+        more = [f", {name}={n}" for name, n in numbers.items() if n is not None]
+        return f"{self.B}, {self.T}, {self.N}, {self.K}, {sees}{''.join(more)}" + (
+            ", mask" if self.mask else ""
+        )
+
+    @property
+    def keys(self):
+        return self.T if self.S is None else self.S
+
+    @property
+    def key_heads(self):
+        return self.N if self.M is None else self.M
 
     @property
     def logits(self):
-        return self.B * self.N * self.T**2
+        return self.B * self.N * self.T * self.keys
 
     @property
     def options(self) -> dict[str, Any]:
@@ -72,12 +91,20 @@ KINDS = ("forward", "gradient")
 class Problem(NamedTuple):
     shape: Shape
     arrays: tuple[jax.Array, ...]  # query, key, value and the cotangent of the output
+    masks: tuple[jax.Array, ...]  # (1, 1, T, S); none or one
 
 
 def make_problem(shape, *, dtype) -> Problem:
-    keys = jax.random.split(jax.random.key(0), 4)
-    draw = lambda key: jax.random.normal(key, shape[:4], jnp.float32).astype(dtype)
-    return Problem(shape, tuple(map(draw, keys)))
+    *keys, of_mask = jax.random.split(jax.random.key(0), 5)
+    queries = (shape.B, shape.T, shape.N, shape.K)
+    of_keys = (shape.B, shape.keys, shape.key_heads, shape.K)
+    draw = lambda key, size: jax.random.normal(key, size, jnp.float32).astype(dtype)
+    arrays = tuple(map(draw, keys, (queries, of_keys, of_keys, queries)))
+    if not shape.mask:
+        return Problem(shape, arrays, ())
+    mask = jax.random.uniform(of_mask, (1, 1, shape.T, shape.keys)) < 0.8
+    # what sees nothing is NaN in some libraries
+    return Problem(shape, arrays, (mask.at[..., 0].set(True),))
 
 
 # ---- the programs: forward and gradient of each peer ------------------------------------------
@@ -86,18 +113,20 @@ def make_problem(shape, *, dtype) -> Problem:
 
 
 def gradient_of(apply: Callable) -> Callable:
-    def gradient(query, key, value, do):
-        o, pullback = jax.vjp(apply, query, key, value)
+    def gradient(query, key, value, do, *masks):
+        o, pullback = jax.vjp(lambda *operands: apply(*operands, *masks), query, key, value)
         return o, *pullback(do)
 
     return gradient
 
 
-def jax_programs(apply: Callable, problem: Problem) -> timing.Programs:
-    """`apply(query, key, value)` returns the output."""
+def jax_programs(attend: Callable, problem: Problem) -> timing.Programs:
+    """`attend(query, key, value, mask=mask)` returns the output."""
+    apply = lambda query, key, value, mask=None: attend(query, key, value, mask=mask)
+    arrays, masks = problem.arrays, problem.masks
     return {
-        "forward": timing.compiled(apply, *problem.arrays[:3]),
-        "gradient": timing.compiled(gradient_of(apply), *problem.arrays),
+        "forward": timing.compiled(apply, *arrays[:3], *masks),
+        "gradient": timing.compiled(gradient_of(apply), *arrays, *masks),
     }
 
 
@@ -145,14 +174,18 @@ def torch(problem: Problem) -> timing.Programs:
     leaves = [leaf.requires_grad_() for leaf in leaves]
     mask = None
     if shape.window is not None:
-        t = torch.arange(shape.T, device=device)
-        distance = t[:, None] - t[None]
+        t, s = (torch.arange(size, device=device) for size in (shape.T, shape.keys))
+        distance = t[:, None] - s[None]
         mask = (distance >= 0) & (distance <= shape.window)
+    for given in problem.masks:
+        given = torch.tensor(np.asarray(given), device=device)
+        mask = given if mask is None else mask & given
+    options = {"is_causal": shape.causal, "enable_gqa": shape.N != shape.key_heads}
 
     def attend():
         q, k, v = (x.transpose(1, 2) for x in leaves)  # heads before time
         attend = torch.nn.functional.scaled_dot_product_attention
-        return attend(q, k, v, attn_mask=mask, is_causal=shape.causal).transpose(1, 2)
+        return attend(q, k, v, attn_mask=mask, **options).transpose(1, 2)
 
     def forward():
         with torch.no_grad():
@@ -368,18 +401,31 @@ def print_choice(choice):
 def parse_shape(text) -> Shape:
     sizes, sees = text.split(",")[:4], text.split(",")[4:]
     B, T, N, K = timing.counts(",".join(sizes), "B,T,N,K")
-    window = int(sees[0]) if sees and re.fullmatch("[0-9]{1,9}", sees[0]) else None
-    if len(sees) > 1 or (window is None and sees not in ([], ["causal"], ["full"])):
-        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not B,T,N,K[,causal|full|window]")
-    return Shape(B, T, N, K, sees == ["causal"], window)
+    options: dict[str, Any] = {}
+    known = True
+    for word in sees:
+        name, _, number = word.partition("=")
+        if word in ("causal", "mask"):
+            options[word] = True
+        elif name in ("S", "M") and number:
+            options[name] = timing.count(number)
+        elif re.fullmatch("[0-9]{1,9}", word):
+            known = known and "window" not in options
+            options["window"] = int(word)
+        else:
+            known = known and word == "full"
+    if not known or {"causal", "window"} <= options.keys() or N % options.get("M", N):
+        form = "B,T,N,K[,causal|full|window][,S=S][,M=M][,mask], with M a divisor of N"
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not {form}")
+    return Shape(B, T, N, K, **options)
 
 
 def parse(argv=None):
     shapes = {
         "type": parse_shape,
         "default": GPU_SHAPES if jax.default_backend() == "gpu" else SHAPES,
-        "metavar": "B,T,N,K[,SEES]",
-        "help": "SEES: causal, full, or a number of keys to the left",
+        "metavar": "B,T,N,K[,SEES][,S=S][,M=M][,mask]",
+        "help": "SEES: causal, full, or a number of keys to the left; S keys, M heads of these",
     }
     studies = {"memory": "temporary memory", "choice": "schedules and blocks"}
     parser = timing.parser(__doc__.splitlines()[0], shapes, PEERS, DEFAULT_PEERS, studies)

@@ -134,7 +134,7 @@ static void begin_rows(const AttentionForward& p, const Rows& rows, bool first_p
 static void see_keys(const AttentionForward& p, const Rows& rows, Range keys, bool streamed,
                      const ForwardMemory& my) {
   const int64_t count = rows.count(), k_width = whole_vectors(p.K), v_width = whole_vectors(p.V);
-  const bool in_place = streamed && p.V % W == 0;
+  const bool in_place = streamed && vectors_in_place(p, p.V, rows.b, rows.m, keys);
   const Against k{streamed ? nullptr : my.k, rows_in_place(p, p.key, p.K, rows.b, rows.m, keys)};
   KeyRows v{my.v, v_width};
   bool finite = true, packed = false;

@@ -233,7 +233,7 @@ static void stream_backward_keys(const AttentionBackward& p, const Rows& rows, R
     // NaN and ∞ matter only where something is hidden
     const bool finite =
         block.shows_all() || (are_finite(k, block.count, p.K) && are_finite(v, block.count, p.V));
-    if (!finite || k_width != p.K) {
+    if (!finite || !vectors_in_place(p, p.K, rows.b, m, keys)) {
       pack_rows(p, p.key, p.K, rows.b, m, keys, my.k);
       k = {my.k, k_width};
     }

@@ -96,6 +96,11 @@ static KeyRows rows_in_place(const Attention& p, const float* x, int64_t width, 
                              int64_t m, Range keys) {
   return {x + key_at(p, width, b, m, keys.first), p.M * width};
 }
+// Whether whole vectors can be read of all of them, with whatever stands behind a row in its last:
+// of the last row of an array only where it is whole vectors itself.
+static bool vectors_in_place(const Attention& p, int64_t width, int64_t b, int64_t m, Range keys) {
+  return width % W == 0 || b + 1 < p.B || m + 1 < p.M || keys.past < p.S;
+}
 // Whether some rows hold no NaN and no ∞.
 static bool are_finite(KeyRows rows, int64_t count, int64_t width) {
   const int rest = static_cast<int>(width % W);
