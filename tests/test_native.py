@@ -324,8 +324,19 @@ def test_wrong_shapes_are_errors_of_the_call():
     q, k, v = np.ones((1, 4, 1, 1, 3), f32), np.ones((1, 5, 1, 3), f32), np.ones((1, 5, 1, 2), f32)
     results = [shape((1, 4, 1, 1, 2), f32), shape((1, 1, 1, 4), f32)]
 
-    def call(q=q, k=k, v=v, offset=(0,), results=results, **attributes):
-        arguments = (q, k, v, *absent, np.asarray(offset, np.int32), *integers, np.zeros(0, f32))
+    def call(
+        q=q, k=k, v=v, scale=np.ones((1,) * 5, f32), offset=(0,), results=results, **attributes
+    ):
+        arguments = (
+            q,
+            k,
+            v,
+            scale,
+            *absent,
+            np.asarray(offset, np.int32),
+            *integers,
+            np.zeros(0, f32),
+        )
         options = {
             "is_causal": False,
             "left": np.int64(-1),
@@ -334,7 +345,7 @@ def test_wrong_shapes_are_errors_of_the_call():
             **dispatch.call_attributes(),
             **attributes,
         }
-        return jax.ffi.ffi_call("rnnattn.attention_forward.v1", results)(*arguments, **options)
+        return jax.ffi.ffi_call("rnnattn.attention_forward.v2", results)(*arguments, **options)
 
     np.testing.assert_allclose(call()[0], np.ones((1, 4, 1, 1, 2)))
     for wrong, name in (
@@ -344,6 +355,8 @@ def test_wrong_shapes_are_errors_of_the_call():
         ({"q": np.ones((1, 1, 4, 3), f32)}, "query"),
         ({"q": np.ones((1, 4, 1, 1, 3), np.int32)}, "query"),
         ({"q": np.ones((1, 0, 1, 1, 3), f32)}, "query"),
+        ({"scale": np.ones((2, 1, 1, 1, 1), f32)}, "scale"),
+        ({"scale": np.ones((0, 1, 1, 1, 1), f32)}, "scale"),
         ({"offset": (0, 0)}, "offset"),
         ({"results": [results[0], shape((1, 1, 1, 5), f32)]}, "lse"),
         ({"instruction_set": np.int64(7)}, "instruction_set"),

@@ -121,7 +121,7 @@ static void begin_rows(const AttentionForward& p, const Rows& rows, bool first_p
     if (p.query_lengths && rows.time(r) >= p.query_lengths[rows.b])
       zero(my.q + r * k_width, k_width);
     else
-      pack_row(p.query + query_at(p, p.K, rows, r), p.K, my.q + r * k_width);
+      pack_query(p, rows, r, my.q + r * k_width);
     const float sink = p.sinks && first_part ? p.sinks[rows.m * p.G + rows.head(r)] : -INFINITY;
     my.peak[r] = sink;
     zero(my.total + r * W, W);

@@ -130,7 +130,7 @@ static void weights_and_gradient(const AttentionBackward& p, const Block& block,
                                  bool finite, const BackwardMemory& my) {
   const int64_t k_width = whole_vectors(p.K), v_width = whole_vectors(p.V);
   for (int64_t r = 0; r < block.rows; ++r) {
-    pack_row(p.query + query_at(p, p.K, rows, r), p.K, my.q + r * k_width);
+    pack_query(p, rows, r, my.q + r * k_width);
     pack_row(p.d_o + query_at(p, p.V, rows, r), p.V, my.d_o + r * v_width);
     const int64_t row = row_at(p, rows, r);
     my.lse[r] = p.lse[row] == -INFINITY ? INFINITY : p.lse[row];
@@ -157,7 +157,7 @@ static void add_to_dq(const AttentionBackward& p, const Block& block, const Rows
                                       STRIDE, k.data + block.from * k.stride, k.stride,
                                       TILE_COLUMNS, my.dq, k_width);
   for (int64_t r = 0; r < block.rows; ++r)
-    add_row(my.dq + r * k_width, p.K, dq + query_at(p, p.K, rows, r));
+    add_row(my.dq + r * k_width, scale_of(p, rows, r), p.K, dq + query_at(p, p.K, rows, r));
 }
 
 // dk and dv of a block of keys of a key/value head, and what they add to dq and dbias.

@@ -34,6 +34,16 @@ static void pack_row(const float* from, int64_t width, float* to) {
   for (; i + W <= width; i += W) store(to + i, load(from + i));
   if (i < width) store(to + i, load(from + i, static_cast<int>(width - i)));
 }
+static float scale_of(const Attention& p, const Rows& rows, int64_t r) {
+  return *p.scale.row(rows.b, rows.m, rows.head(r), 0);
+}
+// The queries of logits: scaled.
+static void pack_query(const Attention& p, const Rows& rows, int64_t r, float* to) {
+  const float *from = p.query + query_at(p, p.K, rows, r), scale = scale_of(p, rows, r);
+  int64_t i = 0;
+  for (; i + W <= p.K; i += W) store(to + i, load(from + i) * scale);
+  if (i < p.K) store(to + i, load(from + i, static_cast<int>(p.K - i)) * scale);
+}
 // Whether a packed row holds no NaN and no ∞.
 static bool is_finite(const float* row, int64_t padded) {
   V products{};
@@ -46,12 +56,12 @@ static void unpack_row(const float* from, float factor, int64_t width, float* to
   for (; i + W <= width; i += W) store(to + i, load(from + i) * factor);
   if (i < width) store(to + i, load(from + i) * factor, static_cast<int>(width - i));
 }
-static void add_row(const float* from, int64_t width, float* to) {
+static void add_row(const float* from, float factor, int64_t width, float* to) {
   int64_t i = 0;
-  for (; i + W <= width; i += W) store(to + i, load(to + i) + load(from + i));
+  for (; i + W <= width; i += W) store(to + i, fma(load(from + i), splat(factor), load(to + i)));
   if (i == width) return;
   const int rest = static_cast<int>(width - i);
-  store(to + i, load(to + i, rest) + load(from + i), rest);
+  store(to + i, fma(load(from + i), splat(factor), load(to + i, rest)), rest);
 }
 
 // Keys [first, past) as columns, in panels of TILE_COLUMNS keys: of these first the numbers 0, then
