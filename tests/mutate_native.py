@@ -61,7 +61,12 @@ FUNCTIONS = [
         ],
     ),
     ("product-inl.h", ATTENTION, ["V dots_with(int64_t"]),
-    ("attention_packing-inl.h", HIDDEN, ["is_finite(const float", "are_finite(KeyRows"]),
+    (
+        "attention_packing-inl.h",
+        ATTENTION,
+        ["pack_query(const Attention", "add_row(const float", "are_finite(KeyRows"],
+    ),
+    ("attention_packing-inl.h", HIDDEN, ["is_finite(const float"]),
     (
         "attention_gradient-inl.h",
         HIDDEN,
@@ -91,6 +96,8 @@ EQUIVALENT = [
     "0.0f + load(row + k, rest)",  # and more keys
     "products -= 0.0f",  # a sum of zeros, or NaN
     "least(i, columns + 1)",  # for the sanitizers: of what no lane shows
+    "quarters + (W / 4)",  # the same
+    "- i % (W / 4)",  # 0 where W is 4
 ]
 # Where loops end, and what is asked for early.
 SKIPPED = "for (", "static_cast<int>(", "const int rest", "__builtin_prefetch"

@@ -20,21 +20,21 @@
 RNNATTN_BEFORE_NAMESPACE();
 namespace rnnattn::RNNATTN_SET::attention {
 
-// What one work item does: a part of the keys, for a set of rows of one key/value head, or of all
-// heads where keys are streamed. How many parts there are depends on the shapes alone; what they
-// make of the softmax is joined in the end.
+// What one work item does: a part of the keys, for a set of rows of one key/value head, or of
+// several heads where keys are streamed. How many parts there are depends on the shapes alone; what
+// they make of the softmax is joined in the end.
 struct ForwardPlan {
   bool streamed;
   RowBlocks blocks;
   int64_t heads, keys, key_blocks, sets, parts;
 
   explicit ForwardPlan(const Attention& p)
-      : streamed(is_streamed(p)), blocks(p, FORWARD_ROWS), heads(streamed ? p.M : 1) {
+      : streamed(is_streamed(p)), blocks(p, FORWARD_ROWS), heads(streamed ? streamed_heads(p) : 1) {
     keys = streamed ? STREAMED_KEYS : KEYS;
     key_blocks = ceil_div(p.S, keys);
     sets = p.B * (p.M / heads) * blocks.count();
-    const int64_t least_keys = ceil_div(p.S, LEAST_KEYS_OF_A_PART);
-    parts = least(least_keys, ceil_div(LEAST_ITEMS, sets));
+    const int64_t most_parts = ceil_div(p.S, streamed ? keys : LEAST_KEYS_OF_A_PART);
+    parts = least(most_parts, ceil_div(LEAST_ITEMS, sets));
   }
   // Rows of the first head of an item; the last queries first: with a causal mask they have the
   // most to do.
@@ -138,6 +138,10 @@ static void see_keys(const AttentionForward& p, const Rows& rows, Range keys, bo
   const Against k{streamed ? nullptr : my.k, rows_in_place(p, p.key, p.K, rows.b, rows.m, keys)};
   KeyRows v{my.v, v_width};
   bool finite = true, packed = false;
+  if (streamed) {
+    prefetch_share(p, p.key, p.K, rows.b, rows.m, keys.past, keys.past - keys.first);
+    prefetch_share(p, p.value, p.V, rows.b, rows.m, keys.past, keys.past - keys.first);
+  }
   for (int64_t r = 0; r < count; r += ROWS) {
     const Block block = block_of(p, rows, keys, my.ranges + r, least(ROWS, count - r));
     if (block.empty()) continue;

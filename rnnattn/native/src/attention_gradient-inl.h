@@ -20,8 +20,8 @@
 RNNATTN_BEFORE_NAMESPACE();
 namespace rnnattn::RNNATTN_SET::attention {
 
-// What one work item does: the key blocks of a part, of all heads that share a dbias, and of all
-// where keys are streamed.
+// What one work item does: the key blocks of a part, of all heads that share a dbias, and of
+// several where keys are streamed.
 //
 // Every sum is made by one item, in one order, but for dq over the parts: each has a dq of its own,
 // and these are added in the end. How many parts there are depends on the shapes alone.
@@ -33,11 +33,14 @@ struct BackwardPlan {
 
   explicit BackwardPlan(const AttentionBackward& p) : streamed(is_streamed(p)) {
     b_shared = p.dbias.data && p.dbias.b == 0 ? p.B : 1;
-    m_shared = streamed || (p.dbias.data && p.dbias.m == 0) ? p.M : 1;
+    m_shared = p.dbias.data && p.dbias.m == 0 ? p.M : streamed ? streamed_heads(p) : 1;
     groups = p.B / b_shared * (p.M / m_shared);
     keys = streamed ? STREAMED_KEYS : KEYS;
-    key_blocks = ceil_div(p.S, keys);
     const bool keys_shared = p.dbias.data && p.dbias.s == 0;
+    // so that there is something to divide where there is one head and sequence
+    if (!keys_shared)
+      while (keys > TILE_COLUMNS && groups * ceil_div(p.S, keys) < LEAST_BLOCKS) keys /= 2;
+    key_blocks = ceil_div(p.S, keys);
     parts = keys_shared ? 1 : least(key_blocks, ceil_div(LEAST_ITEMS, groups));
   }
 };

@@ -34,10 +34,11 @@ constexpr int64_t ROWS = 48;           // of a block
 constexpr int64_t FORWARD_ROWS = 288;  // of a work item, which share a block of packed keys
 // Of a row of logits: a power of two would put its columns into a few sets of a cache.
 constexpr int64_t STRIDE = KEYS + LINE;
-constexpr int64_t STREAMED_ROWS = 16;          // of a key/value head, at most
-constexpr int64_t STREAMED_KEYS = 64;          // of a block
-constexpr int64_t LEAST_ITEMS = 16;            // if there are as many key blocks
-constexpr int64_t LEAST_KEYS_OF_A_PART = 256;  // forward
+constexpr int64_t STREAMED_ROWS = 16;  // of a key/value head, at most
+constexpr int64_t STREAMED_KEYS = 64;  // of a block
+constexpr int64_t LEAST_BLOCKS = 4;    // of keys, of the backward pass: else they are smaller
+constexpr int64_t LEAST_ITEMS = 16;    // if there are as many key blocks
+constexpr int64_t LEAST_KEYS_OF_A_PART = 256;  // forward, of packed ones
 // Multiply-adds: with fewer, another thread does not pay.
 constexpr int64_t WORK_OF_A_THREAD = 1 << 21;
 // The same in numbers of keys and values, where they are streamed.
@@ -98,6 +99,14 @@ struct RowBlocks {
 
 // Whether keys and values are read where they are.
 static bool is_streamed(const Attention& p) { return p.G * p.T <= STREAMED_ROWS; }
+
+// Heads of a work item where keys are streamed: all, unless there were too few items then.
+static int64_t streamed_heads(const Attention& p) {
+  int64_t heads = p.M;
+  const int64_t of_heads = p.B * ceil_div(p.S, STREAMED_KEYS);
+  while (of_heads * (p.M / heads) < LEAST_ITEMS && heads % 2 == 0) heads /= 2;
+  return heads;
+}
 
 // How many threads pay.
 static int64_t threads_for(const Attention& p, int64_t multiply_adds) {

@@ -107,9 +107,10 @@ static KeyRows rows_in_place(const Attention& p, const float* x, int64_t width, 
   return {x + key_at(p, width, b, m, keys.first), p.M * width};
 }
 // Whether whole vectors can be read of all of them, with whatever stands behind a row in its last:
-// of the last row of an array only where it is whole vectors itself.
+// not where the array ends before.
 static bool vectors_in_place(const Attention& p, int64_t width, int64_t b, int64_t m, Range keys) {
-  return width % W == 0 || b + 1 < p.B || m + 1 < p.M || keys.past < p.S;
+  const int64_t size = p.B * p.S * p.M * width;
+  return key_at(p, width, b, m, keys.past - 1) + whole_vectors(width) <= size;
 }
 // Whether some rows hold no NaN and no ∞.
 static bool are_finite(KeyRows rows, int64_t count, int64_t width) {
@@ -122,6 +123,16 @@ static bool are_finite(KeyRows rows, int64_t count, int64_t width) {
     if (rest) products += 0.0f * load(row + k, rest);
   }
   return sum(products) == 0;
+}
+
+// Ask for the share of a head in the next `count` keys or values of all heads, which lie one after
+// another, if heads are narrow: a core sees long rows coming, but not a line out of each key.
+static void prefetch_share(const Attention& p, const float* x, int64_t width, int64_t b, int64_t m,
+                           int64_t next, int64_t count) {
+  if (width >= 4 * LINE) return;
+  count = least(count, p.S - next);
+  const float* share = x + key_at(p, width, b, 0, next) + m * count * width;
+  for (int64_t i = 0; i < count * width; i += LINE) __builtin_prefetch(share + i, 0, 2);
 }
 
 static int64_t whole_panels(int64_t n) { return ceil_div(n, TILE_COLUMNS) * TILE_COLUMNS; }
