@@ -59,6 +59,7 @@ def test_a_seed_draws_the_same_problems_from_the_ranges():
         assert drawn == sweep.draw(what, 3, 40) != sweep.draw(what, 4, 40)
     shapes = sweep.draw("attention", 3, 200)
     for shape in shapes:
+        assert shape.keys > 1
         assert shape.N % shape.key_heads == 0 and shape.K % 8 == 0 and 16 <= shape.K <= 256
         assert shape.logits * shape.K * 2 <= sweep.MOST_WORK
     for seen in (
