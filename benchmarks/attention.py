@@ -31,7 +31,11 @@ from rnnattn.attention import blockwise, xla
 
 
 class Shape(NamedTuple):
-    """T queries and as many keys; `window`: a query sees so many keys before it, and its own."""
+    """T queries of N heads, and as many keys of as many heads, if S and M do not say otherwise.
+
+    `window`: a query sees so many keys before it, and its own; `mask`: a mask (T, S) hides a fifth
+    of them.
+    """
 
     B: int
     T: int
@@ -39,14 +43,29 @@ class Shape(NamedTuple):
     K: int
     causal: bool = False
     window: int | None = None
+    S: int | None = None
+    M: int | None = None
+    mask: bool = False
 
     def __str__(self):
         sees = "causal" if self.causal else "full" if self.window is None else str(self.window)
-        return f"{self.B}, {self.T}, {self.N}, {self.K}, {sees}"
+        numbers = {"S": self.S, "M": self.M}
+        more = [f", {name}={n}" for name, n in numbers.items() if n is not None]
+        return f"{self.B}, {self.T}, {self.N}, {self.K}, {sees}{''.join(more)}" + (
+            ", mask" if self.mask else ""
+        )
+
+    @property
+    def keys(self):
+        return self.T if self.S is None else self.S
+
+    @property
+    def key_heads(self):
+        return self.N if self.M is None else self.M
 
     @property
     def logits(self):
-        return self.B * self.N * self.T**2
+        return self.B * self.N * self.T * self.keys
 
     @property
     def options(self) -> dict[str, Any]:
@@ -72,12 +91,20 @@ KINDS = ("forward", "gradient")
 class Problem(NamedTuple):
     shape: Shape
     arrays: tuple[jax.Array, ...]  # query, key, value, or a bias too; the output's cotangent
+    masks: tuple[jax.Array, ...] = ()  # (1, 1, T, S); none or one
 
 
 def make_problem(shape, *, dtype) -> Problem:
-    keys = jax.random.split(jax.random.key(0), 4)
-    draw = lambda key: jax.random.normal(key, shape[:4], jnp.float32).astype(dtype)
-    return Problem(shape, tuple(map(draw, keys)))
+    *keys, of_mask = jax.random.split(jax.random.key(0), 5)
+    queries = (shape.B, shape.T, shape.N, shape.K)
+    of_keys = (shape.B, shape.keys, shape.key_heads, shape.K)
+    draw = lambda key, size: jax.random.normal(key, size, jnp.float32).astype(dtype)
+    arrays = tuple(map(draw, keys, (queries, of_keys, of_keys, queries)))
+    if not shape.mask:
+        return Problem(shape, arrays, ())
+    mask = jax.random.uniform(of_mask, (1, 1, shape.T, shape.keys)) < 0.8
+    # what sees nothing is NaN in some libraries
+    return Problem(shape, arrays, (mask.at[..., 0].set(True),))
 
 
 # ---- the programs: forward and gradient of each peer ------------------------------------------
@@ -94,11 +121,15 @@ def gradient_of(apply: Callable) -> Callable:
     return gradient
 
 
-def jax_programs(apply: Callable, problem: Problem) -> timing.Programs:
-    """`apply(query, key, value)`, or with a bias as a fourth, returns the output."""
+def jax_programs(attend: Callable, problem: Problem) -> timing.Programs:
+    """`attend(query, key, value)`, with a bias as a fourth, and `mask`, returns the output."""
+    *operands, do = problem.arrays
+    apply = lambda masks: partial(attend, mask=masks[0]) if masks else attend
+    forward = lambda operands, masks: apply(masks)(*operands)
+    gradient = lambda operands, do, masks: gradient_of(apply(masks))(*operands, do)
     return {
-        "forward": timing.compiled(apply, *problem.arrays[:-1]),
-        "gradient": timing.compiled(gradient_of(apply), *problem.arrays),
+        "forward": timing.compiled(forward, operands, problem.masks),
+        "gradient": timing.compiled(gradient, operands, do, problem.masks),
     }
 
 
@@ -147,9 +178,13 @@ def torch(problem: Problem, backend: str | None = None) -> timing.Programs:
     leaves = [leaf.requires_grad_() for leaf in leaves]
     mask = None
     if shape.window is not None:
-        t = torch.arange(shape.T, device=do.device)
-        distance = t[:, None] - t[None]
+        t, s = (torch.arange(size, device=do.device) for size in (shape.T, shape.keys))
+        distance = t[:, None] - s[None]
         mask = (distance >= 0) & (distance <= shape.window)
+    for given in problem.masks:
+        given = timing.to_torch(torch, given)
+        mask = given if mask is None else mask & given
+    options = {"is_causal": shape.causal, "enable_gqa": shape.N != shape.key_heads}
     chosen = getattr(attention.SDPBackend, backend) if backend else None
     by = lambda: attention.sdpa_kernel(chosen) if chosen else contextlib.nullcontext()
 
@@ -158,7 +193,7 @@ def torch(problem: Problem, backend: str | None = None) -> timing.Programs:
         bias = leaves[3] if len(leaves) > 3 else mask
         attend = torch.nn.functional.scaled_dot_product_attention
         with by():
-            return attend(q, k, v, attn_mask=bias, is_causal=shape.causal).transpose(1, 2)
+            return attend(q, k, v, attn_mask=bias, **options).transpose(1, 2)
 
     def forward():
         with torch.no_grad():
@@ -371,18 +406,31 @@ def print_choice(choice):
 def parse_shape(text) -> Shape:
     sizes, sees = text.split(",")[:4], text.split(",")[4:]
     B, T, N, K = timing.counts(",".join(sizes), "B,T,N,K")
-    window = int(sees[0]) if sees and re.fullmatch("[0-9]{1,9}", sees[0]) else None
-    if len(sees) > 1 or (window is None and sees not in ([], ["causal"], ["full"])):
-        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not B,T,N,K[,causal|full|window]")
-    return Shape(B, T, N, K, sees == ["causal"], window)
+    options: dict[str, Any] = {}
+    known = True
+    for word in sees:
+        name, _, number = word.partition("=")
+        if word in ("causal", "mask"):
+            options[word] = True
+        elif name in ("S", "M") and number:
+            options[name] = timing.count(number)
+        elif re.fullmatch("[0-9]{1,9}", word):
+            known = known and "window" not in options
+            options["window"] = int(word)
+        else:
+            known = known and word == "full"
+    if not known or {"causal", "window"} <= options.keys() or N % options.get("M", N):
+        form = "B,T,N,K[,causal|full|window][,S=S][,M=M][,mask], with M a divisor of N"
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not {form}")
+    return Shape(B, T, N, K, **options)
 
 
 def parse(argv=None):
     shapes = {
         "type": parse_shape,
         "default": GPU_SHAPES if jax.default_backend() == "gpu" else SHAPES,
-        "metavar": "B,T,N,K[,SEES]",
-        "help": "SEES: causal, full, or a number of keys to the left",
+        "metavar": "B,T,N,K[,SEES][,S=S][,M=M][,mask]",
+        "help": "SEES: causal, full, or a number of keys to the left; S keys, M heads of these",
     }
     studies = {"memory": "temporary memory", "choice": "schedules and blocks"}
     parser = timing.parser(__doc__.splitlines()[0], shapes, PEERS, DEFAULT_PEERS, studies)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import attention, lstm, visit
+from benchmarks import attention, lstm, sweep, visit
 
 
 @pytest.mark.parametrize("benchmark", [lstm, attention])
@@ -43,6 +43,49 @@ def test_shapes_are_read():
     assert [(shape.causal, shape.window) for shape in shapes] == [
         (False, None), (True, None), (False, 0)
     ]  # fmt: skip
+    more = attention.parse(["--shapes", "1,2,6,4,causal,S=77,M=3", "1,2,3,4,mask"]).shapes
+    assert more == [
+        attention.Shape(1, 2, 6, 4, True, S=77, M=3), attention.Shape(1, 2, 3, 4, mask=True)
+    ]  # fmt: skip
+    assert str(more[0]) == "1, 2, 6, 4, causal, S=77, M=3"
+
+
+@pytest.mark.parametrize(
+    "shape", ["1,2,6,4,M=4", "1,2,6,4,S=0", "1,2,6,4,causal,3", "1,2,6,4,3,3", "1,2,6,4,masks"]
+)
+def test_shapes_that_are_none(shape, capsys):
+    with pytest.raises(SystemExit):
+        attention.parse(["--shapes", shape])
+
+
+def test_a_seed_draws_the_same_problems_from_the_ranges():
+    for what in sweep.BENCHMARKS:
+        drawn = sweep.draw(what, 3, 40)
+        assert drawn == sweep.draw(what, 3, 40) != sweep.draw(what, 4, 40)
+    shapes = sweep.draw("attention", 3, 200)
+    for shape in shapes:
+        assert shape.keys > 1
+        assert shape.N % shape.key_heads == 0 and shape.K % 8 == 0 and 16 <= shape.K <= 256
+        assert shape.logits * shape.K * 2 <= sweep.MOST_WORK
+    for seen in (
+        [shape.causal for shape in shapes],
+        [shape.mask for shape in shapes],
+        [shape.T == 1 for shape in shapes],
+        [shape.S is None for shape in shapes],
+        [shape.M is None for shape in shapes],
+    ):
+        assert 0 < sum(seen) < len(shapes)
+
+
+def test_a_small_sweep(monkeypatch, capsys, tmp_path):
+    pytest.importorskip("torch")
+    monkeypatch.setattr(sweep, "MOST_WORK", 2**16)
+    file = tmp_path / "sweep.json"
+    sweep.main(["--seed", "1", "--count", "2", "--rounds", "1", "--output", str(file)])
+    printed = capsys.readouterr().out
+    for kind in ("attention, gradient", "lstm, training"):
+        assert f"{kind}: time of torch / ours over 2 problems" in printed
+    assert '"seed": 1' in file.read_text()
 
 
 @pytest.mark.parametrize(

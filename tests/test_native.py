@@ -1,7 +1,8 @@
 """The native schedule of attention: against the reference in float64, for every instruction set
 that runs here, and that it is there where it should be and nowhere else.
 
-Blocks of the kernels are of 256 keys and 96 queries, so some sizes are a little over these.
+Blocks of the kernels are of 256 keys and 48 queries, or 64 keys where a key/value head has no more
+than 16 queries, so some sizes are a little over these.
 """
 
 from functools import partial
@@ -110,6 +111,10 @@ SIZES = {
     "some blocks": Sizes(1, 293, 521, 2, 1, 16, 33),
     "a step of decoding": Sizes(2, 1, 300, 6, 2, 8, 8),
     "few queries of many heads": Sizes(1, 13, 258, 18, 2, 5, 1),
+    "as many rows as are streamed": Sizes(1, 8, 131, 4, 2, 16, 32),
+    "one row more": Sizes(1, 17, 131, 2, 2, 16, 32),
+    "keys in parts": Sizes(1, 1, 1030, 2, 2, 33, 17),
+    "keys of many rows in parts": Sizes(1, 40, 1030, 1, 1, 3, 5),
     "wide heads": Sizes(1, 97, 257, 1, 1, 130, 67),
 }
 
@@ -117,6 +122,22 @@ SIZES = {
 @pytest.mark.parametrize("name", SIZES)
 def test_sizes(name, instruction_set):
     assert_native_is_right(make_case(SIZES[name], is_causal=name == "some blocks", query_offset=9))
+
+
+STREAMED = Sizes(2, 3, 530, 4, 2, 16, 20)
+
+
+def test_several_blocks_of_everything_streamed(instruction_set):
+    """Keys and values that are read where they are, the values not in whole vectors."""
+    how = {"local_window_size": (250, 40), "query_offset": jnp.array([200, 520])}
+    assert_native_is_right(_of_all_kinds(STREAMED, logits_soft_cap=2.0, **how))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 1, 3, 1), (1, 1, 1, 530), (3, 530)], ids=str)
+def test_a_bias_and_a_mask_that_are_shared_streamed(shape):
+    if len(shape) == 4:
+        assert_native_is_right(make_case(STREAMED, bias=shape, sinks=True))
+    assert_native_is_right(make_case(STREAMED, mask=shape, is_causal=True, query_offset=400))
 
 
 @pytest.mark.parametrize("window", [(3, 0), (0, 4), (2, None)], ids=str)
@@ -155,6 +176,8 @@ def test_any_number_of_threads_gives_the_same_bits(monkeypatch):
     for case in (
         make_case(Sizes(1, 290, 1100, 2, 1, 32, 32), bias=(1, 1, 290, 1100), is_causal=True),
         make_case(Sizes(3, 200, 300, 4, 4, 16, 16), bias=(1, 1, 200, 1), mask=(200, 300)),
+        make_case(Sizes(1, 50, 9000, 1, 1, 64, 64), mask=(50, 9000), sinks=True),
+        make_case(Sizes(1, 2, 9000, 4, 2, 64, 64), bias=(1, 1, 2, 9000), is_causal=True),
     ):
         results = []
         for threads in (1, 0):
@@ -166,32 +189,35 @@ def test_any_number_of_threads_gives_the_same_bits(monkeypatch):
 # ---- NaN and infinity -------------------------------------------------------------------------
 
 
-def test_what_is_hidden_may_be_nan(instruction_set):
+@pytest.mark.parametrize("T", [120, 7], ids=["packed", "streamed"])
+@pytest.mark.parametrize("K", [5, 16])
+def test_what_is_hidden_may_be_nan(T, K, instruction_set):
     """By lengths, the mask, segments or the window; it gets a gradient of zero."""
     case = narrow(
         make_case(
-            Sizes(2, 120, 300, 4, 2, 5, 6),
+            Sizes(2, T, 300, 4, 2, K, K),
             mask=(2, 1, 1, 300),
             is_causal=True,
-            query_offset=100,
-            query_seq_lengths=jnp.array([100, 120]),
+            query_offset=220 - T,
+            query_seq_lengths=jnp.array([T - 2, T]),
             key_value_seq_lengths=jnp.array([150, 210]),
-            query_segment_ids=jnp.zeros((2, 120), int),
+            query_segment_ids=jnp.zeros((2, T), int),
             key_value_segment_ids=jnp.zeros((2, 300), int).at[:, 50:60].set(1),
         )
     )
     mask = case.others["mask"].at[:, 0, 0, 20:40].set(False)
     case.others["mask"] = mask
-    t, s = np.arange(120), np.arange(300)
+    t, s = np.arange(T), np.arange(300)
     queries, keys = (
         np.asarray(case.others[f"{of}_seq_lengths"])[:, None] for of in ("query", "key_value")
     )
     hidden = ~np.asarray(mask)[:, 0, 0] | (s >= keys) | (s >= 50) & (s < 60) | (s >= 220)
     rows = t >= queries
+    last = hidden[..., None, None] & (np.arange(K) == K - 1)  # behind the last whole vector
     spoiled = {
         "query": jnp.where(rows[..., None, None], jnp.nan, case.floats["query"]),
-        "key": jnp.where(hidden[..., None, None], jnp.nan, case.floats["key"]),
-        "value": jnp.where(hidden[..., None, None], jnp.inf, case.floats["value"]),
+        "key": jnp.where(last, jnp.nan, case.floats["key"]),
+        "value": jnp.where(last, jnp.inf, case.floats["value"]),
     }
     expected = value_and_gradients(case, dot_product_attention, implementation="dense")
     actual = value_and_gradients(case._replace(floats=spoiled), dot_product_attention, **NATIVE)
@@ -297,10 +323,20 @@ def test_wrong_shapes_are_errors_of_the_call():
     absent = [np.zeros(0, t) for t in (f32, np.bool_)]
     integers = [np.zeros(0, np.int32)] * 4
     q, k, v = np.ones((1, 4, 1, 1, 3), f32), np.ones((1, 5, 1, 3), f32), np.ones((1, 5, 1, 2), f32)
+    scale = np.ones((1,) * 5, f32)
     results = [shape((1, 4, 1, 1, 2), f32), shape((1, 1, 1, 4), f32)]
 
-    def call(q=q, k=k, v=v, offset=(0,), results=results, **attributes):
-        arguments = (q, k, v, *absent, np.asarray(offset, np.int32), *integers, np.zeros(0, f32))
+    def call(q=q, k=k, v=v, scale=scale, offset=(0,), results=results, **attributes):
+        arguments = (
+            q,
+            k,
+            v,
+            scale,
+            *absent,
+            np.asarray(offset, np.int32),
+            *integers,
+            np.zeros(0, f32),
+        )
         options = {
             "is_causal": False,
             "left": np.int64(-1),
@@ -309,7 +345,7 @@ def test_wrong_shapes_are_errors_of_the_call():
             **calls.call_attributes(),
             **attributes,
         }
-        return jax.ffi.ffi_call("rnnattn.attention_forward.v1", results)(*arguments, **options)
+        return jax.ffi.ffi_call("rnnattn.attention_forward.v2", results)(*arguments, **options)
 
     np.testing.assert_allclose(call()[0], np.ones((1, 4, 1, 1, 2)))
     for wrong, name in (
@@ -319,6 +355,8 @@ def test_wrong_shapes_are_errors_of_the_call():
         ({"q": np.ones((1, 1, 4, 3), f32)}, "query"),
         ({"q": np.ones((1, 4, 1, 1, 3), np.int32)}, "query"),
         ({"q": np.ones((1, 0, 1, 1, 3), f32)}, "query"),
+        ({"scale": np.ones((2, 1, 1, 1, 1), f32)}, "scale"),
+        ({"scale": np.ones((0, 1, 1, 1, 1), f32)}, "scale"),
         ({"offset": (0, 0)}, "offset"),
         ({"results": [results[0], shape((1, 1, 1, 5), f32)]}, "lse"),
         ({"instruction_set": np.int64(7)}, "instruction_set"),

@@ -210,8 +210,8 @@ def _suited(arrays, options, request):
         return xla.DENSE
     if name == "blockwise":
         return xla.BLOCKWISE
-    # Where they serve, the kernels are the faster at all sizes measured, but for the gradient of
-    # one query per head (benchmarks/README.md, "When they run").
+    # Where they serve, the kernels are the faster at all sizes measured (benchmarks/README.md,
+    # "When they run").
     if name != "xla" and not native.unserved(arrays.query, arrays.value, options):
         return native.NATIVE
     if name is None and not cudnn.unserved(arrays, options):

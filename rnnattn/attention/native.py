@@ -39,15 +39,14 @@ def _given(x, dtype=jnp.float32):
 def _call(name, options, operands, masking, others, results):
     """A kernel's results, given the operands, the masking and more."""
     q, k, v, scale, bias, _ = operands
-    arguments = [xla.time_first(scale) * q, k, v]
-    arguments += [_given(bias), _given(masking.mask, jnp.bool), masking.offset]
+    arguments = [q, k, v, scale, _given(bias), _given(masking.mask, jnp.bool), masking.offset]
     integers = [masking.query_lengths, masking.key_lengths]
     integers += [masking.query_segments, masking.key_segments]
     arguments += [_given(x, jnp.int32) for x in integers]
     left, right = options.window or (None, None)
     side = lambda x: np.int64(-1 if x is None else x)
     results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in results]
-    return jax.ffi.ffi_call(f"rnnattn.attention_{name}.v1", results)(
+    return jax.ffi.ffi_call(f"rnnattn.attention_{name}.v2", results)(
         *arguments,
         *others,
         is_causal=options.is_causal,
@@ -69,14 +68,16 @@ def _backward(options, operands, masking, o, lse, do, dlse):
     wants_dbias = bias is not None and options.bias_gradient
     results = [q.shape, k.shape, v.shape, bias.shape if wants_dbias else (0,)]
     others = [o, lse, do, dlse]
-    # dq is that of the query times the scale
-    dq, dk, dv, dbias = _call("backward", options, operands, masking, others, results)
     dscale = None
-    if options.scale_gradient:
+    if options.scale_gradient:  # from the gradient of the query times the scale
+        scaled = operands._replace(query=xla.time_first(scale) * q, scale=jnp.ones_like(scale))
+        dq, dk, dv, dbias = _call("backward", options, scaled, masking, others, results)
         # a query that sees nothing, and may be NaN, has a gradient of zero
         products = jnp.where(dq == 0, 0, q * dq)
         dscale = sum_to(xla.time_last(products), scale.shape)
-    dq = xla.time_first(scale) * dq
+        dq = xla.time_first(scale) * dq
+    else:
+        dq, dk, dv, dbias = _call("backward", options, operands, masking, others, results)
     return Operands(dq, dk, dv, dscale, dbias if wants_dbias else None)
 
 

@@ -20,21 +20,63 @@
 RNNATTN_BEFORE_NAMESPACE();
 namespace rnnattn::RNNATTN_SET::attention {
 
+// What one work item does: a part of the keys, for a set of rows of one key/value head, or of
+// several heads where keys are streamed. How many parts there are depends on the shapes alone; what
+// they make of the softmax is joined in the end.
+struct ForwardPlan {
+  bool streamed;
+  RowBlocks blocks;
+  int64_t heads, keys, key_blocks, sets, parts;
+
+  explicit ForwardPlan(const Attention& p)
+      : streamed(is_streamed(p)), blocks(p, FORWARD_ROWS), heads(streamed ? streamed_heads(p) : 1) {
+    keys = streamed ? STREAMED_KEYS : KEYS;
+    key_blocks = ceil_div(p.S, keys);
+    sets = p.B * (p.M / heads) * blocks.count();
+    const int64_t most_parts = ceil_div(p.S, streamed ? keys : LEAST_KEYS_OF_A_PART);
+    parts = least(most_parts, ceil_div(LEAST_ITEMS, sets));
+  }
+  // Rows of the first head of an item; the last queries first: with a causal mask they have the
+  // most to do.
+  Rows rows(const Attention& p, int64_t set) const {
+    const int64_t groups = p.M / heads, group = set % (p.B * groups);
+    return blocks.rows(group / groups, group % groups * heads,
+                       blocks.count() - 1 - set / (p.B * groups));
+  }
+  Range keys_of_part(const Attention& p, int64_t part) const {
+    return {key_blocks * part / parts * keys, least(key_blocks * (part + 1) / parts * keys, p.S)};
+  }
+};
+
+// The softmax of all rows after each part of the keys, where there are several.
+struct PartsOfSoftmax {
+  Memory memory;
+  float *o, *total, *peak;
+
+  PartsOfSoftmax(const Attention& p, const ForwardPlan& plan, float* base) : memory{base} {
+    const int64_t rows = plan.parts > 1 ? plan.parts * p.B * p.M * p.G * p.T : 0;
+    o = memory.take(rows * p.V);
+    total = memory.take(rows);
+    peak = memory.take(rows);
+  }
+};
+
 struct ForwardMemory {
   Memory memory;
   float *q, *k, *v, *s, *o, *total, *peak, *shrink;
   Range* ranges;
 
-  ForwardMemory(const Attention& p, float* base) : memory{base} {
+  ForwardMemory(const Attention& p, const ForwardPlan& plan, float* base) : memory{base} {
     // No more than is used: to touch new pages would cost more than a small problem does.
-    const int64_t rows = least(FORWARD_ROWS, p.G * p.T), keys = least(KEYS, whole_panels(p.S));
-    q = memory.take(rows * whole_vectors(p.K));
-    k = memory.take(keys * p.K);
+    const int64_t rows = least(FORWARD_ROWS, p.G * p.T), all = rows * plan.heads;
+    const int64_t keys = least(plan.keys, whole_panels(p.S));
+    q = memory.take(all * whole_vectors(p.K));
+    k = memory.take(plan.streamed ? 0 : keys * p.K);
     v = memory.take(keys * whole_vectors(p.V));
     s = memory.take(least(ROWS, rows) * STRIDE);
-    o = memory.take(rows * whole_vectors(p.V));
-    total = memory.take(rows * W);
-    peak = memory.take(rows + W);
+    o = memory.take(all * whole_vectors(p.V));
+    total = memory.take(all * W);
+    peak = memory.take(all + W);
     shrink = memory.take(ROWS + W);
     ranges = memory.take<Range>(rows);
   }
@@ -70,65 +112,166 @@ static void weigh(const Block& block, int64_t rows, float* s, float* peak, float
   }
 }
 
-static void forward_rows(const AttentionForward& p, const Rows& rows, float* base) {
-  const ForwardMemory my(p, base);
-  const int64_t count = rows.count(), k_width = whole_vectors(p.K), v_width = whole_vectors(p.V);
+// Nothing seen yet: of a head, its queries packed, and the softmax. A sink counts as a key without
+// a value, in the first part.
+static void begin_rows(const AttentionForward& p, const Rows& rows, bool first_part,
+                       const ForwardMemory& my) {
+  const int64_t count = rows.count(), k_width = whole_vectors(p.K);
   for (int64_t r = 0; r < count; ++r) {
-    my.ranges[r] = keys_of(p, rows.b, rows.time(r));
     if (p.query_lengths && rows.time(r) >= p.query_lengths[rows.b])
       zero(my.q + r * k_width, k_width);
     else
-      pack_row(p.query + query_at(p, p.K, rows, r), p.K, my.q + r * k_width);
-    // A sink counts as a key without a value.
-    const float sink = p.sinks ? p.sinks[rows.m * p.G + rows.head(r)] : -INFINITY;
+      pack_query(p, rows, r, my.q + r * k_width);
+    const float sink = p.sinks && first_part ? p.sinks[rows.m * p.G + rows.head(r)] : -INFINITY;
     my.peak[r] = sink;
     zero(my.total + r * W, W);
     my.total[r * W] = sink == -INFINITY ? 0 : expf(sink - sink);
   }
-  zero(my.o, count * v_width);
-  const Range all = seen_by(my.ranges, count).any;
-  for (int64_t first = all.first; first < all.past; first += KEYS) {
-    const Range keys{first, least(first + KEYS, all.past)};
-    bool finite = true, packed = false;
-    for (int64_t r = 0; r < count; r += ROWS) {
-      const Block block = block_of(p, rows, keys, my.ranges + r, least(ROWS, count - r));
-      if (block.empty()) continue;
-      if (!packed) {
-        pack_columns(p, p.key, p.K, rows.b, rows.m, keys, my.k);
-        finite = pack_rows(p, p.value, p.V, rows.b, rows.m, keys, my.v);
-        packed = true;
-      }
-      logits(p, block, rows, my.ranges + r, r, my.q + r * k_width, my.k, my.s, nullptr);
-      if (!finite) hide_unseen(block, my.s, my.v, v_width);
-      for (int64_t i = 0; i < block.rows; i += W)
-        weigh(block, least(W, block.rows - i), my.s + i * STRIDE, my.peak + r + i,
-              my.total + (r + i) * W, my.shrink + i);
-      const int64_t seen = least(block.to, keys.past - keys.first) - block.from;
-      product<Stored::by_row, From::scaled>(block.rows, v_width / W, seen, my.s + block.from,
-                                            STRIDE, my.v + block.from * v_width, v_width,
-                                            TILE_COLUMNS, my.o + r * v_width, v_width, my.shrink);
-      if (!finite) pack_rows(p, p.value, p.V, rows.b, rows.m, keys, my.v);
-    }
+  zero(my.o, count * whole_vectors(p.V));
+}
+
+// The softmax of rows of a head after a block of keys more.
+static void see_keys(const AttentionForward& p, const Rows& rows, Range keys, bool streamed,
+                     const ForwardMemory& my) {
+  const int64_t count = rows.count(), k_width = whole_vectors(p.K), v_width = whole_vectors(p.V);
+  const bool in_place = streamed && vectors_in_place(p, p.V, rows.b, rows.m, keys);
+  const Against k{streamed ? nullptr : my.k, rows_in_place(p, p.key, p.K, rows.b, rows.m, keys)};
+  KeyRows v{my.v, v_width};
+  bool finite = true, packed = false;
+  if (streamed) {
+    prefetch_share(p, p.key, p.K, rows.b, rows.m, keys.past, keys.past - keys.first);
+    prefetch_share(p, p.value, p.V, rows.b, rows.m, keys.past, keys.past - keys.first);
   }
-  for (int64_t r = 0; r < count; ++r) {
-    const float total = sum(load(my.total + r * W)), peak = my.peak[r];
-    const bool empty = total == 0;
-    unpack_row(my.o + r * v_width, empty ? 0 : 1 / total, p.V, p.o + query_at(p, p.V, rows, r));
-    p.lse[row_at(p, rows, r)] = empty ? -INFINITY : (peak == -INFINITY ? 0 : peak) + logf(total);
+  for (int64_t r = 0; r < count; r += ROWS) {
+    const Block block = block_of(p, rows, keys, my.ranges + r, least(ROWS, count - r));
+    if (block.empty()) continue;
+    if (!packed) {
+      packed = true;
+      if (!streamed) pack_columns(p, p.key, p.K, rows.b, rows.m, keys, my.k);
+      if (in_place) {
+        v = rows_in_place(p, p.value, p.V, rows.b, rows.m, keys);
+        // NaN and ∞ matter only where something is hidden
+        finite = block.shows_all() || are_finite(v, block.count, p.V);
+      }
+      if (!in_place || !finite) {
+        finite = pack_rows(p, p.value, p.V, rows.b, rows.m, keys, my.v);
+        v = {my.v, v_width};
+      }
+    }
+    logits(p, block, rows, my.ranges + r, r, my.q + r * k_width, k, my.s, nullptr);
+    if (!finite) hide_unseen(block, my.s, my.v, v_width);
+    for (int64_t i = 0; i < block.rows; i += W)
+      weigh(block, least(W, block.rows - i), my.s + i * STRIDE, my.peak + r + i,
+            my.total + (r + i) * W, my.shrink + i);
+    product<Stored::by_row, From::scaled>(block.rows, v_width / W, block.seen(), my.s + block.from,
+                                          STRIDE, v.data + block.from * v.stride, v.stride,
+                                          TILE_COLUMNS, my.o + r * v_width, v_width, my.shrink);
+    if (!finite) pack_rows(p, p.value, p.V, rows.b, rows.m, keys, my.v);
+  }
+}
+
+// O and L of a row, from the weighted sum, the total and the peak of all its keys.
+static void finish_row(const AttentionForward& p, const float* weighted, float total, float peak,
+                       const Rows& rows, int64_t r) {
+  const bool empty = total == 0;
+  unpack_row(weighted, empty ? 0 : 1 / total, p.V, p.o + query_at(p, p.V, rows, r));
+  p.lse[row_at(p, rows, r)] = empty ? -INFINITY : (peak == -INFINITY ? 0 : peak) + logf(total);
+}
+
+static void forward_part(const AttentionForward& p, const ForwardPlan& plan, const Rows& first,
+                         int64_t part, const PartsOfSoftmax& parts, float* base) {
+  const ForwardMemory all(p, plan, base);
+  const int64_t count = first.count(), v_width = whole_vectors(p.V);
+  // The rows of another head of the item, and its share of the memory.
+  const auto of_head = [&](int64_t head, auto f) {
+    Rows rows = first;
+    ForwardMemory my = all;
+    rows.m += head;
+    my.q += head * count * whole_vectors(p.K);
+    my.o += head * count * v_width;
+    my.total += head * count * W;
+    my.peak += head * count;
+    f(rows, my);
+  };
+  for (int64_t r = 0; r < count; ++r) all.ranges[r] = keys_of(p, first.b, first.time(r));
+  for (int64_t head = 0; head < plan.heads; ++head)
+    of_head(head,
+            [&](const Rows& rows, const ForwardMemory& my) { begin_rows(p, rows, part == 0, my); });
+  // Whole vectors from the first key of the part on, so that no vector reaches into the next part.
+  const Range seen = seen_by(all.ranges, count).any, of_part = plan.keys_of_part(p, part);
+  const int64_t skipped = most(seen.first - of_part.first, 0) / W * W;
+  const Range keys{of_part.first + skipped, least(seen.past, of_part.past)};
+  for (int64_t key = keys.first; key < keys.past; key += plan.keys)
+    for (int64_t head = 0; head < plan.heads; ++head)
+      of_head(head, [&](const Rows& rows, const ForwardMemory& my) {
+        see_keys(p, rows, {key, least(key + plan.keys, keys.past)}, plan.streamed, my);
+      });
+  const int64_t size = p.B * p.M * p.G * p.T;
+  for (int64_t head = 0; head < plan.heads; ++head)
+    of_head(head, [&](const Rows& rows, const ForwardMemory& my) {
+      for (int64_t r = 0; r < count; ++r) {
+        const float total = sum(load(my.total + r * W)), peak = my.peak[r];
+        if (plan.parts == 1) {
+          finish_row(p, my.o + r * v_width, total, peak, rows, r);
+          continue;
+        }
+        const int64_t row = part * size + row_at(p, rows, r);
+        unpack_row(my.o + r * v_width, 1, p.V, parts.o + row * p.V);
+        parts.total[row] = total;
+        parts.peak[row] = peak;
+      }
+    });
+}
+
+// O and L of a set of rows of one head, from all parts of the keys; those of the first are lost.
+static void join_parts(const AttentionForward& p, const ForwardPlan& plan, const Rows& rows,
+                       const PartsOfSoftmax& parts) {
+  const int64_t size = p.B * p.M * p.G * p.T;
+  for (int64_t r = 0; r < rows.count(); ++r) {
+    const int64_t row = row_at(p, rows, r);
+    float peak = -INFINITY, total = 0;
+    for (int64_t i = 0; i < plan.parts; ++i) {
+      const float other = parts.peak[i * size + row];
+      peak = other > peak ? other : peak;
+    }
+    float* weighted = parts.o + row * p.V;
+    for (int64_t i = 0; i < plan.parts; ++i) {
+      const int64_t at = i * size + row;
+      const float shrink = expf(parts.peak[at] - (peak == -INFINITY ? 0 : peak));
+      total += shrink * parts.total[at];
+      for (int64_t v = 0; v < p.V; v += W) {
+        const int width = static_cast<int>(least(W, p.V - v));
+        const V seen = shrink * load(parts.o + at * p.V + v, width);
+        store(weighted + v, i == 0 ? seen : load(weighted + v, width) + seen, width);
+      }
+    }
+    finish_row(p, weighted, total, peak, rows, r);
   }
 }
 
 static bool forward(Threads& threads, const AttentionForward& p) {
-  const RowBlocks blocks(p, FORWARD_ROWS);
-  const int64_t heads = p.B * p.M, items = heads * blocks.count();
-  const int64_t work = p.B * p.M * p.G * p.T * p.S * (p.K + p.V);
-  // The last queries first: with a causal mask they have the most to do.
-  const auto forward_item = [&](int64_t item, float* memory) {
-    const int64_t head = item % heads, i = blocks.count() - 1 - item / heads;
-    forward_rows(p, blocks.rows(head / p.M, head % p.M, i), memory);
+  const ForwardPlan plan(p);
+  const int64_t rows = p.B * p.M * p.G * p.T, multiply_adds = rows * p.S * (p.K + p.V);
+  advise_huge_pages(p.o, rows * p.V);
+  const PartsOfSoftmax size(p, plan, nullptr);
+  const Allocation allocation(size.memory.used);
+  if (!allocation.data() && size.memory.used > 0) return false;
+  const PartsOfSoftmax parts(p, plan, allocation.data());
+  const auto of_part = [&](int64_t item, float* memory) {
+    forward_part(p, plan, plan.rows(p, item / plan.parts), item % plan.parts, parts, memory);
   };
-  return parallel_for(threads, items, work / WORK_OF_A_THREAD + 1,
-                      ForwardMemory(p, nullptr).memory.used, forward_item);
+  const bool done = parallel_for(threads, plan.sets * plan.parts, threads_for(p, multiply_adds),
+                                 ForwardMemory(p, plan, nullptr).memory.used, of_part);
+  if (plan.parts == 1) return done;
+  return done &&
+         parallel_for(threads, p.B * p.M * plan.blocks.count(),
+                      rows * p.V * plan.parts / WORK_OF_A_THREAD + 1, 0, [&](int64_t item, float*) {
+                        const int64_t head = item / plan.blocks.count();
+                        join_parts(
+                            p, plan,
+                            plan.blocks.rows(head / p.M, head % p.M, item % plan.blocks.count()),
+                            parts);
+                      });
 }
 
 }  // namespace rnnattn::RNNATTN_SET::attention

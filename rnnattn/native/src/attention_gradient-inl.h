@@ -20,18 +20,43 @@
 RNNATTN_BEFORE_NAMESPACE();
 namespace rnnattn::RNNATTN_SET::attention {
 
+// What one work item does: the key blocks of a part, of all heads that share a dbias, and of
+// several where keys are streamed.
+//
+// Every sum is made by one item, in one order, but for dq over the parts: each has a dq of its own,
+// and these are added in the end. How many parts there are depends on the shapes alone.
+struct BackwardPlan {
+  int64_t b_shared, m_shared;  // batch rows and key/value heads of one item
+  bool streamed;
+  int64_t keys;  // of a block
+  int64_t groups, key_blocks, parts;
+
+  explicit BackwardPlan(const AttentionBackward& p) : streamed(is_streamed(p)) {
+    b_shared = p.dbias.data && p.dbias.b == 0 ? p.B : 1;
+    m_shared = p.dbias.data && p.dbias.m == 0 ? p.M : streamed ? streamed_heads(p) : 1;
+    groups = p.B / b_shared * (p.M / m_shared);
+    keys = streamed ? STREAMED_KEYS : KEYS;
+    const bool keys_shared = p.dbias.data && p.dbias.s == 0;
+    // so that there is something to divide where there is one head and sequence
+    if (!keys_shared)
+      while (keys > TILE_COLUMNS && groups * ceil_div(p.S, keys) < LEAST_BLOCKS) keys /= 2;
+    key_blocks = ceil_div(p.S, keys);
+    parts = keys_shared ? 1 : least(key_blocks, ceil_div(LEAST_ITEMS, groups));
+  }
+};
+
 struct BackwardMemory {
   Memory memory;
   float *q, *d_o, *k_columns, *v_columns, *k, *s, *dp, *uncap, *dq, *dk, *dv, *lse, *delta;
   Range* ranges;
 
-  BackwardMemory(const Attention& p, float* base) : memory{base} {
-    const int64_t rows = least(ROWS, p.G * p.T), keys = least(KEYS, whole_panels(p.S));
+  BackwardMemory(const Attention& p, const BackwardPlan& plan, float* base) : memory{base} {
+    const int64_t rows = least(ROWS, p.G * p.T), keys = least(plan.keys, whole_panels(p.S));
     const int64_t k_width = whole_vectors(p.K), v_width = whole_vectors(p.V);
     q = memory.take(rows * k_width);
     d_o = memory.take(rows * v_width);
-    k_columns = memory.take(keys * p.K);
-    v_columns = memory.take(keys * p.V);
+    k_columns = memory.take(plan.streamed ? 0 : keys * p.K);
+    v_columns = memory.take(plan.streamed ? 0 : keys * p.V);
     k = memory.take(keys * k_width);
     s = memory.take(rows * STRIDE);
     dp = memory.take(rows * STRIDE);
@@ -102,12 +127,49 @@ static void hide_unseeing(const Block& block, int64_t k_width, int64_t v_width,
   }
 }
 
+// P in place of s, dS in place of dP, of a block of rows and keys; what they add to dbias.
+static void weights_and_gradient(const AttentionBackward& p, const Block& block, const Rows& rows,
+                                 const Against& k, const Against& v, const float* delta,
+                                 bool finite, const BackwardMemory& my) {
+  const int64_t k_width = whole_vectors(p.K), v_width = whole_vectors(p.V);
+  for (int64_t r = 0; r < block.rows; ++r) {
+    pack_query(p, rows, r, my.q + r * k_width);
+    pack_row(p.d_o + query_at(p, p.V, rows, r), p.V, my.d_o + r * v_width);
+    const int64_t row = row_at(p, rows, r);
+    my.lse[r] = p.lse[row] == -INFINITY ? INFINITY : p.lse[row];
+    my.delta[r] = delta[row];
+  }
+  logits(p, block, rows, my.ranges, 0, my.q, k, my.s, my.uncap);
+  if (!finite) hide_unseen(block, my.s, my.k, k_width);
+  hide_unseeing(block, k_width, v_width, my);
+  product_against(block, p.V, my.d_o, v, my.dp);
+  for (int64_t r = 0; r < block.rows; ++r) {
+    float* dbias = p.dbias.data ? p.dbias.row(rows.b, rows.m, rows.head(r), rows.time(r)) : nullptr;
+    if (dbias && p.dbias.s) dbias += block.first;
+    logits_gradient(block, my.lse[r], my.delta[r], finite,
+                    my.uncap ? my.uncap + r * STRIDE : nullptr, my.s + r * STRIDE,
+                    my.dp + r * STRIDE, dbias, p.dbias.s, block.count);
+  }
+}
+
+// What a block of keys, as rows of whole vectors, adds to dq.
+static void add_to_dq(const AttentionBackward& p, const Block& block, const Rows& rows, KeyRows k,
+                      float* dq, const BackwardMemory& my) {
+  const int64_t k_width = whole_vectors(p.K);
+  product<Stored::by_row, From::zero>(block.rows, k_width / W, block.seen(), my.dp + block.from,
+                                      STRIDE, k.data + block.from * k.stride, k.stride,
+                                      TILE_COLUMNS, my.dq, k_width);
+  for (int64_t r = 0; r < block.rows; ++r)
+    add_row(my.dq + r * k_width, scale_of(p, rows, r), p.K, dq + query_at(p, p.K, rows, r));
+}
+
 // dk and dv of a block of keys of a key/value head, and what they add to dq and dbias.
 static void backward_keys(const AttentionBackward& p, const RowBlocks& blocks, int64_t b, int64_t m,
                           Range keys, const float* delta, float* dq, const BackwardMemory& my) {
   const int64_t k_width = whole_vectors(p.K), v_width = whole_vectors(p.V);
   const int64_t count = keys.past - keys.first;
   bool packed = false, finite = true;
+  const Against k_columns{my.k_columns, {}}, v_columns{my.v_columns, {}};
   for (int64_t i = 0; i < blocks.count(); ++i) {
     const Rows rows = blocks.rows(b, m, i);
     for (int64_t r = 0; r < rows.count(); ++r) my.ranges[r] = keys_of(p, b, rows.time(r));
@@ -123,37 +185,13 @@ static void backward_keys(const AttentionBackward& p, const RowBlocks& blocks, i
       zero(my.dk, count * k_width);
       zero(my.dv, count * v_width);
     }
-    for (int64_t r = 0; r < block.rows; ++r) {
-      pack_row(p.query + query_at(p, p.K, rows, r), p.K, my.q + r * k_width);
-      pack_row(p.d_o + query_at(p, p.V, rows, r), p.V, my.d_o + r * v_width);
-      const int64_t row = row_at(p, rows, r);
-      my.lse[r] = p.lse[row] == -INFINITY ? INFINITY : p.lse[row];
-      my.delta[r] = delta[row];
-    }
-    const int64_t from = block.from, vectors = (block.to - from) / W;
-    const int64_t seen = least(block.to, count) - from;
-    logits(p, block, rows, my.ranges, 0, my.q, my.k_columns, my.s, my.uncap);
-    if (!finite) hide_unseen(block, my.s, my.k, k_width);
-    hide_unseeing(block, k_width, v_width, my);
-    product<Stored::by_row, From::zero>(block.rows, vectors, p.V, my.d_o, v_width,
-                                        my.v_columns + from * p.V, TILE_COLUMNS, TILE_COLUMNS * p.V,
-                                        my.dp + from, STRIDE);
-    for (int64_t r = 0; r < block.rows; ++r) {
-      float* dbias = p.dbias.data ? p.dbias.row(b, m, rows.head(r), rows.time(r)) : nullptr;
-      if (dbias && p.dbias.s) dbias += keys.first;
-      logits_gradient(block, my.lse[r], my.delta[r], finite,
-                      my.uncap ? my.uncap + r * STRIDE : nullptr, my.s + r * STRIDE,
-                      my.dp + r * STRIDE, dbias, p.dbias.s, count);
-    }
+    const int64_t from = block.from, seen = block.seen();
+    weights_and_gradient(p, block, rows, k_columns, v_columns, delta, finite, my);
     product<Stored::by_step, From::c>(seen, v_width / W, block.rows, my.s + from, STRIDE, my.d_o,
                                       v_width, TILE_COLUMNS, my.dv + from * v_width, v_width);
     product<Stored::by_step, From::c>(seen, k_width / W, block.rows, my.dp + from, STRIDE, my.q,
                                       k_width, TILE_COLUMNS, my.dk + from * k_width, k_width);
-    product<Stored::by_row, From::zero>(block.rows, k_width / W, seen, my.dp + from, STRIDE,
-                                        my.k + from * k_width, k_width, TILE_COLUMNS, my.dq,
-                                        k_width);
-    for (int64_t r = 0; r < block.rows; ++r)
-      add_row(my.dq + r * k_width, p.K, dq + query_at(p, p.K, rows, r));
+    add_to_dq(p, block, rows, {my.k, k_width}, dq, my);
     if (!finite) pack_rows(p, p.key, p.K, b, m, keys, my.k);
   }
   if (!packed) {
@@ -166,23 +204,48 @@ static void backward_keys(const AttentionBackward& p, const RowBlocks& blocks, i
   }
 }
 
-// What one work item does: the key blocks of a part, of all heads that share a dbias.
-//
-// Every sum is made by one item, in one order, but for dq over the parts: each has a dq of its own,
-// and these are added in the end. How many parts there are depends on the shapes alone.
-struct BackwardPlan {
-  int64_t b_shared, m_shared;  // batch rows and key/value heads of one item
-  int64_t groups, key_blocks, parts;
-
-  explicit BackwardPlan(const AttentionBackward& p) {
-    b_shared = p.dbias.data && p.dbias.b == 0 ? p.B : 1;
-    m_shared = p.dbias.data && p.dbias.m == 0 ? p.M : 1;
-    groups = p.B / b_shared * (p.M / m_shared);
-    key_blocks = ceil_div(p.S, KEYS);
-    const bool keys_shared = p.dbias.data && p.dbias.s == 0;
-    parts = keys_shared ? 1 : least(key_blocks, ceil_div(LEAST_ITEMS, groups));
+// aᵀ x to rows of the gradient of keys or values: where these are, if they are whole vectors, and
+// by way of `packed` otherwise. Rows that are not seen get zeros.
+static void stream_gradient(const Attention& p, const Block& block, const float* a, const float* x,
+                            int64_t width, float* to, float* packed) {
+  const int64_t stride = p.M * width, padded = whole_vectors(width), seen = block.seen();
+  const bool in_place = padded == width;
+  if (seen > 0)
+    product<Stored::by_step, From::zero>(
+        seen, padded / W, block.rows, a + block.from, STRIDE, x, padded, TILE_COLUMNS,
+        in_place ? to + block.from * stride : packed, in_place ? stride : padded);
+  for (int64_t s = 0; s < block.count; ++s) {
+    const int64_t row = s - block.from;
+    if (row < 0 || row >= seen)
+      zero(to + s * stride, width);
+    else if (!in_place)
+      unpack_row(packed + row * padded, 1, width, to + s * stride);
   }
-};
+}
+
+// The same as backward_keys, of keys and values that are read where they are: the head has one
+// block of rows, which writes dk and dv at once.
+static void stream_backward_keys(const AttentionBackward& p, const Rows& rows, Range keys,
+                                 const float* delta, float* dq, const BackwardMemory& my) {
+  const int64_t k_width = whole_vectors(p.K), m = rows.m;
+  for (int64_t r = 0; r < rows.count(); ++r) my.ranges[r] = keys_of(p, rows.b, rows.time(r));
+  const Block block = block_of(p, rows, keys, my.ranges, rows.count());
+  if (!block.empty()) {
+    KeyRows k = rows_in_place(p, p.key, p.K, rows.b, m, keys);
+    const KeyRows v = rows_in_place(p, p.value, p.V, rows.b, m, keys);
+    // NaN and ∞ matter only where something is hidden
+    const bool finite =
+        block.shows_all() || (are_finite(k, block.count, p.K) && are_finite(v, block.count, p.V));
+    if (!finite || !vectors_in_place(p, p.K, rows.b, m, keys)) {
+      pack_rows(p, p.key, p.K, rows.b, m, keys, my.k);
+      k = {my.k, k_width};
+    }
+    weights_and_gradient(p, block, rows, {nullptr, k}, {nullptr, v}, delta, finite, my);
+    add_to_dq(p, block, rows, k, dq, my);
+  }
+  stream_gradient(p, block, my.s, my.d_o, p.V, p.dv + key_at(p, p.V, rows.b, m, keys.first), my.dv);
+  stream_gradient(p, block, my.dp, my.q, p.K, p.dk + key_at(p, p.K, rows.b, m, keys.first), my.dk);
+}
 
 // What work items share.
 struct SharedMemory {
@@ -200,9 +263,14 @@ static bool backward(Threads& threads, const AttentionBackward& p) {
   const BackwardPlan plan(p);
   const RowBlocks blocks(p, ROWS);
   const int64_t heads = p.B * p.M * p.G, dq_size = heads * p.T * p.K;
+  advise_huge_pages(p.dq, dq_size);
+  advise_huge_pages(p.dk, p.B * p.S * p.M * p.K);
+  advise_huge_pages(p.dv, p.B * p.S * p.M * p.V);
+  advise_huge_pages(p.dbias.data, p.dbias_size);
   const SharedMemory size(p, plan, nullptr);
   const Allocation allocation(size.memory.used);
   if (!allocation.data()) return false;
+  advise_huge_pages(allocation.data(), size.memory.used);
   const SharedMemory shared(p, plan, allocation.data());
 
   bool done = parallel_for(
@@ -210,27 +278,30 @@ static bool backward(Threads& threads, const AttentionBackward& p) {
       [&](int64_t i, float*) { row_sums(p, i / (p.M * p.G), i % (p.M * p.G), shared.delta); });
   if (p.dbias.data) zero(p.dbias.data, p.dbias_size);
 
-  const int64_t work = heads * p.T * p.S * (3 * p.K + 2 * p.V);
   const auto gradient_of_part = [&](int64_t item, float* memory) {
-    const BackwardMemory my(p, memory);
+    const BackwardMemory my(p, plan, memory);
     const int64_t group = item % plan.groups, part = item / plan.groups;
     const int64_t m_groups = p.M / plan.m_shared;
+    const int64_t m_first = group % m_groups * plan.m_shared, m_past = m_first + plan.m_shared;
     float* dq = plan.parts > 1 ? shared.parts_of_dq + part * dq_size : p.dq;
-    for (int64_t ib = 0; ib < plan.b_shared; ++ib)
-      for (int64_t im = 0; im < plan.m_shared; ++im) {
-        const int64_t b = group / m_groups * plan.b_shared + ib;
-        const int64_t m = group % m_groups * plan.m_shared + im;
-        for (int64_t t = 0; t < p.T; ++t)
-          zero(dq + ((b * p.T + t) * p.M + m) * p.G * p.K, p.G * p.K);
-        const int64_t past = plan.key_blocks * (part + 1) / plan.parts;
-        for (int64_t j = plan.key_blocks * part / plan.parts; j < past; ++j) {
-          const Range keys{j * KEYS, least((j + 1) * KEYS, p.S)};
-          backward_keys(p, blocks, b, m, keys, shared.delta, dq, my);
-        }
+    for (int64_t ib = 0; ib < plan.b_shared; ++ib) {
+      const int64_t b = group / m_groups * plan.b_shared + ib;
+      for (int64_t t = 0; t < p.T; ++t)
+        zero(dq + ((b * p.T + t) * p.M + m_first) * p.G * p.K, plan.m_shared * p.G * p.K);
+      const int64_t past = plan.key_blocks * (part + 1) / plan.parts;
+      for (int64_t j = plan.key_blocks * part / plan.parts; j < past; ++j) {
+        const Range keys{j * plan.keys, least((j + 1) * plan.keys, p.S)};
+        for (int64_t m = m_first; m < m_past; ++m)
+          if (plan.streamed)
+            stream_backward_keys(p, blocks.rows(b, m, 0), keys, shared.delta, dq, my);
+          else
+            backward_keys(p, blocks, b, m, keys, shared.delta, dq, my);
       }
+    }
   };
-  done = done && parallel_for(threads, plan.groups * plan.parts, work / WORK_OF_A_THREAD + 1,
-                              BackwardMemory(p, nullptr).memory.used, gradient_of_part);
+  done = done && parallel_for(threads, plan.groups * plan.parts,
+                              threads_for(p, heads * p.T * p.S * (3 * p.K + 2 * p.V)),
+                              BackwardMemory(p, plan, nullptr).memory.used, gradient_of_part);
   if (plan.parts == 1) return done;
 
   constexpr int64_t chunk = 1 << 14;

@@ -17,8 +17,8 @@ struct AttentionOptions {
   int64_t instruction_set, threads;
 };
 
-void fill(Checks& checks, Attention& p, Buffer query, Buffer key, Buffer value, Buffer bias,
-          Buffer mask, Buffer offset, Buffer query_lengths, Buffer key_lengths,
+void fill(Checks& checks, Attention& p, Buffer query, Buffer key, Buffer value, Buffer scale,
+          Buffer bias, Buffer mask, Buffer offset, Buffer query_lengths, Buffer key_lengths,
           Buffer query_segments, Buffer key_segments, const AttentionOptions& options) {
   checks.require(query.dimensions().size() == 5, "query", "another rank than 5");
   checks.require(key.dimensions().size() == 4, "key", "another rank than 4");
@@ -32,6 +32,8 @@ void fill(Checks& checks, Attention& p, Buffer query, Buffer key, Buffer value, 
   p.query = checks.data<const float>("query", query, {p.B, p.T, p.M, p.G, p.K});
   p.key = checks.data<const float>("key", key, {p.B, p.S, p.M, p.K});
   p.value = checks.data<const float>("value", value, {p.B, p.S, p.M, p.V});
+  checks.require(scale.element_count() > 0, "scale", "empty");
+  p.scale = checks.of_logits<const float>("scale", scale, {p.B, p.M, p.G, 1, 1});
   p.bias = checks.of_logits<const float>("bias", bias, {p.B, p.M, p.G, p.T, p.S});
   p.mask = checks.of_logits<const uint8_t>("mask", mask, {p.B, p.M, p.G, p.T, p.S});
   p.offset_stride = offset.element_count() == 1 ? 0 : 1;
@@ -47,13 +49,14 @@ void fill(Checks& checks, Attention& p, Buffer query, Buffer key, Buffer value, 
 }
 
 ffi::Error attention_forward(ffi::ThreadPool pool, Buffer query, Buffer key, Buffer value,
-                             Buffer bias, Buffer mask, Buffer offset, Buffer query_lengths,
-                             Buffer key_lengths, Buffer query_segments, Buffer key_segments,
-                             Buffer sinks, Result o, Result lse, AttentionOptions options) {
+                             Buffer scale, Buffer bias, Buffer mask, Buffer offset,
+                             Buffer query_lengths, Buffer key_lengths, Buffer query_segments,
+                             Buffer key_segments, Buffer sinks, Result o, Result lse,
+                             AttentionOptions options) {
   Checks checks;
   AttentionForward p{};
-  fill(checks, p, query, key, value, bias, mask, offset, query_lengths, key_lengths, query_segments,
-       key_segments, options);
+  fill(checks, p, query, key, value, scale, bias, mask, offset, query_lengths, key_lengths,
+       query_segments, key_segments, options);
   p.sinks = checks.optional<const float>("sinks", sinks, {1, p.M, p.G, 1});
   p.o = checks.data<float>("o", *o, {p.B, p.T, p.M, p.G, p.V});
   p.lse = checks.data<float>("lse", *lse, {p.B, p.M, p.G, p.T});
@@ -61,14 +64,15 @@ ffi::Error attention_forward(ffi::ThreadPool pool, Buffer query, Buffer key, Buf
 }
 
 ffi::Error attention_backward(ffi::ThreadPool pool, Buffer query, Buffer key, Buffer value,
-                              Buffer bias, Buffer mask, Buffer offset, Buffer query_lengths,
-                              Buffer key_lengths, Buffer query_segments, Buffer key_segments,
-                              Buffer o, Buffer lse, Buffer d_o, Buffer dlse, Result dq, Result dk,
-                              Result dv, Result dbias, AttentionOptions options) {
+                              Buffer scale, Buffer bias, Buffer mask, Buffer offset,
+                              Buffer query_lengths, Buffer key_lengths, Buffer query_segments,
+                              Buffer key_segments, Buffer o, Buffer lse, Buffer d_o, Buffer dlse,
+                              Result dq, Result dk, Result dv, Result dbias,
+                              AttentionOptions options) {
   Checks checks;
   AttentionBackward p{};
-  fill(checks, p, query, key, value, bias, mask, offset, query_lengths, key_lengths, query_segments,
-       key_segments, options);
+  fill(checks, p, query, key, value, scale, bias, mask, offset, query_lengths, key_lengths,
+       query_segments, key_segments, options);
   p.o = checks.data<const float>("o", o, {p.B, p.T, p.M, p.G, p.V});
   p.lse = checks.data<const float>("lse", lse, {p.B, p.M, p.G, p.T});
   p.d_o = checks.data<const float>("do", d_o, {p.B, p.T, p.M, p.G, p.V});
@@ -99,6 +103,7 @@ namespace {
 auto attention_arguments() {
   return ffi::Ffi::Bind()
       .Ctx<ffi::ThreadPool>()
+      .Arg<Buffer>()
       .Arg<Buffer>()
       .Arg<Buffer>()
       .Arg<Buffer>()

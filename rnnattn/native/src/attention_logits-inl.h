@@ -5,7 +5,6 @@
 
 #include <math.h>
 #include <cstdint>
-#include <cstring>
 
 #include "attention_masks-inl.h"
 #include "attention_packing-inl.h"
@@ -17,23 +16,6 @@
 
 RNNATTN_BEFORE_NAMESPACE();
 namespace rnnattn::RNNATTN_SET::attention {
-
-RNNATTN_INLINE Integers count_from(int64_t first) {
-  Integers lanes;
-  for (int i = 0; i < W; ++i) lanes[i] = static_cast<int32_t>(first) + i;
-  return lanes;
-}
-
-// W numbers from p on, of which `count` are there to read, and zeros.
-template <class Number>
-RNNATTN_INLINE auto load_few(const Number* p, int64_t count) {
-  Number __attribute__((vector_size(W * sizeof(Number)))) x{};
-  if (count >= W)
-    std::memcpy(&x, p, sizeof x);
-  else
-    std::memcpy(&x, p, count * sizeof(Number));
-  return x;
-}
 
 // One row of logits: the columns [from, to) of a block whose first key is `first`, multiples of W.
 struct Row {
@@ -53,42 +35,55 @@ static void mask_outside(const Row& row, float* s) {
   for (; j < row.to; j += W) store(s + j, splat(-INFINITY));
 }
 
-// s from q kᵀ: the soft cap, the bias, −∞ where masked. `capped` is 1 − (s / c)², if asked for.
+// s from q kᵀ: the soft cap, the bias, −∞ where masked. `uncap` is 1 − (s / c)², if asked for.
 static void finish_logits(const Attention& p, const Row& row, bool segments, float* s,
                           float* uncap) {
+  const V hidden = splat(-INFINITY);
   const float* bias = p.bias.data ? p.bias.row(row.b, row.m, row.g, row.t) : nullptr;
   const uint8_t* mask = p.mask.data ? p.mask.row(row.b, row.m, row.g, row.t) : nullptr;
   const int32_t* of_keys = segments ? p.key_segments + row.b * p.S : nullptr;
   const int32_t segment = segments ? p.query_segments[row.b * p.T + row.t] : 0;
+  const bool all_hidden = mask && p.mask.s == 0 && mask[0] == 0;
   for (int64_t j = row.from; j < row.to; j += W) {
-    const int64_t key = row.first + j, left = p.S - key;
+    const int64_t key = row.first + j;
+    const int count = static_cast<int>(least(W, p.S - key));
     V x = load(s + j);
     if (p.soft_cap > 0) {
       const V y = tanh(x / p.soft_cap);
       x = p.soft_cap * y;
       if (uncap) store(uncap + j, 1.0f - y * y);
     }
-    if (bias) x += p.bias.s ? load_few(bias + key, left) : splat(bias[0]);
-    const Integers at = count_from(key);
-    Integers sees =
-        (at >= static_cast<int32_t>(row.sees.first)) & (at < static_cast<int32_t>(row.sees.past));
-    if (mask) {
-      if (p.mask.s)
-        sees &= __builtin_convertvector(load_few(mask + key, left), Integers) != 0;
-      else if (!mask[0])
-        sees = Integers{};
-    }
-    if (of_keys) sees &= load_few(of_keys + key, left) == segment;
-    store(s + j, sees ? x : splat(-INFINITY));
+    if (bias) x += p.bias.s ? load(bias + key, count) : splat(bias[0]);
+    if (mask && p.mask.s) x = where(nonzero(mask + key, count), x, hidden);
+    if (of_keys) x = where(equal(of_keys + key, count, segment), x, hidden);
+    store(s + j, all_hidden ? hidden : x);
   }
+  mask_outside(row, s);
+}
+
+// Keys or values of a head, as what a product sums over: in columns, packed, or in rows.
+struct Against {
+  const float* columns;
+  KeyRows rows;
+};
+
+// a xᵀ for the columns of a block, rows STRIDE apart.
+static void product_against(const Block& block, int64_t width, const float* a, const Against& x,
+                            float* c) {
+  const int64_t from = block.from, a_stride = whole_vectors(width);
+  if (x.columns)
+    product<Stored::by_row, From::zero>(block.rows, (block.to - from) / W, width, a, a_stride,
+                                        x.columns + from * width, TILE_COLUMNS,
+                                        TILE_COLUMNS * width, c + from, STRIDE);
+  else
+    product_of_rows(block.rows, block.seen(), width, a, a_stride,
+                    x.rows.data + from * x.rows.stride, x.rows.stride, c + from, STRIDE);
 }
 
 // s, rows STRIDE apart, of packed queries and keys.
 static void logits(const Attention& p, const Block& block, const Rows& of, const Range* ranges,
-                   int64_t row, const float* q, const float* k, float* s, float* uncap) {
-  product<Stored::by_row, From::zero>(block.rows, (block.to - block.from) / W, p.K, q,
-                                      whole_vectors(p.K), k + block.from * p.K, TILE_COLUMNS,
-                                      TILE_COLUMNS * p.K, s + block.from, STRIDE);
+                   int64_t row, const float* q, const Against& k, float* s, float* uncap) {
+  product_against(block, p.K, q, k, s);
   if (block.bare && block.in_range) return;
   for (int64_t r = 0; r < block.rows; ++r) {
     const Row at{of.b,      of.m,        of.head(row + r), of.time(row + r),

@@ -8,6 +8,10 @@
 // rows, and the softmax is kept as a running peak, total and weighted sum; backward, it is a range
 // of keys, and the weights are computed again from the log-sum-exp.
 //
+// Keys and values are packed where a block of them meets many rows. Where a head has few, as in
+// decoding, to read them is what takes time: they are read where they are, once, all heads of a few
+// keys after one another, as they lie in memory ("streamed").
+//
 // This file: who sees whom, and so what blocks there are.
 
 #ifndef RNNATTN_ATTENTION_MASKS_INL_H_
@@ -30,9 +34,15 @@ constexpr int64_t ROWS = 48;           // of a block
 constexpr int64_t FORWARD_ROWS = 288;  // of a work item, which share a block of packed keys
 // Of a row of logits: a power of two would put its columns into a few sets of a cache.
 constexpr int64_t STRIDE = KEYS + LINE;
-constexpr int64_t LEAST_ITEMS = 16;  // of the backward pass, if there are as many key blocks
+constexpr int64_t STREAMED_ROWS = 16;  // of a key/value head, at most
+constexpr int64_t STREAMED_KEYS = 64;  // of a block
+constexpr int64_t LEAST_BLOCKS = 4;    // of keys, of the backward pass: else they are smaller
+constexpr int64_t LEAST_ITEMS = 16;    // if there are as many key blocks
+constexpr int64_t LEAST_KEYS_OF_A_PART = 256;  // forward, of packed ones
 // Multiply-adds: with fewer, another thread does not pay.
 constexpr int64_t WORK_OF_A_THREAD = 1 << 21;
+// The same in numbers of keys and values, where they are streamed.
+constexpr int64_t NUMBERS_OF_A_THREAD = 1 << 17;
 
 struct Range {
   int64_t first, past;
@@ -87,6 +97,23 @@ struct RowBlocks {
   }
 };
 
+// Whether keys and values are read where they are.
+static bool is_streamed(const Attention& p) { return p.G * p.T <= STREAMED_ROWS; }
+
+// Heads of a work item where keys are streamed: all, unless there were too few items then.
+static int64_t streamed_heads(const Attention& p) {
+  int64_t heads = p.M;
+  const int64_t of_heads = p.B * ceil_div(p.S, STREAMED_KEYS);
+  while (of_heads * (p.M / heads) < LEAST_ITEMS && heads % 2 == 0) heads /= 2;
+  return heads;
+}
+
+// How many threads pay.
+static int64_t threads_for(const Attention& p, int64_t multiply_adds) {
+  const int64_t numbers = is_streamed(p) ? p.B * p.S * p.M * (p.K + p.V) : 0;
+  return most(multiply_adds / WORK_OF_A_THREAD, numbers / NUMBERS_OF_A_THREAD) + 1;
+}
+
 // What some row sees, and what all do.
 struct Seen {
   Range any, all;
@@ -122,25 +149,29 @@ static bool segments_meet(const Attention& p, const Rows& rows, Range keys, bool
   return query_least <= key_most && key_least <= query_most;
 }
 
-// The columns [from, to) of a block of keys that some row of a block of rows sees, and how.
+// The columns [from, to) of a block of `count` keys that some row of a block of rows sees, and how.
 struct Block {
-  int64_t rows, first, from, to;
+  int64_t rows, first, count, from, to;
   bool bare = false;      // its logits are q kᵀ, but for what positions and lengths mask
   bool in_range = false;  // positions and lengths mask nothing of it
   bool segments = false;  // segments may mask some of it
 
   bool empty() const { return from >= to; }
+  bool shows_all() const { return bare && in_range && from == 0 && to == count; }
+  // Of [from, to), the keys that there are.
+  int64_t seen() const { return least(to, count) - from; }
 };
 
 static Block block_of(const Attention& p, const Rows& of, Range keys, const Range* ranges,
                       int64_t rows) {
   const Seen seen = seen_by(ranges, rows);
+  const int64_t count = keys.past - keys.first;
   bool one_segment;
-  if (!segments_meet(p, of, keys, &one_segment)) return {rows, keys.first, 0, 0};
+  if (!segments_meet(p, of, keys, &one_segment)) return {rows, keys.first, count, 0, 0};
   const int64_t first = most(seen.any.first, keys.first) - keys.first;
   const int64_t past = least(seen.any.past, keys.past) - keys.first;
-  if (first >= past) return {rows, keys.first, 0, 0};
-  Block block{rows, keys.first, first / TILE_COLUMNS * TILE_COLUMNS, whole_vectors(past)};
+  if (first >= past) return {rows, keys.first, count, 0, 0};
+  Block block{rows, keys.first, count, first / TILE_COLUMNS * TILE_COLUMNS, whole_vectors(past)};
   block.bare = one_segment && p.soft_cap == 0 && !p.bias.data && !p.mask.data;
   block.in_range =
       seen.all.first <= keys.first + block.from && seen.all.past >= keys.first + block.to;

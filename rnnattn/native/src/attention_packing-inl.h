@@ -34,6 +34,16 @@ static void pack_row(const float* from, int64_t width, float* to) {
   for (; i + W <= width; i += W) store(to + i, load(from + i));
   if (i < width) store(to + i, load(from + i, static_cast<int>(width - i)));
 }
+static float scale_of(const Attention& p, const Rows& rows, int64_t r) {
+  return *p.scale.row(rows.b, rows.m, rows.head(r), 0);
+}
+// The queries of logits: scaled.
+static void pack_query(const Attention& p, const Rows& rows, int64_t r, float* to) {
+  const float *from = p.query + query_at(p, p.K, rows, r), scale = scale_of(p, rows, r);
+  int64_t i = 0;
+  for (; i + W <= p.K; i += W) store(to + i, load(from + i) * scale);
+  if (i < p.K) store(to + i, load(from + i, static_cast<int>(p.K - i)) * scale);
+}
 // Whether a packed row holds no NaN and no ∞.
 static bool is_finite(const float* row, int64_t padded) {
   V products{};
@@ -46,20 +56,12 @@ static void unpack_row(const float* from, float factor, int64_t width, float* to
   for (; i + W <= width; i += W) store(to + i, load(from + i) * factor);
   if (i < width) store(to + i, load(from + i) * factor, static_cast<int>(width - i));
 }
-static void add_row(const float* from, int64_t width, float* to) {
+static void add_row(const float* from, float factor, int64_t width, float* to) {
   int64_t i = 0;
-  for (; i + W <= width; i += W) store(to + i, load(to + i) + load(from + i));
+  for (; i + W <= width; i += W) store(to + i, fma(load(from + i), splat(factor), load(to + i)));
   if (i == width) return;
   const int rest = static_cast<int>(width - i);
-  store(to + i, load(to + i, rest) + load(from + i), rest);
-}
-
-// The largest number of each of W vectors.
-RNNATTN_INLINE V max_of_each(V (&x)[W]) {
-  transpose(x);
-  for (int half = W / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) x[i] = max(x[i], x[i + half]);
-  return x[0];
+  store(to + i, fma(load(from + i), splat(factor), load(to + i, rest)), rest);
 }
 
 // Keys [first, past) as columns, in panels of TILE_COLUMNS keys: of these first the numbers 0, then
@@ -93,6 +95,44 @@ static bool pack_rows(const Attention& p, const float* x, int64_t width, int64_t
   for (int64_t i = 0; i < count; ++i)
     pack_row(x + key_at(p, width, b, m, keys.first + i), width, to + i * padded);
   return is_finite(to, count * padded);
+}
+
+// Rows of keys or values of a head: where they are, or packed.
+struct KeyRows {
+  const float* data;
+  int64_t stride;
+};
+static KeyRows rows_in_place(const Attention& p, const float* x, int64_t width, int64_t b,
+                             int64_t m, Range keys) {
+  return {x + key_at(p, width, b, m, keys.first), p.M * width};
+}
+// Whether whole vectors can be read of all of them, with whatever stands behind a row in its last:
+// not where the array ends before.
+static bool vectors_in_place(const Attention& p, int64_t width, int64_t b, int64_t m, Range keys) {
+  const int64_t size = p.B * p.S * p.M * width;
+  return key_at(p, width, b, m, keys.past - 1) + whole_vectors(width) <= size;
+}
+// Whether some rows hold no NaN and no ∞.
+static bool are_finite(KeyRows rows, int64_t count, int64_t width) {
+  const int rest = static_cast<int>(width % W);
+  V products{};
+  for (int64_t i = 0; i < count; ++i) {
+    const float* row = rows.data + i * rows.stride;
+    int64_t k = 0;
+    for (; k + W <= width; k += W) products += 0.0f * load(row + k);
+    if (rest) products += 0.0f * load(row + k, rest);
+  }
+  return sum(products) == 0;
+}
+
+// Ask for the share of a head in the next `count` keys or values of all heads, which lie one after
+// another, if heads are narrow: a core sees long rows coming, but not a line out of each key.
+static void prefetch_share(const Attention& p, const float* x, int64_t width, int64_t b, int64_t m,
+                           int64_t next, int64_t count) {
+  if (width >= 4 * LINE) return;
+  count = least(count, p.S - next);
+  const float* share = x + key_at(p, width, b, 0, next) + m * count * width;
+  for (int64_t i = 0; i < count * width; i += LINE) __builtin_prefetch(share + i, 0, 2);
 }
 
 static int64_t whole_panels(int64_t n) { return ceil_div(n, TILE_COLUMNS) * TILE_COLUMNS; }

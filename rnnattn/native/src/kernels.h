@@ -26,6 +26,7 @@ struct OfLogits {
 struct Attention {
   int64_t B, M, G, T, S, K, V;
   const float *query, *key, *value;
+  OfLogits<const float> scale;  // of the logits, and of dq; (#B, #M, #G, 1, 1)
   OfLogits<const float> bias;
   OfLogits<const uint8_t> mask;
   const int32_t* offset;

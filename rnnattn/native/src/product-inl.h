@@ -112,6 +112,58 @@ static void product(int64_t rows, int64_t columns, int64_t steps, const float* a
     });
 }
 
+// The products of a row with `columns` rows of B, W at most: of both `width` numbers, and zeros
+// behind them in the row. Where there are fewer than W, those of the last stand for the others, as
+// many quarters of W as there are. If `ahead`, the W rows behind are asked for meanwhile: W at once
+// are more than a core would see coming.
+template <int quarters, bool ahead>
+RNNATTN_INLINE V dots_with(int64_t columns, int64_t width, const float* row, const float* b,
+                           int64_t b_stride) {
+  // Four pointers, and numbers of strides that an address can hold, in place of W pointers.
+  constexpr int rows = quarters * (W / 4);
+  const float* quarter[4];
+  if constexpr (ahead)
+    for (int i = 0; i < 4; ++i) quarter[i] = b + i * (W / 4) * b_stride;
+  const auto at = [&](auto i) RNNATTN_LAMBDA {
+    if constexpr (ahead) return quarter[i / (W / 4)] + i % (W / 4) * b_stride;
+    return b + least(i, columns - 1) * b_stride;
+  };
+  V sums[W]{};
+  int64_t k = 0;
+  for (; k + W <= width; k += W) {
+    const V x = load(row + k);
+    unrolled<rows>([&](auto i) RNNATTN_LAMBDA {
+      sums[i] = fma(x, load(at(i) + k), sums[i]);
+      if constexpr (ahead) __builtin_prefetch(at(i) + k + W * b_stride);
+    });
+  }
+  if (k < width) {
+    const V x = load(row + k);
+    const int rest = static_cast<int>(width - k);
+    unrolled<rows>([&](auto i)
+                       RNNATTN_LAMBDA { sums[i] = fma(x, load(at(i) + k, rest), sums[i]); });
+  }
+  return sum_of_each(sums);
+}
+
+// C = A Bᵀ, with B in rows that are not packed. Rows of A are whole vectors, with zeros behind what
+// they hold; C has whole vectors of columns.
+static void product_of_rows(int64_t rows, int64_t columns, int64_t width, const float* a,
+                            int64_t a_stride, const float* b, int64_t b_stride, float* c,
+                            int64_t c_stride) {
+  for (int64_t j = 0; j < columns; j += W, b += W * b_stride)
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* row = a + r * a_stride;
+      float* to = c + r * c_stride + j;
+      if (columns - j >= W)
+        store(to, dots_with<4, true>(W, width, row, b, b_stride));
+      else
+        as_constant<4>(ceil_div(4 * (columns - j), W), [&](auto quarters) RNNATTN_LAMBDA {
+          store(to, dots_with<quarters, false>(columns - j, width, row, b, b_stride));
+        });
+    }
+}
+
 }  // namespace rnnattn::RNNATTN_SET
 RNNATTN_AFTER_NAMESPACE();
 

@@ -55,6 +55,21 @@ RNNATTN_INLINE void store(float* p, V v, int n) {
 // y 2ⁿ for whole n, of any size.
 RNNATTN_INLINE V scale_by_power(V y, V n) { return _mm512_maskz_scalef_ps(0xffff, y, n); }
 
+// Of which lanes something holds; a of these and b of the others.
+using Lanes = __mmask16;
+RNNATTN_INLINE V where(Lanes holds, V a, V b) { return _mm512_mask_blend_ps(holds, b, a); }
+
+// Which of the first n bytes are not 0, which of the first n numbers are x.
+RNNATTN_INLINE Lanes nonzero(const uint8_t* p, int n) {
+  const __m128i bytes = _mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << n) - 1), p);
+  return _mm_test_epi8_mask(bytes, bytes);
+}
+RNNATTN_INLINE Lanes equal(const int32_t* p, int n, int32_t x) {
+  const auto some = static_cast<__mmask16>((1u << n) - 1);
+  return _mm512_mask_cmpeq_epi32_mask(some, _mm512_maskz_loadu_epi32(some, p),
+                                      _mm512_set1_epi32(x));
+}
+
 #elif RNNATTN_LANES == 8
 
 RNNATTN_INLINE V max(V a, V b) { return _mm256_max_ps(a, b); }
@@ -83,6 +98,30 @@ RNNATTN_INLINE void store(float* p, V v, int n) {
 #endif
 
 #if RNNATTN_LANES != 16
+
+using Lanes = Integers;
+RNNATTN_INLINE V where(Lanes holds, V a, V b) { return holds ? a : b; }
+
+// W numbers, of which the first n are those from p on.
+template <class Number>
+RNNATTN_INLINE auto load_some(const Number* p, int n) {
+  Number __attribute__((vector_size(W * sizeof(Number)))) x{};
+  if (n == W)
+    __builtin_memcpy(&x, p, sizeof x);
+  else
+    for (int i = 0; i < n; ++i) x[i] = p[i];
+  return x;
+}
+RNNATTN_INLINE Lanes nonzero(const uint8_t* p, int n) {
+#if RNNATTN_LANES == 8
+  // of a conversion of the vector the compiler makes one of each byte
+  const __m128i bytes = _mm_cvtsi64_si128(reinterpret_cast<int64_t>(load_some(p, n)));
+  return reinterpret_cast<Integers>(_mm256_cvtepu8_epi32(bytes)) != 0;
+#else
+  return __builtin_convertvector(load_some(p, n), Integers) != 0;
+#endif
+}
+RNNATTN_INLINE Lanes equal(const int32_t* p, int n, int32_t x) { return load_some(p, n) == x; }
 
 // y 2ⁿ for whole n in [−252, 254]: two factors, so that neither leaves the normal numbers.
 RNNATTN_INLINE V scale_by_power(V y, V n) {
@@ -145,27 +184,45 @@ RNNATTN_INLINE float max(V v) {
   return largest;
 }
 
-// W rows of W numbers to W columns, in place: 2 × 2 blocks of `half` change places, for each half.
+// Of two rows, every other `half` lanes of the first for those before them of the second.
 template <int half, int... lane>
-RNNATTN_INLINE void exchange(V (&x)[W], std::integer_sequence<int, lane...>) {
+RNNATTN_INLINE void exchange(V& x, V& y, std::integer_sequence<int, lane...>) {
+  const V a = x, b = y;
+#if defined(__clang__)
+  x = __builtin_shufflevector(a, b, (lane & half ? lane - half + W : lane)...);
+  y = __builtin_shufflevector(a, b, (lane & half ? lane + W : lane + half)...);
+#else
+  x = __builtin_shuffle(a, b, Integers{(lane & half ? lane - half + W : lane)...});
+  y = __builtin_shuffle(a, b, Integers{(lane & half ? lane + W : lane + half)...});
+#endif
+}
+
+// W rows of W numbers to W columns, in place: 2 × 2 blocks of `half` change places, for each half.
+template <int half = W / 2>
+RNNATTN_INLINE void transpose(V (&x)[W]) {
   unrolled<W / 2>([&](auto pair) RNNATTN_LAMBDA {
     constexpr int i = pair / half * 2 * half + pair % half;
-    const V a = x[i], b = x[i + half];
-#if defined(__clang__)
-    x[i] = __builtin_shufflevector(a, b, (lane & half ? lane - half + W : lane)...);
-    x[i + half] = __builtin_shufflevector(a, b, (lane & half ? lane + W : lane + half)...);
-#else
-    x[i] = __builtin_shuffle(a, b, Integers{(lane & half ? lane - half + W : lane)...});
-    x[i + half] = __builtin_shuffle(a, b, Integers{(lane & half ? lane + W : lane + half)...});
-#endif
+    exchange<half>(x[i], x[i + half], std::make_integer_sequence<int, W>{});
   });
+  if constexpr (half > 1) transpose<half / 2>(x);
 }
-RNNATTN_INLINE void transpose(V (&x)[W]) {
-  constexpr std::make_integer_sequence<int, W> lanes{};
-  if constexpr (W >= 16) exchange<8>(x, lanes);
-  if constexpr (W >= 8) exchange<4>(x, lanes);
-  exchange<2>(x, lanes);
-  exchange<1>(x, lanes);
+
+// Of each of W vectors all lanes, joined by `of`, which changes its first: halves of two vectors
+// become one, then quarters of two of these.
+template <int half = W / 2, class Of>
+RNNATTN_INLINE V of_each(V (&x)[W], Of of) {
+  unrolled<half>([&](auto i) RNNATTN_LAMBDA {
+    exchange<half>(x[i], x[i + half], std::make_integer_sequence<int, W>{});
+    of(x[i], x[i + half]);
+  });
+  if constexpr (half > 1) return of_each<half / 2>(x, of);
+  return x[0];
+}
+RNNATTN_INLINE V sum_of_each(V (&x)[W]) {
+  return of_each(x, [](V& a, const V& b) RNNATTN_LAMBDA { a += b; });
+}
+RNNATTN_INLINE V max_of_each(V (&x)[W]) {
+  return of_each(x, [](V& a, const V& b) RNNATTN_LAMBDA { a = max(a, b); });
 }
 
 RNNATTN_INLINE int64_t whole_vectors(int64_t n) { return ceil_div(n, W) * W; }
