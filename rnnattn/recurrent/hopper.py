@@ -18,8 +18,9 @@ buffers take turns. Who sends a second time into a buffer has received what ever
 having read it.
 
 x, the slopes and the results go straight between registers and global memory, where what a block
-reads or writes in a step lies together, of a batch in N tiles. It is read a step ahead, and asked
-for `AHEAD` steps before, since a step can be shorter than the way to memory and back.
+reads or writes in a step lies together, of a batch in N tiles. It is read a step ahead; by a block
+alone it is asked for `AHEAD` steps before, since its step is shorter than the way to memory and
+back.
 
 Axes: T time, N tiles of the batch, H hidden width, which fits: `rnnattn.recurrent.pallas`.
 """
@@ -183,7 +184,8 @@ def forward(x, w, state, masks=None, *, reverse=False, keeps=False, interpret=No
         stores = None if plain or alone else _ByStores(link[0], C, H * TILE * 2)
 
         def fetch(t):
-            plgpu.async_prefetch(x_ref.at[time(until(t + AHEAD)), tile, :, mine])
+            if alone:
+                plgpu.async_prefetch(x_ref.at[time(until(t + AHEAD)), tile, :, mine])
             t = time(until(t))
             row = lambda ref: None if ref is None else load(ref.at[t, tile], _OF_COLUMNS)
             z = [load(x_ref.at[t, tile, g, mine]) for g in range(4)]
@@ -316,8 +318,8 @@ def _call(kernel, results, scratch, N, C, interpret):
 def backward(slopes, dy, w, cotangents, masks=None, *, reverse=False, interpret=None):
     """dz of every step, and the cotangents of the initial state.
 
-    slopes: `equations.Slopes`, each (T, N, H, TILE), which hold the state where a step is not
-        valid, and drop c where one is fresh. dy: (T, N, H, TILE). w: (H, 4H) w_h. All 16-bit.
+    slopes: `equations.Slopes`, each (T, N, H, TILE) in float32, which hold the state where a step
+        is not valid, and drop c where one is fresh. dy: (T, N, H, TILE). w: (H, 4H) w_h, 16-bit.
     cotangents: of h and c of the last step, each (N, H, TILE) in float32.
     masks: valid and fresh, each (T, N, TILE) in float32 or None.
     Returns: dz (T, N, 4, H, TILE) in the dtype of w, dh and dc (N, H, TILE) in float32.
@@ -326,7 +328,8 @@ def backward(slopes, dy, w, cotangents, masks=None, *, reverse=False, interpret=
     C, shape = H // UNITS, (UNITS, TILE)
     how, how_part = transforms(shape, dtype), transforms(shape, _f32)
     plain, alone = interpret is not None, C == 1
-    resident = H <= 128 and not plain  # are the weights kept in registers?
+    # the gates whose weights are kept in registers: there are no more at H 128
+    resident = 0 if plain else {64: 4, 128: 3}.get(H, 0)
     valid, fresh = masks or (None, None)
     given = [m for m in (valid, fresh) if m is not None]
 
@@ -347,7 +350,7 @@ def backward(slopes, dy, w, cotangents, masks=None, *, reverse=False, interpret=
         stores = None if plain or alone else _ByStores(link[0], C, C * UNITS * TILE * 4)
 
         def fetch(n):
-            for ref in per_step:
+            for ref in per_step if alone else ():
                 plgpu.async_prefetch(ref.at[time(until(n + AHEAD)), tile, mine])
             t = time(until(n))
             row = lambda ref: None if ref is None else load(ref.at[t, tile], _OF_COLUMNS)
@@ -363,7 +366,7 @@ def backward(slopes, dy, w, cotangents, masks=None, *, reverse=False, interpret=
         plgpu.barrier_wait(w_bar)
         read = lambda p, g: w_s.at[g, of_block[p]]
         kept = lambda p, g: _load(read(p, g))
-        w_pg = [[(kept if resident else read)(p, g) for g in range(4)] for p in range(C)]
+        w_pg = [[(kept if g < resident else read)(p, g) for g in range(4)] for p in range(C)]
 
         def step(n, carry):
             dh, dc, (slopes, dy, valid, fresh) = carry
@@ -371,8 +374,7 @@ def backward(slopes, dy, w, cotangents, masks=None, *, reverse=False, interpret=
             if stores:
                 stores.arm(slot)
             dh = dh + dy.astype(_f32)
-            factors = Slopes(*(s.astype(_f32) for s in slopes))
-            dz, dc = gradient_of_gates(factors, dh, dc, None)
+            dz, dc = gradient_of_gates(Slopes(*slopes), dh, dc, None)
             dz = [d.astype(dtype) for d in dz]
             for g in range(4):
                 z_s[slot, of_gate[g]] = dz[g]
