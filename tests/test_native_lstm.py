@@ -83,6 +83,8 @@ PROBLEMS = [
     ((70, 9, 1, 16), ("lengths",), False),
     ((600, 4, 3, 8), ("lengths", "resets"), False),
     ((3, 14, 40, 70), ("resets",), False),
+    ((12, 2, 3, 130), ("lengths", "resets"), True),
+    ((11, 5, 20, 100), ("lengths", "resets"), False),
 ]
 
 
@@ -149,10 +151,17 @@ def test_errors_are_no_larger_than_on_xla():
 
 def test_any_number_of_threads_gives_the_same_bits(monkeypatch):
     """Rows alone, in tiles of every height, and a product that is split over the threads."""
-    problems = {(6, 1, 5, 40): 3, (6, 17, 5, 40): "gates", (2, 23, 90, 80): "states"}
-    for shape, residuals in problems.items():
+    problems = [
+        ((6, 1, 5, 40), 3),
+        ((6, 17, 5, 40), "gates"),
+        ((2, 23, 90, 80), "states"),
+        # units that are shared out, a barrier after each step
+        *(((30, B, 5, 150), residuals) for B in (1, 2, 3, 5) for residuals in ("gates", "states", 4)),
+        ((9, 2, 300, 330), "states"),
+    ]
+    for shape, residuals in problems:
         case, options = scaled_case(*shape), masks(shape[0], shape[1], ("lengths", "resets"))
-        run = partial(native_lstm, residuals=residuals, **options)
+        run = partial(native_lstm, residuals=residuals, reverse=shape[1] % 2 == 0, **options)
         results = []
         for threads in (1, 2, 0):
             set_how(monkeypatch, threads=threads)
@@ -163,7 +172,7 @@ def test_any_number_of_threads_gives_the_same_bits(monkeypatch):
 
 def test_several_programs_at_once_give_the_same_bits():
     """They share XLA's threads, and none waits for a place among them."""
-    cases = [scaled_case(9, B, 5, 40) for B in (3, 8, 16, 17)]
+    cases = [scaled_case(9, B, 5, 40) for B in (3, 8, 16, 17)] + [scaled_case(30, 2, 5, 150)] * 3
     gradients = jax.jit(lambda case: value_and_gradients(native_lstm, case))
     alone = list(map(gradients, cases))
     with ThreadPoolExecutor(len(cases)) as pool:

@@ -40,11 +40,19 @@ struct PreactivationTile {
 };
 
 static void preactivate(const Cells& cells, const float* a, int64_t stride, int64_t K,
-                        const Gates& out, int64_t lo, int64_t hi) {
-  for (int64_t u = 0; u * W < cells.H; ++u) {
-    const int n = static_cast<int>(least(W, cells.H - u * W));
-    over_tiles<GATE_TILE_ROWS>(lo, hi, PreactivationTile{a, stride, K, cells.block(u), out, u, n});
-  }
+                        const Gates& out, int64_t u, int64_t lo, int64_t hi) {
+  const int n = static_cast<int>(least(W, cells.H - u * W));
+  over_tiles<GATE_TILE_ROWS>(lo, hi, PreactivationTile{a, stride, K, cells.block(u), out, u, n});
+}
+
+// b + x w_x of all `rows`: the units and blocks of rows are shared out.
+static bool project(Threads& threads, const Lstm& s, const Cells& cells, const float* x,
+                    const Gates& out, int64_t rows) {
+  const int64_t blocks = ceil_div(rows, PROJECTED_ROWS);
+  return parallel_for(threads, ceil_div(s.H, W) * blocks, s.threads, 0, [&](int64_t item, float*) {
+    const int64_t u = item / blocks, block = item % blocks;
+    preactivate(cells, x, s.D, s.D, out, u, rows * block / blocks, rows * (block + 1) / blocks);
+  });
 }
 
 // L1, L2 in the registers of a tile: from a, halved, and c₋ to c and h.
@@ -61,7 +69,11 @@ RNNATTN_INLINE void cell(const V (&a)[4], V c_prev, V& c, V& h) {
 struct State {
   float *h, *h_next, *c;
   int64_t stride;
-  bool turned = false;  // the last step went through the weights backwards
+  bool turned = false;  // the step goes through the weights backwards
+
+  State after(int64_t steps) const {
+    return steps % 2 ? State{h_next, h, c, stride, !turned} : *this;
+  }
 };
 
 // What one step reads and writes, (B, …) each; null where absent.
@@ -123,24 +135,33 @@ struct CellTile {
   }
 };
 
-// One step of rows [lo, hi).
-static void advance(const Cells& cells, State& state, const Step& step, const uint8_t* fresh,
-                    int64_t lo, int64_t hi) {
-  if (fresh)
-    for (int64_t r = lo; r < hi; ++r)
-      if (fresh[r] && (!step.valid || step.valid[r])) {
-        zero(state.h + r * state.stride, state.stride);
-        zero(state.c + r * state.stride, state.stride);
-      }
+// Where a row is fresh, its part of the state is zeroed: units [j, past) of rows [lo, hi).
+static void zero_fresh(const State& state, float* h, const uint8_t* fresh, const uint8_t* valid,
+                       int64_t lo, int64_t hi, int64_t j, int64_t past) {
+  if (!fresh) return;
+  for (int64_t r = lo; r < hi; ++r)
+    if (fresh[r] && (!valid || valid[r])) {
+      zero(h + r * state.stride + j, past - j);
+      zero(state.c + r * state.stride + j, past - j);
+    }
+}
+
+// One step of blocks of units [u, past) and rows [lo, hi), of a state that is not turned over yet.
+static void advance(const Cells& cells, const State& state, const Step& step, int64_t u,
+                    int64_t past, int64_t lo, int64_t hi) {
   // To and fro, so that a step begins with the weights that the one before left in the cache.
-  state.turned = !state.turned;
-  over_steps(state.turned, 0, ceil_div(cells.H, W), [&](int64_t u) {
-    const int n = static_cast<int>(least(W, cells.H - u * W));
-    over_tiles<GATE_TILE_ROWS>(lo, hi, CellTile{cells, state, step, u, n});
+  over_steps(state.turned, u, past, [&](int64_t i) {
+    const int n = static_cast<int>(least(W, cells.H - i * W));
+    over_tiles<GATE_TILE_ROWS>(lo, hi, CellTile{cells, state, step, i, n});
   });
-  float* h = state.h;
-  state.h = state.h_next;
-  state.h_next = h;
+}
+
+// One step of rows [lo, hi).
+static void advance_rows(const Cells& cells, State& state, const Step& step, const uint8_t* fresh,
+                         int64_t lo, int64_t hi) {
+  zero_fresh(state, state.h, fresh, step.valid, lo, hi, 0, state.stride);
+  advance(cells, state, step, 0, ceil_div(cells.H, W), lo, hi);
+  state = state.after(1);
 }
 
 // Copies rows [lo, hi) of `width` between arrays of different strides, zero beyond the width.
@@ -157,6 +178,19 @@ static void copy_rows(const float* from, int64_t from_stride, float* to, int64_t
 // Into how many groups the rows are split, of FEW_ROWS at least.
 static int64_t groups_of(const Lstm& s) { return most(1, least(s.threads, s.B / FEW_ROWS)); }
 
+// How many threads can share out the units: none that has less to do than waiting takes.
+static int64_t members_of(const Lstm& s) {
+  const int64_t worth = s.B * s.H * 4 * s.H / SHARE;
+  return most(1, least(least(s.threads, ceil_div(s.H, W)), worth));
+}
+
+// Whether they do, there being too few rows to share out: each then reads a part of the weights
+// alone, and waits for the others after every step.
+static bool shares_units(const Lstm& s) { return s.B < FEW_ROWS || members_of(s) > groups_of(s); }
+
+// The steps whose b + x w_x is computed at once.
+static int64_t chunk_of(const Lstm& s) { return most(1, least(s.T, CHUNK_ROWS / most(s.B, 1))); }
+
 template <class F>
 static bool over_groups(Threads& threads, const Lstm& s, F f) {
   const int64_t groups = groups_of(s);
@@ -171,6 +205,29 @@ RNNATTN_INLINE const uint8_t* mask_at(const uint8_t* mask, int64_t t, int64_t B)
 
 RNNATTN_INLINE float* at(float* array, int64_t t, int64_t floats) {
   return array ? array + t * floats : nullptr;
+}
+
+// Steps [from, to) of all rows, the units shared out. `step_of(t)` is what step t reads and writes,
+// `before(state, t, j, past)` looks at units [j, past) of the state before it. Every member zeroes
+// the fresh part of its units before it ends the step before.
+template <class StepOf, class Before>
+static void share_units(Threads& threads, const Lstm& s, const Cells& cells, State& state,
+                        int64_t from, int64_t to, StepOf step_of, Before before) {
+  const int64_t steps = to - from, units = ceil_div(s.H, W);
+  const auto step_at = [&](int64_t round) { return s.reverse ? to - 1 - round : from + round; };
+  const auto begin = [&](const State& now, int64_t t, int64_t j, int64_t past) {
+    before(now, t, j, past);
+    zero_fresh(now, now.h, mask_at(s.fresh, t, s.B), mask_at(s.valid, t, s.B), 0, s.B, j, past);
+  };
+  if (steps <= 0) return;
+  begin(state, step_at(0), 0, state.stride);
+  over_rounds(threads, steps, members_of(s), [&](int64_t round, int64_t member, int64_t members) {
+    const int64_t u = units * member / members, past = units * (member + 1) / members;
+    const State now = state.after(round);
+    advance(cells, now, step_of(step_at(round)), u, past, 0, s.B);
+    if (round + 1 < steps) begin(now.after(1), step_at(round + 1), u * W, past * W);
+  });
+  state = state.after(steps);
 }
 
 struct StepsMemory {
@@ -189,12 +246,10 @@ struct StepsMemory {
 
 static bool all_steps(Threads& threads, const LstmForward& s) {
   const int64_t T = s.T, B = s.B, D = s.D, H = s.H, stride = whole_vectors(H);
-  const bool projects_first = B < FEW_ROWS;  // b + x w_x of many steps at once
-  const int64_t length = s.interval       ? s.interval
-                         : projects_first ? most(1, least(T, CHUNK_ROWS / most(B, 1)))
-                                          : most(T, 1);
+  const bool by_units = shares_units(s);  // and b + x w_x of many steps at once
+  const int64_t length = by_units ? chunk_of(s) : s.interval ? s.interval : most(T, 1);
   const int64_t projected =
-      projects_first && !s.a ? ceil_div(H, W) * Gates::panel(least(length, T) * B) : 0;
+      by_units && !s.a ? ceil_div(H, W) * Gates::panel(least(length, T) * B) : 0;
   const StepsMemory size(s, projected, nullptr);
   const Allocation allocation(size.memory.used);
   if (!allocation.data()) return false;
@@ -207,19 +262,20 @@ static bool all_steps(Threads& threads, const LstmForward& s) {
                     [&](int64_t u, float*) { pack_cells(s, u, my.cells); }))
     return false;
 
-  auto run = [&](int64_t k, State& state, int64_t lo, int64_t hi) {
-    const int64_t from = k * length, to = least(from + length, T);
-    if (s.interval) {
-      copy_rows(state.h, stride, s.h_starts + k * B * H, H, H, lo, hi);
-      copy_rows(state.c, stride, s.c_starts + k * B * H, H, H, lo, hi);
+  // What step t reads and writes, its b + x w_x in row `projected` if it is there.
+  auto step_at = [&](int64_t t, int64_t row) {
+    const Gates a = gates.from(t * B);
+    const Gates pre = !by_units ? Gates{} : a ? a : from_x.from(row);
+    return Step{s.x + t * B * D,       pre, mask_at(s.valid, t, B), s.y + t * B * H,
+                at(s.c_all, t, B * H), a};
+  };
+  // The state before the steps of interval k: units [j, past) of rows [lo, hi).
+  auto keep = [&](const State& state, int64_t k, int64_t j, int64_t past, int64_t lo, int64_t hi) {
+    const int64_t at = k * B * H + j, width = least(past, H) - j;
+    for (int64_t r = lo; r < hi; ++r) {
+      copy(state.h + r * stride + j, width, s.h_starts + at + r * H);
+      copy(state.c + r * stride + j, width, s.c_starts + at + r * H);
     }
-    over_steps(s.reverse, from, to, [&](int64_t t) {
-      const uint8_t* valid = mask_at(s.valid, t, B);
-      const Gates a = gates.from(t * B);
-      const Gates pre = !projects_first ? Gates{} : a ? a : from_x.from((t - from) * B);
-      const Step step{s.x + t * B * D, pre, valid, s.y + t * B * H, at(s.c_all, t, B * H), a};
-      advance(cells, state, step, mask_at(s.fresh, t, B), lo, hi);
-    });
   };
   auto enter = [&](int64_t lo, int64_t hi) {
     copy_rows(s.h, H, my.h, stride, H, lo, hi);
@@ -235,25 +291,31 @@ static bool all_steps(Threads& threads, const LstmForward& s) {
   advise_huge_pages(s.c_all, T * B * H);
   advise_huge_pages(s.a, T * B * 4 * H);
   const int64_t chunks = ceil_div(T, length);
-  if (!projects_first)
+  if (!by_units)
     return over_groups(threads, s, [&](int64_t lo, int64_t hi) {
       State state = enter(lo, hi);
-      over_steps(s.reverse, 0, chunks, [&](int64_t k) { run(k, state, lo, hi); });
+      over_steps(s.reverse, 0, chunks, [&](int64_t k) {
+        if (s.interval) keep(state, k, 0, H, lo, hi);
+        over_steps(s.reverse, k * length, least((k + 1) * length, T), [&](int64_t t) {
+          advance_rows(cells, state, step_at(t, 0), mask_at(s.fresh, t, B), lo, hi);
+        });
+      });
       leave(state, lo, hi);
     });
 
   State state = enter(0, B);
   bool ok = true;
   over_steps(s.reverse, 0, chunks, [&](int64_t k) {
-    const int64_t from = k * length, to = least(from + length, T), rows = (to - from) * B;
+    const int64_t from = k * length, to = least(from + length, T);
     const Gates out = gates ? gates.from(from * B) : from_x;
-    ok = ok && parallel_for(threads, ceil_div(rows, 8 * GATE_TILE_ROWS), s.threads, 0,
-                            [&](int64_t item, float*) {
-                              const int64_t lo = item * 8 * GATE_TILE_ROWS;
-                              preactivate(cells, s.x + from * B * D, D, D, out, lo,
-                                          least(lo + 8 * GATE_TILE_ROWS, rows));
-                            });
-    run(k, state, 0, B);
+    ok = ok && project(threads, s, cells, s.x + from * B * D, out, (to - from) * B);
+    share_units(
+        threads, s, cells, state, from, to, [&](int64_t t) { return step_at(t, (t - from) * B); },
+        [&](const State& before, int64_t t, int64_t j, int64_t past) {
+          const bool begins = s.interval && (s.reverse ? t == T - 1 || (t + 1) % s.interval == 0
+                                                       : t % s.interval == 0);
+          if (begins) keep(before, t / s.interval, j, past, 0, B);
+        });
   });
   leave(state, 0, B);
   return ok;

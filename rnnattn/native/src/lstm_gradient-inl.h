@@ -18,12 +18,13 @@
 RNNATTN_BEFORE_NAMESPACE();
 namespace rnnattn::RNNATTN_SET::lstm {
 
-// L3, L4, L8 for one row r of a step: dz and, in place, dc; h's cotangent is dh + dy.
+// L3, L4, L8 for blocks of units [u, past) of one row r of a step: dz and, in place, dc; h's
+// cotangent is dh + dy.
 RNNATTN_INLINE void cell_gradient(const Gates& a, const float* c, const float* c_prev,
                                   const float* dy, const float* dh, float* dc, const Gates& dz,
-                                  int64_t r, int64_t H) {
+                                  int64_t r, int64_t H, int64_t u, int64_t past) {
   const V half = splat(0.5f), one = splat(1.0f);
-  for (int64_t u = 0, j = 0; j < H; ++u, j += W) {
+  for (int64_t j = u * W; u < past; ++u, j += W) {
     const int n = static_cast<int>(least(W, H - j));
     const V i = fma(half, tanh(a.get(r, 0, u, n)), half);
     const V f = fma(half, tanh(a.get(r, 1, u, n)), half);
@@ -122,7 +123,10 @@ class Backward {
     over_steps(!s_.reverse, 0, ceil_div(T, length_), [&](int64_t k) {
       const Chunk chunk = chunk_at(k);
       if (recomputes_a_) ok = ok && preactivations(chunk);
-      ok = ok && over_groups(threads_, s_, [&](int64_t lo, int64_t hi) { steps(chunk, lo, hi); });
+      if (shares_units(s_))
+        ok = ok && steps_by_units(chunk);
+      else
+        ok = ok && over_groups(threads_, s_, [&](int64_t lo, int64_t hi) { steps(chunk, lo, hi); });
       ok = ok && products(chunk, is_first);
       is_first = false;
     });
@@ -218,47 +222,97 @@ class Backward {
     return parallel_for(threads_, items, s_.threads, 0, [&](int64_t item, float*) {
       const int64_t lo = rows * item / items, hi = rows * (item + 1) / items;
       for (int64_t r = lo; r < hi; ++r) gather(chunk, chunk.from + r / s_.B, r % s_.B);
-      preactivate(cells_, xh_, width_, s_.D + s_.H, dz_, lo, hi);
+      for (int64_t u = 0; u * W < s_.H; ++u)
+        preactivate(cells_, xh_, width_, s_.D + s_.H, dz_, u, lo, hi);
     });
   }
 
-  // The state before the chunk is all there is: run its steps again.
-  void run_again(const Chunk& chunk, int64_t lo, int64_t hi) const {
-    const int64_t B = s_.B, D = s_.D, H = s_.H, stride = whole_vectors(H);
+  // The state before the chunk is all there is: run its steps again, from where `state_before` is.
+  State state_before(const Chunk& chunk, int64_t lo, int64_t hi) const {
+    const int64_t H = s_.H, stride = whole_vectors(H);
     copy_rows(chunk.h_start, H, h_, stride, H, lo, hi);
     copy_rows(chunk.c_start, H, c_run_, stride, H, lo, hi);
-    State state{h_, h_next_, c_run_, stride};
-    over_steps(s_.reverse, chunk.from, chunk.to, [&](int64_t t) {
-      const int64_t row = (t - chunk.from) * B;
-      const Step step{s_.x + t * B * D, Gates{},      mask_at(s_.valid, t, B),
-                      y_ + row * H,     c_ + row * H, dz_.from(row)};
-      advance(cells_, state, step, mask_at(s_.fresh, t, B), lo, hi);
-    });
+    return State{h_, h_next_, c_run_, stride};
+  }
+
+  Step step_again(const Chunk& chunk, int64_t t, const Gates& from_x) const {
+    const int64_t row = (t - chunk.from) * s_.B;
+    return {s_.x + t * s_.B * s_.D,
+            from_x ? from_x.from(row) : from_x,
+            mask_at(s_.valid, t, s_.B),
+            y_ + row * s_.H,
+            c_ + row * s_.H,
+            dz_.from(row)};
+  }
+
+  // A step of rows [lo, hi) and blocks of units [u, past): dz and dc₋ from dh and dc.
+  void cells(const Chunk& chunk, int64_t t, int64_t u, int64_t past, int64_t lo, int64_t hi) const {
+    const int64_t B = s_.B, H = s_.H, stride = whole_vectors(H);
+    for (int64_t r = lo; r < hi; ++r) {
+      const int64_t k = (t - chunk.from) * B + r;
+      if (is_valid(t, r))
+        cell_gradient(chunk.a, chunk.c + k * H, c_before(chunk, t, r), s_.dy + (t * B + r) * H,
+                      dh_ + r * stride, dc_ + r * stride, dz_, k, H, u, past);
+      else
+        for (int64_t i = u; i < past; ++i)
+          for (int g = 0; g < 4; ++g) dz_.put(k, g, i, splat(0), W);
+    }
+  }
+
+  // What goes back from it, from dz of all units: dh₋, and nothing where a row is fresh.
+  void back(const Chunk& chunk, int64_t t, int64_t u, int64_t past, int64_t lo, int64_t hi) const {
+    const int64_t B = s_.B, stride = whole_vectors(s_.H);
+    const uint8_t* valid = mask_at(s_.valid, t, B);
+    times_transposed(dz_.from((t - chunk.from) * B), to_h_, dh_, stride, valid, u, past, lo, hi);
+    zero_fresh(State{nullptr, nullptr, dc_, stride}, dh_, mask_at(s_.fresh, t, B), valid, lo, hi,
+               u * W, past * W);
   }
 
   // The steps of rows [lo, hi), against the direction of running: dz, dh and dc.
   void steps(const Chunk& chunk, int64_t lo, int64_t hi) const {
-    const int64_t B = s_.B, H = s_.H, stride = whole_vectors(H);
-    if (recomputes_steps_) run_again(chunk, lo, hi);
+    const int64_t B = s_.B, units = ceil_div(s_.H, W);
+    if (recomputes_steps_) {
+      State state = state_before(chunk, lo, hi);
+      over_steps(s_.reverse, chunk.from, chunk.to, [&](int64_t t) {
+        const Step step = step_again(chunk, t, Gates{});
+        advance_rows(cells_, state, step, mask_at(s_.fresh, t, B), lo, hi);
+      });
+    }
     over_steps(!s_.reverse, chunk.from, chunk.to, [&](int64_t t) {
-      const int64_t first = (t - chunk.from) * B;
-      for (int64_t r = lo; r < hi; ++r) {
-        const int64_t k = first + r;
-        if (!recomputes_a_) gather(chunk, t, r);
-        if (is_valid(t, r))
-          cell_gradient(chunk.a, chunk.c + k * H, c_before(chunk, t, r), s_.dy + (t * B + r) * H,
-                        dh_ + r * stride, dc_ + r * stride, dz_, k, H);
-        else
-          for (int64_t u = 0; u * W < H; ++u)
-            for (int g = 0; g < 4; ++g) dz_.put(k, g, u, splat(0), W);
-      }
-      times_transposed(dz_.from(first), to_h_, dh_, stride, mask_at(s_.valid, t, B), lo, hi);
-      for (int64_t r = lo; r < hi; ++r)
-        if (is_fresh(t, r) && is_valid(t, r)) {
-          zero(dh_ + r * stride, stride);
-          zero(dc_ + r * stride, stride);
-        }
+      if (!recomputes_a_)
+        for (int64_t r = lo; r < hi; ++r) gather(chunk, t, r);
+      cells(chunk, t, 0, units, lo, hi);
+      back(chunk, t, 0, units, lo, hi);
     });
+  }
+
+  // The same of all rows, the units shared out. The units of dh that a member makes are those that
+  // it needs next, so that one round is dh₋ of a step and dz of the one before it.
+  bool steps_by_units(const Chunk& chunk) const {
+    const int64_t B = s_.B, units = ceil_div(s_.H, W), steps = chunk.to - chunk.from;
+    bool ok = true;
+    if (recomputes_steps_) {
+      State state = state_before(chunk, 0, B);
+      ok = project(threads_, s_, cells_, s_.x + chunk.from * B * s_.D, dz_, steps * B);
+      share_units(
+          threads_, s_, cells_, state, chunk.from, chunk.to,
+          [&](int64_t t) { return step_again(chunk, t, dz_); },
+          [](const State&, int64_t, int64_t, int64_t) {});
+    }
+    if (!recomputes_a_)
+      ok = ok && parallel_for(threads_, steps, s_.threads, 0, [&](int64_t step, float*) {
+             for (int64_t r = 0; r < B; ++r) gather(chunk, chunk.from + step, r);
+           });
+    const auto step_at = [&](int64_t round) {
+      return s_.reverse ? chunk.from + round : chunk.to - 1 - round;
+    };
+    const auto round_of = [&](int64_t round, int64_t member, int64_t members) {
+      const int64_t u = units * member / members, past = units * (member + 1) / members;
+      if (round > 0) back(chunk, step_at(round - 1), u, past, 0, B);
+      if (round < steps) cells(chunk, step_at(round), u, past, 0, B);
+    };
+    over_rounds(threads_, steps + 1, members_of(s_), round_of);
+    return ok;
   }
 
   // dx of a chunk, and what it adds to dw_x, dw_h and db.
@@ -271,8 +325,8 @@ class Backward {
     const auto compute = [&](int64_t item, float*) {
       if (item >= blocks * panels) {
         item -= blocks * panels;
-        times_transposed(dz_, to_x_, s_.dx + chunk.from * s_.B * s_.D, s_.D, nullptr,
-                         rows * item / dx_items, rows * (item + 1) / dx_items);
+        times_transposed(dz_, to_x_, s_.dx + chunk.from * s_.B * s_.D, s_.D, nullptr, 0,
+                         ceil_div(s_.D, W), rows * item / dx_items, rows * (item + 1) / dx_items);
         return;
       }
       const int64_t block = item / panels, u = item % panels;

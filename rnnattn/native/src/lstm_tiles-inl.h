@@ -3,7 +3,8 @@
 //
 // A register tile holds all four gates of W hidden units for a few rows of the batch, so that the
 // cell is computed where the product ends, and x w_x + h₋ w_h is one product. Rows of the batch
-// are split over the threads, and each runs all steps of its rows: nobody waits in between.
+// are split over the threads, and each runs all steps of its rows: nobody waits in between. Where
+// there are too few of them the hidden units are split, and a step waits for all of the one before.
 //
 // The gradient goes chunk by chunk of steps against the direction of running:
 //
@@ -42,11 +43,13 @@ constexpr int GATE_TILE_ROWS = 2;
 
 constexpr int PANEL = 4 * W;  // the width of a tile
 
-constexpr int64_t FEW_ROWS = 3;          // with fewer, the input projection is a product by itself
-constexpr int64_t STEP_ROWS = 4;         // up to so many, a single step packs no weights
-constexpr int64_t STEP_UNITS = 256;      // of a work item of such a step
-constexpr int64_t STEP_ALONE = 1 << 20;  // with fewer weights, another thread does not pay
-constexpr int64_t CHUNK_ROWS = 2048;     // of the batch and time, of a chunk of the gradient
+constexpr int64_t FEW_ROWS = 3;            // with fewer for each thread, the units are shared out
+constexpr int64_t SHARE = 1 << 15;         // products of a step that pay for waiting for another
+constexpr int64_t PROJECTED_ROWS = 96;     // of the batch and time, of an item of the projection
+constexpr int64_t STEP_ROWS = 4;           // up to so many, a single step packs no weights
+constexpr int64_t STEP_UNITS = 256;        // of a work item of such a step
+constexpr int64_t STEP_ALONE = 1 << 20;    // with fewer weights, another thread does not pay
+constexpr int64_t CHUNK_ROWS = 2048;       // of the batch and time, of a chunk of the gradient
 constexpr int64_t CHUNK_FLOATS = 1 << 20;  // of its dz
 constexpr int64_t DEPTH = 512;  // rows of dz that a block of the weight gradient sums at once
 constexpr int64_t BLOCK = 32 * GATE_TILE_ROWS;  // rows of such a block
@@ -154,12 +157,13 @@ static void pack_transposed(const float* w, int64_t N, int64_t H, int64_t p, flo
   }
 }
 
-// out = dz wᵀ for one panel of N vectors. Rows that are not `written` stay as they are; if that is
-// null, all are written.
+// out = dz wᵀ for N vectors of a panel `width` wide. Rows that are not `written` stay as they are;
+// if that is null, all are written.
 template <int N>
 struct TransposedTile {
   const Gates& dz;
   const float* w;
+  int64_t width;
   int64_t panels;  // of dz
   float* out;
   const uint8_t* written;
@@ -169,8 +173,8 @@ struct TransposedTile {
   void run(int64_t r) const {
     V sum[R][N] = {};
     const float *a = dz.data + r * dz.row, *b = w;
-    for (int64_t u = 0; u < panels; ++u, a += dz.unit, b += PANEL * N * W)
-      multiply<Held::a>(sum, PANEL, a, dz.row, 1, b, N * W);
+    for (int64_t u = 0; u < panels; ++u, a += dz.unit, b += PANEL * width)
+      multiply<Held::a>(sum, PANEL, a, dz.row, 1, b, width);
     unrolled<R>([&](auto i) RNNATTN_LAMBDA {
       if (written && !written[r + i]) return;
       float* row = out + (r + i) * stride;
@@ -182,21 +186,21 @@ struct TransposedTile {
   }
 };
 
-template <int N>
-static void times_panel(const Gates& dz, const Transposed& w, int64_t p, float* out, int64_t stride,
-                        const uint8_t* written, int64_t lo, int64_t hi) {
-  const int64_t columns = least(PANEL, w.N - p * PANEL), panels = ceil_div(w.H, W);
-  over_tiles<GATE_TILE_ROWS>(
-      lo, hi, TransposedTile<N>{dz, w.panel(p), panels, out + p * PANEL, written, stride, columns});
-}
-
+// Columns [first, past) of dz wᵀ, in vectors, and rows [lo, hi).
 static void times_transposed(const Gates& dz, const Transposed& w, float* out, int64_t stride,
-                             const uint8_t* written, int64_t lo, int64_t hi) {
-  for (int64_t p = 0; p < Transposed::panels(w.N); ++p) switch (Transposed::vectors(w.N, p)) {
-      case 1: times_panel<1>(dz, w, p, out, stride, written, lo, hi); break;
-      case 2: times_panel<2>(dz, w, p, out, stride, written, lo, hi); break;
-      default: times_panel<4>(dz, w, p, out, stride, written, lo, hi);
-    }
+                             const uint8_t* written, int64_t first, int64_t past, int64_t lo,
+                             int64_t hi) {
+  while (first < past) {
+    const int64_t p = first / 4, within = first % 4, width = Transposed::vectors(w.N, p) * W;
+    as_constant<4>(least(4 - within, past - first), [&](auto N) {
+      const float* panel = w.panel(p) + within * W;
+      over_tiles<GATE_TILE_ROWS>(
+          lo, hi,
+          TransposedTile<N>{dz, panel, width, ceil_div(w.H, W), out + first * W, written, stride,
+                            w.N - first * W});
+      first += N;
+    });
+  }
 }
 
 }  // namespace rnnattn::RNNATTN_SET::lstm
