@@ -112,7 +112,7 @@ def lstm(
             inputs), "states" where c takes no more than 1 GiB, and beyond that n = ⌊√T⌋; "states"
             where T or B is symbolic.
         implementation: "xla"; "native", the kernels of `rnnattn.native` on a CPU (and "xla"
-            elsewhere), for float32 without a variant; "cudnn", on an NVIDIA GPU, for float32
+            elsewhere), for 32 and 16 bits without a variant; "cudnn", on an NVIDIA GPU, for float32
             without a variant, resets or `reverse`, and lengths of at least 1 (its gradient is
             cuDNN's own, of first order); or None, which is "native" where that serves, and "xla"
             where not.
