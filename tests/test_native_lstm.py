@@ -261,17 +261,18 @@ def test_every_number_of_16_bits_comes_back_as_it_was(dtype, instruction_set):
 
 @pytest.mark.parametrize("dtype", NARROW)
 def test_what_16_bits_cannot_hold_is_rounded_as_by_jax(dtype, instruction_set):
-    """h = tanh c where the gates are open and nothing comes in, and db = Σ dz of large ones."""
-    H = 2048
+    """h = tanh c where the gates are open and nothing comes in: so many that there are ties."""
+    B, H = 2**14, 2**6
     b = jnp.concatenate([jnp.full(H, z) for z in (-100.0, 100, 0, 100)])
     params = LSTMParams(jnp.zeros((1, 4 * H)), jnp.zeros((H, 4 * H)), b)
-    c = jnp.asarray(np.geomspace(1e-9, 3, 2 * H).reshape(2, H) * [[1], [-1]], jnp.float32)
+    c = np.geomspace(1e-9, 3, B * H).reshape(B, H) * np.resize([[1], [-1]], (B, 1))
+    c = jnp.asarray(c, jnp.float32)
     c = c.at[0, 0].set(jnp.nan)
 
     def run(dtype):
         narrow = jax.tree.map(lambda a: a.astype(dtype), params)
-        state = LSTMState(jnp.zeros((2, H), dtype), c)
-        return native_lstm(narrow, jnp.zeros((2, 1, 1), dtype), state)[0]
+        state = LSTMState(jnp.zeros((B, H), dtype), c)
+        return native_lstm(narrow, jnp.zeros((B, 1, 1), dtype), state)[0]
 
     np.testing.assert_array_equal(
         *(np.asarray(y, np.float32) for y in (run(dtype), run(jnp.float32).astype(dtype)))
