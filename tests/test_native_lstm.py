@@ -256,7 +256,7 @@ def test_every_number_of_16_bits_comes_back_as_it_was(dtype, instruction_set):
     run = lambda h: native_lstm(params, x, LSTMState(h, c), lengths=lengths)[1].h
     last, pullback = jax.vjp(run, h)
     for back in (last, *pullback(h)):
-        np.testing.assert_array_equal(*(np.asarray(a, np.float32) for a in (back, h)))
+        np.testing.assert_array_equal(np.asarray(back, np.float32), np.asarray(h, np.float32))
 
 
 @pytest.mark.parametrize("dtype", NARROW)
@@ -274,8 +274,9 @@ def test_what_16_bits_cannot_hold_is_rounded_as_by_jax(dtype, instruction_set):
         state = LSTMState(jnp.zeros((B, H), dtype), c)
         return native_lstm(narrow, jnp.zeros((B, 1, 1), dtype), state)[0]
 
+    rounded = run(jnp.float32).astype(dtype)
     np.testing.assert_array_equal(
-        *(np.asarray(y, np.float32) for y in (run(dtype), run(jnp.float32).astype(dtype)))
+        np.asarray(run(dtype), np.float32), np.asarray(rounded, np.float32)
     )
 
 
