@@ -21,6 +21,7 @@ from rnnattn.recurrent.arguments import (
     checked_variant,
     full_state,
     on_mesh,
+    suited_residuals,
     time_back,
     time_first,
     time_major_steps,
@@ -81,7 +82,7 @@ def lstm(
     time_major: bool = False,
     clip: SupportsFloat | None = None,
     coupled: bool = False,
-    residuals: Literal["gates", "states"] | SupportsIndex = "states",
+    residuals: Literal["gates", "states"] | SupportsIndex | None = None,
     implementation: Literal["xla", "native", "cudnn"] | None = None,
 ) -> tuple[Float[Array, "... R"], LSTMState]:
     """The hidden state after every step of `x`, and the state after the last one (L1, L2).
@@ -106,9 +107,12 @@ def lstm(
             each step), "states" (c of each step) or n (the state every n steps); what is not kept
             is computed again. The gradient is the same. Temporary memory of the gradient at T 4096,
             B 8, D = H = 256 in float32: 210 MiB, 84 MiB, and 13 MiB for n = 64; the plain twin
-            takes 516 (`python benchmarks/lstm.py --memory`). "gates" is the fastest.
+            takes 516 (`python benchmarks/lstm.py --memory`). None chooses, the fastest first:
+            "gates" where these take no more than 256 MiB (5 T B H numbers, in float32 for 16-bit
+            inputs), "states" where c takes no more than 1 GiB, and beyond that n = ⌊√T⌋; "states"
+            where T or B is symbolic.
         implementation: "xla"; "native", the kernels of `rnnattn.native` on a CPU (and "xla"
-            elsewhere), for float32 without a variant; "cudnn", on an NVIDIA GPU, for float32
+            elsewhere), for 32 and 16 bits without a variant; "cudnn", on an NVIDIA GPU, for float32
             without a variant, resets or `reverse`, and lengths of at least 1 (its gradient is
             cuDNN's own, of first order); or None, which is "native" where that serves, and "xla"
             where not. "xla" is one loop of several steps a turn on a GPU or TPU, and chunks that
@@ -138,6 +142,9 @@ def lstm(
     x, state, lengths, resets = arguments
     check, keeps = Check("lstm"), checked_residuals("lstm", residuals)
     check.one_of("implementation", implementation, (None, "xla", "native", "cudnn"))
+    if keeps is None:
+        T, H = x.shape[0 if time_major else -2], params.w_h.shape[1] // 4
+        keeps = suited_residuals(T, batch_of(x, time_major), H, x.dtype)
     options = Options(bool(reverse), keeps, checked_variant("lstm", clip, coupled))
     if implementation == "cudnn":
         check.served("cudnn", unserved_by_cudnn(params, x, options, resets))

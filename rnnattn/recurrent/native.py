@@ -20,6 +20,8 @@ from rnnattn.native.calls import call_attributes
 from rnnattn.recurrent.equations import LSTMParams, LSTMState, Variant
 from rnnattn.recurrent.problem import Schedule, Trace
 
+_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+
 
 def unserved(params, x, variant):
     """What of a call the kernels cannot serve."""
@@ -27,7 +29,7 @@ def unserved(params, x, variant):
         return [f"this installation ({native.status().reason})"]
     sizes = (*x.shape, *params.w_h.shape)
     reasons = {
-        f"the dtype {jnp.result_type(x).name}": jnp.result_type(x) != jnp.float32,
+        f"the dtype {jnp.result_type(x).name}": jnp.result_type(x) not in _DTYPES,
         "peephole weights": params.peephole is not None,
         "a projection": params.projection is not None,
         "`clip` or `coupled`": variant != Variant(),
@@ -84,10 +86,11 @@ def _forward_results(static, params, state, steps):
     options, keeps = static
     (T, B, _), H = steps.x.shape, params.w_h.shape[0]
     n = _interval(options, keeps, T)
-    array: Any = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
-    c = array(T, B, H) if keeps and not n else None
-    a = array(T, B, 4 * H) if keeps and options.residuals == "gates" else None
-    state = lambda *sizes: LSTMState(array(*sizes, B, H), array(*sizes, B, H))
+    wide: Any = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
+    array: Any = lambda *sizes: jax.ShapeDtypeStruct(sizes, steps.x.dtype)
+    c = wide(T, B, H) if keeps and not n else None
+    a = wide(T, B, 4 * H) if keeps and options.residuals == "gates" else None
+    state = lambda *sizes: LSTMState(array(*sizes, B, H), wide(*sizes, B, H))
     return state(), Trace(array(T, B, H), c, a, state((T - 1) // n + 1) if n else None)
 
 
@@ -101,7 +104,7 @@ def _forward_natively(static, *arrays):
 
 
 def _backward_results(options, params, state, steps, *_):
-    like = lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32)
+    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
     return jax.tree.map(like, (params, state, steps.x))
 
 
