@@ -187,6 +187,7 @@ def torch(problem: Problem, lengths: np.ndarray | None = None) -> timing.Program
 PEERS: dict[str, Callable[[Problem], timing.Programs]] = {
     "ours again": ours,
     "ours, gates": partial(ours, residuals="gates"),
+    "ours, states": partial(ours, residuals="states"),
     "ours, xla": partial(ours, implementation="xla"),
     "reference": reference,
     "flax": flax,
@@ -197,7 +198,7 @@ PEERS: dict[str, Callable[[Problem], timing.Programs]] = {
 }
 DEFAULT_PEERS = [
     "ours again",
-    "ours, gates",
+    "ours, states",
     "ours, xla",
     "reference",
     "flax",

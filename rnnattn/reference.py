@@ -65,7 +65,7 @@ def lstm(
     time_major: bool = False,
     clip: SupportsFloat | None = None,
     coupled: bool = False,
-    residuals: Literal["gates", "states"] | SupportsIndex = "states",
+    residuals: Literal["gates", "states"] | SupportsIndex | None = None,
     implementation: Literal["xla", "native", "pallas", "cudnn"] | None = None,
 ) -> tuple[Float[Array, "... R"], LSTMState]:
     """`rnnattn.lstm` as a scan over single steps, whatever the last two options say.

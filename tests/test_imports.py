@@ -46,7 +46,6 @@ FLOORS = [
         "dense",
         "blockwise",
         "chunked",
-        "elsewhere",
         "xla",
         "placed",
         "native",

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 from rnnattn import LSTMState, init_lstm, lstm
-from rnnattn.recurrent import chunked, pallas
+from rnnattn.recurrent import chunked, pallas, placed
 from rnnattn.recurrent.problem import Options, Steps
 from rnnattn.recurrent.rule import sequence
 from tests.lstm_cases import relative_error
@@ -65,6 +66,7 @@ def interpreted(monkeypatch):
 CASES = [
     (64, jnp.bfloat16, Options(False, "states"), ("lengths", "resets")),
     (64, jnp.float16, Options(True, 2), ("lengths",)),
+    (64, jnp.bfloat16, Options(True, "gates"), ("resets",)),
     (128, jnp.bfloat16, Options(True, "states"), ("resets",)),
     (128, jnp.float16, Options(False, "states"), ()),
 ]
@@ -76,8 +78,8 @@ CASES = [
 def test_the_kernels_are_about_as_exact_as_xla(H, dtype, options, masks):
     """Beside float32, of all results and gradients; one block, and two of a cluster."""
     arguments = problem(H, dtype, masks)
-    got = results(pallas._forward_by_kernel, pallas._backward_by_kernel, options, *arguments)
-    on_xla = partial(results, pallas.forward_on_xla, pallas.backward_on_xla, options)
+    got = results(pallas.forward, pallas.backward, options, *arguments)
+    on_xla = partial(results, placed.forward_on_xla, chunked.backward, options)
     exact = on_xla(*in_float32(arguments))
     errors, of_xla = (
         jax.tree.leaves(jax.tree.map(relative_error, made, exact))
@@ -88,19 +90,50 @@ def test_the_kernels_are_about_as_exact_as_xla(H, dtype, options, masks):
         assert error <= 4 * max(other, floor), (errors, of_xla)
 
 
+def gradient(implementation, params, x):
+    loss = lambda params, x: jnp.sum(
+        lstm(params, x, time_major=True, implementation=implementation)[0].astype(jnp.float32)
+    )
+    return jax.grad(loss, (0, 1))(params, x)
+
+
+def kernels_for_a_gpu(implementation, H, dtype, steps=T, rows=B):
+    """How many a program has that is lowered here, and one that is exported."""
+    params = init_lstm(jax.random.key(0), D, H, dtype=dtype)
+    x = jnp.zeros((steps, rows, D), dtype)
+    function = jax.jit(partial(gradient, implementation))
+    here = function.trace(params, x).lower(lowering_platforms=("cuda",)).as_text()
+    known = [export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
+    made = export.export(function, platforms=["cuda"], disabled_checks=known)(params, x)
+    return [text.count("@mosaic_gpu_v2") for text in (here, str(made.mlir_module()))]
+
+
 @pytest.mark.parametrize(
-    ("H", "dtype"), [(64, jnp.float16), (128, jnp.bfloat16), (256, jnp.float16)]
+    ("H", "dtype"), [(64, jnp.float16), (128, jnp.bfloat16), (256, jnp.bfloat16)]
 )
 def test_a_program_for_a_gpu_has_the_kernels(H, dtype):
-    params, state, steps, _ = problem(H, dtype)
+    assert kernels_for_a_gpu("pallas", H, dtype) == [2, 2]
 
-    def loss(params, x, state):
-        y, final = lstm(params, x, state, time_major=True, implementation="pallas")
-        return jnp.sum(y.astype(jnp.float32)) + jnp.sum(final.c)
 
-    traced = jax.jit(jax.grad(loss)).trace(params, steps.x, state)
-    program = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert program.count("@mosaic_gpu_v2") == 2
+@pytest.mark.parametrize(
+    ("capability", "sizes", "count"),
+    [((9, 0), (16, 128), 2), ((9, 0), (16, 129), 0), ((9, 0), (15, 1), 0), ((8, 0), (16, 1), 0)],
+)
+def test_none_chooses_the_kernels_where_they_were_measured(capability, sizes, count, monkeypatch):
+    jax.clear_caches()
+    monkeypatch.setattr(pallas, "gpu_capability", lambda: capability)
+    count *= jax.__version_info__ >= (0, 11)
+    assert kernels_for_a_gpu(None, 128, jnp.bfloat16, *sizes) == [count, 0]
+
+
+def test_another_gpu_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(pallas, "gpu_capability", lambda: (8, 0))
+    with pytest.raises(ValueError, match="cannot serve a GPU that is not of the Hopper"):
+        gradient(
+            "pallas",
+            init_lstm(jax.random.key(0), D, 64, dtype=jnp.bfloat16),
+            jnp.zeros((1, 1, D), jnp.bfloat16),
+        )
 
 
 @pytest.mark.parametrize(

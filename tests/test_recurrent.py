@@ -24,7 +24,8 @@ from rnnattn import (
     reference,
     stacked_lstm,
 )
-from rnnattn.recurrent import chunked, peers, stack
+from rnnattn.recurrent import api, chunked, peers, stack
+from rnnattn.recurrent.arguments import suited_residuals
 from rnnattn.recurrent.problem import Options, Steps
 from tests.lstm_cases import assert_close, make_case, relative_error, value_and_gradients
 
@@ -186,6 +187,43 @@ def _variant(name, reverse):
     case = make_case(9, 4, 2, 5, **sizes)
     options = {**options, **_masks(9, 4), "reverse": reverse}
     return case, options, value_and_gradients(partial(reference.lstm, **options), case)
+
+
+KEPT = [
+    ((64, (32,), 128, jnp.float32), "gates"),
+    # 255 MiB of c and the pre-activations, and twice as much
+    ((2**10, (2**7,), 512 // 5, jnp.float32), "gates"),
+    ((2**10, (2**7, 2), 512 // 5, jnp.float32), "states"),
+    ((2**10, (2**7, 2), 512 // 5, jnp.bfloat16), "states"),
+    ((2**9, (2**7,), 512 // 5, jnp.float64), "gates"),
+    # 1 GiB of c, and more
+    ((2**18, (), 2**10, jnp.float32), "states"),
+    ((2**18 + 1, (), 2**10, jnp.float32), 2**9),
+    ((0, (4,), 8, jnp.float32), "gates"),
+]
+
+
+@pytest.mark.parametrize("sizes, kept", KEPT)
+def test_what_is_kept_is_chosen_by_its_memory(sizes, kept):
+    assert suited_residuals(*sizes) == kept
+
+
+def test_what_is_kept_by_default_is_what_the_rule_says(monkeypatch):
+    case = make_case(9, 2, 3, 4)
+    seen = []
+
+    def rule(*sizes):
+        seen.append(sizes)
+        return 4
+
+    monkeypatch.setattr(api, "suited_residuals", rule)
+    loss = lambda run: lambda x: jnp.sum(run(case.params, x)[0] ** 2)
+    left_open, given = (
+        str(jax.make_jaxpr(jax.grad(loss(run)))(case.x))
+        for run in (lstm, partial(lstm, residuals=4))
+    )
+    assert seen == [(9, (2,), 4, case.x.dtype)]
+    assert left_open == given
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -606,9 +644,8 @@ def _bad_calls():
         ),
         "`resets` must be of dtype bool, got int32": run(resets=jnp.zeros((2, 4), jnp.int32)),
         "`clip` must be a positive number or None, got -1": run(clip=-1),
-        "`residuals` must be 'gates', 'states' or a number of steps of at least 1, got 0": run(
-            residuals=0
-        ),
+        "`residuals` must be 'gates', 'states', a number of steps of at least 1 or None, "
+        "got 0": run(residuals=0),
         "`implementation` must be None, 'xla', 'native', 'pallas' or 'cudnn', got 'cuda'": run(
             implementation="cuda"
         ),

@@ -93,7 +93,7 @@ def predict(
         dtype: of the arithmetic; None is that of the parameters, in which logits and states are.
         remat: keep a few of the states for the gradient.
     """
-    residuals: Literal["states"] | int = math.isqrt(x.shape[1]) if remat else "states"
+    residuals = math.isqrt(x.shape[1]) if remat else None
     stack = rnnattn.stacked_lstm if gradient == "hand" else rnnattn.reference.stacked_lstm
     # of the table itself, the gradients of many characters would be added up in that dtype
     embedded = computed_in(dtype, params.embedding[x])

@@ -104,7 +104,7 @@ class LSTM(nnx.Module):
         projection_size: int | None = None,
         clip: float | None = None,
         coupled: bool = False,
-        residuals: Literal["gates", "states"] | int = "states",
+        residuals: Literal["gates", "states"] | int | None = None,
         implementation: Literal["xla", "native", "pallas", "cudnn"] | None = None,
         rngs: nnx.Rngs,
         **options: Any,

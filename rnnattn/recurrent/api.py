@@ -22,6 +22,7 @@ from rnnattn.recurrent.arguments import (
     checked_variant,
     full_state,
     on_mesh,
+    suited_residuals,
     time_back,
     time_first,
     time_major_steps,
@@ -29,6 +30,7 @@ from rnnattn.recurrent.arguments import (
 from rnnattn.recurrent.chunked import CHUNKED
 from rnnattn.recurrent.equations import LSTMParams, LSTMState
 from rnnattn.recurrent.peers import run_cudnn, unserved_by_cudnn
+from rnnattn.recurrent.placed import placed
 from rnnattn.recurrent.problem import Options
 from rnnattn.recurrent.rule import sequence
 
@@ -82,7 +84,7 @@ def lstm(
     time_major: bool = False,
     clip: SupportsFloat | None = None,
     coupled: bool = False,
-    residuals: Literal["gates", "states"] | SupportsIndex = "states",
+    residuals: Literal["gates", "states"] | SupportsIndex | None = None,
     implementation: Literal["xla", "native", "pallas", "cudnn"] | None = None,
 ) -> tuple[Float[Array, "... R"], LSTMState]:
     """The hidden state after every step of `x`, and the state after the last one (L1, L2).
@@ -107,17 +109,20 @@ def lstm(
             each step), "states" (c of each step) or n (the state every n steps); what is not kept
             is computed again. The gradient is the same. Temporary memory of the gradient at T 4096,
             B 8, D = H = 256 in float32: 210 MiB, 84 MiB, and 13 MiB for n = 64; the plain twin
-            takes 516 (`python benchmarks/lstm.py --memory`). "gates" is the fastest.
+            takes 516 (`python benchmarks/lstm.py --memory`). None chooses, the fastest first:
+            "gates" where these take no more than 256 MiB (5 T B H numbers, in float32 for 16-bit
+            inputs), "states" where c takes no more than 1 GiB, and beyond that n = ⌊√T⌋; "states"
+            where T or B is symbolic.
         implementation: "xla"; "native", the kernels of `rnnattn.native` on a CPU (and "xla"
-            elsewhere), for float32 without a variant; "pallas", the kernels of
+            elsewhere), for 32 and 16 bits without a variant; "pallas", the kernels of
             `rnnattn.recurrent.hopper` on one NVIDIA GPU of the Hopper generation (and "xla"
-            elsewhere), for bfloat16 and float16 without a variant and H 64, 128 or 256, which None
-            does not choose: gradients have up to 2.4 times the rounding of "xla", for a fifth of
-            its time (3.1 against 15.3 μs a step of training at B 16, H 128 on an H200); "cudnn",
-            on an NVIDIA GPU, for float32 without a variant, resets or `reverse`, and lengths of at
-            least 1 (its gradient is cuDNN's own, of first order); or None, which is "native" where
-            that serves, and "xla" where not. "xla" is one loop of several steps a turn on a GPU or
-            TPU, and chunks that fit a cache on a CPU; what it takes of memory above is a CPU's.
+            elsewhere), for 16 bits without a variant and H 64, 128 or 256, in exported programs
+            too; "cudnn", on an NVIDIA GPU, for float32 without a variant, resets or `reverse`, and
+            lengths of at least 1 (its gradient is cuDNN's own, of first order); or None, which is
+            "native" and "pallas" where these serve, the latter for 16 steps or more of up to 128
+            rows and from jax 0.11 on, as it was measured, and "xla" elsewhere. "xla" is one loop of
+            several steps a turn on a GPU or TPU, and chunks that fit a cache on a CPU; what it
+            takes of memory above is a CPU's.
     Returns:
         y (B, T, R), or (T, B, R) with `time_major`, in the dtype of x, and the final state, in the
         dtypes of the initial one. For 16-bit inputs c is float32, so that a sequence cut in two and
@@ -143,6 +148,9 @@ def lstm(
     x, state, lengths, resets = arguments
     check, keeps = Check("lstm"), checked_residuals("lstm", residuals)
     check.one_of("implementation", implementation, (None, "xla", "native", "pallas", "cudnn"))
+    if keeps is None:
+        T, H = x.shape[0 if time_major else -2], params.w_h.shape[1] // 4
+        keeps = suited_residuals(T, batch_of(x, time_major), H, x.dtype)
     options = Options(bool(reverse), keeps, checked_variant("lstm", clip, coupled))
     if implementation == "cudnn":
         check.served("cudnn", unserved_by_cudnn(params, x, options, resets))
@@ -152,17 +160,31 @@ def lstm(
         return _run_lstm("lstm", schedule, options, time_major, params, x, state, lengths, resets)
 
 
+# What None chooses, by whether the kernels for a CPU and those for a GPU serve a call.
+_FASTEST = {
+    (False, False): CHUNKED,
+    (True, False): native.NATIVE,
+    (False, True): placed("rnnattn_lstm_on_gpu", {"cuda": pallas.WHERE_FASTER}),
+    (True, True): placed(
+        "rnnattn_lstm_16_bits", {"cpu": native.HALVES, "cuda": pallas.WHERE_FASTER}
+    ),
+}
+
+
 def _suited(function, implementation, params, x, options):
-    """The schedule that is asked for, or the faster of those that serve."""
+    """The schedule that is asked for, or the fastest of those that serve."""
+    check = Check(function)
     if implementation == "xla":
         return CHUNKED
-    if implementation == "pallas":
-        Check(function).served("pallas", pallas.unserved(params, x, options.variant))
-        return pallas.PALLAS
-    unserved = native.unserved(params, x, options.variant)
+    unserved = [module.unserved(params, x, options.variant) for module in (native, pallas)]
     if implementation == "native":
-        Check(function).served("native", unserved)
-    return CHUNKED if unserved else native.NATIVE
+        check.served("native", unserved[0])
+        return native.NATIVE
+    if implementation == "pallas":
+        check.served("pallas", unserved[1] or pallas.unserved_here())
+        return pallas.PALLAS
+    by_cpu, by_gpu = (not reasons for reasons in unserved)
+    return _FASTEST[by_cpu, by_gpu]
 
 
 @partial(jax.jit, static_argnames=("function", "schedule", "options", "time_major"))

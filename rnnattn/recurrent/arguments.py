@@ -13,13 +13,17 @@ from rnnattn.precision import accumulator
 from rnnattn.recurrent.equations import LSTMState, Variant
 from rnnattn.recurrent.problem import Steps
 
+# What `residuals=None` may keep of all steps for the gradient.
+_GATES_BYTES = 256 * 2**20  # c and the pre-activations
+_STATES_BYTES = 2**30  # c alone
+
 
 class _SharedOptions(TypedDict, total=False):
     lengths: Int[Array, "*B"] | None
     resets: Bool[Array, "..."] | None
     clip: SupportsFloat | None
     coupled: bool
-    residuals: Literal["gates", "states"] | SupportsIndex
+    residuals: Literal["gates", "states"] | SupportsIndex | None
     implementation: Literal["xla", "native", "pallas", "cudnn"] | None
 
 
@@ -147,11 +151,24 @@ def checked_variant(function, clip, coupled):
 
 
 def checked_residuals(function, residuals):
-    """A word or a number of steps."""
-    if isinstance(residuals, str) and residuals in ("gates", "states"):
+    """A word, a number of steps, or None."""
+    if residuals is None or (isinstance(residuals, str) and residuals in ("gates", "states")):
         return residuals
-    expected = "'gates', 'states' or a number of steps of at least 1"
+    expected = "'gates', 'states', a number of steps of at least 1 or None"
     return Check(function).integer("residuals", residuals, 1, expected)
+
+
+def suited_residuals(T, batch, H, dtype):
+    """What `residuals=None` keeps, by the memory it takes: see `lstm`. "states" of symbolic sizes.
+
+    The numbers were measured: benchmarks/README.md, "What is kept for the gradient".
+    """
+    if not all(isinstance(n, int) for n in (T, *batch)):
+        return "states"
+    states = T * math.prod(batch) * H * accumulator(dtype).itemsize
+    if 5 * states <= _GATES_BYTES:
+        return "gates"
+    return "states" if states <= _STATES_BYTES else math.isqrt(T)
 
 
 def _check_params(check, params, x):

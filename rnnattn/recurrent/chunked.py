@@ -186,20 +186,31 @@ def _chunk_backward(sizes, options, params, halved, carry, steps, dy, trace, sta
 
 def steps_apart(options, halved, steps, trace, start):
     """All that each step's gradient needs besides what comes back: [x, h₋], c, c₋, slopes, m."""
+    xh, c, c_prev = states_of_steps(options, steps, trace, start)
+    if trace.a is not None:
+        a = select(steps.valid, trace.a, 0)
+    else:
+        a = preactivations(halved, xh, c, c_prev)
+    return xh, c, c_prev, *slopes_of(a, c_prev, c, options.variant)
+
+
+def states_of_steps(options, steps, trace, start):
+    """[x, h₋], c and c₋ of every step."""
     h_prev = _states_before(select(steps.valid, trace.y, start.h[None]), start.h, options.reverse)
     c_prev = _states_before(trace.c, start.c, options.reverse)
     if steps.fresh is not None:
         h_prev, c_prev = select(steps.fresh, 0, h_prev), select(steps.fresh, 0, c_prev)
     # NaN in a step that does not count meets a dz of zero
     x, c, h_prev, c_prev = (select(steps.valid, z, 0) for z in (steps.x, trace.c, h_prev, c_prev))
-    xh = jnp.concatenate([x, h_prev], axis=-1)
-    if trace.a is not None:
-        a = select(steps.valid, trace.a, 0)
-    else:
-        a = dot(xh, jnp.concatenate([halved.w_x, halved.w_h])) + halved.b[None, None]
-        if halved.peephole is not None:
-            a = a + peephole_terms(halved.peephole, c_prev, c)
-    return xh, c, c_prev, *slopes_of(a, c_prev, c, options.variant)
+    return jnp.concatenate([x, h_prev], axis=-1), c, c_prev
+
+
+def preactivations(halved, xh, c, c_prev):
+    """a of every step, which needs no loop once the states are known."""
+    a = dot(xh, jnp.concatenate([halved.w_x, halved.w_h])) + halved.b[None, None]
+    if halved.peephole is not None:
+        a = a + peephole_terms(halved.peephole, c_prev, c)
+    return a
 
 
 def _unroll(turn, x):

@@ -14,8 +14,12 @@
 namespace rnnattn {
 
 const Kernels* avx2_kernels() {
-  static constexpr Kernels kernels{"avx2", avx2::attention::forward, avx2::attention::backward,
-                                   avx2::lstm::forward, avx2::lstm::backward};
+  static constexpr Kernels kernels{"avx2",
+                                   avx2::attention::forward,
+                                   avx2::attention::backward,
+                                   avx2::lstm::kernels<float>,
+                                   avx2::lstm::kernels<Bfloat16>,
+                                   avx2::lstm::kernels<Float16>};
   const bool runs = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   return runs ? &kernels : nullptr;
 }

@@ -14,9 +14,12 @@
 namespace rnnattn {
 
 const Kernels* avx512_kernels() {
-  static constexpr Kernels kernels{"avx512", avx512::attention::forward,
-                                   avx512::attention::backward, avx512::lstm::forward,
-                                   avx512::lstm::backward};
+  static constexpr Kernels kernels{"avx512",
+                                   avx512::attention::forward,
+                                   avx512::attention::backward,
+                                   avx512::lstm::kernels<float>,
+                                   avx512::lstm::kernels<Bfloat16>,
+                                   avx512::lstm::kernels<Float16>};
   const bool runs = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                     __builtin_cpu_supports("fma");

@@ -11,9 +11,12 @@
 namespace rnnattn {
 
 const Kernels* baseline_kernels() {
-  static constexpr Kernels kernels{"baseline", baseline::attention::forward,
-                                   baseline::attention::backward, baseline::lstm::forward,
-                                   baseline::lstm::backward};
+  static constexpr Kernels kernels{"baseline",
+                                   baseline::attention::forward,
+                                   baseline::attention::backward,
+                                   baseline::lstm::kernels<float>,
+                                   baseline::lstm::kernels<Bfloat16>,
+                                   baseline::lstm::kernels<Float16>};
   return &kernels;
 }
 

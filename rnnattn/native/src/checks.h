@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -72,6 +73,8 @@ class Checks {
   template <class T>
   static ffi::DataType type_of() {
     if (std::is_same_v<T, float>) return ffi::F32;
+    if (std::is_same_v<T, Bfloat16>) return ffi::BF16;
+    if (std::is_same_v<T, Float16>) return ffi::F16;
     return std::is_same_v<T, int32_t> ? ffi::S32 : ffi::PRED;
   }
 
@@ -91,16 +94,16 @@ class Checks {
   std::optional<std::string> error_;
 };
 
-// Run a kernel, `name` in an error, with arguments that were checked.
-template <class Arguments, class Options>
-ffi::Error run(const char* name, bool (*Kernels::*kernel)(Threads&, const Arguments&),
-               const Checks& checks, ffi::ThreadPool pool, const Options& options,
-               const Arguments& p) {
+// Run a kernel, `name` in an error, with arguments that were checked: `kernel`, of an instruction
+// set, is a member of its table or a function of it.
+template <class Kernel, class Arguments, class Options>
+ffi::Error run(const char* name, Kernel kernel, const Checks& checks, ffi::ThreadPool pool,
+               const Options& options, const Arguments& p) {
   if (checks.error()) return wrong(*checks.error());
   const Kernels* kernels = kernels_of(options.instruction_set);
   if (!kernels) return wrong("instruction_set: one that does not run here");
   PoolThreads threads(pool, options.threads);
-  if ((kernels->*kernel)(threads, p)) return ffi::Error::Success();
+  if (std::invoke(kernel, *kernels)(threads, p)) return ffi::Error::Success();
   return ffi::Error(ffi::ErrorCode::kResourceExhausted,
                     std::string("rnnattn: no memory for an ") + name + " kernel");
 }

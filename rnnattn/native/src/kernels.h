@@ -50,28 +50,54 @@ struct AttentionBackward : Attention {
   int64_t dbias_size;
 };
 
+// Numbers of 16 bits, as they lie in memory.
+struct Bfloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
 // Axes and letters are those of rnnattn/cell.py; time-major. Pointers are null where an argument is
-// absent or a result not wanted.
+// absent or a result not wanted. A `Number` is a float, a Bfloat16 or a Float16; c, the gates and
+// all sums are float32.
+template <class Number>
 struct Lstm {
   int64_t T, B, D, H;
   int64_t threads;
   bool reverse;
   int64_t interval;  // the state is kept every so many steps; 0: never
-  const float *x, *w_x, *w_h, *b;
-  const float *h, *c;            // the initial state
+  const Number *x, *w_x, *w_h, *b;
+  const Number* h;  // the initial state
+  const float* c;
   const uint8_t *valid, *fresh;  // (T, B)
 };
 
-struct LstmForward : Lstm {
-  float *y, *h_last, *c_last;
-  float *c_all, *a;            // (T, B, H), (T, B, 4H)
-  float *h_starts, *c_starts;  // (⌈T / interval⌉, B, H)
+template <class Number>
+struct LstmForward : Lstm<Number> {
+  Number *y, *h_last;
+  float* c_last;
+  float *c_all, *a;  // (T, B, H), (T, B, 4H)
+  Number* h_starts;  // (⌈T / interval⌉, B, H)
+  float* c_starts;
 };
 
-struct LstmBackward : Lstm {
-  const float *y, *c_all, *a, *h_starts, *c_starts;
-  const float *dy, *dh_last, *dc_last;
-  float *dx, *dw_x, *dw_h, *db, *dh, *dc;
+template <class Number>
+struct LstmBackward : Lstm<Number> {
+  const Number* y;
+  const float *c_all, *a;
+  const Number* h_starts;
+  const float* c_starts;
+  const Number *dy, *dh_last;
+  const float* dc_last;
+  Number *dx, *dw_x, *dw_h, *db, *dh;
+  float* dc;
+};
+
+template <class Number>
+struct LstmKernels {
+  bool (*forward)(Threads&, const LstmForward<Number>&);
+  bool (*backward)(Threads&, const LstmBackward<Number>&);
 };
 
 struct Kernels {
@@ -79,25 +105,32 @@ struct Kernels {
   // False if there is no memory for it.
   bool (*attention_forward)(Threads&, const AttentionForward&);
   bool (*attention_backward)(Threads&, const AttentionBackward&);
-  bool (*lstm_forward)(Threads&, const LstmForward&);
-  bool (*lstm_backward)(Threads&, const LstmBackward&);
+  LstmKernels<float> lstm_f32;
+  LstmKernels<Bfloat16> lstm_bf16;
+  LstmKernels<Float16> lstm_f16;
+
+  const LstmKernels<float>& lstm(float) const { return lstm_f32; }
+  const LstmKernels<Bfloat16>& lstm(Bfloat16) const { return lstm_bf16; }
+  const LstmKernels<Float16>& lstm(Float16) const { return lstm_f16; }
 };
 
 // Null where this machine or this build has none.
+const Kernels* avx512_bf16_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx2_kernels();
 const Kernels* baseline_kernels();
 
-// By number, in the order of preference; null where it does not run here.
+// By number; null where it does not run here. Programs that were compiled and kept have the number.
 inline const Kernels* kernels_of(int64_t set) {
   switch (set) {
     case 0: return avx512_kernels();
     case 1: return avx2_kernels();
     case 2: return baseline_kernels();
+    case 3: return avx512_bf16_kernels();
     default: return nullptr;
   }
 }
-constexpr int64_t SETS = 3;
+constexpr int64_t PREFERENCE[] = {3, 0, 1, 2};
 
 }  // namespace rnnattn
 

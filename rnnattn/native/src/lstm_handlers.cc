@@ -16,8 +16,9 @@ struct LstmOptions {
   int64_t interval, instruction_set, threads;
 };
 
-void fill(Checks& checks, Lstm& p, ffi::ThreadPool pool, Buffer x, Buffer w_x, Buffer w_h, Buffer b,
-          Buffer h, Buffer c, Buffer valid, Buffer fresh, const LstmOptions& options) {
+template <class Number>
+void fill(Checks& checks, Lstm<Number>& p, ffi::ThreadPool pool, Buffer x, Buffer w_x, Buffer w_h,
+          Buffer b, Buffer h, Buffer c, Buffer valid, Buffer fresh, const LstmOptions& options) {
   checks.require(x.dimensions().size() == 3, "x", "another rank than 3");
   checks.require(w_h.dimensions().size() == 2, "w_h", "another rank than 2");
   checks.require(options.interval >= 0, "interval", "negative");
@@ -25,11 +26,11 @@ void fill(Checks& checks, Lstm& p, ffi::ThreadPool pool, Buffer x, Buffer w_x, B
   p.T = x.dimensions()[0], p.B = x.dimensions()[1], p.D = x.dimensions()[2];
   p.H = w_h.dimensions()[0];
   checks.require(x.element_count() > 0 && p.H > 0, "x, w_h", "empty");
-  p.x = checks.data<const float>("x", x, {p.T, p.B, p.D});
-  p.w_x = checks.data<const float>("w_x", w_x, {p.D, 4 * p.H});
-  p.w_h = checks.data<const float>("w_h", w_h, {p.H, 4 * p.H});
-  p.b = checks.data<const float>("b", b, {4 * p.H});
-  p.h = checks.data<const float>("h", h, {p.B, p.H});
+  p.x = checks.data<const Number>("x", x, {p.T, p.B, p.D});
+  p.w_x = checks.data<const Number>("w_x", w_x, {p.D, 4 * p.H});
+  p.w_h = checks.data<const Number>("w_h", w_h, {p.H, 4 * p.H});
+  p.b = checks.data<const Number>("b", b, {4 * p.H});
+  p.h = checks.data<const Number>("h", h, {p.B, p.H});
   p.c = checks.data<const float>("c", c, {p.B, p.H});
   p.valid = checks.optional<const uint8_t>("valid", valid, {p.T, p.B});
   p.fresh = checks.optional<const uint8_t>("fresh", fresh, {p.T, p.B});
@@ -39,54 +40,80 @@ void fill(Checks& checks, Lstm& p, ffi::ThreadPool pool, Buffer x, Buffer w_x, B
   if (options.threads > 0) p.threads = std::min(p.threads, options.threads);
 }
 
-int64_t starts_of(const Lstm& p) { return p.interval ? (p.T - 1) / p.interval + 1 : 0; }
+template <class Number>
+int64_t starts_of(const Lstm<Number>& p) {
+  return p.interval ? (p.T - 1) / p.interval + 1 : 0;
+}
 
-ffi::Error lstm_forward(ffi::ThreadPool pool, Buffer x, Buffer w_x, Buffer w_h, Buffer b, Buffer h,
-                        Buffer c, Buffer valid, Buffer fresh, Result y, Result h_last,
-                        Result c_last, Result c_all, Result a, Result h_starts, Result c_starts,
-                        LstmOptions options) {
+template <class Number>
+ffi::Error forward_of(ffi::ThreadPool pool, Buffer x, Buffer w_x, Buffer w_h, Buffer b, Buffer h,
+                      Buffer c, Buffer valid, Buffer fresh, Result y, Result h_last, Result c_last,
+                      Result c_all, Result a, Result h_starts, Result c_starts,
+                      LstmOptions options) {
   Checks checks;
-  LstmForward p{};
+  LstmForward<Number> p{};
   fill(checks, p, pool, x, w_x, w_h, b, h, c, valid, fresh, options);
-  p.y = checks.data<float>("y", *y, {p.T, p.B, p.H});
-  p.h_last = checks.data<float>("h_last", *h_last, {p.B, p.H});
+  p.y = checks.data<Number>("y", *y, {p.T, p.B, p.H});
+  p.h_last = checks.data<Number>("h_last", *h_last, {p.B, p.H});
   p.c_last = checks.data<float>("c_last", *c_last, {p.B, p.H});
   p.c_all = checks.optional<float>("c_all", *c_all, {p.T, p.B, p.H});
   p.a = checks.optional<float>("a", *a, {p.T, p.B, 4 * p.H});
   if (p.interval) {
-    p.h_starts = checks.data<float>("h_starts", *h_starts, {starts_of(p), p.B, p.H});
+    p.h_starts = checks.data<Number>("h_starts", *h_starts, {starts_of(p), p.B, p.H});
     p.c_starts = checks.data<float>("c_starts", *c_starts, {starts_of(p), p.B, p.H});
   }
-  return run("LSTM", &Kernels::lstm_forward, checks, pool, options, p);
+  return run(
+      "LSTM", [](const Kernels& of) { return of.lstm(Number{}).forward; }, checks, pool, options,
+      p);
 }
 
-ffi::Error lstm_backward(ffi::ThreadPool pool, Buffer x, Buffer w_x, Buffer w_h, Buffer b, Buffer h,
-                         Buffer c, Buffer valid, Buffer fresh, Buffer y, Buffer c_all, Buffer a,
-                         Buffer h_starts, Buffer c_starts, Buffer dy, Buffer dh_last,
-                         Buffer dc_last, Result dx, Result dw_x, Result dw_h, Result db, Result dh,
-                         Result dc, LstmOptions options) {
+template <class Number>
+ffi::Error backward_of(ffi::ThreadPool pool, Buffer x, Buffer w_x, Buffer w_h, Buffer b, Buffer h,
+                       Buffer c, Buffer valid, Buffer fresh, Buffer y, Buffer c_all, Buffer a,
+                       Buffer h_starts, Buffer c_starts, Buffer dy, Buffer dh_last, Buffer dc_last,
+                       Result dx, Result dw_x, Result dw_h, Result db, Result dh, Result dc,
+                       LstmOptions options) {
   Checks checks;
-  LstmBackward p{};
+  LstmBackward<Number> p{};
   fill(checks, p, pool, x, w_x, w_h, b, h, c, valid, fresh, options);
   if (p.interval) {
-    p.h_starts = checks.data<const float>("h_starts", h_starts, {starts_of(p), p.B, p.H});
+    p.h_starts = checks.data<const Number>("h_starts", h_starts, {starts_of(p), p.B, p.H});
     p.c_starts = checks.data<const float>("c_starts", c_starts, {starts_of(p), p.B, p.H});
   } else {
-    p.y = checks.data<const float>("y", y, {p.T, p.B, p.H});
+    p.y = checks.data<const Number>("y", y, {p.T, p.B, p.H});
     p.c_all = checks.data<const float>("c_all", c_all, {p.T, p.B, p.H});
     p.a = checks.optional<const float>("a", a, {p.T, p.B, 4 * p.H});
   }
-  p.dy = checks.data<const float>("dy", dy, {p.T, p.B, p.H});
-  p.dh_last = checks.data<const float>("dh_last", dh_last, {p.B, p.H});
+  p.dy = checks.data<const Number>("dy", dy, {p.T, p.B, p.H});
+  p.dh_last = checks.data<const Number>("dh_last", dh_last, {p.B, p.H});
   p.dc_last = checks.data<const float>("dc_last", dc_last, {p.B, p.H});
-  p.dx = checks.data<float>("dx", *dx, {p.T, p.B, p.D});
-  p.dw_x = checks.data<float>("dw_x", *dw_x, {p.D, 4 * p.H});
-  p.dw_h = checks.data<float>("dw_h", *dw_h, {p.H, 4 * p.H});
-  p.db = checks.data<float>("db", *db, {4 * p.H});
-  p.dh = checks.data<float>("dh", *dh, {p.B, p.H});
+  p.dx = checks.data<Number>("dx", *dx, {p.T, p.B, p.D});
+  p.dw_x = checks.data<Number>("dw_x", *dw_x, {p.D, 4 * p.H});
+  p.dw_h = checks.data<Number>("dw_h", *dw_h, {p.H, 4 * p.H});
+  p.db = checks.data<Number>("db", *db, {4 * p.H});
+  p.dh = checks.data<Number>("dh", *dh, {p.B, p.H});
   p.dc = checks.data<float>("dc", *dc, {p.B, p.H});
-  return run("LSTM", &Kernels::lstm_backward, checks, pool, options, p);
+  return run(
+      "LSTM", [](const Kernels& of) { return of.lstm(Number{}).backward; }, checks, pool, options,
+      p);
 }
+
+// By the dtype of x, which all the other numbers are held against.
+constexpr auto lstm_forward = [](ffi::ThreadPool pool, Buffer x, auto... others) {
+  switch (x.element_type()) {
+    case ffi::BF16: return forward_of<Bfloat16>(pool, x, others...);
+    case ffi::F16: return forward_of<Float16>(pool, x, others...);
+    default: return forward_of<float>(pool, x, others...);
+  }
+};
+
+constexpr auto lstm_backward = [](ffi::ThreadPool pool, Buffer x, auto... others) {
+  switch (x.element_type()) {
+    case ffi::BF16: return backward_of<Bfloat16>(pool, x, others...);
+    case ffi::F16: return backward_of<Float16>(pool, x, others...);
+    default: return backward_of<float>(pool, x, others...);
+  }
+};
 
 }  // namespace
 }  // namespace rnnattn

@@ -3,7 +3,8 @@
 //
 // A register tile holds all four gates of W hidden units for a few rows of the batch, so that the
 // cell is computed where the product ends, and x w_x + h₋ w_h is one product. Rows of the batch
-// are split over the threads, and each runs all steps of its rows: nobody waits in between.
+// are split over the threads, and each runs all steps of its rows: nobody waits in between. Where
+// there are too few of them the hidden units are split, and a step waits for all of the one before.
 //
 // The gradient goes chunk by chunk of steps against the direction of running:
 //
@@ -21,6 +22,7 @@
 
 #include "instruction_set.h"
 #include "kernels.h"
+#include "numbers-inl.h"
 #include "product-inl.h"
 #include "simd-inl.h"
 #include "threads.h"
@@ -42,23 +44,17 @@ constexpr int GATE_TILE_ROWS = 2;
 
 constexpr int PANEL = 4 * W;  // the width of a tile
 
-constexpr int64_t FEW_ROWS = 3;          // with fewer, the input projection is a product by itself
-constexpr int64_t STEP_ROWS = 4;         // up to so many, a single step packs no weights
-constexpr int64_t STEP_UNITS = 256;      // of a work item of such a step
-constexpr int64_t STEP_ALONE = 1 << 20;  // with fewer weights, another thread does not pay
-constexpr int64_t CHUNK_ROWS = 2048;     // of the batch and time, of a chunk of the gradient
+constexpr int64_t FEW_ROWS = 3;            // with fewer for each thread, the units are shared out
+constexpr int64_t SHARE = 1 << 15;         // products of a step that pay for waiting for another
+constexpr int64_t PROJECTED_ROWS = 96;     // of the batch and time, of an item of the projection
+constexpr int64_t STEP_ROWS = 4;           // up to so many, a single step packs no weights
+constexpr int64_t STEP_UNITS = 256;        // of a work item of such a step
+constexpr int64_t STEP_ALONE = 1 << 20;    // with fewer weights, another thread does not pay
+constexpr int64_t CHUNK_ROWS = 2048;       // of the batch and time, of a chunk of the gradient
 constexpr int64_t CHUNK_FLOATS = 1 << 20;  // of its dz
 constexpr int64_t DEPTH = 512;  // rows of dz that a block of the weight gradient sums at once
 constexpr int64_t BLOCK = 32 * GATE_TILE_ROWS;  // rows of such a block
 constexpr int64_t ITEM_ROWS = 128;              // of the batch and time, of one item of a product
-
-RNNATTN_INLINE V load_units(const float* p, int n) { return n == W ? load(p) : load(p, n); }
-RNNATTN_INLINE void store_units(float* p, V v, int n) {
-  if (n == W)
-    store(p, v);
-  else
-    store(p, v, n);
-}
 
 // [from, to) in either direction.
 template <class F>
@@ -98,47 +94,70 @@ struct Gates {
 // ---- packed weights ---------------------------------------------------------------------------
 
 // For each W hidden units: b, the rows of w_x, those of w_h, each of the four gates, those of a
-// sigmoid halved (see `halve_params`); zero beyond H.
+// sigmoid halved (see `halve_params`); zero beyond H, and to whole steps of a product. b is
+// float32.
+template <class Operand>
 struct Cells {
-  const float* packed;
+  const Operand* packed;
   int64_t D, H;
 
-  static int64_t floats(const Lstm& s) { return ceil_div(s.H, W) * (1 + s.D + s.H) * PANEL; }
-  const float* block(int64_t u) const { return packed + u * (1 + D + H) * PANEL; }
+  static constexpr int64_t BIAS = PANEL * TOGETHER<Operand>;
+  static int64_t of_x(int64_t D) { return whole_steps<Operand>(D) * PANEL; }
+  static int64_t stride(int64_t D, int64_t H) { return BIAS + of_x(D) + of_x(H); }
+  static int64_t size(int64_t D, int64_t H) { return ceil_div(H, W) * stride(D, H); }
+  V bias(int64_t u, int g) const {
+    return load(reinterpret_cast<const float*>(packed + u * stride(D, H)) + g * W);
+  }
+  const Operand* x(int64_t u) const { return packed + u * stride(D, H) + BIAS; }
+  const Operand* h(int64_t u) const { return x(u) + of_x(D); }
 };
 
-static void pack_cells(const Lstm& s, int64_t u, float* packed) {
+template <class Number>
+static void pack_cells(const Lstm<Number>& s, int64_t u, Operand<Number>* packed) {
   const int64_t H = s.H, j = u * W;
   const int n = static_cast<int>(least(W, H - j));
-  float* out = packed + u * (1 + s.D + H) * PANEL;
-  auto put = [&](const float* row) {
-    for (int g = 0; g < 4; ++g, out += W)
-      store(out, load_units(row + g * H + j, n) * splat(g == 2 ? 1.0f : 0.5f));
+  const auto halved = [&](const Number* row, int64_t g) {
+    return load_units(row + g * H + j, n) * splat(g == 2 ? 1.0f : 0.5f);
   };
-  put(s.b);
-  for (int64_t k = 0; k < s.D; ++k) put(s.w_x + k * 4 * H);
-  for (int64_t k = 0; k < H; ++k) put(s.w_h + k * 4 * H);
+  Operand<Number>* out = packed + u * Cells<Operand<Number>>::stride(s.D, H);
+  float* bias = reinterpret_cast<float*>(out);
+  for (int64_t g = 0; g < 4; ++g) put_steps(bias, halved(s.b, g));
+  out += Cells<Operand<Number>>::BIAS;
+  const auto put = [&](const Number* w, int64_t K) {
+    for (int64_t k = 0; k < K; k += TOGETHER<Operand<Number>>)
+      for (int64_t g = 0; g < 4; ++g) {
+        const V row = halved(w + k * 4 * H, g);
+        if constexpr (TOGETHER<Operand<Number>> == 2)
+          put_pairs(out, row, k + 1 < K ? halved(w + (k + 1) * 4 * H, g) : V{});
+        else
+          put_steps(out, row);
+      }
+  };
+  put(s.w_x, s.D);
+  put(s.w_h, H);
 }
 
 // wᵀ of w (N, 4H) in panels of 4 vectors; the last may have 1 or 2. Its rows are in the order of
 // `Gates::in_panels`: for each W units their four gates, zero beyond H.
+template <class Operand>
 struct Transposed {
-  const float* packed;
+  const Operand* packed;
   int64_t N, H;
 
   static int64_t panels(int64_t N) { return ceil_div(N, PANEL); }
   static int64_t depth(int64_t H) { return ceil_div(H, W) * PANEL; }
-  static int64_t floats(int64_t N, int64_t H) { return panels(N) * PANEL * depth(H); }
+  static int64_t size(int64_t N, int64_t H) { return panels(N) * PANEL * depth(H); }
   static int vectors(int64_t N, int64_t p) {
     const int64_t n = ceil_div(N - p * PANEL, W);
     return n > 2 ? 4 : static_cast<int>(n);
   }
-  const float* panel(int64_t p) const { return packed + p * PANEL * depth(H); }
+  const Operand* panel(int64_t p) const { return packed + p * PANEL * depth(H); }
 };
 
-static void pack_transposed(const float* w, int64_t N, int64_t H, int64_t p, float* packed) {
-  const int64_t width = Transposed::vectors(N, p) * W, first = p * PANEL;
-  float* out = packed + first * Transposed::depth(H);
+template <class Number, class Operand>
+static void pack_transposed(const Number* w, int64_t N, int64_t H, int64_t p, Operand* packed) {
+  const int64_t width = Transposed<Operand>::vectors(N, p) * W, first = p * PANEL;
+  Operand* out = packed + first * Transposed<Operand>::depth(H);
   for (int64_t j = 0; j < H; j += W) {
     const int n = static_cast<int>(least(W, H - j));
     for (int64_t g = 0; g < 4; ++g, out += W * width)
@@ -149,31 +168,49 @@ static void pack_transposed(const float* w, int64_t N, int64_t H, int64_t p, flo
           block[i] = row < N ? load_units(w + row * 4 * H + g * H + j, n) : V{};
         }
         transpose(block);
-        unrolled<W>([&](auto i) RNNATTN_LAMBDA { store(out + i * width + column, block[i]); });
+        unrolled<W / TOGETHER<Operand>>([&](auto i) RNNATTN_LAMBDA {
+          Operand* to = out + (i * width + column) * TOGETHER<Operand>;
+          if constexpr (TOGETHER<Operand> == 2)
+            put_pairs(to, block[2 * i], block[2 * i + 1]);
+          else
+            put_steps(to, block[i]);
+        });
       }
   }
 }
 
-// out = dz wᵀ for one panel of N vectors. Rows that are not `written` stay as they are; if that is
-// null, all are written.
-template <int N>
+// Rows of dz in panels of PANEL numbers, in the order of `Gates::in_panels`. As pairs a number is
+// the sum of two, the second `rest` behind the first: one alone would leave 2⁻⁹ of dz out of every
+// step.
+template <class Operand>
+struct Panels {
+  const Operand* data;
+  int64_t row, unit, rest;
+};
+
+// out = dz wᵀ for N vectors of a panel `width` wide. Rows that are not `written` stay as they are;
+// if that is null, all are written.
+template <int N, class Operand, class Number>
 struct TransposedTile {
-  const Gates& dz;
-  const float* w;
+  Panels<Operand> dz;
+  const Operand* w;
+  int64_t width;
   int64_t panels;  // of dz
-  float* out;
+  Number* out;
   const uint8_t* written;
   int64_t stride, columns;
 
   template <int R>
   void run(int64_t r) const {
     V sum[R][N] = {};
-    const float *a = dz.data + r * dz.row, *b = w;
-    for (int64_t u = 0; u < panels; ++u, a += dz.unit, b += PANEL * N * W)
-      multiply<Held::a>(sum, PANEL, a, dz.row, 1, b, N * W);
+    const Operand *a = dz.data + r * dz.row, *b = w;
+    for (int64_t u = 0; u < panels; ++u, a += dz.unit, b += PANEL * width) {
+      accumulate(sum, PANEL, a, dz.row, b, width);
+      if constexpr (TOGETHER<Operand> == 2) accumulate(sum, PANEL, a + dz.rest, dz.row, b, width);
+    }
     unrolled<R>([&](auto i) RNNATTN_LAMBDA {
       if (written && !written[r + i]) return;
-      float* row = out + (r + i) * stride;
+      Number* row = out + (r + i) * stride;
       unrolled<N>([&](auto n) RNNATTN_LAMBDA {
         const int64_t left = columns - n * W;
         if (left > 0) store_units(row + n * W, sum[i][n], static_cast<int>(least(W, left)));
@@ -182,21 +219,23 @@ struct TransposedTile {
   }
 };
 
-template <int N>
-static void times_panel(const Gates& dz, const Transposed& w, int64_t p, float* out, int64_t stride,
-                        const uint8_t* written, int64_t lo, int64_t hi) {
-  const int64_t columns = least(PANEL, w.N - p * PANEL), panels = ceil_div(w.H, W);
-  over_tiles<GATE_TILE_ROWS>(
-      lo, hi, TransposedTile<N>{dz, w.panel(p), panels, out + p * PANEL, written, stride, columns});
-}
-
-static void times_transposed(const Gates& dz, const Transposed& w, float* out, int64_t stride,
-                             const uint8_t* written, int64_t lo, int64_t hi) {
-  for (int64_t p = 0; p < Transposed::panels(w.N); ++p) switch (Transposed::vectors(w.N, p)) {
-      case 1: times_panel<1>(dz, w, p, out, stride, written, lo, hi); break;
-      case 2: times_panel<2>(dz, w, p, out, stride, written, lo, hi); break;
-      default: times_panel<4>(dz, w, p, out, stride, written, lo, hi);
-    }
+// Columns [first, past) of dz wᵀ, in vectors, and rows [lo, hi).
+template <class Operand, class Number>
+static void times_transposed(const Panels<Operand>& dz, const Transposed<Operand>& w, Number* out,
+                             int64_t stride, const uint8_t* written, int64_t first, int64_t past,
+                             int64_t lo, int64_t hi) {
+  while (first < past) {
+    const int64_t p = first / 4, within = first % 4;
+    const int64_t width = Transposed<Operand>::vectors(w.N, p) * W;
+    as_constant<4>(least(4 - within, past - first), [&](auto N) {
+      const Operand* panel = w.panel(p) + within * W * TOGETHER<Operand>;
+      over_tiles<GATE_TILE_ROWS>(
+          lo, hi,
+          TransposedTile<N, Operand, Number>{dz, panel, width, ceil_div(w.H, W), out + first * W,
+                                             written, stride, w.N - first * W});
+      first += N;
+    });
+  }
 }
 
 }  // namespace rnnattn::RNNATTN_SET::lstm

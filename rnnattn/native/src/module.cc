@@ -14,7 +14,8 @@ namespace {
 // The names of the instruction sets that run here, the best first, and the numbers they go by.
 PyObject* instruction_sets(PyObject*, PyObject*) {
   PyObject* sets = PyDict_New();
-  for (int64_t i = 0; sets && i < SETS; ++i) {
+  for (const int64_t i : PREFERENCE) {
+    if (!sets) break;
     const Kernels* kernels = kernels_of(i);
     if (!kernels) continue;
     PyObject* number = PyLong_FromLongLong(i);

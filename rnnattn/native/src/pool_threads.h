@@ -25,6 +25,15 @@
 #define RNNATTN_TAKEN_OVER(call)
 #endif
 
+// What a thread does that waits for a moment: it leaves the core to the other thread on it.
+#if defined(__x86_64__)
+#define RNNATTN_PAUSE() __builtin_ia32_pause()
+#elif defined(__aarch64__)
+#define RNNATTN_PAUSE() asm volatile("yield")
+#else
+#define RNNATTN_PAUSE()
+#endif
+
 namespace rnnattn {
 
 // Work items on XLA's pool. A call waits until its items are done, not until the tasks that it gave
@@ -36,9 +45,7 @@ class PoolThreads final : public Threads {
 
   bool run(int64_t items, int64_t limit, int64_t floats, Work work, void* argument) override {
     if (items <= 0) return true;
-    int64_t threads = std::min({items, limit, pool_.num_threads() + 1});
-    if (limit_ > 0) threads = std::min(threads, limit_);
-    threads = std::max<int64_t>(threads, 1);
+    const int64_t threads = threads_for(std::min(items, limit));
     floats = (floats + LINE - 1) / LINE * LINE;
     std::unique_ptr<float, void (*)(void*)> memory(nullptr, std::free);
     if (floats > 0) {
@@ -59,7 +66,27 @@ class PoolThreads final : public Threads {
     return true;
   }
 
+  void run_rounds(int64_t rounds, int64_t limit, Round work, void* argument) override {
+    const int64_t threads = rounds > 1 ? threads_for(limit) : 1;
+    if (threads == 1) {
+      for (int64_t round = 0; round < rounds; ++round) work(argument, round, 0, 1);
+      return;
+    }
+    auto team = std::make_shared<Team>();
+    team->work = work;
+    team->argument = argument;
+    RNNATTN_HANDED_OVER(team.get());
+    for (int64_t i = 1; i < threads; ++i) pool_.Schedule([team] { team->follow(); });
+    team->lead(rounds);
+  }
+
  private:
+  int64_t threads_for(int64_t limit) const {
+    int64_t threads = std::min(limit, pool_.num_threads() + 1);
+    if (limit_ > 0) threads = std::min(threads, limit_);
+    return std::max<int64_t>(threads, 1);
+  }
+
   struct Call {
     int64_t items, floats;
     Work work;
@@ -90,6 +117,55 @@ class PoolThreads final : public Threads {
         if (finished()) return;
       std::unique_lock<std::mutex> lock(mutex);
       all_done.wait(lock, finished);
+    }
+  };
+
+  // Threads that go from round to round together. Only those are waited for that have come, each
+  // being one that runs: the pool owes nobody a thread, and the one that leads may be all there is.
+  // Who comes takes part from the next round on; who comes when all is done touches nothing.
+  struct Team {
+    Round work;
+    void* argument;
+    // each is written by one side and waited for by the other, and so has a line of its own
+    alignas(LINE_BYTES) std::atomic<int64_t> followers{0};
+    alignas(LINE_BYTES) std::atomic<int64_t> begun{0};  // the last round, and its members
+    alignas(LINE_BYTES) std::atomic<int64_t> done{0};   // shares of followers, of all rounds
+
+    static constexpr int64_t ALL_DONE = -1, MOST = 1 << 16;
+
+    void lead(int64_t rounds) {
+      int64_t shares = 0;
+      for (int64_t round = 0; round < rounds; ++round) {
+        const int64_t members = std::min(1 + followers.load(std::memory_order_relaxed), MOST - 1);
+        begun.store((round + 1) * MOST + members, std::memory_order_release);
+        work(argument, round, 0, members);
+        shares += members - 1;
+        wait_until([&] { return done.load(std::memory_order_acquire) == shares; });
+      }
+      begun.store(ALL_DONE, std::memory_order_release);
+    }
+
+    void follow() {
+      RNNATTN_TAKEN_OVER(this);
+      const int64_t member = 1 + followers.fetch_add(1, std::memory_order_relaxed);
+      for (int64_t last = 0, now = 0;; last = now) {
+        wait_until([&] { return (now = begun.load(std::memory_order_acquire)) != last; });
+        if (now == ALL_DONE) return;
+        const int64_t members = now % MOST;
+        if (member >= members) continue;  // it began before this thread came
+        work(argument, now / MOST - 1, member, members);
+        done.fetch_add(1, std::memory_order_acq_rel);
+      }
+    }
+
+    // The others are about to be done, unless their cores were taken away.
+    template <class F>
+    static void wait_until(F holds) {
+      for (int64_t i = 0; !holds(); ++i)
+        if (i < 500)
+          RNNATTN_PAUSE();
+        else
+          std::this_thread::yield();
     }
   };
 

@@ -23,6 +23,13 @@ class Threads {
   using Work = void (*)(void* argument, int64_t item, float* workspace);
   virtual bool run(int64_t items, int64_t limit, int64_t floats, Work work, void* argument) = 0;
 
+  // `work(argument, round, member, members)` for every round in [0, rounds), one after the other:
+  // by each of the members, who are `limit` threads at most and of whom the calling one is the
+  // first. A round begins when all have done the one before. Threads come as they are free, so the
+  // members may become more from round to round.
+  using Round = void (*)(void* argument, int64_t round, int64_t member, int64_t members);
+  virtual void run_rounds(int64_t rounds, int64_t limit, Round work, void* argument) = 0;
+
  protected:
   ~Threads() = default;
 };

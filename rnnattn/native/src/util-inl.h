@@ -57,6 +57,17 @@ static bool parallel_for(Threads& threads, int64_t items, int64_t limit, int64_t
       &f);
 }
 
+// f(round, member, members) for every round, see Threads::run_rounds.
+template <class F>
+static void over_rounds(Threads& threads, int64_t rounds, int64_t limit, F f) {
+  threads.run_rounds(
+      rounds, limit,
+      [](void* of, int64_t round, int64_t member, int64_t members) {
+        (*static_cast<F*>(of))(round, member, members);
+      },
+      &f);
+}
+
 }  // namespace rnnattn::RNNATTN_SET
 RNNATTN_AFTER_NAMESPACE();
 

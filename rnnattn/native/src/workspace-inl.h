@@ -49,16 +49,17 @@ class Allocation {
 // Ask for a large array in pages of 2 MiB, as its memory may never have been touched. With those of
 // 4 KiB a fifth of the time of a long sequence's gradient goes into page faults, and reading
 // columns misses the TLB at every row.
-static inline void advise_huge_pages(const float* array, int64_t floats) {
+template <class T>
+static inline void advise_huge_pages(const T* array, int64_t count) {
 #if defined(__linux__)
-  constexpr int64_t LARGE = 1 << 19;
+  constexpr int64_t LARGE = 1 << 21;  // bytes
   constexpr uintptr_t PAGE = 4096;
-  if (array == nullptr || floats < LARGE) return;
+  if (array == nullptr || count * static_cast<int64_t>(sizeof(T)) < LARGE) return;
   const uintptr_t first = (reinterpret_cast<uintptr_t>(array) + PAGE - 1) / PAGE * PAGE;
-  const uintptr_t end = reinterpret_cast<uintptr_t>(array + floats) / PAGE * PAGE;
+  const uintptr_t end = reinterpret_cast<uintptr_t>(array + count) / PAGE * PAGE;
   madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
 #else
-  (void)array, (void)floats;
+  (void)array, (void)count;
 #endif
 }
 

@@ -1,0 +1,40 @@
+// The kernels for x86-64 with AVX-512 and its products of bfloat16: those of AVX-512, but for an
+// LSTM of such numbers.
+
+#if defined(__x86_64__)
+
+#define RNNATTN_SET avx512_bf16
+#define RNNATTN_LANES 16
+#define RNNATTN_PAIRS
+#define RNNATTN_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma"
+#include "kernels.h"
+#include "lstm_forward-inl.h"
+#include "lstm_gradient-inl.h"
+
+namespace rnnattn {
+
+const Kernels* avx512_bf16_kernels() {
+  static const Kernels* const others = avx512_kernels();
+  if (!others || !__builtin_cpu_supports("avx512bf16")) return nullptr;
+  static const Kernels kernels{"avx512_bf16",
+                               others->attention_forward,
+                               others->attention_backward,
+                               others->lstm_f32,
+                               avx512_bf16::lstm::kernels<Bfloat16>,
+                               others->lstm_f16};
+  return &kernels;
+}
+
+}  // namespace rnnattn
+
+#else
+
+#include "kernels.h"
+
+namespace rnnattn {
+
+const Kernels* avx512_bf16_kernels() { return nullptr; }
+
+}  // namespace rnnattn
+
+#endif
