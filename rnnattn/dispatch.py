@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.interpreters import ad, batching, mlir
 
 
-def dispatched(name, on_xla, by_platform, results, batched):
+def dispatched(name, on_xla, by_platform, results, batched, *, exported=False):
     """A function of arrays that runs `on_xla` or as one `by_platform` says, where it ends up.
 
     That is known where a program is lowered, and only there: another implementation than `on_xla`
@@ -27,6 +27,7 @@ def dispatched(name, on_xla, by_platform, results, batched):
         batched: the rule for `vmap`, of what is static, the trees, their leading axes those of
             `vmap` where the same trees of Booleans say so, and the size of these; to the results
             and where they have that axis, a tree or one for all.
+        exported: whether a program that is exported has them, too: they then are all of its own.
     """
 
     def leafwise(function):
@@ -53,7 +54,7 @@ def dispatched(name, on_xla, by_platform, results, batched):
         in_xla = lower(plain)
         mlir.register_lowering(defined, in_xla)
         for platform, function in by_platform.items():
-            rule = partial(_on_one_device, lower(leafwise(function)), in_xla)
+            rule = partial(_on_one_device, lower(leafwise(function)), in_xla, exported)
             mlir.register_lowering(defined, rule, platform=platform)
 
         def tangents_of(primals, tangents, **how):
@@ -99,9 +100,18 @@ def dispatched(name, on_xla, by_platform, results, batched):
     return call
 
 
-def _on_one_device(lowered, in_xla, context, *leaves, **how):
-    """A lowering rule: `lowered` in a program that stays in this process, and on one device."""
+def _on_one_device(lowered, in_xla, exported, context, *leaves, **how):
+    """A lowering rule: `lowered` in a program for one device that stays here, or may leave."""
     module = context.module_context
     devices = getattr(module.axis_context, "num_devices", 1)
-    serves = devices == 1 and not module.lowering_parameters.for_export
+    serves = devices == 1 and (exported or not module.lowering_parameters.for_export)
     return (lowered if serves else in_xla)(context, *leaves, **how)
+
+
+def gpu_capability():
+    """The least compute capability of the NVIDIA GPUs at hand; none if there is none."""
+    try:
+        devices = jax.devices("cuda")
+    except RuntimeError:
+        return ()
+    return min(tuple(map(int, device.compute_capability.split("."))) for device in devices)

@@ -51,7 +51,7 @@ from rnnattn.recurrent.equations import (
 )
 from rnnattn.recurrent.stack import Dropout, both_directions, stack
 
-_IMPLEMENTATIONS = (None, "xla", "native", "cudnn")  # which make no difference here
+_IMPLEMENTATIONS = (None, "xla", "native", "pallas", "cudnn")  # which make no difference here
 
 
 def lstm(
@@ -66,7 +66,7 @@ def lstm(
     clip: SupportsFloat | None = None,
     coupled: bool = False,
     residuals: Literal["gates", "states"] | SupportsIndex | None = None,
-    implementation: Literal["xla", "native", "cudnn"] | None = None,
+    implementation: Literal["xla", "native", "pallas", "cudnn"] | None = None,
 ) -> tuple[Float[Array, "... R"], LSTMState]:
     """`rnnattn.lstm` as a scan over single steps, whatever the last two options say.
 

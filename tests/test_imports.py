@@ -42,7 +42,17 @@ PARTS = {
 # The files of a primitive's folder, from the ground up: one imports those of its floor and below.
 FLOORS = [
     {"problem", "equations", "masking", "dropout", "signature"},
-    {"dense", "blockwise", "chunked", "xla", "placed", "native", "cudnn"},  # the schedules
+    {
+        "dense",
+        "blockwise",
+        "chunked",
+        "xla",
+        "placed",
+        "native",
+        "hopper",
+        "pallas",
+        "cudnn",
+    },  # the schedules
     {"rule"},
     {"arguments", "peers", "cache", "init"},
     {"api", "ring"},

@@ -646,7 +646,7 @@ def _bad_calls():
         "`clip` must be a positive number or None, got -1": run(clip=-1),
         "`residuals` must be 'gates', 'states', a number of steps of at least 1 or None, "
         "got 0": run(residuals=0),
-        "`implementation` must be None, 'xla', 'native' or 'cudnn', got 'cuda'": run(
+        "`implementation` must be None, 'xla', 'native', 'pallas' or 'cudnn', got 'cuda'": run(
             implementation="cuda"
         ),
         "`implementation='cudnn'` cannot serve the dtype float64 or `clip` or `coupled` or "

@@ -23,6 +23,7 @@ from rnnattn.attention.placed import backward_on_xla, forward_on_xla, placed
 from rnnattn.attention.problem import Masking, Operands
 from rnnattn.attention.xla import time_first
 from rnnattn.checks import those_that_hold
+from rnnattn.dispatch import gpu_capability
 
 _WIDEST = 256  # of a head; 128 before Hopper
 _HOPPER, _AMPERE = (9, 0), (8, 0)
@@ -68,17 +69,8 @@ def known_scale(arrays):
     return float(K**-0.5 if arrays.scale is None else arrays.scale)
 
 
-def capability():
-    """The least compute capability of the GPUs at hand; none if there is none."""
-    try:
-        devices = jax.devices("cuda")
-    except RuntimeError:
-        return ()
-    return min(tuple(map(int, device.compute_capability.split("."))) for device in devices)
-
-
 def _serves_here(operands):
-    return capability() >= (_AMPERE if operands.query.shape[-1] <= 128 else _HOPPER)
+    return gpu_capability() >= (_AMPERE if operands.query.shape[-1] <= 128 else _HOPPER)
 
 
 def _is_causal(options):

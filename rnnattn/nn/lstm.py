@@ -105,7 +105,7 @@ class LSTM(nnx.Module):
         clip: float | None = None,
         coupled: bool = False,
         residuals: Literal["gates", "states"] | int | None = None,
-        implementation: Literal["xla", "native", "cudnn"] | None = None,
+        implementation: Literal["xla", "native", "pallas", "cudnn"] | None = None,
         rngs: nnx.Rngs,
         **options: Any,
     ):

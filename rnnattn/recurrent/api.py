@@ -10,6 +10,7 @@ import jax
 from jaxtyping import Array, Bool, Float, Int
 
 import rnnattn.recurrent.native as native
+import rnnattn.recurrent.pallas as pallas
 from rnnattn.checks import Check, forward_mode
 from rnnattn.precision import varying_together
 from rnnattn.recurrent.arguments import (
@@ -29,6 +30,7 @@ from rnnattn.recurrent.arguments import (
 from rnnattn.recurrent.chunked import CHUNKED
 from rnnattn.recurrent.equations import LSTMParams, LSTMState
 from rnnattn.recurrent.peers import run_cudnn, unserved_by_cudnn
+from rnnattn.recurrent.placed import placed
 from rnnattn.recurrent.problem import Options
 from rnnattn.recurrent.rule import sequence
 
@@ -83,7 +85,7 @@ def lstm(
     clip: SupportsFloat | None = None,
     coupled: bool = False,
     residuals: Literal["gates", "states"] | SupportsIndex | None = None,
-    implementation: Literal["xla", "native", "cudnn"] | None = None,
+    implementation: Literal["xla", "native", "pallas", "cudnn"] | None = None,
 ) -> tuple[Float[Array, "... R"], LSTMState]:
     """The hidden state after every step of `x`, and the state after the last one (L1, L2).
 
@@ -112,11 +114,15 @@ def lstm(
             inputs), "states" where c takes no more than 1 GiB, and beyond that n = ⌊√T⌋; "states"
             where T or B is symbolic.
         implementation: "xla"; "native", the kernels of `rnnattn.native` on a CPU (and "xla"
-            elsewhere), for 32 and 16 bits without a variant; "cudnn", on an NVIDIA GPU, for float32
-            without a variant, resets or `reverse`, and lengths of at least 1 (its gradient is
-            cuDNN's own, of first order); or None, which is "native" where that serves, and "xla"
-            where not. "xla" is one loop of several steps a turn on a GPU or TPU, and chunks that
-            fit a cache on a CPU; what it takes of memory above is a CPU's.
+            elsewhere), for 32 and 16 bits without a variant; "pallas", the kernels of
+            `rnnattn.recurrent.hopper` on one NVIDIA GPU of the Hopper generation (and "xla"
+            elsewhere), for 16 bits without a variant and H 64, 128 or 256, in exported programs
+            too; "cudnn", on an NVIDIA GPU, for float32 without a variant, resets or `reverse`, and
+            lengths of at least 1 (its gradient is cuDNN's own, of first order); or None, which is
+            "native" and "pallas" where these serve, the latter for 16 steps or more of up to 128
+            rows and from jax 0.11 on, as it was measured, and "xla" elsewhere. "xla" is one loop of
+            several steps a turn on a GPU or TPU, and chunks that fit a cache on a CPU; what it
+            takes of memory above is a CPU's.
     Returns:
         y (B, T, R), or (T, B, R) with `time_major`, in the dtype of x, and the final state, in the
         dtypes of the initial one. For 16-bit inputs c is float32, so that a sequence cut in two and
@@ -141,7 +147,7 @@ def lstm(
     arguments = checked_sequence("lstm", params, x, state, lengths, resets, time_major)
     x, state, lengths, resets = arguments
     check, keeps = Check("lstm"), checked_residuals("lstm", residuals)
-    check.one_of("implementation", implementation, (None, "xla", "native", "cudnn"))
+    check.one_of("implementation", implementation, (None, "xla", "native", "pallas", "cudnn"))
     if keeps is None:
         T, H = x.shape[0 if time_major else -2], params.w_h.shape[1] // 4
         keeps = suited_residuals(T, batch_of(x, time_major), H, x.dtype)
@@ -154,14 +160,31 @@ def lstm(
         return _run_lstm("lstm", schedule, options, time_major, params, x, state, lengths, resets)
 
 
+# What None chooses, by whether the kernels for a CPU and those for a GPU serve a call.
+_FASTEST = {
+    (False, False): CHUNKED,
+    (True, False): native.NATIVE,
+    (False, True): placed("rnnattn_lstm_on_gpu", {"cuda": pallas.WHERE_FASTER}),
+    (True, True): placed(
+        "rnnattn_lstm_16_bits", {"cpu": native.HALVES, "cuda": pallas.WHERE_FASTER}
+    ),
+}
+
+
 def _suited(function, implementation, params, x, options):
-    """The schedule that is asked for, or the faster of those that serve."""
+    """The schedule that is asked for, or the fastest of those that serve."""
+    check = Check(function)
     if implementation == "xla":
         return CHUNKED
-    unserved = native.unserved(params, x, options.variant)
+    unserved = [module.unserved(params, x, options.variant) for module in (native, pallas)]
     if implementation == "native":
-        Check(function).served("native", unserved)
-    return CHUNKED if unserved else native.NATIVE
+        check.served("native", unserved[0])
+        return native.NATIVE
+    if implementation == "pallas":
+        check.served("pallas", unserved[1] or pallas.unserved_here())
+        return pallas.PALLAS
+    by_cpu, by_gpu = (not reasons for reasons in unserved)
+    return _FASTEST[by_cpu, by_gpu]
 
 
 @partial(jax.jit, static_argnames=("function", "schedule", "options", "time_major"))

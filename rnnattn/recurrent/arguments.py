@@ -24,7 +24,7 @@ class _SharedOptions(TypedDict, total=False):
     clip: SupportsFloat | None
     coupled: bool
     residuals: Literal["gates", "states"] | SupportsIndex | None
-    implementation: Literal["xla", "native", "cudnn"] | None
+    implementation: Literal["xla", "native", "pallas", "cudnn"] | None
 
 
 class StackOptions(_SharedOptions, total=False):

@@ -88,7 +88,7 @@ def chunk_length(sizes, residuals, steps, H):
     return max(range((most + 1) // 2, most + 1), key=lambda n: (T % n == 0, n))
 
 
-def _scan_chunks(chunk, carry, per_step, per_chunk, length, reverse):
+def scan_chunks(chunk, carry, per_step, per_chunk, length, reverse):
     """Scan `chunk(carry, (per_step, per_chunk))`, which returns the same pair, over time.
 
     What is left of T after whole chunks is one shorter chunk at the end of the time axis.
@@ -146,20 +146,7 @@ def _chunk_backward(sizes, options, params, halved, carry, steps, dy, trace, sta
 
     if trace.c is None:
         _, trace = _chunk_forward(sizes, options, halved, start, steps, keep="ca")
-    h_prev = _states_before(select(steps.valid, trace.y, start.h[None]), start.h, options.reverse)
-    c_prev = _states_before(trace.c, start.c, options.reverse)
-    if steps.fresh is not None:
-        h_prev, c_prev = select(steps.fresh, 0, h_prev), select(steps.fresh, 0, c_prev)
-    # NaN in a step that does not count meets a dz of zero
-    x, c, h_prev, c_prev = (select(steps.valid, z, 0) for z in (steps.x, trace.c, h_prev, c_prev))
-    xh = jnp.concatenate([x, h_prev], axis=-1)
-    if trace.a is not None:
-        a = select(steps.valid, trace.a, 0)
-    else:
-        a = dot(xh, jnp.concatenate([halved.w_x, halved.w_h])) + halved.b[None, None]
-        if peephole is not None:
-            a = a + peephole_terms(halved.peephole, c_prev, c)
-    slopes, m = slopes_of(a, c_prev, c, options.variant)
+    xh, c, c_prev, slopes, m = steps_apart(options, halved, steps, trace, start)
 
     w_x, w_h = params.w_x.astype(dtype), params.w_h.astype(dtype)
     if projection is not None:
@@ -180,8 +167,8 @@ def _chunk_backward(sizes, options, params, halved, carry, steps, dy, trace, sta
         return before, (dz, None if projection is None else dh)
 
     xs = (dy.astype(dtype), slopes, steps.valid, steps.fresh)
-    back, turn = not options.reverse, sizes.turn_of_few if _few_rows(x) else sizes.turn
-    dstate, (dz, dh) = lax.scan(step, dstate, xs, reverse=back, unroll=_unroll(turn, x))
+    back, turn = not options.reverse, sizes.turn_of_few if _few_rows(xh) else sizes.turn
+    dstate, (dz, dh) = lax.scan(step, dstate, xs, reverse=back, unroll=_unroll(turn, xh))
 
     grown = _WeightGradient(
         w=dparams.w + _outer(xh, dz),
@@ -194,7 +181,36 @@ def _chunk_backward(sizes, options, params, halved, carry, steps, dy, trace, sta
         grown = grown._replace(peephole=dparams.peephole + dp)
     if projection is not None:
         grown = grown._replace(projection=dparams.projection + _outer(m, dh))
-    return (grown, dstate), (dz @ w_x.T).astype(x.dtype)
+    return (grown, dstate), (dz @ w_x.T).astype(xh.dtype)
+
+
+def steps_apart(options, halved, steps, trace, start):
+    """All that each step's gradient needs besides what comes back: [x, h₋], c, c₋, slopes, m."""
+    xh, c, c_prev = states_of_steps(options, steps, trace, start)
+    if trace.a is not None:
+        a = select(steps.valid, trace.a, 0)
+    else:
+        a = preactivations(halved, xh, c, c_prev)
+    return xh, c, c_prev, *slopes_of(a, c_prev, c, options.variant)
+
+
+def states_of_steps(options, steps, trace, start):
+    """[x, h₋], c and c₋ of every step."""
+    h_prev = _states_before(select(steps.valid, trace.y, start.h[None]), start.h, options.reverse)
+    c_prev = _states_before(trace.c, start.c, options.reverse)
+    if steps.fresh is not None:
+        h_prev, c_prev = select(steps.fresh, 0, h_prev), select(steps.fresh, 0, c_prev)
+    # NaN in a step that does not count meets a dz of zero
+    x, c, h_prev, c_prev = (select(steps.valid, z, 0) for z in (steps.x, trace.c, h_prev, c_prev))
+    return jnp.concatenate([x, h_prev], axis=-1), c, c_prev
+
+
+def preactivations(halved, xh, c, c_prev):
+    """a of every step, which needs no loop once the states are known."""
+    a = dot(xh, jnp.concatenate([halved.w_x, halved.w_h])) + halved.b[None, None]
+    if halved.peephole is not None:
+        a = a + peephole_terms(halved.peephole, c_prev, c)
+    return a
 
 
 def _unroll(turn, x):
@@ -240,7 +256,7 @@ def forward_in(sizes, options, keeps, params, state, steps):
         return after, (trace, state)
 
     length = chunk_length(sizes, options.residuals, steps, params.w_h.shape[1] // 4)
-    final, (trace, starts) = _scan_chunks(chunk, state, (steps,), (), length, options.reverse)
+    final, (trace, starts) = scan_chunks(chunk, state, (steps,), (), length, options.reverse)
     kept = keeps and isinstance(options.residuals, int)  # else chunks differ from place to place
     return final, trace._replace(starts=starts if kept else None)
 
@@ -261,7 +277,7 @@ def backward_in(sizes, options, params, state, steps, trace, cotangents):
     zeros = jax.tree.map(lambda w: jnp.zeros_like(w, dtype), params)
     dparams = _WeightGradient(jnp.concatenate([zeros.w_x, zeros.w_h]), *zeros[2:])
     carry = (dparams, jax.tree.map(lambda d: d.astype(dtype), dstate))
-    (dparams, dstate), (dx, _) = _scan_chunks(
+    (dparams, dstate), (dx, _) = scan_chunks(
         chunk,
         carry,
         (steps, dy, trace._replace(starts=None)),

@@ -103,24 +103,34 @@ def _gates(a, variant):
         bounds = _clip_bounds(variant.clip)
         clipped = [jnp.clip(z, -κ, κ) for z, κ in zip(_blocks(a), bounds, strict=True)]
         a = jnp.concatenate(clipped, axis=-1)
-    i, f, g, o = _blocks(jnp.tanh(a))
+    return gates_of_tanh(_blocks(jnp.tanh(a)), variant)
+
+
+def gates_of_tanh(blocks, variant):
+    """L1: i, f, g, o from the tanh of the blocks of a halved row."""
+    i, f, g, o = blocks
     i = 0.5 + 0.5 * i
     f = 1 - i if variant.coupled else 0.5 + 0.5 * f
     o = 0.5 + 0.5 * o
     return i, f, g, o
 
 
+def cell_of_gates(gates, c_prev):
+    """L2: m = o ⊙ tanh(c), and c."""
+    i, f, g, o = gates
+    c = f * c_prev + i * g
+    return o * jnp.tanh(c), c
+
+
 def cell(a, c_prev, peephole, variant):
     """L1, L2: m = o ⊙ tanh(c), which is h where nothing is projected; c; a with its peepholes."""
     if peephole is None:
-        i, f, g, o = _gates(a, variant)
-        c = f * c_prev + i * g
-    else:
-        seen = a + peephole_terms(peephole, c_prev, jnp.zeros_like(c_prev))
-        i, f, g, _ = _gates(seen, variant)
-        c = f * c_prev + i * g
-        a = a + peephole_terms(peephole, c_prev, c)
-        *_, o = _gates(a, variant)
+        return *cell_of_gates(_gates(a, variant), c_prev), a
+    seen = a + peephole_terms(peephole, c_prev, jnp.zeros_like(c_prev))
+    i, f, g, _ = _gates(seen, variant)
+    c = f * c_prev + i * g
+    a = a + peephole_terms(peephole, c_prev, c)
+    *_, o = _gates(a, variant)
     return o * jnp.tanh(c), c, a
 
 
@@ -167,6 +177,12 @@ def slopes_of(a, c_prev, c, variant):
 
 def cell_gradient(slopes, dm, dc, peephole):
     """L3, L4, L8: dz and dc₋ from the cotangents of m and c."""
+    dz, dc_prev = gradient_of_gates(slopes, dm, dc, peephole)
+    return jnp.concatenate(dz, axis=-1), dc_prev
+
+
+def gradient_of_gates(slopes, dm, dc, peephole):
+    """The same, with dz in its four blocks."""
     dz_o = dm * slopes.o
     dc = dc + dm * slopes.c
     if peephole is not None:
@@ -178,7 +194,7 @@ def cell_gradient(slopes, dm, dc, peephole):
     dc_prev = dc * slopes.carry
     if peephole is not None:
         dc_prev = dc_prev + dz_i * p_i + dz_f * p_f
-    return jnp.concatenate([dz_i, dz_f, dz_g, dz_o], axis=-1), dc_prev
+    return [dz_i, dz_f, dz_g, dz_o], dc_prev
 
 
 def peephole_gradient(dz, c_prev, c):

@@ -1,0 +1,438 @@
+"""The loops of the LSTM over time as kernels for a Hopper GPU, in Pallas Mosaic GPU.
+
+A kernel holds what is recurrent and nothing else: forward h₋ w_h and the cell; backward L3, L4, L8
+and dh₋ = dz w_hᵀ. All products over the whole sequence are made outside.
+
+A cluster of blocks has a tile of `TILE` rows of the batch, from the first step to the last, and
+each of its blocks `UNITS` hidden units; w_h is read once, by each block its part. Everything is
+transposed, so that units are the 64 rows of the tensor core's product and the batch tile is its
+columns: a small batch wastes nothing, and the four gates of a unit are four accumulators of one
+layout, on which the cell is elementwise.
+
+    forward    h of all units to each block of the cluster         every step
+    backward   to each block its part of dh₋, one term from each   every step
+
+What blocks send goes straight from registers to the others' shared memory, and completes on a
+barrier there that each block has armed for itself: nothing else is waited for in a step. Two
+buffers take turns. Who sends a second time into a buffer has received what everybody sent after
+having read it.
+
+x, the slopes and the results go straight between registers and global memory, where what a block
+reads or writes in a step lies together, of a batch in N tiles. It is read a step ahead; by a block
+alone it is asked for `AHEAD` steps before, since its step is shorter than the way to memory and
+back.
+
+Axes: T time, N tiles of the batch, H hidden width, which fits: `rnnattn.recurrent.pallas`.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm
+
+from rnnattn.recurrent.equations import (
+    Slopes,
+    Variant,
+    cell_of_gates,
+    gates_of_tanh,
+    gradient_of_gates,
+)
+
+UNITS = 64
+TILE = 16
+AHEAD = 4
+
+_i32, _f32 = jnp.int32, jnp.float32
+_FRAGMENTS = plgpu.Layout.WGMMA  # of an array (UNITS, TILE) in the registers of a block
+_OF_COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # of an array (TILE,) beside it
+_SCALAR = plgpu.Layout.WG_SPLAT
+_WORDS = plgpu.RefType()
+
+
+def _load(ref, layout=_FRAGMENTS, **how):
+    """From memory into registers; jax 0.10 wants an index apart from the reference."""
+    index = ((),) if jax.__version_info__ < (0, 11) else ()
+    return plgpu.load(ref, *index, layout=layout, **how)
+
+
+def transforms(shape, dtype):
+    """Of an array in shared memory that the tensor core reads, or a transfer writes."""
+    itemsize = jnp.dtype(dtype).itemsize
+    swizzle = next(s for s in (128, 64, 32) if shape[-1] % (s // itemsize) == 0)
+    return plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
+
+
+# ---- what blocks of a cluster tell each other -------------------------------------------------
+#
+# Pallas has `async_store_smem`, which lets the sender arm the receiver's barrier: a fence of the
+# whole device for each receiver and step, several times what all else in a step costs.
+
+
+def _ptx(text):
+    llvm.inline_asm(ir.Type.parse("!llvm.void"), [], text, "", has_side_effects=True)
+
+
+def _barrier(words, n):
+    no_phases: Any = None  # who waits says for which
+    return mgpu.utils.BarrierRef(mgpu.utils.memref_ptr(words), n.registers.item(), no_phases, 1)
+
+
+class _ByStores(NamedTuple):
+    """From registers into the shared memory of every block of the cluster."""
+
+    words: Any  # two barriers
+    blocks: int
+    expected: int  # the bytes that a block receives in a step
+
+    @staticmethod
+    def scratch(blocks):
+        return [plgpu.SMEM((4,), _i32)]
+
+    def open(self):
+        @plgpu.inline_mgpu(arg_types=(_WORDS,))
+        def initialise(_, words):
+            i32, i64 = (ir.IntegerType.get_signless(n) for n in (32, 64))
+            first = mgpu.utils.single_thread_predicate(scope=mgpu.utils.ThreadSubset.BLOCK)
+            for n in range(2):
+                address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(words), [n], i64)
+                nvvm.mbarrier_init(address, mgpu.utils.c(1, i32), predicate=first)
+            _ptx("fence.mbarrier_init.release.cluster;")
+            _ptx("barrier.cluster.arrive.aligned;")
+            _ptx("barrier.cluster.wait.aligned;")
+
+        initialise(self.words)
+
+    def arm(self, slot):
+        @plgpu.inline_mgpu(arg_types=(_WORDS, _SCALAR))
+        def expect(_, words, slot):
+            one = mgpu.utils.single_thread_predicate(scope=mgpu.utils.ThreadSubset.WARPGROUP)
+            _barrier(words, slot).arrive_expect_tx(self.expected, predicate=one)
+
+        expect(self.words, slot)
+
+    def wait(self, slot, turn, *, for_product):
+        @plgpu.inline_mgpu(arg_types=(_WORDS, _SCALAR, _SCALAR))
+        def received(_, words, slot, turn):
+            odd = arith.trunci(ir.IntegerType.get_signless(1), turn.registers.item())
+            _barrier(words, slot).wait_parity(odd)
+            if for_product:  # the tensor core reads by another way than stores go
+                _ptx("fence.proxy.async.shared::cta;")
+
+        received(self.words, slot, lax.rem(turn, _i32(2)))
+
+    def send(self, value, ref, slot, how, to):
+        tiling, swizzle = how
+
+        @plgpu.inline_mgpu(arg_types=(_FRAGMENTS, plgpu.RefType(how), _WORDS, _SCALAR))
+        def store(_, value, ref, words, slot):
+            for block in to:
+                value.store_tiled_async(
+                    ref,
+                    _barrier(words, slot),
+                    cluster_dim=gpu.Dimension.x,
+                    cluster_idx=mgpu.utils.c(block, ir.IndexType.get()),
+                    swizzle=swizzle.swizzle,
+                    tiling_rank=len(tiling.tiling),
+                )
+
+        store(value, ref, self.words, slot)
+
+
+# ---- forward ----------------------------------------------------------------------------------
+
+
+def _row(mask, shape):
+    """A mask of columns (TILE,) on an array of that shape."""
+    return lax.broadcast_in_dim(mask, shape, (1,)) > 0
+
+
+def forward(x, w, state, masks=None, *, reverse=False, keeps=False, interpret=None):
+    """The state after every step, by halved weights.
+
+    x: (T, N, 4, H, TILE) ½(x w_x + b). w: (4H, H) ½ w_hᵀ, 16-bit.
+    state: h (N, H, TILE) in the dtype of w, c in float32.
+    masks: valid and fresh, each (T, N, TILE) in float32 or None; see `equations.advance`.
+    interpret: parameters of the interpreter, which knows only plain operations.
+    Returns: h of every step (T, N, H, TILE), c of every step, if kept; both of the last.
+    """
+    (T, N, _, H, _), dtype = x.shape, w.dtype
+    C, shape = H // UNITS, (UNITS, TILE)
+    how = transforms(shape, dtype)  # the tensor core wants the same of both its operands
+    plain, alone = interpret is not None, C == 1
+    resident = H <= 128 and not plain  # are the weights kept in registers?
+    valid, fresh = masks or (None, None)
+    given = [m for m in (valid, fresh) if m is not None]
+
+    def kernel(x_ref, w_ref, h_ref, c_ref, *refs):
+        mask_refs, refs = list(refs[: len(given)]), refs[len(given) :]
+        y_ref, cs_ref, h_out, c_out, through, w_s, h_s, w_bar, *link = refs
+        valid_ref = mask_refs.pop(0) if valid is not None else None
+        fresh_ref = mask_refs.pop(0) if fresh is not None else None
+        tile, block = lax.axis_index("tile"), lax.axis_index("block")
+        mine = pl.ds(pl.multiple_of(block * UNITS, UNITS), UNITS)
+        gates = [pl.ds(pl.multiple_of(g * H + block * UNITS, UNITS), UNITS) for g in range(4)]
+        until = lambda t: jnp.minimum(t, _i32(T - 1))
+        time = lambda t: T - 1 - t if reverse else t
+        load = partial(_load, optimized=False)
+        stores = None if plain or alone else _ByStores(link[0], C, H * TILE * 2)
+
+        def fetch(t):
+            if alone:
+                plgpu.async_prefetch(x_ref.at[time(until(t + AHEAD)), tile, :, mine])
+            t = time(until(t))
+            row = lambda ref: None if ref is None else load(ref.at[t, tile], _OF_COLUMNS)
+            z = [load(x_ref.at[t, tile, g, mine]) for g in range(4)]
+            return z, row(valid_ref), row(fresh_ref)
+
+        def record(t, h, c):
+            y_ref[time(t), tile, mine] = h
+            if keeps:
+                cs_ref[time(t), tile, mine] = c
+
+        if stores:
+            stores.open()
+        for g, rows in enumerate(gates):
+            plgpu.copy_gmem_to_smem(w_ref.at[rows, :], w_s.at[g], w_bar)
+        plgpu.copy_gmem_to_smem(h_ref.at[tile], h_s.at[0], w_bar)
+        h, c = load(h_ref.at[tile, mine]), load(c_ref.at[tile, mine])
+        inputs = fetch(_i32(0))
+        plgpu.barrier_wait(w_bar)
+        w_g = [_load(w_s.at[g]) if resident else w_s.at[g] for g in range(4)]
+
+        def step(t, carry):
+            h, c, (x, valid, fresh) = carry
+            slot = lax.rem(t, _i32(2))
+            after = 1 - slot
+            if stores:
+                stores.arm(after)
+
+                @pl.when(t > 0)
+                def _():
+                    stores.wait(slot, (t - 1) // 2, for_product=True)
+
+            def product(*sums):
+                for g in range(4):
+                    plgpu.wgmma(sums[g], w_g[g], h_s.at[slot])
+                if alone:
+
+                    @pl.when(t > 0)
+                    def _():
+                        record(t - 1, h, c)
+
+                later = fetch(t + 1) if alone else None
+                return [s[...] for s in sums], later
+
+            accumulators = 4 * [plgpu.ACC(shape, _f32)]
+            z, later = pl.run_scoped(product, *accumulators)
+            kept, c_prev = h, c
+            if fresh is not None:
+                new = _row(fresh, shape)
+                z, c_prev = [jnp.where(new, 0.0, s) for s in z], jnp.where(new, 0.0, c)
+            z = [jnp.tanh(s + of_x.astype(_f32)) for s, of_x in zip(z, x, strict=True)]
+            m, c_next = cell_of_gates(gates_of_tanh(z, Variant()), c_prev)
+            h = m.astype(dtype)
+            if valid is not None:
+                counts = _row(valid, shape)
+                h, c = jnp.where(counts, h, kept), jnp.where(counts, c_next, c)
+            else:
+                c = c_next
+            if stores:
+                stores.send(h, h_s.at[after, mine], after, how, range(C))
+            elif alone:
+                h_s[after, ...] = h
+                plgpu.commit_smem()
+            else:
+                through[after, tile, mine] = h
+                plgpu.barrier_arrive(link[0])
+                plgpu.barrier_wait(link[0])
+                plgpu.copy_gmem_to_smem(through.at[after, tile], h_s.at[after], link[1].at[after])
+                plgpu.barrier_wait(link[1].at[after])
+            if not alone:
+                record(t, h, c)
+                later = fetch(t + 1)
+            return h, c, later
+
+        h, c, _ = lax.fori_loop(_i32(0), _i32(T), step, (h, c, inputs))
+        if alone:
+            record(_i32(T - 1), h, c)
+        h_out[tile, mine], c_out[tile, mine] = h, c
+        if stores:  # a block that is gone can receive nothing
+            stores.wait(_i32(T % 2), _i32((T - 1) // 2), for_product=False)
+
+    out: Any = jax.ShapeDtypeStruct
+    results = [
+        out((T, N, H, TILE), dtype),
+        out((T, N, H, TILE) if keeps else (1, 1, 8, 128), _f32),
+        out((N, H, TILE), dtype),
+        out((N, H, TILE), _f32),
+        out((2, N, H, TILE) if plain and not alone else (1, 1, 8, 128), dtype),
+    ]
+    scratch: list[Any] = [
+        plgpu.SMEM((4, UNITS, H), dtype, transforms=how),
+        plgpu.SMEM((2, H, TILE), dtype, transforms=how),
+        plgpu.Barrier(num_arrivals=5),
+        *_link(C, plain, alone),
+    ]
+    arrays = (x, w, *state, *given)
+    y, c, h_last, c_last, _ = _call(kernel, results, scratch, N, C, interpret)(*arrays)
+    return y, c if keeps else None, h_last, c_last
+
+
+def _link(blocks, plain, alone):
+    if alone:
+        return []
+    if not plain:
+        return _ByStores.scratch(blocks)
+    return [plgpu.ClusterBarrier(collective_axes=("block",)), plgpu.Barrier(num_barriers=2)]
+
+
+def _call(kernel, results, scratch, N, C, interpret):
+    how = {} if interpret is None else {"interpret": interpret}
+    return plgpu.kernel(
+        kernel,
+        out_type=results,
+        scratch_types=scratch,
+        grid=(N,),
+        grid_names=("tile",),
+        cluster=(C,),
+        cluster_names=("block",),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=interpret is None,  # tanh in one instruction, right to 2⁻¹¹
+            # no thread reads what it writes but behind a barrier of this file
+            unsafe_no_auto_barriers=interpret is None,
+        ),
+        **how,
+    )
+
+
+# ---- backward ---------------------------------------------------------------------------------
+
+
+def backward(slopes, dy, w, cotangents, masks=None, *, reverse=False, interpret=None):
+    """dz of every step, and the cotangents of the initial state.
+
+    slopes: `equations.Slopes`, each (T, N, H, TILE) in float32, which hold the state where a step
+        is not valid, and drop c where one is fresh. dy: (T, N, H, TILE). w: (H, 4H) w_h, 16-bit.
+    cotangents: of h and c of the last step, each (N, H, TILE) in float32.
+    masks: valid and fresh, each (T, N, TILE) in float32 or None.
+    Returns: dz (T, N, 4, H, TILE) in the dtype of w, dh and dc (N, H, TILE) in float32.
+    """
+    (T, N, H, _), dtype = dy.shape, w.dtype
+    C, shape = H // UNITS, (UNITS, TILE)
+    how, how_part = transforms(shape, dtype), transforms(shape, _f32)
+    plain, alone = interpret is not None, C == 1
+    # the gates whose weights are kept in registers: there are no more at H 128
+    resident = 0 if plain else {64: 4, 128: 3}.get(H, 0)
+    valid, fresh = masks or (None, None)
+    given = [m for m in (valid, fresh) if m is not None]
+
+    def kernel(*refs):
+        per_step, (w_ref, dh_ref, dc_ref), refs = refs[:7], refs[7:10], refs[10:]
+        mask_refs, refs = list(refs[: len(given)]), refs[len(given) :]
+        dz_ref, dh_out, dc_out, through, w_s, z_s, part_s, w_bar, *link = refs
+        valid_ref = mask_refs.pop(0) if valid is not None else None
+        fresh_ref = mask_refs.pop(0) if fresh is not None else None
+        tile, block = lax.axis_index("tile"), lax.axis_index("block")
+        mine = pl.ds(pl.multiple_of(block * UNITS, UNITS), UNITS)
+        gates = [pl.ds(pl.multiple_of(g * H + block * UNITS, UNITS), UNITS) for g in range(4)]
+        of_gate = [pl.ds(g * UNITS, UNITS) for g in range(4)]
+        of_block = [pl.ds(p * UNITS, UNITS) for p in range(C)]
+        until = lambda n: jnp.minimum(n, _i32(T - 1))
+        time = lambda n: n if reverse else T - 1 - n
+        load = partial(_load, optimized=False)
+        stores = None if plain or alone else _ByStores(link[0], C, C * UNITS * TILE * 4)
+
+        def fetch(n):
+            for ref in per_step if alone else ():
+                plgpu.async_prefetch(ref.at[time(until(n + AHEAD)), tile, mine])
+            t = time(until(n))
+            row = lambda ref: None if ref is None else load(ref.at[t, tile], _OF_COLUMNS)
+            *slopes, dy = (load(ref.at[t, tile, mine]) for ref in per_step)
+            return slopes, dy, row(valid_ref), row(fresh_ref)
+
+        if stores:
+            stores.open()
+        for g, columns in enumerate(gates):
+            plgpu.copy_gmem_to_smem(w_ref.at[:, columns], w_s.at[g], w_bar)
+        dh, dc = load(dh_ref.at[tile, mine]), load(dc_ref.at[tile, mine])
+        inputs = fetch(_i32(0))
+        plgpu.barrier_wait(w_bar)
+        read = lambda p, g: w_s.at[g, of_block[p]]
+        kept = lambda p, g: _load(read(p, g))
+        w_pg = [[(kept if g < resident else read)(p, g) for g in range(4)] for p in range(C)]
+
+        def step(n, carry):
+            dh, dc, (slopes, dy, valid, fresh) = carry
+            slot, t = lax.rem(n, _i32(2)), time(n)
+            if stores:
+                stores.arm(slot)
+            dh = dh + dy.astype(_f32)
+            dz, dc = gradient_of_gates(Slopes(*slopes), dh, dc, None)
+            dz = [d.astype(dtype) for d in dz]
+            for g in range(4):
+                z_s[slot, of_gate[g]] = dz[g]
+            plgpu.commit_smem()
+
+            def product(*sums):
+                for p in range(C):
+                    for g in range(4):
+                        plgpu.wgmma(sums[p], w_pg[p][g], z_s.at[slot, of_gate[g]])
+                for g in range(4):
+                    dz_ref[t, tile, g, mine] = dz[g]
+                later = fetch(n + 1)
+                return [s[...] for s in sums], later
+
+            parts, later = pl.run_scoped(product, *(C * [plgpu.ACC(shape, _f32)]))
+            if alone:
+                total = parts[0]
+            elif stores:
+                for p in range(C):
+                    stores.send(parts[p], part_s.at[slot, block], slot, how_part, [p])
+                stores.wait(slot, n // 2, for_product=False)
+                total = _sum([_load(part_s.at[slot, q]) for q in range(C)])
+            else:
+                for p in range(C):
+                    through[slot, tile, p, block] = parts[p]
+                plgpu.barrier_arrive(link[0])
+                plgpu.barrier_wait(link[0])
+                total = _sum([load(through.at[slot, tile, block, q]) for q in range(C)])
+            if fresh is not None:
+                total = jnp.where(_row(fresh, shape), 0.0, total)
+            if valid is not None:
+                total = jnp.where(_row(valid, shape), total, dh)
+            return total, dc, later
+
+        dh, dc, _ = lax.fori_loop(_i32(0), _i32(T), step, (dh, dc, inputs))
+        dh_out[tile, mine], dc_out[tile, mine] = dh, dc
+
+    out: Any = jax.ShapeDtypeStruct
+    results = [
+        out((T, N, 4, H, TILE), dtype),
+        out((N, H, TILE), _f32),
+        out((N, H, TILE), _f32),
+        out((2, N, C, C, UNITS, TILE) if plain and not alone else (1, 1, 1, 1, 8, 128), _f32),
+    ]
+    scratch: list[Any] = [
+        plgpu.SMEM((4, H, UNITS), dtype, transforms=how),
+        plgpu.SMEM((2, 4 * UNITS, TILE), dtype, transforms=how),
+        plgpu.SMEM((2, C, UNITS, TILE), _f32, transforms=how_part),
+        plgpu.Barrier(num_arrivals=4),
+        *_link(C, plain, alone)[:1],
+    ]
+    arrays = (*slopes, dy, w, *cotangents, *given)
+    dz, dh, dc, _ = _call(kernel, results, scratch, N, C, interpret)(*arrays)
+    return dz, dh, dc
+
+
+def _sum(parts):
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total

@@ -1,0 +1,109 @@
+"""Schedules of the LSTM that have kernels of their own on some platforms, and run on XLA elsewhere.
+
+What they share but the halves that run there: the schedule on XLA (`rnnattn.recurrent.chunked`) for
+other places (`rnnattn.dispatch`) and for derivatives beyond the first, the trace, and `vmap`.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import rnnattn.recurrent.chunked as chunked
+from rnnattn.dispatch import dispatched
+from rnnattn.precision import accumulator
+from rnnattn.recurrent.equations import LSTMState
+from rnnattn.recurrent.problem import Schedule, Trace
+
+
+def placed(name, by_platform, *, exported=False):
+    """The schedule whose halves run as these in a program for one device of a platform.
+
+    Args:
+        by_platform: a forward and a backward by the names that `jax.export` has for platforms; of
+            what the halves of a schedule take, `options` and `keeps` as one pair. They leave c and
+            a of every step, or c alone, or the state before every n steps, as `residuals` says.
+        exported: whether programs that are exported have them, too.
+    """
+
+    def forward(options, keeps, params, state, steps):
+        return run_forward((options, keeps), params, state, steps)
+
+    forwards, backwards = ({p: halves[n] for p, halves in by_platform.items()} for n in (0, 1))
+    run_forward = dispatched(
+        name,
+        forward_on_xla,
+        forwards,
+        forward_results,
+        partial(_forward_over_axis, forward),
+        exported=exported,
+    )
+    backward = dispatched(
+        f"{name}_gradient",
+        chunked.backward,
+        backwards,
+        backward_results,
+        _backward_over_axis,
+        exported=exported,
+    )
+    return Schedule(forward, backward)
+
+
+def forward_on_xla(static, params, state, steps):
+    options, keeps = static
+    return chunked.forward(options, keeps, params, state, steps)
+
+
+def interval(options, keeps, T):
+    """The steps between two states that are kept, 0 where none is."""
+    return min(options.residuals, T) if keeps and isinstance(options.residuals, int) else 0
+
+
+def forward_results(static, params, state, steps):
+    options, keeps = static
+    (T, B, _), H, dtype = steps.x.shape, params.w_h.shape[0], steps.x.dtype
+    n = interval(options, keeps, T)
+    array: Any = lambda *sizes: jax.ShapeDtypeStruct(sizes, dtype)
+    wide: Any = lambda *sizes: jax.ShapeDtypeStruct(sizes, accumulator(dtype))
+    c = wide(T, B, H) if keeps and not n else None
+    a = wide(T, B, 4 * H) if keeps and options.residuals == "gates" else None
+    state = lambda *sizes: LSTMState(array(*sizes, B, H), wide(*sizes, B, H))
+    return state(), Trace(array(T, B, H), c, a, state((T - 1) // n + 1) if n else None)
+
+
+def backward_results(options, params, state, steps, *_):
+    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return jax.tree.map(like, (params, state, steps.x))
+
+
+def _forward_over_axis(forward, static, trees, batched, size):
+    """`vmap` joins its axis with the batch, if the weights are shared."""
+    if any(jax.tree.leaves(batched[0])):
+        return _over_axis_on_xla(forward_on_xla, static, trees, batched)
+    params, state, steps = trees
+    _, of_state, of_steps = batched
+    rows = steps.x.shape[2 if of_steps.x else 1]
+
+    def join(at, x, is_batched):
+        """(…, B, …) → (…, A B, …), B standing `at`."""
+        x = jnp.moveaxis(x, 0, at) if is_batched else jnp.expand_dims(x, at)
+        rest = x.shape[at + 2 :]
+        x = jnp.broadcast_to(x, (*x.shape[:at], size, rows, *rest))
+        return x.reshape(*x.shape[:at], size * rows, *rest)
+
+    state = jax.tree.map(partial(join, 0), state, of_state)
+    steps = jax.tree.map(partial(join, 1), steps, of_steps)
+    results = forward(*static, params, state, steps)
+    axes = jax.tree.map(lambda x: x.ndim - 2, results)  # (B, H) or (T, B, …)
+    split = lambda x, at: x.reshape(*x.shape[:at], size, rows, *x.shape[at + 1 :])
+    return jax.tree.map(split, results, axes), axes
+
+
+def _backward_over_axis(options, trees, batched, size):
+    return _over_axis_on_xla(chunked.backward, options, trees, batched)
+
+
+def _over_axis_on_xla(on_xla, static, trees, batched):
+    axes = jax.tree.map(lambda b: 0 if b else None, tuple(batched))
+    return jax.vmap(partial(on_xla, static), axes)(*trees), 0
