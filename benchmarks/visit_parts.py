@@ -566,7 +566,8 @@ def attention_cases(part: Part) -> list[Case]:
     for T, K, sees in (*head, *special, *tail):
         window = max(T // 16, 4) if sees == "window" else None
         of = shape(T, K, sees, window)
-        labels = of._asdict() | {"sees": sees}
+        named = zip(("B", "T", "N", "K", "causal", "window"), of, strict=False)
+        labels = dict(named) | {"sees": sees}
         cases.append(Case(labels, partial(time_attention, part, labels, of, sees)))
     return cases
 
@@ -648,7 +649,7 @@ def forward_only(
 
 def products(shape: attention.Shape, sees: str, kind: str) -> float:
     """The operations that are needed: two products forward, and five more in the gradient."""
-    B, T, N, K, causal, window = shape
+    B, T, N, K, causal, window, *_ = shape
     pairs: float = T * (T + 1) / 2 if causal else T * T
     if window is not None:
         pairs = T * (window + 1) - window * (window + 1) / 2
