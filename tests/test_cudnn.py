@@ -71,7 +71,9 @@ def attend_gradient(arguments, o, lse, do, wants_dbias):
     dk = of_group(jnp.einsum("bnts,btnk->bsnk", problem.scale * ds, q))
     dv = of_group(jnp.einsum("bnts,btnk->bsnk", p, do))
     results = [jnp.einsum("bnts,bsnk->btnk", problem.scale * ds, k), dk, dv]
-    results += [ds.sum(0, keepdims=True)] * wants_dbias
+    if wants_dbias:
+        shared = tuple(axis for axis in (0, 1) if bias.shape[axis] == 1)
+        results.append(ds.sum(shared, keepdims=True))
     return [x.astype(jnp.bfloat16) for x in results]
 
 
@@ -89,7 +91,7 @@ def called(monkeypatch):
 
     monkeypatch.setattr(cudnn, "attend", stub("forward", attend))
     monkeypatch.setattr(cudnn, "attend_gradient", stub("backward", attend_gradient))
-    monkeypatch.setattr(cudnn, "capability", lambda: (9, 0))
+    monkeypatch.setattr(cudnn, "gpu_capability", lambda: (9, 0))
     on_cpu = placed("rnnattn_cudnn_stub", "cpu", cudnn._forward, cudnn._backward)
     monkeypatch.setattr(cudnn, "CUDNN", on_cpu)
     cast(Any, api._run_attention).clear_cache()
@@ -120,8 +122,9 @@ CASES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "sinks, lengths": (BOTH, {"sinks": True, **LENGTHS}),
     "bias": (BOTH, {"bias": FULL}),
     "bias, causal, lengths": (BOTH, {"bias": FULL, "is_causal": True, **LENGTHS}),
-    "a bias for each row": (["forward"], {"bias": (B, N, T, T)}),
-    "a bias for all heads": (["forward"], {"bias": (T, T)}),
+    "a bias for each row": (BOTH, {"bias": (B, N, T, T)}),
+    "a bias for all heads": (BOTH, {"bias": (T, T)}),
+    "a window with a bias": (BOTH, {"bias": FULL, "local_window_size": (3, 0)}),
 }
 
 
@@ -245,13 +248,13 @@ def _loss(*arrays, **options):
 def test_what_is_lowered_for_one_nvidia_gpu_calls_cudnn(
     capability, dtype, width, served, monkeypatch
 ):
-    monkeypatch.setattr(cudnn, "capability", lambda: capability)
+    monkeypatch.setattr(cudnn, "gpu_capability", lambda: capability)
     calls = _targets(jax.grad(_loss, (0, 1, 2)), *_shapes(dtype, width))
     assert calls == (["Softmax", "SoftmaxBackward"] if served else [])
 
 
 def test_other_programs_do_not_call_cudnn(monkeypatch):
-    monkeypatch.setattr(cudnn, "capability", lambda: (9, 0))
+    monkeypatch.setattr(cudnn, "gpu_capability", lambda: (9, 0))
     shapes = _shapes()
     assert _targets(_loss, *shapes) == ["Softmax"]
     assert not _targets(partial(_loss, implementation="xla"), *shapes)
@@ -278,7 +281,7 @@ def test_other_programs_do_not_call_cudnn(monkeypatch):
         ("dropout", {"dropout_rate": 0.5, "dropout_key": jax.random.key(0)}),
         ("a window without a causal side", {"local_window_size": 3}),
         (
-            "a window with a bias, lengths or fewer keys",
+            "a window with lengths or fewer keys",
             {"local_window_size": (2, 0), "query_seq_lengths": jnp.array([3, 0, 1])},
         ),
         ("an array as `scale`", {"scale": ()}),

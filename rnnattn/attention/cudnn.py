@@ -38,7 +38,7 @@ def unserved(arrays, options):
     if not all(isinstance(n, int) for n in (*q.shape, *k.shape, V)):
         return ["symbolic shapes"]
     offset, scale, left = arrays.query_offset, arrays.scale, _left(options)
-    beside = bias, arrays.query_seq_lengths, arrays.key_value_seq_lengths
+    lengths = arrays.query_seq_lengths, arrays.key_value_seq_lengths
     known = scale is None or (isinstance(scale, int | float) and math.isfinite(scale))
     reasons = {
         f"the dtype {q.dtype.name}": q.dtype not in (jnp.bfloat16, jnp.float16),
@@ -50,8 +50,8 @@ def unserved(arrays, options):
         "`logits_soft_cap`": options.soft_cap is not None,
         "dropout": options.dropout_rate > 0,
         "a window without a causal side": options.window is not None and not _is_causal(options),
-        "a window with a bias, lengths or fewer keys": left is not None
-        and (T > S or any(x is not None for x in beside)),
+        "a window with lengths or fewer keys": left is not None
+        and (T > S or any(x is not None for x in lengths)),
         "an array as `scale`": not known,
     }
     if bias is not None:
@@ -269,9 +269,7 @@ def _backward(options, operands, masking, o, lse, do, dlse):
     q, bias = operands.query, operands.bias
     B, T, M, G, K = q.shape
     wants_dbias = bias is not None and options.bias_gradient
-    # cuDNN sums dbias over the batch, and nothing else
-    unserved = wants_dbias and bias.shape[:3] != (1, M, G)
-    if unserved or options.lse_gradient or options.scale_gradient or not _serves_here(operands):
+    if options.lse_gradient or options.scale_gradient or not _serves_here(operands):
         return backward_on_xla(options, operands, masking, o, lse, do, dlse)
     given = _given(options, operands, masking)
     # NaN that comes back to a query that sees nothing meets weights of zero
