@@ -407,8 +407,12 @@ def rotary_problems() -> list[Problem]:
 FUNCTIONS: dict[Callable, Callable[[], list[Problem]]] = {
     lstm.slopes_of: lstm_problems,
     lstm.cell_gradient: lstm_problems,
+    lstm.gradient_of_gates: lstm_problems,
     lstm.peephole_gradient: lstm_problems,
     chunked._chunk_backward: lstm_problems,
+    chunked.steps_apart: lstm_problems,
+    chunked.states_of_steps: lstm_problems,
+    chunked.preactivations: lstm_problems,
     lstm_rule.steps_read: lstm_problems,
     attention.weights: dense_problems,
     attention.logits_gradient: dense_problems,
@@ -437,16 +441,16 @@ _BLOCK = "int((_TANGENT_LOGITS / heads) ** 0.5) if isinstance(heads, int) else"
 EQUIVALENT = {
     ("equations.cell_gradient", "axis=-1 → axis=1"): "the arrays of one step have two axes",
     (
-        "chunked._chunk_backward",
+        "chunked.states_of_steps",
         "select(steps.valid, z, 0) → select(steps.valid, z, 1)",
     ): "any finite number would do: dz is zero at steps that do not count",
     (
-        "chunked._chunk_backward",
+        "chunked.steps_apart",
         "select(steps.valid, trace.a, 0) → select(steps.valid, trace.a, 1)",
     ): "any finite number would do: dz is zero at steps that do not count",
     (
         "chunked._chunk_backward",
-        "_unroll(turn, x) → turn",
+        "_unroll(turn, xh) → turn",
     ): "how many steps are in one turn of the loop",
     (
         "blockwise._backward_blocks",
