@@ -29,7 +29,9 @@ def init_lstm(
         projection_size: R, the width h is projected to, as torch's `proj_size`; None for none.
         peephole: adds peephole weights, zero at first.
         recurrent_init: "orthogonal" makes the block of each gate orthogonal (Saxe et al. 2014);
-            "uniform" draws all weights from ±1/√H, as torch does.
+            "uniform" draws all weights from ±1/√H, as torch does. Draw several networks within
+            `jax.jit` by `jax.lax.map`, not by `vmap`: on a CPU with few threads, QR decompositions
+            of batches can wait for one another for ever (seen with jaxlib 0.10.2).
         dtype: float32, bfloat16, float16 or float64.
     Raises:
         ValueError: a size is below 1, `recurrent_init` is unknown or `dtype` not a float.
