@@ -120,9 +120,9 @@ def lstm(
             too; "cudnn", on an NVIDIA GPU, for float32 without a variant, resets or `reverse`, and
             lengths of at least 1 (its gradient is cuDNN's own, of first order), before jax 0.11,
             with which its results were measured to be wrong; or None, which is "native" and
-            "pallas" where these serve, the latter for 16 steps or more of up to 128 rows and from
-            jax 0.11 on, as it was measured, and "xla" elsewhere. "xla" is one loop of several steps
-            a turn on a GPU or TPU, and chunks that fit a cache on a CPU; what it takes of memory
+            "pallas" where these serve, the latter for 16 steps or more of up to 128 rows and with
+            jax 0.11, as it was measured, and "xla" elsewhere. "xla" is one loop of several steps a
+            turn on a GPU or TPU, and chunks that fit a cache on a CPU; what it takes of memory
             above is a CPU's.
     Returns:
         y (B, T, R), or (T, B, R) with `time_major`, in the dtype of x, and the final state, in the
