@@ -1,6 +1,7 @@
 # make run   trains the default experiment      make test   lint, types and tests
 #                                               make quick  lint, and the tests that are not slow
 # Each makes .venv first, once; running it again installs nothing.
+# make accelerators   what can be seen of GPUs and TPUs without one, in an environment of its own
 
 PYTHON ?= python3
 CONFIG ?= lstm_digits
@@ -11,7 +12,7 @@ comma := ,
 venv := .venv/bin
 native := setup.py $(wildcard rnnattn/native/src/*)
 
-.PHONY: run test quick lint types format clean
+.PHONY: run test quick lint types format accelerators clean
 
 run: .venv/installed-experiments
 	$(venv)/python -m experiments run $(CONFIG)
@@ -52,5 +53,32 @@ compile_commands.json: .venv/installed-$(subst $(comma),-,$(EXTRAS))
 	$(venv)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
 	touch $@
 
+# Programs compiled for an H100 and for TPUs, and Pallas' interpreter, with the newest jax: see CONTRIBUTING.md.
+# Which of these Pythons are there? The first that is new enough is taken.
+pythons = $(PYTHON) python3.14 python3.13 python3.12 $(wildcard $(HOME)/.pyenv/versions/3.1[234].*/bin/python)
+lane := .venv-accelerators/bin/python
+exports := attention recurrent position patches
+
+accelerators: .venv-accelerators/installed
+	JAX_PLATFORMS=cpu $(lane) -m pytest -rs tests/test_accelerators.py tests/test_pallas.py \
+	  $(exports:%=tests/test_%.py::test_everything_exports_for_gpu_and_tpu) \
+	  tests/test_parallel.py::test_exports_for_gpu_and_tpu
+
+# Of CUDA only the compilers: what else the plug-in asks for is of use on a GPU alone.
+.venv-accelerators/installed: pip = $(lane) -m pip install --quiet --disable-pip-version-check
+.venv-accelerators/installed:
+	@for python in $(pythons); do \
+	  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2> /dev/null; then \
+	    exec $$python -m venv --clear .venv-accelerators; \
+	  fi; \
+	done; \
+	echo 'the newest jax needs Python 3.12 or newer, and none was found: make accelerators PYTHON=…' >&2; exit 1
+	$(pip) jax jaxtyping beartype pytest pytest-xdist hypothesis matplotlib
+	@version=$$($(lane) -c 'import jaxlib; print(jaxlib.__version__)'); \
+	$(pip) --no-deps jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version nvidia-cuda-nvcc nvidia-nvvm || \
+	  echo 'the plug-in for CUDA does not install here: nothing is compiled for a GPU'; \
+	$(pip) "jax[tpu]==$$version" || echo 'libtpu does not install here: nothing is compiled for TPUs'
+	touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info rnnattn/native/*.so compile_commands.json .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-accelerators build dist *.egg-info rnnattn/native/*.so compile_commands.json .pytest_cache .mypy_cache .ruff_cache

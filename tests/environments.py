@@ -5,9 +5,9 @@
 
 In each, rnnattn is installed by `pip install .`; from a wheel that was built in another; and from
 one whose kernels were built, against all advice, with the newest jaxlib, which an older one does
-not take. However it comes, forward and gradient have to be right, and either the kernels run, or
-the status names the two versions that do not go together. The numbers are the greatest
-differences of value and gradient from the plain twin's, in float32.
+not take. However it comes, forward and gradient have to be right and to export for all platforms,
+and either the kernels run, or the status names the two versions that do not go together. The
+numbers are the greatest differences of value and gradient from the plain twin's, in float32.
 """
 
 import json
@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -137,6 +138,8 @@ def probe():
         ]
         assert max(errors) < 1e-5, (name, errors)
         results.append(", ".join(f"{error:.0e}" for error in errors))
+        gradient = jax.jit(partial(value_and_gradient, getattr(rnnattn, name)))
+        jax.export.export(gradient, platforms=("cpu", "cuda", "tpu"))(arguments)
     print(json.dumps({"jax": jax.__version__, "runs": runs, "results": results}))
 
 

@@ -54,13 +54,15 @@ def in_float32(tree):
 
 
 @pytest.fixture
-def interpreted(monkeypatch):
+def interpreted(monkeypatch, capsys):
     if jax.__version_info__ < (0, 11):
         pytest.skip("the interpreter of jax 0.10 fails on these kernels")
     plgpu: Any = importlib.import_module("jax.experimental.pallas.mosaic_gpu")
     how = plgpu.InterpretGPUParams(detect_races=True)
     for name in ("forward", "backward"):
         monkeypatch.setattr(hopper, name, partial(getattr(hopper, name), interpret=how))
+    yield
+    assert "RACE" not in capsys.readouterr().out  # jax 0.11 prints what raises from 0.12 on
 
 
 CASES = [

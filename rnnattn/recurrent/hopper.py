@@ -62,6 +62,14 @@ def _load(ref, layout=_FRAGMENTS, **how):
     return plgpu.load(ref, *index, layout=layout, **how)
 
 
+def _store(ref, value):
+    """From registers into global memory, in pieces smaller than its sectors."""
+    if hasattr(plgpu, "store"):  # from jax 0.12 on, where an assignment wants whole sectors
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
 def transforms(shape, dtype):
     """Of an array in shared memory that the tensor core reads, or a transfer writes."""
     itemsize = jnp.dtype(dtype).itemsize
@@ -192,9 +200,9 @@ def forward(x, w, state, masks=None, *, reverse=False, keeps=False, interpret=No
             return z, row(valid_ref), row(fresh_ref)
 
         def record(t, h, c):
-            y_ref[time(t), tile, mine] = h
+            _store(y_ref.at[time(t), tile, mine], h)
             if keeps:
-                cs_ref[time(t), tile, mine] = c
+                _store(cs_ref.at[time(t), tile, mine], c)
 
         if stores:
             stores.open()
@@ -262,7 +270,8 @@ def forward(x, w, state, masks=None, *, reverse=False, keeps=False, interpret=No
         h, c, _ = lax.fori_loop(_i32(0), _i32(T), step, (h, c, inputs))
         if alone:
             record(_i32(T - 1), h, c)
-        h_out[tile, mine], c_out[tile, mine] = h, c
+        _store(h_out.at[tile, mine], h)
+        _store(c_out.at[tile, mine], c)
         if stores:  # a block that is gone can receive nothing
             stores.wait(_i32(T % 2), _i32((T - 1) // 2), for_product=False)
 
@@ -385,7 +394,7 @@ def backward(slopes, dy, w, cotangents, masks=None, *, reverse=False, interpret=
                     for g in range(4):
                         plgpu.wgmma(sums[p], w_pg[p][g], z_s.at[slot, of_gate[g]])
                 for g in range(4):
-                    dz_ref[t, tile, g, mine] = dz[g]
+                    _store(dz_ref.at[t, tile, g, mine], dz[g])
                 later = fetch(n + 1)
                 return [s[...] for s in sums], later
 
@@ -410,7 +419,8 @@ def backward(slopes, dy, w, cotangents, masks=None, *, reverse=False, interpret=
             return total, dc, later
 
         dh, dc, _ = lax.fori_loop(_i32(0), _i32(T), step, (dh, dc, inputs))
-        dh_out[tile, mine], dc_out[tile, mine] = dh, dc
+        _store(dh_out.at[tile, mine], dh)
+        _store(dc_out.at[tile, mine], dc)
 
     out: Any = jax.ShapeDtypeStruct
     results = [
