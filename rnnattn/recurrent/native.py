@@ -7,8 +7,14 @@ import numpy as np
 import rnnattn.native as native
 from rnnattn.checks import those_that_hold
 from rnnattn.native.calls import call_attributes
-from rnnattn.recurrent.equations import LSTMParams, LSTMState, Variant
-from rnnattn.recurrent.placed import backward_results, forward_results, interval, placed
+from rnnattn.recurrent.equations import LSTMParams, LSTMState
+from rnnattn.recurrent.placed import (
+    backward_results,
+    forward_results,
+    interval,
+    placed,
+    unserved_by_kernels,
+)
 from rnnattn.recurrent.problem import Trace
 
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -18,16 +24,9 @@ def unserved(params, x, variant):
     """What of a call the kernels cannot serve."""
     if not native.status().available:
         return [f"this installation ({native.status().reason})"]
-    sizes = (*x.shape, *params.w_h.shape)
-    reasons = {
-        f"the dtype {jnp.result_type(x).name}": jnp.result_type(x) not in _DTYPES,
-        "peephole weights": params.peephole is not None,
-        "a projection": params.projection is not None,
-        "`clip` or `coupled`": variant != Variant(),
-        "symbolic shapes": not all(isinstance(n, int) for n in sizes),
-        "an array without elements": 0 in sizes,
-    }
-    return those_that_hold(reasons)
+    dtype = jnp.result_type(x)
+    reasons = {f"the dtype {dtype.name}": dtype not in _DTYPES}
+    return those_that_hold(reasons | unserved_by_kernels(params, x, variant))
 
 
 _ABSENT = (0,)  # the shape of what is not there

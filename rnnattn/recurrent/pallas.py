@@ -20,12 +20,11 @@ from rnnattn.recurrent.equations import (
     LSTMParams,
     LSTMState,
     Slopes,
-    Variant,
     dot,
     halve_params,
     select,
 )
-from rnnattn.recurrent.placed import forward_on_xla, interval, placed
+from rnnattn.recurrent.placed import forward_on_xla, interval, placed, unserved_by_kernels
 from rnnattn.recurrent.problem import Trace
 
 _WIDTHS = (64, 128, 256)
@@ -36,17 +35,11 @@ _FEWEST_STEPS, _MOST_ROWS = 16, 128  # of what was measured to be faster
 def unserved(params, x, variant):
     """What of a call the kernels cannot serve."""
     H, dtype = params.w_h.shape[1] // 4, jnp.result_type(x)
-    sizes = (*x.shape, *params.w_h.shape)
     reasons = {
         f"the dtype {dtype.name}": dtype not in (jnp.bfloat16, jnp.float16),
         f"the hidden width {H} (64, 128 and 256 can be)": H not in _WIDTHS,
-        "peephole weights": params.peephole is not None,
-        "a projection": params.projection is not None,
-        "`clip` or `coupled`": variant != Variant(),
-        "symbolic shapes": not all(isinstance(n, int) for n in sizes),
-        "an array without elements": 0 in sizes,
     }
-    return those_that_hold(reasons)
+    return those_that_hold(reasons | unserved_by_kernels(params, x, variant))
 
 
 def unserved_here():

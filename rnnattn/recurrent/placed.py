@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import rnnattn.recurrent.chunked as chunked
 from rnnattn.dispatch import dispatched
 from rnnattn.precision import accumulator
-from rnnattn.recurrent.equations import LSTMState
+from rnnattn.recurrent.equations import LSTMState, Variant
 from rnnattn.recurrent.problem import Schedule, Trace
 
 
@@ -48,6 +48,18 @@ def placed(name, by_platform, *, exported=False):
         exported=exported,
     )
     return Schedule(forward, backward)
+
+
+def unserved_by_kernels(params, x, variant):
+    """What of a call no kernels serve, by whether it is asked for."""
+    sizes = (*x.shape, *params.w_h.shape)
+    return {
+        "peephole weights": params.peephole is not None,
+        "a projection": params.projection is not None,
+        "`clip` or `coupled`": variant != Variant(),
+        "symbolic shapes": not all(isinstance(n, int) for n in sizes),
+        "an array without elements": 0 in sizes,
+    }
 
 
 def forward_on_xla(static, params, state, steps):
