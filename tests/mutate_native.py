@@ -34,8 +34,22 @@ ATTENTION = ("tests/test_native.py", COMPARING)
 HIDDEN = ("tests/test_hidden.py", "test_attention and native")
 # Functions by file, and the tests of each.
 FUNCTIONS = [
-    ("lstm_forward-inl.h", LSTM, ["cell(const V"]),
-    ("lstm_gradient-inl.h", LSTM, ["cell_gradient(const Gates"]),
+    (
+        "lstm_cell-inl.h",
+        LSTM,
+        [
+            "variant_of(const Lstm",
+            "see_before(const Variant",
+            "see_after(const Variant",
+            "clipped(V a",
+            "V gate(const Variant",
+            "forget_gate(const Variant",
+            "cell(const Variant",
+            "within(V slope",
+            "cell_gradient(const Variant",
+        ],
+    ),
+    ("lstm_gradient-inl.h", LSTM, ["add_peepholes(const Chunk"]),
     (
         "numbers-inl.h",
         LSTM,
@@ -95,7 +109,12 @@ CHANGES = [
     (r"if \(!", "if ("),
     (r"\bleast\(", "most("),
     (r"(?<![a-z_])most\(", "least("),
-    (r"\bfma\((half|dm|f)\b", r"-fma(\1"),
+    (r"\bfma\((half|dm|f|dz|dz_)\b", r"-fma(\1"),
+    (r" > (?=splat)", " < "),
+    (r" < (?=splat)", " > "),
+    (r" \| (?=\(a)", " & "),
+    (r"splat\(-", "splat("),
+    (r"variant\.coupled \?", "!variant.coupled ?"),
 ]
 EQUIVALENT = [
     "0.0f + my.delta[r] == 0",  # more rows are looked at, with the same result

@@ -57,12 +57,26 @@ def in_dtype(case, dtype):
     return given._replace(state=given.state._replace(c=case.state.c), cotangents=(y, last))
 
 
-def scaled_case(T, B, D, H) -> Case:
+def scaled_case(T, B, D, H, **weights) -> Case:
     """In float32, with pre-activations of size 1 whatever the widths."""
-    case = make_case(T, B, D, H)
-    w_x, w_h, b = case.params[:3]
-    params = case.params._replace(w_x=2 * w_x / D**0.5, w_h=2 * w_h / H**0.5, b=b)
+    case = make_case(T, B, D, H, **weights)
+    w_x, w_h, _, peephole, _ = case.params
+    params = case.params._replace(
+        w_x=2 * w_x / D**0.5,
+        w_h=2 * w_h / H**0.5,
+        peephole=None if peephole is None else peephole / 2,
+    )
     return narrow(case._replace(params=params))
+
+
+# Weights and options of a call.
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, {}),
+    "peepholes": ({"peephole": True}, {}),
+    "clip": ({}, {"clip": 0.7}),
+    "coupled": ({}, {"coupled": True}),
+    "all": ({"peephole": True}, {"clip": 0.9, "coupled": True}),
+}
 
 
 def masks(T, B, names):
@@ -83,42 +97,43 @@ def with_nan_in_padding(case, lengths):
 # ---- the numbers ------------------------------------------------------------------------------
 
 PROBLEMS = [
-    ((7, 3, 2, 4), (), False),
-    ((1, 1, 1, 1), (), True),
-    ((9, 1, 1, 17), ("lengths", "resets"), False),
-    ((9, 2, 5, 1), ("resets",), True),
-    ((5, 13, 17, 33), ("lengths", "resets"), True),
-    ((70, 9, 1, 16), ("lengths",), False),
-    ((600, 4, 3, 8), ("lengths", "resets"), False),
-    ((3, 14, 40, 70), ("resets",), False),
-    ((12, 2, 3, 130), ("lengths", "resets"), True),
-    ((11, 5, 20, 100), ("lengths", "resets"), False),
+    ((7, 3, 2, 4), (), False, "plain"),
+    ((1, 1, 1, 1), (), True, "all"),
+    ((9, 1, 1, 17), ("lengths", "resets"), False, "clip"),
+    ((9, 2, 5, 1), ("resets",), True, "all"),
+    ((5, 13, 17, 33), ("lengths", "resets"), True, "plain"),
+    ((70, 9, 1, 16), ("lengths",), False, "coupled"),
+    ((600, 4, 3, 8), ("lengths", "resets"), False, "plain"),
+    ((3, 14, 40, 70), ("resets",), False, "peepholes"),
+    ((12, 2, 3, 130), ("lengths", "resets"), True, "peepholes"),
+    ((11, 5, 20, 100), ("lengths", "resets"), False, "all"),
 ]
 
 
 @cache
-def problem(shape, names, reverse):
+def problem(shape, names, reverse, variant):
     """A case, the options of a call, and what must come out."""
-    case = scaled_case(*shape)
-    options = {"reverse": reverse, **masks(shape[0], shape[1], names)}
+    weights, options = VARIANTS[variant]
+    case = scaled_case(*shape, **weights)
+    options = {"reverse": reverse, **masks(shape[0], shape[1], names), **options}
     expected = value_and_gradients(partial(reference.lstm, **options), wide(case))
     if "lengths" in names:
         case = with_nan_in_padding(case, options["lengths"])
     return case, options, expected
 
 
-@pytest.mark.parametrize("shape, names, reverse", PROBLEMS)
+@pytest.mark.parametrize("which", PROBLEMS)
 @pytest.mark.parametrize("residuals", ["gates", "states", 4])
-def test_value_and_gradients_match_the_plain_twin(shape, names, reverse, residuals):
-    case, options, expected = problem(shape, names, reverse)
+def test_value_and_gradients_match_the_plain_twin(which, residuals):
+    case, options, expected = problem(*which)
     actual = value_and_gradients(partial(native_lstm, residuals=residuals, **options), case)
     assert_close(actual, expected, TOLERANCE)
 
 
-@pytest.mark.parametrize("shape, names, reverse", PROBLEMS[2:])
-def test_every_instruction_set_matches_the_plain_twin(shape, names, reverse, instruction_set):
-    case, options, expected = problem(shape, names, reverse)
-    residuals = 5 if shape[0] > 5 else "states"
+@pytest.mark.parametrize("which", PROBLEMS[2:])
+def test_every_instruction_set_matches_the_plain_twin(which, instruction_set):
+    case, options, expected = problem(*which)
+    residuals = 5 if case.x.shape[1] > 5 else "states"
     actual = value_and_gradients(partial(native_lstm, residuals=residuals, **options), case)
     assert_close(actual, expected, TOLERANCE)
 
@@ -132,22 +147,23 @@ _size = st.one_of(st.just(1), st.integers(1, 9))
     st.sets(st.sampled_from(["lengths", "resets"])),
     st.booleans(),
     st.one_of(st.sampled_from(["gates", "states"]), _size),
+    st.sampled_from(list(VARIANTS)),
 )
-def test_any_shape_and_options_match_the_plain_twin(shape, names, reverse, residuals):
-    case, options = scaled_case(*shape), masks(shape[0], shape[1], sorted(names))
-    options["reverse"] = reverse
-    expected = value_and_gradients(partial(reference.lstm, **options), wide(case))
+def test_any_shape_and_options_match_the_plain_twin(shape, names, reverse, residuals, variant):
+    case, options, expected = problem.__wrapped__(shape, sorted(names), reverse, variant)
     actual = value_and_gradients(partial(native_lstm, residuals=residuals, **options), case)
     assert_close(actual, expected, TOLERANCE)
 
 
-@pytest.mark.parametrize("B", [1, 2, 40])
-def test_a_step_matches_the_plain_twin(B, instruction_set):
-    case = scaled_case(1, B, 3, 150)
+@pytest.mark.parametrize("B, variant", [(1, "plain"), (2, "all"), (40, "plain")])
+def test_a_step_matches_the_plain_twin(B, variant, instruction_set):
+    weights, options = VARIANTS[variant]
+    case = scaled_case(1, B, 3, 150, **weights)
     case = case._replace(x=case.x[:, 0], cotangents=case.cotangents[1])
-    expected = value_and_gradients(reference.lstm_step, wide(case))
-    assert "rnnattn.lstm" in jax.jit(lstm_step).lower(*case[:3]).as_text()
-    assert_close(value_and_gradients(lstm_step, case), expected, TOLERANCE)
+    step = partial(lstm_step, **options)
+    expected = value_and_gradients(partial(reference.lstm_step, **options), wide(case))
+    assert "rnnattn.lstm" in jax.jit(step).lower(*case[:3]).as_text()
+    assert_close(value_and_gradients(step, case), expected, TOLERANCE)
 
 
 def test_errors_are_no_larger_than_on_xla():
@@ -172,9 +188,10 @@ def test_any_number_of_threads_gives_the_same_bits(monkeypatch, dtype):
         ),
         ((9, 2, 300, 330), "states"),
     ]
+    weights, variant = VARIANTS["all"]
     for shape, residuals in problems:
-        case, options = scaled_case(*shape), masks(shape[0], shape[1], ("lengths", "resets"))
-        case = in_dtype(case, dtype)
+        case, options = scaled_case(*shape, **weights), masks(*shape[:2], ("lengths", "resets"))
+        case, options = in_dtype(case, dtype), options | variant
         run = partial(native_lstm, residuals=residuals, reverse=shape[1] % 2 == 0, **options)
         results = []
         for threads in (1, 2, 0):
@@ -200,19 +217,20 @@ def test_several_programs_at_once_give_the_same_bits():
 
 NARROW = [jnp.bfloat16, jnp.float16]
 NARROW_PROBLEMS = [
-    ((9, 1, 1, 17), ("lengths", "resets"), False, 4),
-    ((12, 2, 3, 130), ("lengths", "resets"), True, "states"),
-    ((6, 13, 17, 33), ("lengths",), False, "gates"),
-    ((7, 14, 40, 70), ("resets",), True, 3),
-    ((30, 8, 21, 40), (), False, "states"),
+    ((9, 1, 1, 17), ("lengths", "resets"), False, "plain", 4),
+    ((12, 2, 3, 130), ("lengths", "resets"), True, "peepholes", "states"),
+    ((6, 13, 17, 33), ("lengths",), False, "all", "gates"),
+    ((7, 14, 40, 70), ("resets",), True, "peepholes", 3),
+    ((30, 8, 21, 40), (), False, "plain", "states"),
 ]
 
 
 @cache
-def narrow_problem(dtype, shape, names, reverse, residuals):
+def narrow_problem(dtype, shape, names, reverse, variant, residuals):
     """A case, the options of a call, what must come out, and what comes out on XLA."""
-    case = in_dtype(scaled_case(*shape), dtype)
-    options = {"reverse": reverse, **masks(shape[0], shape[1], names)}
+    weights, options = VARIANTS[variant]
+    case = in_dtype(scaled_case(*shape, **weights), dtype)
+    options = {"reverse": reverse, **masks(shape[0], shape[1], names), **options}
     expected = value_and_gradients(partial(reference.lstm, **options), wide(case))
     if "lengths" in names:
         case = with_nan_in_padding(case, options["lengths"])
@@ -237,13 +255,15 @@ def test_16_bits_are_as_exact_as_on_xla(dtype, problem, instruction_set):
 
 
 @pytest.mark.parametrize("dtype", NARROW)
-@pytest.mark.parametrize("B", [1, 3, 40])
-def test_a_step_in_16_bits_matches_the_plain_twin(B, dtype, instruction_set):
-    case = in_dtype(scaled_case(1, B, 3, 150), dtype)
+@pytest.mark.parametrize("B, variant", [(1, "plain"), (3, "all"), (40, "plain")])
+def test_a_step_in_16_bits_matches_the_plain_twin(B, variant, dtype, instruction_set):
+    weights, options = VARIANTS[variant]
+    case = in_dtype(scaled_case(1, B, 3, 150, **weights), dtype)
     case = case._replace(x=case.x[:, 0], cotangents=case.cotangents[1])
-    expected = value_and_gradients(reference.lstm_step, wide(case))
-    assert "rnnattn.lstm" in jax.jit(lstm_step).lower(*case[:3]).as_text()
-    assert_close(value_and_gradients(lstm_step, case), expected, float(jnp.finfo(dtype).eps))
+    step = partial(lstm_step, **options)
+    expected = value_and_gradients(partial(reference.lstm_step, **options), wide(case))
+    assert "rnnattn.lstm" in jax.jit(step).lower(*case[:3]).as_text()
+    assert_close(value_and_gradients(step, case), expected, float(jnp.finfo(dtype).eps))
 
 
 @pytest.mark.parametrize("dtype", NARROW)
@@ -318,16 +338,20 @@ def second_order(function, case):
 
 
 @cache
-def second_order_problem(reverse):
-    case, options = scaled_case(5, 3, 2, 3), masks(5, 3, ("lengths", "resets"))
-    options["reverse"] = reverse
+def second_order_problem(reverse, variant):
+    weights, options = VARIANTS[variant]
+    case = scaled_case(5, 3, 2, 3, **weights)
+    options = {"reverse": reverse, **masks(5, 3, ("lengths", "resets")), **options}
     return case, options, second_order(partial(reference.lstm, **options), wide(case))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("residuals, reverse", [("gates", True), ("states", False), (2, True)])
-def test_second_derivatives_match_the_plain_twin(residuals, reverse):
-    case, options, expected = second_order_problem(reverse)
+@pytest.mark.parametrize(
+    "residuals, reverse, variant",
+    [("gates", True, "plain"), ("states", False, "all"), (2, True, "plain")],
+)
+def test_second_derivatives_match_the_plain_twin(residuals, reverse, variant):
+    case, options, expected = second_order_problem(reverse, variant)
     actual = second_order(partial(native_lstm, residuals=residuals, **options), case)
     assert_close(actual, expected, 10 * TOLERANCE)
 
@@ -343,7 +367,8 @@ VMAPS = {
 def test_vmap_matches_one_call_for_each(what):
     """The axis joins the batch, but for one of weights, which is left to XLA."""
     axes, is_native = VMAPS[what]
-    case = scaled_case(4, 3, 2, 5)
+    weights, options = VARIANTS["all"]
+    case = scaled_case(4, 3, 2, 5, **weights)
     lengths = jnp.asarray([4, 0, 2], jnp.int32)
     shared = (case.params, case.x, lengths, case.state)
     stack = lambda a: jnp.stack([a, (a / 2).astype(a.dtype)])
@@ -351,7 +376,7 @@ def test_vmap_matches_one_call_for_each(what):
     arguments = [mapped(tree, axis) for tree, axis in zip(shared, axes, strict=True)]
 
     def run(how, params, x, lengths, state):
-        return lstm(params, x, state, lengths=lengths, implementation=how)
+        return lstm(params, x, state, lengths=lengths, implementation=how, **options)
 
     def loss(how, params, x, lengths, state):
         results = jax.vmap(partial(run, how), axes)(params, x, lengths, state)
@@ -386,36 +411,38 @@ def test_programs_for_a_cpu_call_the_kernels_and_exported_ones_do_not():
 
 # ---- what it cannot serve ---------------------------------------------------------------------
 
-UNSERVED: dict[str, tuple[Case, dict[str, Any]]] = {
-    "the dtype float64": (make_case(2, 2, 2, 2), {}),
-    "peephole weights": (narrow(make_case(2, 2, 2, 2, peephole=True)), {}),
-    "a projection": (narrow(make_case(2, 2, 2, 2, 3)), {}),
-    "`clip` or `coupled`": (narrow(make_case(2, 2, 2, 2)), {"coupled": True}),
-    "an array without elements": (narrow(make_case(0, 2, 2, 2)), {}),
+UNSERVED = {
+    "the dtype float64": make_case(2, 2, 2, 2),
+    "a projection": narrow(make_case(2, 2, 2, 2, 3)),
+    "an array without elements": narrow(make_case(0, 2, 2, 2)),
 }
 
 
 @pytest.mark.parametrize("why", UNSERVED)
 def test_what_it_cannot_serve_is_an_error_and_left_to_xla(why):
-    case, options = UNSERVED[why]
-    run = lambda **how: lstm(case.params, case.x, **options, **how)
+    case = UNSERVED[why]
+    run = lambda **how: lstm(case.params, case.x, **how)
     with pytest.raises(ValueError, match=f"'native'` cannot serve .*{why}"):
         run(implementation="native")
     jax.eval_shape(run)
 
 
-@pytest.mark.parametrize("wrong", ["x", "w_x", "b", "c", "valid", "y"])
+NO_OPTIONS = {"reverse": False, "clip": np.float32(0), "coupled": False}
+
+
+@pytest.mark.parametrize("wrong", ["x", "w_x", "b", "peephole", "c", "valid", "y"])
 def test_a_kernel_refuses_a_wrong_shape(wrong):
     T, B, D, H = 3, 2, 4, 5
     shapes = {"x": (T, B, D), "w_x": (D, 4 * H), "w_h": (H, 4 * H), "b": (4 * H,)}
-    shapes |= {"h": (B, H), "c": (B, H), "valid": (T, B), "fresh": (0,), "y": (T, B, H)}
+    shapes |= {"peephole": (3, H), "h": (B, H), "c": (B, H), "valid": (T, B), "fresh": (0,)}
+    shapes["y"] = (T, B, H)
     shapes[wrong] = (*shapes[wrong][:-1], shapes[wrong][-1] + 1)
     result = lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     results = [result(s) for s in (shapes.pop("y"), (B, H), (B, H), *[(0,)] * 4)]
     flags = ("valid", "fresh")
     arrays = [jnp.ones(s, bool if name in flags else jnp.float32) for name, s in shapes.items()]
-    call = jax.ffi.ffi_call("rnnattn.lstm_forward.v1", results)
-    options = {"reverse": False, "interval": np.int64(0), **calls.call_attributes()}
+    call = jax.ffi.ffi_call("rnnattn.lstm_forward.v2", results)
+    options = {"interval": np.int64(0), **NO_OPTIONS, **calls.call_attributes()}
     named = {"x": "w_x"}.get(wrong, wrong)  # the width of x is what w_x is held against
     with pytest.raises(jax.errors.JaxRuntimeError, match=f"rnnattn: {named}: another shape"):
         jax.block_until_ready(jax.jit(partial(call, **options))(*arrays))
@@ -426,9 +453,10 @@ def test_a_kernel_refuses_another_dtype():
     state = LSTMState(*narrow(case.state))
     results = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((2, 2, 2), (2, 2), (2, 2))]
     results += [jax.ShapeDtypeStruct((0,), jnp.float32)] * 4
-    call = jax.ffi.ffi_call("rnnattn.lstm_forward.v1", results)
+    call = jax.ffi.ffi_call("rnnattn.lstm_forward.v2", results)
     no_masks = [jnp.zeros(0, bool)] * 2
-    options = {"reverse": False, "interval": np.int64(0), **calls.call_attributes()}
+    options = {"interval": np.int64(0), **NO_OPTIONS, **calls.call_attributes()}
     run = jax.jit(partial(call, **options))
+    absent = jnp.zeros(0, jnp.float32)
     with pytest.raises(jax.errors.JaxRuntimeError, match="rnnattn: x: another dtype"):
-        jax.block_until_ready(run(case.x, *narrow(case.params)[:3], *state, *no_masks))
+        jax.block_until_ready(run(case.x, *narrow(case.params)[:3], absent, *state, *no_masks))

@@ -114,7 +114,7 @@ def lstm(
             inputs), "states" where c takes no more than 1 GiB, and beyond that n = ⌊√T⌋; "states"
             where T or B is symbolic.
         implementation: "xla"; "native", the kernels of `rnnattn.native` on a CPU (and "xla"
-            elsewhere), for 32 and 16 bits without a variant; "pallas", the kernels of
+            elsewhere), for 32 and 16 bits without a projection; "pallas", the kernels of
             `rnnattn.recurrent.hopper` on one NVIDIA GPU of the Hopper generation (and "xla"
             elsewhere), for 16 bits without a variant and H 64, 128 or 256, in exported programs
             too; "cudnn", on an NVIDIA GPU, for float32 without a variant, resets or `reverse`, and
@@ -177,7 +177,7 @@ def _suited(function, implementation, params, x, options):
     check = Check(function)
     if implementation == "xla":
         return CHUNKED
-    unserved = [module.unserved(params, x, options.variant) for module in (native, pallas)]
+    unserved = [native.unserved(params, x), pallas.unserved(params, x, options.variant)]
     if implementation == "native":
         check.served("native", unserved[0])
         return native.NATIVE

@@ -20,13 +20,16 @@ from rnnattn.recurrent.problem import Trace
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
-def unserved(params, x, variant):
+def unserved(params, x):
     """What of a call the kernels cannot serve."""
     if not native.status().available:
         return [f"this installation ({native.status().reason})"]
     dtype = jnp.result_type(x)
-    reasons = {f"the dtype {dtype.name}": dtype not in _DTYPES}
-    return those_that_hold(reasons | unserved_by_kernels(params, x, variant))
+    reasons = {
+        f"the dtype {dtype.name}": dtype not in _DTYPES,
+        "a projection": params.projection is not None,
+    }
+    return those_that_hold(reasons | unserved_by_kernels(params, x))
 
 
 _ABSENT = (0,)  # the shape of what is not there
@@ -35,13 +38,17 @@ _ABSENT = (0,)  # the shape of what is not there
 def _call(name, options, results, arrays, n):
     """A kernel's results in the tree of their shapes, given the arguments; None where absent."""
     params, state, steps, *others = arrays
+    clip, coupled = options.variant
     given = lambda x, dtype: jnp.zeros(_ABSENT, dtype) if x is None else x
     shapes = [jax.ShapeDtypeStruct(_ABSENT, jnp.float32) if x is None else x for x in results]
+    weights = [given(w, steps.x.dtype) for w in params[:4]]
     masks = [given(mask, jnp.bool) for mask in (steps.valid, steps.fresh)]
-    made = jax.ffi.ffi_call(f"rnnattn.lstm_{name}.v1", shapes)(
-        *(steps.x, *params[:3], *state, *masks),
+    made = jax.ffi.ffi_call(f"rnnattn.lstm_{name}.v2", shapes)(
+        *(steps.x, *weights, *state, *masks),
         *(given(x, jnp.float32) for x in others),
         reverse=options.reverse,
+        clip=np.float32(clip or 0),
+        coupled=coupled,
         interval=np.int64(n),
         **call_attributes(),
     )
@@ -63,7 +70,7 @@ def backward(options, params, state, steps, trace, cotangents):
     dparams, dstate, dx = backward_results(options, params, state, steps)
     dy, dlast = cotangents
     others = (*trace[:3], *(trace.starts or (None, None)), dy, *dlast)
-    results, arrays = [dx, *dparams[:3], *dstate], (params, state, steps, *others)
+    results, arrays = [dx, *dparams[:4], *dstate], (params, state, steps, *others)
     n = interval(options, True, steps.x.shape[0])
     dx, *dparams, dh, dc = _call("backward", options, results, arrays, n)
     return LSTMParams(*dparams), LSTMState(dh, dc), dx

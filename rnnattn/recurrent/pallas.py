@@ -20,6 +20,7 @@ from rnnattn.recurrent.equations import (
     LSTMParams,
     LSTMState,
     Slopes,
+    Variant,
     dot,
     halve_params,
     select,
@@ -38,8 +39,11 @@ def unserved(params, x, variant):
     reasons = {
         f"the dtype {dtype.name}": dtype not in (jnp.bfloat16, jnp.float16),
         f"the hidden width {H} (64, 128 and 256 can be)": H not in _WIDTHS,
+        "peephole weights": params.peephole is not None,
+        "a projection": params.projection is not None,
+        "`clip` or `coupled`": variant != Variant(),
     }
-    return those_that_hold(reasons | unserved_by_kernels(params, x, variant))
+    return those_that_hold(reasons | unserved_by_kernels(params, x))
 
 
 def unserved_here():

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import rnnattn.recurrent.chunked as chunked
 from rnnattn.dispatch import dispatched
 from rnnattn.precision import accumulator
-from rnnattn.recurrent.equations import LSTMState, Variant
+from rnnattn.recurrent.equations import LSTMState
 from rnnattn.recurrent.problem import Schedule, Trace
 
 
@@ -50,13 +50,10 @@ def placed(name, by_platform, *, exported=False):
     return Schedule(forward, backward)
 
 
-def unserved_by_kernels(params, x, variant):
+def unserved_by_kernels(params, x):
     """What of a call no kernels serve, by whether it is asked for."""
     sizes = (*x.shape, *params.w_h.shape)
     return {
-        "peephole weights": params.peephole is not None,
-        "a projection": params.projection is not None,
-        "`clip` or `coupled`": variant != Variant(),
         "symbolic shapes": not all(isinstance(n, int) for n in sizes),
         "an array without elements": 0 in sizes,
     }

@@ -68,6 +68,9 @@ struct Lstm {
   bool reverse;
   int64_t interval;  // the state is kept every so many steps; 0: never
   const Number *x, *w_x, *w_h, *b;
+  const Number* peephole;  // (3, H)
+  float clip;              // 0: none
+  bool coupled;
   const Number* h;  // the initial state
   const float* c;
   const uint8_t *valid, *fresh;  // (T, B)
@@ -90,7 +93,7 @@ struct LstmBackward : Lstm<Number> {
   const float* c_starts;
   const Number *dy, *dh_last;
   const float* dc_last;
-  Number *dx, *dw_x, *dw_h, *db, *dh;
+  Number *dx, *dw_x, *dw_h, *db, *dpeephole, *dh;
   float* dc;
 };
 

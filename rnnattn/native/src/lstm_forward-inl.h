@@ -7,6 +7,7 @@
 
 #include "instruction_set.h"
 #include "kernels.h"
+#include "lstm_cell-inl.h"
 #include "lstm_tiles-inl.h"
 #include "numbers-inl.h"
 #include "product-inl.h"
@@ -97,15 +98,6 @@ static bool project(Threads& threads, const Lstm<Number>& s, const Cells<Operand
          });
 }
 
-// L1, L2 in the registers of a tile: from a, halved, and c₋ to c and h.
-RNNATTN_INLINE void cell(const V (&a)[4], V c_prev, V& c, V& h) {
-  const V half = splat(0.5f);
-  const V i = fma(half, tanh(a[0]), half), f = fma(half, tanh(a[1]), half);
-  const V g = tanh(a[2]), o = fma(half, tanh(a[3]), half);
-  c = fma(f, c_prev, i * g);
-  h = o * tanh(c);
-}
-
 // The state of all rows as the steps go: h before and after the step, c in place. Rows are whole
 // vectors apart.
 template <class Operand>
@@ -134,6 +126,7 @@ struct Step {
 
 template <class Number>
 struct CellTile {
+  const Lstm<Number>& s;
   const Cells<Operand<Number>>& cells;
   const State<Operand<Number>>& state;
   const Step<Number>& step;
@@ -162,11 +155,12 @@ struct CellTile {
     unrolled<R>([&](auto i) RNNATTN_LAMBDA {
       unrolled<4>([&](auto g) RNNATTN_LAMBDA { a[i][g] = z[i][g]; });
     });
+    const Variant variant = variant_of(s, j, n);
     for (int i = 0; i < R; ++i) {
       const int64_t row = r + i, at = row * state.stride + j;
       V c = load(state.c + at), h, y;
       if (!step.valid || step.valid[row]) {
-        cell(a[i], c, c, h);
+        cell(variant, a[i], c, c, h);
         h = rounded(Number{}, h);
         y = h;
       } else {
@@ -198,21 +192,23 @@ static void zero_fresh(Operand* h, float* c, int64_t stride, const uint8_t* fres
 
 // One step of blocks of units [u, past) and rows [lo, hi), of a state that is not turned over yet.
 template <class Number>
-static void advance(const Cells<Operand<Number>>& cells, const State<Operand<Number>>& state,
-                    const Step<Number>& step, int64_t u, int64_t past, int64_t lo, int64_t hi) {
+static void advance(const Lstm<Number>& s, const Cells<Operand<Number>>& cells,
+                    const State<Operand<Number>>& state, const Step<Number>& step, int64_t u,
+                    int64_t past, int64_t lo, int64_t hi) {
   // To and fro, so that a step begins with the weights that the one before left in the cache.
   over_steps(state.turned, u, past, [&](int64_t i) {
     const int n = static_cast<int>(least(W, cells.H - i * W));
-    over_tiles<GATE_TILE_ROWS>(lo, hi, CellTile<Number>{cells, state, step, i, n});
+    over_tiles<GATE_TILE_ROWS>(lo, hi, CellTile<Number>{s, cells, state, step, i, n});
   });
 }
 
 // One step of rows [lo, hi).
 template <class Number>
-static void advance_rows(const Cells<Operand<Number>>& cells, State<Operand<Number>>& state,
-                         const Step<Number>& step, const uint8_t* fresh, int64_t lo, int64_t hi) {
+static void advance_rows(const Lstm<Number>& s, const Cells<Operand<Number>>& cells,
+                         State<Operand<Number>>& state, const Step<Number>& step,
+                         const uint8_t* fresh, int64_t lo, int64_t hi) {
   zero_fresh(state.h, state.c, state.stride, fresh, step.valid, lo, hi, 0, state.stride);
-  advance(cells, state, step, 0, ceil_div(cells.H, W), lo, hi);
+  advance(s, cells, state, step, 0, ceil_div(cells.H, W), lo, hi);
   state = state.after(1);
 }
 
@@ -277,7 +273,7 @@ static void share_units(Threads& threads, const Lstm<Number>& s,
   over_rounds(threads, steps, members_of(s), [&](int64_t round, int64_t member, int64_t members) {
     const int64_t u = units * member / members, past = units * (member + 1) / members;
     const State<Operand<Number>> now = state.after(round);
-    advance(cells, now, step_of(step_at(round)), u, past, 0, s.B);
+    advance(s, cells, now, step_of(step_at(round)), u, past, 0, s.B);
     if (round + 1 < steps) begin(now.after(1), step_at(round + 1), u * W, past * W);
   });
   state = state.after(steps);
@@ -363,7 +359,7 @@ static bool all_steps(Threads& threads, const LstmForward<Number>& s) {
         if (s.interval) keep(state, k, 0, H, lo, hi);
         over_steps(s.reverse, k * length, least((k + 1) * length, T), [&](int64_t t) {
           const Step<Number> step = step_at(t, inputs.rows(t, lo, hi), Gates{});
-          advance_rows(cells, state, step, mask_at(s.fresh, t, B), lo, hi);
+          advance_rows<Number>(s, cells, state, step, mask_at(s.fresh, t, B), lo, hi);
         });
       });
       leave(state, lo, hi);
@@ -445,7 +441,7 @@ static void step_of_units(const LstmForward<Number>& s, int64_t first, int64_t u
       V a[4], c = load_units(s.c + at, n), h;
       for (int g = 0; g < 4; ++g)
         a[g] = load_units(z + (r * 4 + g) * units + j, n) * splat(g == 2 ? 1.0f : 0.5f);
-      cell(a, c, c, h);
+      cell(variant_of(s, first + j, n), a, c, c, h);
       store_units(s.y + at, h, n);
       store_units(s.h_last + at, h, n);
       store_units(s.c_last + at, c, n);

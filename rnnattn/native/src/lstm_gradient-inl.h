@@ -7,6 +7,7 @@
 
 #include "instruction_set.h"
 #include "kernels.h"
+#include "lstm_cell-inl.h"
 #include "lstm_forward-inl.h"
 #include "lstm_tiles-inl.h"
 #include "numbers-inl.h"
@@ -26,35 +27,6 @@ template <class Operand>
 RNNATTN_INLINE void put_parts(Operand* to, V v, int64_t H) {
   store_units(to, v, W);
   store_units(to + rest_of(H), v - rounded(Operand{}, v), W);
-}
-
-// L3, L4, L8 for blocks of units [u, past) of one row r of a step: dz and, in place, dc; h's
-// cotangent is dh + dy. `narrow` is dz once more, of this row, as pairs; null where products read
-// dz.
-template <class Number>
-RNNATTN_INLINE void cell_gradient(const Gates& a, const float* c, const float* c_prev,
-                                  const Number* dy, const float* dh, float* dc, const Gates& dz,
-                                  Operand<Number>* narrow, int64_t r, int64_t H, int64_t u,
-                                  int64_t past) {
-  const V half = splat(0.5f), one = splat(1.0f);
-  for (int64_t j = u * W; u < past; ++u, j += W) {
-    const int n = static_cast<int>(least(W, H - j));
-    const V i = fma(half, tanh(a.get(r, 0, u, n)), half);
-    const V f = fma(half, tanh(a.get(r, 1, u, n)), half);
-    const V g = tanh(a.get(r, 2, u, n));
-    const V o = fma(half, tanh(a.get(r, 3, u, n)), half);
-    const V tanh_c = tanh(load_units(c + j, n));
-    const V before = c_prev ? load_units(c_prev + j, n) : splat(0);
-    const V dm = load(dh + j) + load_units(dy + j, n);
-    const V d = fma(dm * o, one - tanh_c * tanh_c, load(dc + j));
-    store(dc + j, d * f);
-    const V of_gates[4] = {d * (g * (i * (one - i))), d * (before * (f * (one - f))),
-                           d * (i * (one - g * g)), dm * (tanh_c * (o * (one - o)))};
-    for (int gate = 0; gate < 4; ++gate) {
-      dz.put(r, gate, u, of_gates[gate], n);
-      if (narrow) put_parts(narrow + u * PANEL + gate * W, of_gates[gate], H);
-    }
-  }
 }
 
 // A block of the weight gradient, rows [m, m + R) of [x h₋ 1]ᵀ dz and one panel of dz.
@@ -183,11 +155,12 @@ class Backward {
       if (recomputes_a_) xh_pairs_ = memory.take<Operand>(rows * xh_stride_);
     }
     if constexpr (std::is_same_v<Number, float>) {
-      dw_x_ = s_.dw_x, dw_h_ = s_.dw_h, db_ = s_.db;
+      dw_x_ = s_.dw_x, dw_h_ = s_.dw_h, db_ = s_.db, dpeephole_ = s_.dpeephole;
     } else {
       dw_x_ = memory.take(D * 4 * H);
       dw_h_ = memory.take(H * 4 * H);
       db_ = memory.take(4 * H);
+      dpeephole_ = s_.peephole ? memory.take(3 * H) : nullptr;
     }
     if (recomputes_steps_) {
       h_ = memory.take<Operand>(state);
@@ -317,18 +290,44 @@ class Backward {
 
   // A step of rows [lo, hi) and blocks of units [u, past): dz and dc₋ from dh and dc.
   void cells(const Chunk& chunk, int64_t t, int64_t u, int64_t past, int64_t lo, int64_t hi) const {
-    const int64_t B = s_.B, H = s_.H, stride = whole_vectors(H);
+    const int64_t B = s_.B, H = s_.H;
     for (int64_t r = lo; r < hi; ++r) {
       const int64_t k = (t - chunk.from) * B + r;
       if (is_valid(t, r))
-        cell_gradient(chunk.a, chunk.c + k * H, c_before(chunk, t, r), s_.dy + (t * B + r) * H,
-                      dh_ + r * stride, dc_ + r * stride, dz_, narrow(t, r), k, H, u, past);
+        cells_of_row(chunk, t, r, u, past);
       else
         for (int64_t i = u; i < past; ++i)
           for (int g = 0; g < 4; ++g) {
             dz_.put(k, g, i, splat(0), W);
             if (PAIRS) put_parts(narrow(t, r) + i * PANEL + g * W, splat(0), H);
           }
+    }
+  }
+
+  // The same of a row that is valid; h's cotangent is dh + dy.
+  void cells_of_row(const Chunk& chunk, int64_t t, int64_t r, int64_t u, int64_t past) const {
+    const int64_t H = s_.H, k = (t - chunk.from) * s_.B + r, stride = whole_vectors(H);
+    const float *c = chunk.c + k * H, *c_prev = c_before(chunk, t, r);
+    const Number* dy = s_.dy + (t * s_.B + r) * H;
+    const float* dh = dh_ + r * stride;
+    float* dc = dc_ + r * stride;
+    Operand* pairs = narrow(t, r);
+    for (int64_t j = u * W; u < past; ++u, j += W) {
+      const int n = static_cast<int>(least(W, H - j));
+      const Variant variant = variant_of<Number>(s_, j, n);
+      V a[4], dz[4], d = load(dc + j);
+      for (int g = 0; g < 4; ++g) a[g] = chunk.a.get(k, g, u, n);
+      const V after = load_units(c + j, n), before = c_prev ? load_units(c_prev + j, n) : splat(0);
+      if (recomputes_a_) {
+        see_before(variant, before, a);
+        see_after(variant, after, a);
+      }
+      cell_gradient(variant, a, before, after, load(dh + j) + load_units(dy + j, n), d, dz);
+      store(dc + j, d);
+      for (int g = 0; g < 4; ++g) {
+        dz_.put(k, g, u, dz[g], n);
+        if (PAIRS) put_parts(pairs + u * PANEL + g * W, dz[g], H);
+      }
     }
   }
 
@@ -361,7 +360,7 @@ class Backward {
       State state = state_before(chunk, lo, hi);
       over_steps(s_.reverse, chunk.from, chunk.to, [&](int64_t t) {
         const Step step = step_again(chunk, t, inputs_.rows(t, lo, hi), Gates{});
-        advance_rows(cells_, state, step, mask_at(s_.fresh, t, B), lo, hi);
+        advance_rows<Number>(s_, cells_, state, step, mask_at(s_.fresh, t, B), lo, hi);
       });
     }
     over_steps(!s_.reverse, chunk.from, chunk.to, [&](int64_t t) {
@@ -401,14 +400,41 @@ class Backward {
     return ok;
   }
 
-  // dx of a chunk, and what it adds to dw_x, dw_h and db.
+  // What W units of a chunk add to the gradient of the peepholes: Σ dz_i ⊙ c₋, Σ dz_f ⊙ c₋ and
+  // Σ dz_o ⊙ c.
+  void add_peepholes(const Chunk& chunk, bool is_first, int64_t u) const {
+    const int64_t H = s_.H, j = u * W;
+    const int n = static_cast<int>(least(W, H - j));
+    V sum[3] = {};
+    for (int64_t t = chunk.from; t < chunk.to; ++t)
+      for (int64_t b = 0; b < s_.B; ++b) {
+        if (!is_valid(t, b)) continue;
+        const int64_t r = (t - chunk.from) * s_.B + b;
+        const float* c_prev = c_before(chunk, t, b);
+        const V before = c_prev ? load_units(c_prev + j, n) : splat(0);
+        sum[0] = fma(dz_.get(r, 0, u, n), before, sum[0]);
+        sum[1] = fma(dz_.get(r, 1, u, n), before, sum[1]);
+        sum[2] = fma(dz_.get(r, 3, u, n), load_units(chunk.c + r * H + j, n), sum[2]);
+      }
+    for (int k = 0; k < 3; ++k) {
+      float* to = dpeephole_ + k * H + j;
+      store_units(to, is_first ? sum[k] : load_units(to, n) + sum[k], n);
+    }
+  }
+
+  // dx of a chunk, and what it adds to the gradients of the weights.
   bool products(const Chunk& chunk, bool is_first) const {
     const int64_t rows = (chunk.to - chunk.from) * s_.B, M = s_.D + s_.H + 1;
     const int64_t panels = ceil_div(s_.H, W), dx_items = items_of(rows);
     // a block of [x h₋ 1] stays in a core's cache while it meets one panel after the other
     const int64_t blocks =
         most(ceil_div(M, BLOCK), least(ceil_div(M, GATE_TILE_ROWS), s_.threads / panels));
+    const int64_t peepholes = s_.peephole ? panels : 0;
     const auto compute = [&](int64_t item, float*) {
+      if (item >= blocks * panels + dx_items) {
+        add_peepholes(chunk, is_first, item - blocks * panels - dx_items);
+        return;
+      }
       if (item >= blocks * panels) {
         item -= blocks * panels;
         times_transposed(panels_of(dz_), to_x_, s_.dx + chunk.from * s_.B * s_.D, s_.D, nullptr, 0,
@@ -431,7 +457,7 @@ class Backward {
         over_tiles<GATE_TILE_ROWS>(M * block / blocks, M * (block + 1) / blocks, tile);
       }
     };
-    return parallel_for(threads_, blocks * panels + dx_items, s_.threads, 0, compute);
+    return parallel_for(threads_, blocks * panels + dx_items + peepholes, s_.threads, 0, compute);
   }
 
   // What was summed in float32, in the type of the weights.
@@ -445,6 +471,7 @@ class Backward {
           copy_numbers(dw_h_ + (k - D) * H4, H4, s_.dw_h + (k - D) * H4);
         else
           copy_numbers(db_, H4, s_.db);
+        if (k == 0 && dpeephole_) copy_numbers(dpeephole_, 3 * s_.H, s_.dpeephole);
       });
     }
     return true;
@@ -464,7 +491,7 @@ class Backward {
   Gates dz_{};
   float *xh_ = nullptr, *dh_ = nullptr, *dc_ = nullptr;
   Operand *narrow_ = nullptr, *xh_pairs_ = nullptr;
-  float *dw_x_ = nullptr, *dw_h_ = nullptr, *db_ = nullptr;
+  float *dw_x_ = nullptr, *dw_h_ = nullptr, *db_ = nullptr, *dpeephole_ = nullptr;
   Operand *h_ = nullptr, *h_next_ = nullptr;
   float *c_run_ = nullptr, *c_ = nullptr;
   Number* y_ = nullptr;

@@ -13,12 +13,15 @@ namespace {
 
 struct LstmOptions {
   bool reverse;
+  float clip;
+  bool coupled;
   int64_t interval, instruction_set, threads;
 };
 
 template <class Number>
 void fill(Checks& checks, Lstm<Number>& p, ffi::ThreadPool pool, Buffer x, Buffer w_x, Buffer w_h,
-          Buffer b, Buffer h, Buffer c, Buffer valid, Buffer fresh, const LstmOptions& options) {
+          Buffer b, Buffer peephole, Buffer h, Buffer c, Buffer valid, Buffer fresh,
+          const LstmOptions& options) {
   checks.require(x.dimensions().size() == 3, "x", "another rank than 3");
   checks.require(w_h.dimensions().size() == 2, "w_h", "another rank than 2");
   checks.require(options.interval >= 0, "interval", "negative");
@@ -30,10 +33,13 @@ void fill(Checks& checks, Lstm<Number>& p, ffi::ThreadPool pool, Buffer x, Buffe
   p.w_x = checks.data<const Number>("w_x", w_x, {p.D, 4 * p.H});
   p.w_h = checks.data<const Number>("w_h", w_h, {p.H, 4 * p.H});
   p.b = checks.data<const Number>("b", b, {4 * p.H});
+  p.peephole = checks.optional<const Number>("peephole", peephole, {3, p.H});
   p.h = checks.data<const Number>("h", h, {p.B, p.H});
   p.c = checks.data<const float>("c", c, {p.B, p.H});
   p.valid = checks.optional<const uint8_t>("valid", valid, {p.T, p.B});
   p.fresh = checks.optional<const uint8_t>("fresh", fresh, {p.T, p.B});
+  p.clip = options.clip;
+  p.coupled = options.coupled;
   p.reverse = options.reverse;
   p.interval = options.interval;
   p.threads = std::max<int64_t>(pool.num_threads(), 1);
@@ -46,13 +52,13 @@ int64_t starts_of(const Lstm<Number>& p) {
 }
 
 template <class Number>
-ffi::Error forward_of(ffi::ThreadPool pool, Buffer x, Buffer w_x, Buffer w_h, Buffer b, Buffer h,
-                      Buffer c, Buffer valid, Buffer fresh, Result y, Result h_last, Result c_last,
-                      Result c_all, Result a, Result h_starts, Result c_starts,
-                      LstmOptions options) {
+ffi::Error forward_of(ffi::ThreadPool pool, Buffer x, Buffer w_x, Buffer w_h, Buffer b,
+                      Buffer peephole, Buffer h, Buffer c, Buffer valid, Buffer fresh, Result y,
+                      Result h_last, Result c_last, Result c_all, Result a, Result h_starts,
+                      Result c_starts, LstmOptions options) {
   Checks checks;
   LstmForward<Number> p{};
-  fill(checks, p, pool, x, w_x, w_h, b, h, c, valid, fresh, options);
+  fill(checks, p, pool, x, w_x, w_h, b, peephole, h, c, valid, fresh, options);
   p.y = checks.data<Number>("y", *y, {p.T, p.B, p.H});
   p.h_last = checks.data<Number>("h_last", *h_last, {p.B, p.H});
   p.c_last = checks.data<float>("c_last", *c_last, {p.B, p.H});
@@ -68,14 +74,14 @@ ffi::Error forward_of(ffi::ThreadPool pool, Buffer x, Buffer w_x, Buffer w_h, Bu
 }
 
 template <class Number>
-ffi::Error backward_of(ffi::ThreadPool pool, Buffer x, Buffer w_x, Buffer w_h, Buffer b, Buffer h,
-                       Buffer c, Buffer valid, Buffer fresh, Buffer y, Buffer c_all, Buffer a,
-                       Buffer h_starts, Buffer c_starts, Buffer dy, Buffer dh_last, Buffer dc_last,
-                       Result dx, Result dw_x, Result dw_h, Result db, Result dh, Result dc,
-                       LstmOptions options) {
+ffi::Error backward_of(ffi::ThreadPool pool, Buffer x, Buffer w_x, Buffer w_h, Buffer b,
+                       Buffer peephole, Buffer h, Buffer c, Buffer valid, Buffer fresh, Buffer y,
+                       Buffer c_all, Buffer a, Buffer h_starts, Buffer c_starts, Buffer dy,
+                       Buffer dh_last, Buffer dc_last, Result dx, Result dw_x, Result dw_h,
+                       Result db, Result dpeephole, Result dh, Result dc, LstmOptions options) {
   Checks checks;
   LstmBackward<Number> p{};
-  fill(checks, p, pool, x, w_x, w_h, b, h, c, valid, fresh, options);
+  fill(checks, p, pool, x, w_x, w_h, b, peephole, h, c, valid, fresh, options);
   if (p.interval) {
     p.h_starts = checks.data<const Number>("h_starts", h_starts, {starts_of(p), p.B, p.H});
     p.c_starts = checks.data<const float>("c_starts", c_starts, {starts_of(p), p.B, p.H});
@@ -91,6 +97,7 @@ ffi::Error backward_of(ffi::ThreadPool pool, Buffer x, Buffer w_x, Buffer w_h, B
   p.dw_x = checks.data<Number>("dw_x", *dw_x, {p.D, 4 * p.H});
   p.dw_h = checks.data<Number>("dw_h", *dw_h, {p.H, 4 * p.H});
   p.db = checks.data<Number>("db", *db, {4 * p.H});
+  if (p.peephole) p.dpeephole = checks.data<Number>("dpeephole", *dpeephole, {3, p.H});
   p.dh = checks.data<Number>("dh", *dh, {p.B, p.H});
   p.dc = checks.data<float>("dc", *dc, {p.B, p.H});
   return run(
@@ -119,6 +126,8 @@ constexpr auto lstm_backward = [](ffi::ThreadPool pool, Buffer x, auto... others
 }  // namespace rnnattn
 
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(rnnattn::LstmOptions, xla::ffi::StructMember<bool>("reverse"),
+                                      xla::ffi::StructMember<float>("clip"),
+                                      xla::ffi::StructMember<bool>("coupled"),
                                       xla::ffi::StructMember<int64_t>("interval"),
                                       xla::ffi::StructMember<int64_t>("instruction_set"),
                                       xla::ffi::StructMember<int64_t>("threads"));
@@ -130,6 +139,7 @@ namespace {
 auto lstm_arguments() {
   return ffi::Ffi::Bind()
       .Ctx<ffi::ThreadPool>()
+      .Arg<Buffer>()
       .Arg<Buffer>()
       .Arg<Buffer>()
       .Arg<Buffer>()
@@ -163,6 +173,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(rnnattn_lstm_backward, lstm_backward,
                                   .Arg<Buffer>()
                                   .Arg<Buffer>()
                                   .Arg<Buffer>()
+                                  .Ret<Buffer>()
                                   .Ret<Buffer>()
                                   .Ret<Buffer>()
                                   .Ret<Buffer>()

@@ -33,8 +33,8 @@ PyObject* targets(PyObject*, PyObject*) {
   } all[] = {
       {"rnnattn.attention_forward.v2", rnnattn_attention_forward},
       {"rnnattn.attention_backward.v2", rnnattn_attention_backward},
-      {"rnnattn.lstm_forward.v1", rnnattn_lstm_forward},
-      {"rnnattn.lstm_backward.v1", rnnattn_lstm_backward},
+      {"rnnattn.lstm_forward.v2", rnnattn_lstm_forward},
+      {"rnnattn.lstm_backward.v2", rnnattn_lstm_backward},
   };
   PyObject* targets = PyDict_New();
   for (const auto& [name, handler] : all) {
