@@ -1,4 +1,4 @@
-"""The native kernels on a CPU: streaming, the rate of arithmetic, both cores, and their cost.
+"""The native kernels on a CPU: streaming, arithmetic, variants of the LSTM, cores, and their cost.
 
     python benchmarks/native.py --output benchmarks/results/NAME.json
 
@@ -151,6 +151,56 @@ def print_rates(rates):
         )
 
 
+# ---- variants of the LSTM ----------------------------------------------------------------------
+
+# Weights and options that change the cell.
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, {}),
+    "peepholes": ({"peephole": True}, {}),
+    "clip": ({}, {"clip": 1.0}),
+    "coupled": ({}, {"coupled": True}),
+    "projection to H / 2": ({"narrowing": 2}, {}),
+    "projection to H / 4": ({"narrowing": 4}, {}),
+}
+
+
+def measure_variants(rounds) -> dict[str, Any]:
+    """Time of the plain LSTM over that of each variant, forward and training."""
+    rows = {}
+    for T, B, D, H in ((128, 32, 128, 128), (64, 64, 256, 256), (64, 1, 512, 512)):
+        programs: dict[str, dict[str, timing.Program]] = {kind: {} for kind in lstm.KINDS}
+        for name, (weights, options) in VARIANTS.items():
+            made = lstm.ours(_problem_of_variant(T, B, D, H, **weights), **options)
+            for kind, program in made.items():
+                programs[kind][name] = program
+        for kind in lstm.KINDS:
+            times = timing.measure(programs[kind], rounds)
+            rows[f"({T}, {B}, {D}, {H}), {kind}"] = {
+                name: timing.ratio(times["plain"], t)._asdict() for name, t in times.items()
+            }
+    return rows
+
+
+def _problem_of_variant(T, B, D, H, peephole=False, narrowing=1) -> lstm.Problem:
+    R = H // narrowing
+    params, x, dy = lstm.make_problem(T, B, D, H, dtype="float32")
+    keys = jax.random.split(jax.random.key(1), 2)
+    if peephole:
+        params = params._replace(peephole=jax.random.normal(keys[0], (3, H), jnp.float32) / 8)
+    if R < H:
+        projection = jax.random.normal(keys[1], (H, R), jnp.float32) / H**0.5
+        params = params._replace(w_h=params.w_h[:R], projection=projection)
+    return lstm.Problem(params, x, dy[..., :R])
+
+
+def print_variants(rows):
+    print("\nvariants of the LSTM: time of the plain one / theirs")
+    for shape, ratios in rows.items():
+        print(f"  {shape}")
+        for name, r in ratios.items():
+            print(f"    {name:<22}{timing.show_ratio(r)}")
+
+
 # ---- cores -------------------------------------------------------------------------------------
 
 
@@ -239,6 +289,7 @@ def print_cost(cost):
 STUDIES: dict[str, tuple[Callable[[int], Any], Callable[[Any], None]]] = {
     "streaming": (measure_streaming, print_streaming),
     "rates": (measure_rates, print_rates),
+    "variants": (measure_variants, print_variants),
     "cores": (measure_cores, print_cores),
     "cost": (measure_cost, print_cost),
 }

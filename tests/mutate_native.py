@@ -49,7 +49,12 @@ FUNCTIONS = [
             "cell_gradient(const Variant",
         ],
     ),
-    ("lstm_gradient-inl.h", LSTM, ["add_peepholes(const Chunk"]),
+    ("lstm_forward-inl.h", LSTM, ["project_state(const Lstm", "project_step(const Lstm"]),
+    (
+        "lstm_gradient-inl.h",
+        LSTM,
+        ["cotangents(const Chunk", "add_peepholes(const Chunk", "add_projection(int64_t"],
+    ),
     (
         "numbers-inl.h",
         LSTM,

@@ -114,16 +114,15 @@ def lstm(
             inputs), "states" where c takes no more than 1 GiB, and beyond that n = ⌊√T⌋; "states"
             where T or B is symbolic.
         implementation: "xla"; "native", the kernels of `rnnattn.native` on a CPU (and "xla"
-            elsewhere), for 32 and 16 bits without a projection; "pallas", the kernels of
-            `rnnattn.recurrent.hopper` on one NVIDIA GPU of the Hopper generation (and "xla"
-            elsewhere), for 16 bits without a variant and H 64, 128 or 256, in exported programs
-            too; "cudnn", on an NVIDIA GPU, for float32 without a variant, resets or `reverse`, and
-            lengths of at least 1 (its gradient is cuDNN's own, of first order), before jax 0.11,
-            with which its results were measured to be wrong; or None, which is "native" and
-            "pallas" where these serve, the latter for 16 steps or more of up to 128 rows and with
-            jax 0.11, as it was measured, and "xla" elsewhere. "xla" is one loop of several steps a
-            turn on a GPU or TPU, and chunks that fit a cache on a CPU; what it takes of memory
-            above is a CPU's.
+            elsewhere), for 32 and 16 bits; "pallas", the kernels of `rnnattn.recurrent.hopper` on
+            one NVIDIA GPU of the Hopper generation (and "xla" elsewhere), for 16 bits without a
+            variant and H 64, 128 or 256, in exported programs too; "cudnn", on an NVIDIA GPU, for
+            float32 without a variant, resets or `reverse`, and lengths of at least 1 (its gradient
+            is cuDNN's own, of first order), before jax 0.11, with which its results were measured
+            to be wrong; or None, which is "native" and "pallas" where these serve, the latter for
+            16 steps or more of up to 128 rows and with jax 0.11, as it was measured, and "xla"
+            elsewhere. "xla" is one loop of several steps a turn on a GPU or TPU, and chunks that
+            fit a cache on a CPU; what it takes of memory above is a CPU's.
     Returns:
         y (B, T, R), or (T, B, R) with `time_major`, in the dtype of x, and the final state, in the
         dtypes of the initial one. For 16-bit inputs c is float32, so that a sequence cut in two and

@@ -25,10 +25,7 @@ def unserved(params, x):
     if not native.status().available:
         return [f"this installation ({native.status().reason})"]
     dtype = jnp.result_type(x)
-    reasons = {
-        f"the dtype {dtype.name}": dtype not in _DTYPES,
-        "a projection": params.projection is not None,
-    }
+    reasons = {f"the dtype {dtype.name}": dtype not in _DTYPES}
     return those_that_hold(reasons | unserved_by_kernels(params, x))
 
 
@@ -41,7 +38,7 @@ def _call(name, options, results, arrays, n):
     clip, coupled = options.variant
     given = lambda x, dtype: jnp.zeros(_ABSENT, dtype) if x is None else x
     shapes = [jax.ShapeDtypeStruct(_ABSENT, jnp.float32) if x is None else x for x in results]
-    weights = [given(w, steps.x.dtype) for w in params[:4]]
+    weights = [given(w, steps.x.dtype) for w in params]
     masks = [given(mask, jnp.bool) for mask in (steps.valid, steps.fresh)]
     made = jax.ffi.ffi_call(f"rnnattn.lstm_{name}.v2", shapes)(
         *(steps.x, *weights, *state, *masks),
@@ -70,7 +67,7 @@ def backward(options, params, state, steps, trace, cotangents):
     dparams, dstate, dx = backward_results(options, params, state, steps)
     dy, dlast = cotangents
     others = (*trace[:3], *(trace.starts or (None, None)), dy, *dlast)
-    results, arrays = [dx, *dparams[:4], *dstate], (params, state, steps, *others)
+    results, arrays = [dx, *dparams, *dstate], (params, state, steps, *others)
     n = interval(options, True, steps.x.shape[0])
     dx, *dparams, dh, dc = _call("backward", options, results, arrays, n)
     return LSTMParams(*dparams), LSTMState(dh, dc), dx

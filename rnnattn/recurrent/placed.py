@@ -71,14 +71,15 @@ def interval(options, keeps, T):
 
 def forward_results(static, params, state, steps):
     options, keeps = static
-    (T, B, _), H, dtype = steps.x.shape, params.w_h.shape[0], steps.x.dtype
+    (T, B, _), (R, H4), dtype = steps.x.shape, params.w_h.shape, steps.x.dtype
+    H = H4 // 4
     n = interval(options, keeps, T)
     array: Any = lambda *sizes: jax.ShapeDtypeStruct(sizes, dtype)
     wide: Any = lambda *sizes: jax.ShapeDtypeStruct(sizes, accumulator(dtype))
     c = wide(T, B, H) if keeps and not n else None
-    a = wide(T, B, 4 * H) if keeps and options.residuals == "gates" else None
-    state = lambda *sizes: LSTMState(array(*sizes, B, H), wide(*sizes, B, H))
-    return state(), Trace(array(T, B, H), c, a, state((T - 1) // n + 1) if n else None)
+    a = wide(T, B, H4) if keeps and options.residuals == "gates" else None
+    state = lambda *sizes: LSTMState(array(*sizes, B, R), wide(*sizes, B, H))
+    return state(), Trace(array(T, B, R), c, a, state((T - 1) // n + 1) if n else None)
 
 
 def backward_results(options, params, state, steps, *_):

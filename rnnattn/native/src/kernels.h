@@ -63,13 +63,14 @@ struct Float16 {
 // all sums are float32.
 template <class Number>
 struct Lstm {
-  int64_t T, B, D, H;
+  int64_t T, B, D, H, R;  // R: the width of h, H where nothing is projected
   int64_t threads;
   bool reverse;
   int64_t interval;  // the state is kept every so many steps; 0: never
   const Number *x, *w_x, *w_h, *b;
-  const Number* peephole;  // (3, H)
-  float clip;              // 0: none
+  const Number* peephole;    // (3, H)
+  const Number* projection;  // (H, R)
+  float clip;                // 0: none
   bool coupled;
   const Number* h;  // the initial state
   const float* c;
@@ -81,7 +82,7 @@ struct LstmForward : Lstm<Number> {
   Number *y, *h_last;
   float* c_last;
   float *c_all, *a;  // (T, B, H), (T, B, 4H)
-  Number* h_starts;  // (⌈T / interval⌉, B, H)
+  Number* h_starts;  // (⌈T / interval⌉, B, R)
   float* c_starts;
 };
 
@@ -93,7 +94,7 @@ struct LstmBackward : Lstm<Number> {
   const float* c_starts;
   const Number *dy, *dh_last;
   const float* dc_last;
-  Number *dx, *dw_x, *dw_h, *db, *dpeephole, *dh;
+  Number *dx, *dw_x, *dw_h, *db, *dpeephole, *dprojection, *dh;
   float* dc;
 };
 

@@ -83,10 +83,10 @@ RNNATTN_INLINE V within(V slope, V a, float clip) {
   return of_bits(bits_of(slope) & ~beyond);
 }
 
-// L3, L4, L8: dz from the cotangents of m and c, and that of c₋ in the place of c's. `a` with its
-// peepholes.
-RNNATTN_INLINE void cell_gradient(const Variant& variant, const V (&a)[4], V c_prev, V c, V dm,
-                                  V& dc, V (&dz)[4]) {
+// L3, L4, L8: dz from the cotangents of m and c, and that of c₋ in the place of c's; m, which the
+// gradient of a projection needs. `a` with its peepholes.
+RNNATTN_INLINE V cell_gradient(const Variant& variant, const V (&a)[4], V c_prev, V c, V dm, V& dc,
+                               V (&dz)[4]) {
   const V one = splat(1.0f);
   const V i = gate(variant, a[0]), f = forget_gate(variant, a[1], i);
   const V g = candidate(variant, a[2]), o = gate(variant, a[3]);
@@ -101,6 +101,7 @@ RNNATTN_INLINE void cell_gradient(const Variant& variant, const V (&a)[4], V c_p
   dz[2] = d * within(i * (one - g * g), a[2], variant.clip);
   dc = d * f;
   if (variant.has_peepholes) dc = fma(dz[0], variant.p_i, fma(dz[1], variant.p_f, dc));
+  return o * tanh_c;
 }
 
 }  // namespace rnnattn::RNNATTN_SET::lstm

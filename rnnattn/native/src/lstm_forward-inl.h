@@ -98,17 +98,36 @@ static bool project(Threads& threads, const Lstm<Number>& s, const Cells<Operand
          });
 }
 
-// The state of all rows as the steps go: h before and after the step, c in place. Rows are whole
-// vectors apart.
+// What a step projects, h = m P: P packed, m of all rows, and h before it is rounded. Null where
+// nothing is projected.
+struct Projection {
+  float *packed, *m, *h;
+};
+
+// The state of all rows as the steps go: h before and after the step, c in place. Rows of h are
+// `stride` apart, those of c and m `c_stride`, whole vectors.
 template <class Operand>
 struct State {
   Operand *h, *h_next;
   float* c;
-  int64_t stride;
+  Projection projection;
+  int64_t stride, c_stride;
   bool turned = false;  // the step goes through the weights backwards
 
   State after(int64_t steps) const {
-    return steps % 2 ? State{h_next, h, c, stride, !turned} : *this;
+    return steps % 2 ? State{h_next, h, c, projection, stride, c_stride, !turned} : *this;
+  }
+};
+
+// What of a step one thread does: units [u, past) and columns [v, v_past) of h, in vectors. The
+// same without a projection.
+struct Share {
+  int64_t u, past, v, v_past;
+
+  static Share of(int64_t H, int64_t R, int64_t member, int64_t members) {
+    const int64_t units = ceil_div(H, W), columns = ceil_div(R, W);
+    return {units * member / members, units * (member + 1) / members, columns * member / members,
+            columns * (member + 1) / members};
   }
 };
 
@@ -124,6 +143,17 @@ struct Step {
   Gates a;
 };
 
+// h after the step, W columns of a row: a row that is not valid holds what it has, and gives zero.
+template <class Number>
+RNNATTN_INLINE void put_h(const State<Operand<Number>>& state, const Step<Number>& step, int64_t r,
+                          int64_t R, int64_t v, V h) {
+  const int64_t at = r * state.stride + v * W;
+  V y = h;
+  if (step.valid && !step.valid[r]) h = load_units(state.h + at, W), y = splat(0);
+  store_units(state.h_next + at, h, W);
+  store_units(step.y + r * R + v * W, y, static_cast<int>(least(W, R - v * W)));
+}
+
 template <class Number>
 struct CellTile {
   const Lstm<Number>& s;
@@ -136,6 +166,7 @@ struct CellTile {
   template <int R>
   void run(int64_t r) const {
     const int64_t H = cells.H, j = u * W;
+    float* const projected = state.projection.m;
     V z[R][4];
     if (step.from_x) {
       unrolled<R>([&](auto i) RNNATTN_LAMBDA {
@@ -148,7 +179,7 @@ struct CellTile {
       accumulate(z, whole_steps<Operand<Number>>(cells.D), step.x + r * step.x_stride,
                  step.x_stride, cells.x(u), PANEL);
     }
-    accumulate(z, whole_steps<Operand<Number>>(H), state.h + r * state.stride, state.stride,
+    accumulate(z, whole_steps<Operand<Number>>(cells.R), state.h + r * state.stride, state.stride,
                cells.h(u), PANEL);
     // in memory, so that one body does for all rows
     V a[R][4];
@@ -157,20 +188,19 @@ struct CellTile {
     });
     const Variant variant = variant_of(s, j, n);
     for (int i = 0; i < R; ++i) {
-      const int64_t row = r + i, at = row * state.stride + j;
-      V c = load(state.c + at), h, y;
+      const int64_t row = r + i, at = row * state.c_stride + j;
+      V c = load(state.c + at), m = splat(0);
       if (!step.valid || step.valid[row]) {
-        cell(variant, a[i], c, c, h);
-        h = rounded(Number{}, h);
-        y = h;
+        cell(variant, a[i], c, c, m);
+        m = rounded(Number{}, m);
       } else {
-        h = load_units(state.h + at, W);
-        y = splat(0);
         for (int g = 0; g < 4; ++g) a[i][g] = splat(0);
       }
       store(state.c + at, c);
-      store_units(state.h_next + at, h, W);
-      store_units(step.y + row * H + j, y, n);
+      if (projected)
+        store(projected + at, m);
+      else
+        put_h(state, step, row, H, u, m);
       if (step.c) store_units(step.c + row * H + j, c, n);
       if (step.a)
         for (int g = 0; g < 4; ++g) step.a.put(row, g, u, a[i][g], n);
@@ -178,16 +208,21 @@ struct CellTile {
   }
 };
 
-// Where a row is fresh, its part of the state is zeroed: units [j, past) of rows [lo, hi).
-template <class Operand>
-static void zero_fresh(Operand* h, float* c, int64_t stride, const uint8_t* fresh,
-                       const uint8_t* valid, int64_t lo, int64_t hi, int64_t j, int64_t past) {
+// Where a row is fresh, a part of its state is zeroed: vectors [first, past) of rows [lo, hi).
+template <class T>
+static void zero_fresh(T* state, int64_t stride, const uint8_t* fresh, const uint8_t* valid,
+                       int64_t lo, int64_t hi, int64_t first, int64_t past) {
   if (!fresh) return;
   for (int64_t r = lo; r < hi; ++r)
-    if (fresh[r] && (!valid || valid[r])) {
-      std::memset(h + r * stride + j, 0, sizeof(Operand) * static_cast<size_t>(past - j));
-      zero(c + r * stride + j, past - j);
-    }
+    if (fresh[r] && (!valid || valid[r]))
+      std::memset(state + r * stride + first * W, 0,
+                  sizeof(T) * static_cast<size_t>((past - first) * W));
+}
+template <class Operand>
+static void zero_fresh(const State<Operand>& state, const uint8_t* fresh, const uint8_t* valid,
+                       int64_t lo, int64_t hi, const Share& share) {
+  zero_fresh(state.h, state.stride, fresh, valid, lo, hi, share.v, share.v_past);
+  zero_fresh(state.c, state.c_stride, fresh, valid, lo, hi, share.u, share.past);
 }
 
 // One step of blocks of units [u, past) and rows [lo, hi), of a state that is not turned over yet.
@@ -202,13 +237,29 @@ static void advance(const Lstm<Number>& s, const Cells<Operand<Number>>& cells,
   });
 }
 
+// The rest of the step where h is projected: h = m P of columns [v, past), in vectors.
+template <class Number>
+static void project_state(const Lstm<Number>& s, const State<Operand<Number>>& state,
+                          const Step<Number>& step, int64_t v, int64_t past, int64_t lo,
+                          int64_t hi) {
+  const Projection& p = state.projection;
+  product<Stored::by_row, From::zero>(hi - lo, past - v, s.H, p.m + lo * state.c_stride,
+                                      state.c_stride, p.packed + v * W, padded(s.R), TILE_COLUMNS,
+                                      p.h + lo * state.stride + v * W, state.stride);
+  for (int64_t r = lo; r < hi; ++r)
+    for (int64_t i = v; i < past; ++i)
+      put_h(state, step, r, s.R, i, rounded(Number{}, load(p.h + r * state.stride + i * W)));
+}
+
 // One step of rows [lo, hi).
 template <class Number>
 static void advance_rows(const Lstm<Number>& s, const Cells<Operand<Number>>& cells,
                          State<Operand<Number>>& state, const Step<Number>& step,
                          const uint8_t* fresh, int64_t lo, int64_t hi) {
-  zero_fresh(state.h, state.c, state.stride, fresh, step.valid, lo, hi, 0, state.stride);
-  advance(s, cells, state, step, 0, ceil_div(cells.H, W), lo, hi);
+  const Share all = Share::of(s.H, s.R, 0, 1);
+  zero_fresh(state, fresh, step.valid, lo, hi, all);
+  advance(s, cells, state, step, 0, all.past, lo, hi);
+  if (s.projection) project_state(s, state, step, 0, all.v_past, lo, hi);
   state = state.after(1);
 }
 
@@ -221,7 +272,7 @@ static int64_t groups_of(const Lstm<Number>& s) {
 // How many threads can share out the units: none that has less to do than waiting takes.
 template <class Number>
 static int64_t members_of(const Lstm<Number>& s) {
-  const int64_t worth = s.B * s.H * 4 * s.H / SHARE;
+  const int64_t worth = s.B * s.R * 4 * s.H / SHARE;
   return most(1, least(least(s.threads, ceil_div(s.H, W)), worth));
 }
 
@@ -254,53 +305,81 @@ RNNATTN_INLINE float* at(float* array, int64_t t, int64_t floats) {
   return array ? array + t * floats : nullptr;
 }
 
+// The rounds of a step whose units are shared out: what is projected waits for all of m.
+template <class Number>
+static int64_t rounds_of_step(const Lstm<Number>& s) {
+  return s.projection ? 2 : 1;
+}
+
 // Steps [from, to) of all rows, the units shared out. `step_of(t)` is what step t reads and writes,
-// `before(state, t, j, past)` looks at units [j, past) of the state before it. Every member zeroes
-// the fresh part of its units before it ends the step before.
+// `before(state, t, share)` looks at a share of the state before it. Every member zeroes the fresh
+// part of its share before it ends the step before.
 template <class Number, class StepOf, class Before>
 static void share_units(Threads& threads, const Lstm<Number>& s,
                         const Cells<Operand<Number>>& cells, State<Operand<Number>>& state,
                         int64_t from, int64_t to, StepOf step_of, Before before) {
-  const int64_t steps = to - from, units = ceil_div(s.H, W);
-  const auto step_at = [&](int64_t round) { return s.reverse ? to - 1 - round : from + round; };
-  const auto begin = [&](const State<Operand<Number>>& now, int64_t t, int64_t j, int64_t past) {
-    before(now, t, j, past);
-    zero_fresh(now.h, now.c, now.stride, mask_at(s.fresh, t, s.B), mask_at(s.valid, t, s.B), 0, s.B,
-               j, past);
+  const int64_t steps = to - from, rounds = rounds_of_step(s);
+  const auto step_at = [&](int64_t step) { return s.reverse ? to - 1 - step : from + step; };
+  const auto begin = [&](const State<Operand<Number>>& now, int64_t t, const Share& share) {
+    before(now, t, share);
+    zero_fresh(now, mask_at(s.fresh, t, s.B), mask_at(s.valid, t, s.B), 0, s.B, share);
   };
   if (steps <= 0) return;
-  begin(state, step_at(0), 0, state.stride);
-  over_rounds(threads, steps, members_of(s), [&](int64_t round, int64_t member, int64_t members) {
-    const int64_t u = units * member / members, past = units * (member + 1) / members;
-    const State<Operand<Number>> now = state.after(round);
-    advance(s, cells, now, step_of(step_at(round)), u, past, 0, s.B);
-    if (round + 1 < steps) begin(now.after(1), step_at(round + 1), u * W, past * W);
-  });
+  begin(state, step_at(0), Share::of(s.H, s.R, 0, 1));
+  const auto round_of = [&](int64_t round, int64_t member, int64_t members) {
+    const int64_t done = round / rounds;
+    const Share share = Share::of(s.H, s.R, member, members);
+    const State<Operand<Number>> now = state.after(done);
+    const Step<Number> step = step_of(step_at(done));
+    if (round % rounds == 0) advance(s, cells, now, step, share.u, share.past, 0, s.B);
+    if (round % rounds != rounds - 1) return;
+    if (s.projection) project_state(s, now, step, share.v, share.v_past, 0, s.B);
+    if (done + 1 < steps) begin(now.after(1), step_at(done + 1), share);
+  };
+  over_rounds(threads, steps * rounds, members_of(s), round_of);
   state = state.after(steps);
+}
+
+template <class Number>
+static State<Operand<Number>> take_state(Memory& memory, const Lstm<Number>& s) {
+  using Operand = rnnattn::RNNATTN_SET::Operand<Number>;
+  const int64_t h = s.B * whole_vectors(s.R), c = s.B * whole_vectors(s.H);
+  State<Operand> state{memory.take<Operand>(h), memory.take<Operand>(h), memory.take(c), {}, 0, 0};
+  if (s.projection)
+    state.projection = {memory.take(s.H * padded(s.R)), memory.take(c), memory.take(h)};
+  state.stride = whole_vectors(s.R);
+  state.c_stride = whole_vectors(s.H);
+  return state;
+}
+
+// The state of rows [lo, hi) from where it is kept.
+template <class Number>
+static void enter(const Lstm<Number>& s, const State<Operand<Number>>& state, const Number* h,
+                  const float* c, int64_t lo, int64_t hi) {
+  copy_rows(h, s.R, state.h, state.stride, s.R, lo, hi);
+  copy_rows(c, s.H, state.c, state.c_stride, s.H, lo, hi);
 }
 
 template <class Number>
 struct StepsMemory {
   Memory memory;
-  Operand<Number>*cells, *x, *h, *h_next;
-  float *from_x, *c;
+  Operand<Number>*cells, *x;
+  float* from_x;
+  State<Operand<Number>> state;
 
   StepsMemory(const Lstm<Number>& s, int64_t rows_of_x, int64_t projected, float* base)
       : memory{base} {
-    const int64_t state = s.B * whole_vectors(s.H);
-    cells = memory.take<Operand<Number>>(Cells<Operand<Number>>::size(s.D, s.H));
+    cells = memory.take<Operand<Number>>(Cells<Operand<Number>>::size(s.D, s.H, s.R));
     x = memory.take<Operand<Number>>(Inputs<Number>::size(s.D, rows_of_x));
     from_x = projected ? memory.take(projected) : nullptr;
-    h = memory.take<Operand<Number>>(state);
-    h_next = memory.take<Operand<Number>>(state);
-    c = memory.take(state);
+    state = take_state(memory, s);
   }
 };
 
 template <class Number>
 static bool all_steps(Threads& threads, const LstmForward<Number>& s) {
   using Operand = rnnattn::RNNATTN_SET::Operand<Number>;
-  const int64_t T = s.T, B = s.B, D = s.D, H = s.H, stride = whole_vectors(H);
+  const int64_t T = s.T, B = s.B, D = s.D, H = s.H, R = s.R;
   const bool by_units = shares_units(s);  // and b + x w_x of many steps at once
   const int64_t length = by_units ? chunk_of(s) : s.interval ? s.interval : most(T, 1);
   const int64_t rows_of_x = by_units ? least(length, T) * B : B;
@@ -310,12 +389,14 @@ static bool all_steps(Threads& threads, const LstmForward<Number>& s) {
   if (!allocation.data()) return false;
   advise_huge_pages(allocation.data(), size.memory.used);
   const StepsMemory<Number> my(s, rows_of_x, projected, allocation.data());
-  const Cells<Operand> cells{my.cells, D, H};
+  const Cells<Operand> cells{my.cells, D, H, R};
   const Inputs<Number> inputs{s, my.x};
   const Gates gates = Gates::in_rows(s.a, H);
   const Gates from_x = Gates::in_panels(my.from_x, rows_of_x);
-  if (!parallel_for(threads, ceil_div(H, W), s.threads, 0,
-                    [&](int64_t u, float*) { pack_cells(s, u, my.cells); }))
+  if (!parallel_for(threads, ceil_div(H, W), s.threads, 0, [&](int64_t u, float*) {
+        pack_cells(s, u, my.cells);
+        if (s.projection) pack_projection(s, u * W, my.state.projection.packed);
+      }))
     return false;
 
   // What step t reads and writes: x, or b + x w_x.
@@ -325,38 +406,36 @@ static bool all_steps(Threads& threads, const LstmForward<Number>& s) {
                         inputs.stride(D),
                         projection,
                         mask_at(s.valid, t, B),
-                        s.y + t * B * H,
+                        s.y + t * B * R,
                         at(s.c_all, t, B * H),
                         a};
   };
-  // The state before the steps of interval k: units [j, past) of rows [lo, hi).
-  auto keep = [&](const State<Operand>& state, int64_t k, int64_t j, int64_t past, int64_t lo,
+  // The state before the steps of interval k: a share of rows [lo, hi).
+  auto keep = [&](const State<Operand>& state, int64_t k, const Share& share, int64_t lo,
                   int64_t hi) {
-    const int64_t at = k * B * H + j, width = least(past, H) - j;
+    const int64_t i = share.v * W, j = share.u * W;
     for (int64_t r = lo; r < hi; ++r) {
-      copy_numbers(state.h + r * stride + j, width, s.h_starts + at + r * H);
-      copy_numbers(state.c + r * stride + j, width, s.c_starts + at + r * H);
+      copy_numbers(state.h + r * state.stride + i, least(share.v_past * W, R) - i,
+                   s.h_starts + (k * B + r) * R + i);
+      copy_numbers(state.c + r * state.c_stride + j, least(share.past * W, H) - j,
+                   s.c_starts + (k * B + r) * H + j);
     }
   };
-  auto enter = [&](int64_t lo, int64_t hi) {
-    copy_rows(s.h, H, my.h, stride, H, lo, hi);
-    copy_rows(s.c, H, my.c, stride, H, lo, hi);
-    return State<Operand>{my.h, my.h_next, my.c, stride};
-  };
   auto leave = [&](const State<Operand>& state, int64_t lo, int64_t hi) {
-    copy_rows(state.h, stride, s.h_last, H, H, lo, hi);
-    copy_rows(state.c, stride, s.c_last, H, H, lo, hi);
+    copy_rows(state.h, state.stride, s.h_last, R, R, lo, hi);
+    copy_rows(state.c, state.c_stride, s.c_last, H, H, lo, hi);
   };
 
-  advise_huge_pages(s.y, T * B * H);
+  advise_huge_pages(s.y, T * B * R);
   advise_huge_pages(s.c_all, T * B * H);
   advise_huge_pages(s.a, T * B * 4 * H);
   const int64_t chunks = ceil_div(T, length);
   if (!by_units)
     return over_groups(threads, s, [&](int64_t lo, int64_t hi) {
-      State<Operand> state = enter(lo, hi);
+      State<Operand> state = my.state;
+      enter<Number>(s, state, s.h, s.c, lo, hi);
       over_steps(s.reverse, 0, chunks, [&](int64_t k) {
-        if (s.interval) keep(state, k, 0, H, lo, hi);
+        if (s.interval) keep(state, k, Share::of(H, R, 0, 1), lo, hi);
         over_steps(s.reverse, k * length, least((k + 1) * length, T), [&](int64_t t) {
           const Step<Number> step = step_at(t, inputs.rows(t, lo, hi), Gates{});
           advance_rows<Number>(s, cells, state, step, mask_at(s.fresh, t, B), lo, hi);
@@ -365,7 +444,8 @@ static bool all_steps(Threads& threads, const LstmForward<Number>& s) {
       leave(state, lo, hi);
     });
 
-  State<Operand> state = enter(0, B);
+  State<Operand> state = my.state;
+  enter<Number>(s, state, s.h, s.c, 0, B);
   bool ok = true;
   over_steps(s.reverse, 0, chunks, [&](int64_t k) {
     const int64_t from = k * length, to = least(from + length, T);
@@ -374,10 +454,10 @@ static bool all_steps(Threads& threads, const LstmForward<Number>& s) {
     share_units(
         threads, s, cells, state, from, to,
         [&](int64_t t) { return step_at(t, nullptr, out.from((t - from) * B)); },
-        [&](const State<Operand>& before, int64_t t, int64_t j, int64_t past) {
+        [&](const State<Operand>& before, int64_t t, const Share& share) {
           const bool begins = s.interval && (s.reverse ? t == T - 1 || (t + 1) % s.interval == 0
                                                        : t % s.interval == 0);
-          if (begins) keep(before, t / s.interval, j, past, 0, B);
+          if (begins) keep(before, t / s.interval, share, 0, B);
         });
   });
   leave(state, 0, B);
@@ -388,8 +468,9 @@ static bool all_steps(Threads& threads, const LstmForward<Number>& s) {
 
 // Weights that are read once are not worth packing: they are read along their rows.
 
-// z += a w for R rows; z (R, 4, `units`) of the units from `first` on, a (R, K), w (K, 4, H).
-template <int R, class Number>
+// z += a w for R rows and G gates; z (R, G, `units`) of the units from `first` on, a (R, K),
+// w (K, G, H).
+template <int R, int G, class Number>
 static void add_product(const float* a, const Number* w, int64_t K, int64_t H, int64_t first,
                         int64_t units, float* z) {
   constexpr int AT_ONCE = 8 / R;
@@ -398,21 +479,21 @@ static void add_product(const float* a, const Number* w, int64_t K, int64_t H, i
     V e[R][AT_ONCE];
     for (int r = 0; r < R; ++r)
       for (int i = 0; i < AT_ONCE; ++i) e[r][i] = splat(i < depth ? a[r * K + k + i] : 0);
-    for (int g = 0; g < 4; ++g) {
-      const Number* block = w + k * 4 * H + g * H + first;
+    for (int g = 0; g < G; ++g) {
+      const Number* block = w + k * G * H + g * H + first;
       for (int64_t j = 0; j < units; j += W) {
         const int n = static_cast<int>(least(W, units - j));
         V sum[R];
-        for (int r = 0; r < R; ++r) sum[r] = load_units(z + (r * 4 + g) * units + j, n);
+        for (int r = 0; r < R; ++r) sum[r] = load_units(z + (r * G + g) * units + j, n);
         const auto add = [&](int i) {
-          const V v = load_units(block + i * 4 * H + j, n);
+          const V v = load_units(block + i * G * H + j, n);
           for (int r = 0; r < R; ++r) sum[r] = fma(e[r][i], v, sum[r]);
         };
         if (depth == AT_ONCE)
           for (int i = 0; i < AT_ONCE; ++i) add(i);
         else
           for (int i = 0; i < depth; ++i) add(i);
-        for (int r = 0; r < R; ++r) store_units(z + (r * 4 + g) * units + j, sum[r], n);
+        for (int r = 0; r < R; ++r) store_units(z + (r * G + g) * units + j, sum[r], n);
       }
     }
   }
@@ -426,14 +507,16 @@ RNNATTN_INLINE const float* in_float(const Number* numbers, int64_t count, float
   return copied;
 }
 
+// `m` is what is projected, or null.
 template <int R, class Number>
-static void step_of_units(const LstmForward<Number>& s, int64_t first, int64_t units, float* z) {
+static void step_of_units(const LstmForward<Number>& s, float* m, int64_t first, int64_t units,
+                          float* z) {
   const int64_t H = s.H;
   float* copied = z + R * 4 * STEP_UNITS;
   for (int r = 0; r < R; ++r)
     for (int g = 0; g < 4; ++g) copy_numbers(s.b + g * H + first, units, z + (r * 4 + g) * units);
-  add_product<R>(in_float(s.x, R * s.D, copied), s.w_x, s.D, H, first, units, z);
-  add_product<R>(in_float(s.h, R * H, copied), s.w_h, H, H, first, units, z);
+  add_product<R, 4>(in_float(s.x, R * s.D, copied), s.w_x, s.D, H, first, units, z);
+  add_product<R, 4>(in_float(s.h, R * s.R, copied), s.w_h, s.R, H, first, units, z);
   for (int r = 0; r < R; ++r)
     for (int64_t j = 0; j < units; j += W) {
       const int n = static_cast<int>(least(W, units - j));
@@ -442,13 +525,29 @@ static void step_of_units(const LstmForward<Number>& s, int64_t first, int64_t u
       for (int g = 0; g < 4; ++g)
         a[g] = load_units(z + (r * 4 + g) * units + j, n) * splat(g == 2 ? 1.0f : 0.5f);
       cell(variant_of(s, first + j, n), a, c, c, h);
-      store_units(s.y + at, h, n);
-      store_units(s.h_last + at, h, n);
+      if (m) {
+        store_units(m + at, rounded(Number{}, h), n);
+      } else {
+        store_units(s.y + at, h, n);
+        store_units(s.h_last + at, h, n);
+      }
       store_units(s.c_last + at, c, n);
       if (s.c_all) store_units(s.c_all + at, c, n);
       if (s.a)
         for (int g = 0; g < 4; ++g) store_units(s.a + (r * 4 + g) * H + first + j, a[g], n);
     }
+}
+
+// h = m P of columns [first, first + columns).
+template <int R, class Number>
+static void project_step(const LstmForward<Number>& s, const float* m, int64_t first,
+                         int64_t columns, float* z) {
+  zero(z, R * columns);
+  add_product<R, 1>(m, s.projection, s.H, s.R, first, columns, z);
+  for (int r = 0; r < R; ++r) {
+    copy_numbers(z + r * columns, columns, s.y + r * s.R + first);
+    copy_numbers(z + r * columns, columns, s.h_last + r * s.R + first);
+  }
 }
 
 template <class Number>
@@ -458,18 +557,25 @@ static bool is_single_step(const LstmForward<Number>& s) {
 
 template <class Number>
 static bool single_step(Threads& threads, const LstmForward<Number>& s) {
-  const int64_t blocks = ceil_div(s.H, STEP_UNITS);
-  const int64_t limit = (s.D + s.H) * 4 * s.H < STEP_ALONE ? 1 : s.threads;
-  const int64_t floats = s.B * (4 * STEP_UNITS + most(s.D, s.H));
-  return parallel_for(threads, blocks, limit, floats, [&](int64_t item, float* z) {
-    const int64_t first = item * STEP_UNITS, units = least(STEP_UNITS, s.H - first);
-    switch (s.B) {
-      case 1: step_of_units<1>(s, first, units, z); break;
-      case 2: step_of_units<2>(s, first, units, z); break;
-      case 3: step_of_units<3>(s, first, units, z); break;
-      default: step_of_units<4>(s, first, units, z);
-    }
-  });
+  const Allocation m(s.projection ? ceil_div(s.B * s.H, LINE) * LINE : 0);
+  if (s.projection && !m.data()) return false;
+  const int64_t limit = (s.D + s.R) * 4 * s.H < STEP_ALONE ? 1 : s.threads;
+  const int64_t floats = s.B * (4 * STEP_UNITS + most(s.D, s.R));
+  // f(rows, first, units, workspace) of `width` units in blocks
+  const auto over_blocks = [&](int64_t width, auto f) {
+    return parallel_for(
+        threads, ceil_div(width, STEP_UNITS), limit, floats, [&](int64_t item, float* z) {
+          const int64_t first = item * STEP_UNITS, units = least(STEP_UNITS, width - first);
+          as_constant<STEP_ROWS>(s.B, [&](auto rows) { f(rows, first, units, z); });
+        });
+  };
+  const auto cells = [&](auto rows, int64_t first, int64_t units, float* z) {
+    step_of_units<rows>(s, s.projection ? m.data() : nullptr, first, units, z);
+  };
+  const auto projected = [&](auto rows, int64_t first, int64_t columns, float* z) {
+    project_step<rows>(s, m.data(), first, columns, z);
+  };
+  return over_blocks(s.H, cells) && (!s.projection || over_blocks(s.R, projected));
 }
 
 template <class Number>

@@ -31,7 +31,7 @@ RNNATTN_INLINE void put_parts(Operand* to, V v, int64_t H) {
 
 // A block of the weight gradient, rows [m, m + R) of [x h₋ 1]ᵀ dz and one panel of dz.
 struct WeightTile {
-  int64_t D, H;
+  int64_t D, K, H;  // K = D + R
   float *dw_x, *dw_h, *db;
   const float* a;  // [x h₋ 1] of the first row of dz
   int64_t stride;
@@ -45,7 +45,7 @@ struct WeightTile {
     float* row[R];
     for (int i = 0; i < R; ++i) {
       const int64_t k = m + i;
-      float* of = k < D ? dw_x + k * 4 * H : k < D + H ? dw_h + (k - D) * 4 * H : db;
+      float* of = k < D ? dw_x + k * 4 * H : k < K ? dw_h + (k - D) * 4 * H : db;
       row[i] = of + u * W;
       // fetched while the product is computed, which is then added to them
       if (adds)
@@ -88,8 +88,8 @@ class Backward {
   Backward(Threads& threads, const LstmBackward<Number>& s) : threads_(threads), s_(s) {}
 
   bool run() {
-    const int64_t T = s_.T, B = s_.B, D = s_.D, H = s_.H, stride = whole_vectors(H);
-    const int64_t H4 = 4 * H;
+    const int64_t T = s_.T, B = s_.B, D = s_.D, H = s_.H, R = s_.R, H4 = 4 * H;
+    const int64_t stride = whole_vectors(R), c_stride = whole_vectors(H);
     recomputes_steps_ = s_.interval > 0;
     recomputes_a_ = !recomputes_steps_ && !s_.a;
     length_ = recomputes_steps_
@@ -103,22 +103,22 @@ class Backward {
     Memory memory{allocation.data()};
     lay_out(memory);
 
-    const int64_t blocks = packed_cells_ ? ceil_div(H, W) : 0,
-                  panels = Transposed<float>::panels(H);
+    const int64_t blocks = packed_cells_ || s_.projection ? ceil_div(H, W) : 0,
+                  panels = Transposed<float>::panels(R);
     bool ok = parallel_for(threads_, blocks + panels + Transposed<float>::panels(D), s_.threads, 0,
                            [&](int64_t item, float*) {
                              if (item < blocks)
-                               pack_cells(s_, item, packed_cells_);
+                               pack_units(item);
                              else if (item < blocks + panels)
-                               pack_transposed(s_.w_h, H, H, item - blocks, packed_h_);
+                               pack_transposed(s_.w_h, R, H, item - blocks, packed_h_);
                              else
                                pack_transposed(s_.w_x, D, H, item - blocks - panels, packed_x_);
                            });
     advise_huge_pages(s_.dx, T * B * D);
     advise_huge_pages(s_.dw_x, D * H4);
-    advise_huge_pages(s_.dw_h, H * H4);
-    copy_rows(s_.dh_last, H, dh_, stride, H, 0, B);
-    copy_rows(s_.dc_last, H, dc_, stride, H, 0, B);
+    advise_huge_pages(s_.dw_h, R * H4);
+    copy_rows(s_.dh_last, R, dh_, stride, R, 0, B);
+    copy_rows(s_.dc_last, H, dc_, c_stride, H, 0, B);
 
     bool is_first = true;
     over_steps(!s_.reverse, 0, ceil_div(T, length_), [&](int64_t k) {
@@ -131,61 +131,75 @@ class Backward {
       ok = ok && products(chunk, is_first);
       is_first = false;
     });
-    copy_rows(dh_, stride, s_.dh, H, H, 0, B);
-    copy_rows(dc_, stride, s_.dc, H, H, 0, B);
+    copy_rows(dh_, stride, s_.dh, R, R, 0, B);
+    copy_rows(dc_, c_stride, s_.dc, H, H, 0, B);
     return ok && weight_gradients();
   }
 
  private:
   void lay_out(Memory& memory) {
-    const int64_t D = s_.D, H = s_.H, rows = length_ * s_.B, state = s_.B * whole_vectors(H);
+    const int64_t D = s_.D, H = s_.H, R = s_.R, rows = length_ * s_.B;
     const bool recomputes = recomputes_steps_ || recomputes_a_;
-    packed_cells_ = recomputes ? memory.take<Operand>(Cells<Operand>::size(D, H)) : nullptr;
-    packed_h_ = memory.take<Operand>(Transposed<Operand>::size(H, H));
+    packed_cells_ = recomputes ? memory.take<Operand>(Cells<Operand>::size(D, H, R)) : nullptr;
+    packed_h_ = memory.take<Operand>(Transposed<Operand>::size(R, H));
     packed_x_ = memory.take(Transposed<float>::size(D, H));
     dz_ = Gates::in_panels(memory.take(ceil_div(H, W) * Gates::panel(rows)), rows);
-    width_ = ceil_div(D + H + 1, LINE) * LINE + LINE;
+    width_ = ceil_div(D + R + 1, LINE) * LINE + LINE;
     xh_ = memory.take(rows * width_);
-    dh_ = memory.take(state);
-    dc_ = memory.take(state);
+    dh_ = memory.take(s_.B * whole_vectors(R));
+    dc_ = memory.take(s_.B * whole_vectors(H));
+    if (s_.projection) {
+      packed_p_ = memory.take(R * padded(H));
+      m_ = memory.take(rows * padded(H));
+      dm_ = memory.take(s_.B * whole_vectors(H));
+      dh_of_steps_ = memory.take(rows * padded(R));
+      dprojection_ = memory.take(H * whole_vectors(R));
+    }
     if constexpr (PAIRS) {
       narrow_stride_ = 2 * rest_of(H) + LINE;
       narrow_ = memory.take<Operand>(2 * s_.B * narrow_stride_);
-      xh_stride_ = ceil_div(whole_steps<Operand>(D) + H, W) * W + LINE;
+      xh_stride_ = ceil_div(whole_steps<Operand>(D) + R, W) * W + LINE;
       if (recomputes_a_) xh_pairs_ = memory.take<Operand>(rows * xh_stride_);
     }
     if constexpr (std::is_same_v<Number, float>) {
       dw_x_ = s_.dw_x, dw_h_ = s_.dw_h, db_ = s_.db, dpeephole_ = s_.dpeephole;
     } else {
       dw_x_ = memory.take(D * 4 * H);
-      dw_h_ = memory.take(H * 4 * H);
+      dw_h_ = memory.take(R * 4 * H);
       db_ = memory.take(4 * H);
       dpeephole_ = s_.peephole ? memory.take(3 * H) : nullptr;
     }
     if (recomputes_steps_) {
-      h_ = memory.take<Operand>(state);
-      h_next_ = memory.take<Operand>(state);
-      c_run_ = memory.take(state);
-      y_ = memory.take<Number>(rows * H);
+      state_ = take_state<Number>(memory, s_);
+      y_ = memory.take<Number>(rows * R);
       c_ = memory.take(rows * H);
       inputs_.copied = memory.take<Operand>(inputs_.size(D, rows));
     }
-    cells_ = {packed_cells_, D, H};
-    to_h_ = {packed_h_, H, H};
+    cells_ = {packed_cells_, D, H, R};
+    to_h_ = {packed_h_, R, H};
     to_x_ = {packed_x_, D, H};
   }
 
+  // What is packed of W units.
+  void pack_units(int64_t u) const {
+    if (packed_cells_) pack_cells<Number>(s_, u, packed_cells_);
+    if (!s_.projection) return;
+    if (recomputes_steps_) pack_projection<Number>(s_, u * W, state_.projection.packed);
+    pack_transposed_projection<Number>(s_, u * W, packed_p_);
+  }
+
   Chunk chunk_at(int64_t k) const {
-    const int64_t BH = s_.B * s_.H, from = k * length_, to = least(from + length_, s_.T);
+    const int64_t BH = s_.B * s_.H, BR = s_.B * s_.R, from = k * length_,
+                  to = least(from + length_, s_.T);
     if (recomputes_steps_)
-      return {from, to, y_, c_, dz_, s_.h_starts + k * BH, s_.c_starts + k * BH};
+      return {from, to, y_, c_, dz_, s_.h_starts + k * BR, s_.c_starts + k * BH};
     const int64_t before = s_.reverse ? to : from - 1;
     const bool is_first = before < 0 || before >= s_.T;
     // only read from
     const Gates kept = Gates::in_rows(const_cast<float*>(s_.a), s_.H);
     return {from,
             to,
-            s_.y + from * BH,
+            s_.y + from * BR,
             s_.c_all + from * BH,
             s_.a ? kept.from(from * s_.B) : dz_,
             s_.h,
@@ -202,8 +216,8 @@ class Backward {
     const int64_t before = s_.reverse ? t + 1 : t - 1;
     const int64_t first = recomputes_steps_ ? chunk.from : 0,
                   last = recomputes_steps_ ? chunk.to : s_.T;
-    if (before < first || before >= last || !is_valid(before, b)) return chunk.h_start + b * s_.H;
-    return chunk.y + ((before - chunk.from) * s_.B + b) * s_.H;
+    if (before < first || before >= last || !is_valid(before, b)) return chunk.h_start + b * s_.R;
+    return chunk.y + ((before - chunk.from) * s_.B + b) * s_.R;
   }
   const float* c_before(const Chunk& chunk, int64_t t, int64_t b) const {
     if (is_fresh(t, b)) return nullptr;
@@ -214,18 +228,18 @@ class Backward {
 
   // [x h₋ 1] of one row; zeros where it is not valid, so that no NaN of the padding passes.
   void gather(const Chunk& chunk, int64_t t, int64_t b) const {
-    const int64_t D = s_.D, H = s_.H;
+    const int64_t D = s_.D, R = s_.R;
     float* row = xh_ + ((t - chunk.from) * s_.B + b) * width_;
     if (!is_valid(t, b)) {
-      zero(row, D + H + 1);
+      zero(row, D + R + 1);
       return;
     }
     copy_numbers(s_.x + (t * s_.B + b) * D, D, row);
     if (const Number* h = h_before(chunk, t, b))
-      copy_numbers(h, H, row + D);
+      copy_numbers(h, R, row + D);
     else
-      zero(row + D, H);
-    row[D + H] = 1;
+      zero(row + D, R);
+    row[D + R] = 1;
   }
 
   const Operand* rows_of_operands() const {
@@ -240,11 +254,11 @@ class Backward {
     if constexpr (PAIRS) {
       const float* row = xh_ + r * width_;
       Operand* pairs = xh_pairs_ + r * xh_stride_;
-      const int64_t D = s_.D, H = s_.H, h = whole_steps<Operand>(D);
+      const int64_t D = s_.D, R = s_.R, h = whole_steps<Operand>(D);
       copy_numbers(row, D, pairs);
-      copy_numbers(row + D, H, pairs + h);
+      copy_numbers(row + D, R, pairs + h);
       if (h > D) pairs[D] = Operand{};
-      if (H % 2) pairs[h + H] = Operand{};
+      if (R % 2) pairs[h + R] = Operand{};
     }
   }
 
@@ -262,7 +276,7 @@ class Backward {
         gather(chunk, chunk.from + r / s_.B, r % s_.B);
         make_operand(r);
       }
-      const int64_t K = whole_steps<Operand>(s_.D) + whole_steps<Operand>(s_.H);
+      const int64_t K = whole_steps<Operand>(s_.D) + whole_steps<Operand>(s_.R);
       const Operand* first = rows_of_operands();
       for (int64_t u = 0; u * W < s_.H; ++u)
         preactivate(cells_, first, PAIRS ? xh_stride_ : width_, K, dz_, u, lo, hi);
@@ -271,10 +285,8 @@ class Backward {
 
   // The state before the chunk is all there is: run its steps again, from where `state_before` is.
   State state_before(const Chunk& chunk, int64_t lo, int64_t hi) const {
-    const int64_t H = s_.H, stride = whole_vectors(H);
-    copy_rows(chunk.h_start, H, h_, stride, H, lo, hi);
-    copy_rows(chunk.c_start, H, c_run_, stride, H, lo, hi);
-    return State{h_, h_next_, c_run_, stride};
+    enter<Number>(s_, state_, chunk.h_start, chunk.c_start, lo, hi);
+    return state_;
   }
 
   Step step_again(const Chunk& chunk, int64_t t, const Operand* x, const Gates& from_x) const {
@@ -283,14 +295,34 @@ class Backward {
             inputs_.stride(s_.D),
             from_x.from(row),
             mask_at(s_.valid, t, s_.B),
-            y_ + row * s_.H,
+            y_ + row * s_.R,
             c_ + row * s_.H,
             dz_.from(row)};
+  }
+
+  // h's cotangents dh + dy of a step, where they are projected: columns [v, v_past) of rows
+  // [lo, hi), zeros where a row is not valid.
+  void cotangents(const Chunk& chunk, int64_t t, const Share& share, int64_t lo, int64_t hi) const {
+    const int64_t stride = whole_vectors(s_.R);
+    for (int64_t r = lo; r < hi; ++r) {
+      const Number* dy = s_.dy + (t * s_.B + r) * s_.R;
+      float* out = dh_of_steps_ + ((t - chunk.from) * s_.B + r) * padded(s_.R);
+      for (int64_t i = share.v * W; i < share.v_past * W; i += W) {
+        const int n = static_cast<int>(least(W, s_.R - i));
+        store(out + i,
+              is_valid(t, r) ? load(dh_ + r * stride + i) + load_units(dy + i, n) : splat(0));
+      }
+    }
   }
 
   // A step of rows [lo, hi) and blocks of units [u, past): dz and dc₋ from dh and dc.
   void cells(const Chunk& chunk, int64_t t, int64_t u, int64_t past, int64_t lo, int64_t hi) const {
     const int64_t B = s_.B, H = s_.H;
+    if (s_.projection)  // dm = dh Pᵀ
+      product<Stored::by_row, From::zero>(hi - lo, past - u, s_.R,
+                                          dh_of_steps_ + ((t - chunk.from) * B + lo) * padded(s_.R),
+                                          padded(s_.R), packed_p_ + u * W, padded(H), TILE_COLUMNS,
+                                          dm_ + lo * whole_vectors(H) + u * W, whole_vectors(H));
     for (int64_t r = lo; r < hi; ++r) {
       const int64_t k = (t - chunk.from) * B + r;
       if (is_valid(t, r))
@@ -301,15 +333,17 @@ class Backward {
             dz_.put(k, g, i, splat(0), W);
             if (PAIRS) put_parts(narrow(t, r) + i * PANEL + g * W, splat(0), H);
           }
+      if (s_.projection && !is_valid(t, r)) zero(m_ + k * padded(H) + u * W, (past - u) * W);
     }
   }
 
-  // The same of a row that is valid; h's cotangent is dh + dy.
+  // The same of a row that is valid; m's cotangent is dh + dy, or what is projected back of it.
   void cells_of_row(const Chunk& chunk, int64_t t, int64_t r, int64_t u, int64_t past) const {
     const int64_t H = s_.H, k = (t - chunk.from) * s_.B + r, stride = whole_vectors(H);
+    const bool projects = s_.projection != nullptr;
     const float *c = chunk.c + k * H, *c_prev = c_before(chunk, t, r);
-    const Number* dy = s_.dy + (t * s_.B + r) * H;
-    const float* dh = dh_ + r * stride;
+    const Number* dy = projects ? nullptr : s_.dy + (t * s_.B + r) * H;
+    const float* dm = (projects ? dm_ : dh_) + r * stride;
     float* dc = dc_ + r * stride;
     Operand* pairs = narrow(t, r);
     for (int64_t j = u * W; u < past; ++u, j += W) {
@@ -322,8 +356,10 @@ class Backward {
         see_before(variant, before, a);
         see_after(variant, after, a);
       }
-      cell_gradient(variant, a, before, after, load(dh + j) + load_units(dy + j, n), d, dz);
+      const V back = dy ? load(dm + j) + load_units(dy + j, n) : load(dm + j);
+      const V m = cell_gradient(variant, a, before, after, back, d, dz);
       store(dc + j, d);
+      if (projects) store(m_ + k * padded(H) + j, m);
       for (int g = 0; g < 4; ++g) {
         dz_.put(k, g, u, dz[g], n);
         if (PAIRS) put_parts(pairs + u * PANEL + g * W, dz[g], H);
@@ -346,16 +382,19 @@ class Backward {
   static Panels<float> panels_of(const Gates& dz) { return {dz.data, dz.row, dz.unit, 0}; }
 
   // What goes back from it, from dz of all units: dh₋, and nothing where a row is fresh.
-  void back(const Chunk& chunk, int64_t t, int64_t u, int64_t past, int64_t lo, int64_t hi) const {
-    const int64_t B = s_.B, stride = whole_vectors(s_.H);
-    const uint8_t* valid = mask_at(s_.valid, t, B);
-    times_transposed(operand_of_step(chunk, t), to_h_, dh_, stride, valid, u, past, lo, hi);
-    zero_fresh(dh_, dc_, stride, mask_at(s_.fresh, t, B), valid, lo, hi, u * W, past * W);
+  void back(const Chunk& chunk, int64_t t, const Share& share, int64_t lo, int64_t hi) const {
+    const int64_t B = s_.B, stride = whole_vectors(s_.R);
+    const uint8_t *valid = mask_at(s_.valid, t, B), *fresh = mask_at(s_.fresh, t, B);
+    times_transposed(operand_of_step(chunk, t), to_h_, dh_, stride, valid, share.v, share.v_past,
+                     lo, hi);
+    zero_fresh(dh_, stride, fresh, valid, lo, hi, share.v, share.v_past);
+    zero_fresh(dc_, whole_vectors(s_.H), fresh, valid, lo, hi, share.u, share.past);
   }
 
   // The steps of rows [lo, hi), against the direction of running: dz, dh and dc.
   void steps(const Chunk& chunk, int64_t lo, int64_t hi) const {
-    const int64_t B = s_.B, units = ceil_div(s_.H, W);
+    const int64_t B = s_.B;
+    const Share all = Share::of(s_.H, s_.R, 0, 1);
     if (recomputes_steps_) {
       State state = state_before(chunk, lo, hi);
       over_steps(s_.reverse, chunk.from, chunk.to, [&](int64_t t) {
@@ -366,15 +405,16 @@ class Backward {
     over_steps(!s_.reverse, chunk.from, chunk.to, [&](int64_t t) {
       if (!recomputes_a_)
         for (int64_t r = lo; r < hi; ++r) gather(chunk, t, r);
-      cells(chunk, t, 0, units, lo, hi);
-      back(chunk, t, 0, units, lo, hi);
+      if (s_.projection) cotangents(chunk, t, all, lo, hi);
+      cells(chunk, t, 0, all.past, lo, hi);
+      back(chunk, t, all, lo, hi);
     });
   }
 
   // The same of all rows, the units shared out. The units of dh that a member makes are those that
   // it needs next, so that one round is dh₋ of a step and dz of the one before it.
   bool steps_by_units(const Chunk& chunk) const {
-    const int64_t B = s_.B, units = ceil_div(s_.H, W), steps = chunk.to - chunk.from;
+    const int64_t B = s_.B, steps = chunk.to - chunk.from, rounds = rounds_of_step<Number>(s_);
     bool ok = true;
     if (recomputes_steps_) {
       State state = state_before(chunk, 0, B);
@@ -382,21 +422,25 @@ class Backward {
       share_units(
           threads_, s_, cells_, state, chunk.from, chunk.to,
           [&](int64_t t) { return step_again(chunk, t, nullptr, dz_); },
-          [](const State&, int64_t, int64_t, int64_t) {});
+          [](const State&, int64_t, const Share&) {});
     }
     if (!recomputes_a_)
       ok = ok && parallel_for(threads_, steps, s_.threads, 0, [&](int64_t step, float*) {
              for (int64_t r = 0; r < B; ++r) gather(chunk, chunk.from + step, r);
            });
-    const auto step_at = [&](int64_t round) {
-      return s_.reverse ? chunk.from + round : chunk.to - 1 - round;
+    const auto step_at = [&](int64_t step) {
+      return s_.reverse ? chunk.from + step : chunk.to - 1 - step;
     };
     const auto round_of = [&](int64_t round, int64_t member, int64_t members) {
-      const int64_t u = units * member / members, past = units * (member + 1) / members;
-      if (round > 0) back(chunk, step_at(round - 1), u, past, 0, B);
-      if (round < steps) cells(chunk, step_at(round), u, past, 0, B);
+      const Share share = Share::of(s_.H, s_.R, member, members);
+      const int64_t step = round / rounds;
+      const bool begins = round % rounds == 0, ends = round % rounds == rounds - 1;
+      if (begins && step > 0) back(chunk, step_at(step - 1), share, 0, B);
+      if (step == steps) return;
+      if (begins && s_.projection) cotangents(chunk, step_at(step), share, 0, B);
+      if (ends) cells(chunk, step_at(step), share.u, share.past, 0, B);
     };
-    over_rounds(threads_, steps + 1, members_of(s_), round_of);
+    over_rounds(threads_, steps * rounds + 1, members_of(s_), round_of);
     return ok;
   }
 
@@ -422,15 +466,31 @@ class Backward {
     }
   }
 
+  // What a chunk adds to the gradient of the projection, Σ mᵀ dh: a block of its rows.
+  void add_projection(int64_t rows, bool is_first, int64_t block) const {
+    const int64_t m = block * BLOCK, units = least(BLOCK, s_.H - m), width = whole_vectors(s_.R);
+    if (is_first) zero(dprojection_ + m * width, units * width);
+    for (int64_t first = 0; first < rows; first += DEPTH)
+      product<Stored::by_step, From::c>(units, width / W, least(DEPTH, rows - first),
+                                        m_ + first * padded(s_.H) + m, padded(s_.H),
+                                        dh_of_steps_ + first * padded(s_.R), padded(s_.R),
+                                        TILE_COLUMNS, dprojection_ + m * width, width);
+  }
+
   // dx of a chunk, and what it adds to the gradients of the weights.
   bool products(const Chunk& chunk, bool is_first) const {
-    const int64_t rows = (chunk.to - chunk.from) * s_.B, M = s_.D + s_.H + 1;
+    const int64_t rows = (chunk.to - chunk.from) * s_.B, M = s_.D + s_.R + 1;
     const int64_t panels = ceil_div(s_.H, W), dx_items = items_of(rows);
     // a block of [x h₋ 1] stays in a core's cache while it meets one panel after the other
     const int64_t blocks =
         most(ceil_div(M, BLOCK), least(ceil_div(M, GATE_TILE_ROWS), s_.threads / panels));
     const int64_t peepholes = s_.peephole ? panels : 0;
+    const int64_t projections = s_.projection ? ceil_div(s_.H, BLOCK) : 0;
     const auto compute = [&](int64_t item, float*) {
+      if (item >= blocks * panels + dx_items + peepholes) {
+        add_projection(rows, is_first, item - blocks * panels - dx_items - peepholes);
+        return;
+      }
       if (item >= blocks * panels + dx_items) {
         add_peepholes(chunk, is_first, item - blocks * panels - dx_items);
         return;
@@ -444,6 +504,7 @@ class Backward {
       const int64_t block = item / panels, u = item % panels;
       for (int64_t first = 0; first < rows; first += DEPTH) {
         const WeightTile tile{s_.D,
+                              s_.D + s_.R,
                               s_.H,
                               dw_x_,
                               dw_h_,
@@ -457,17 +518,20 @@ class Backward {
         over_tiles<GATE_TILE_ROWS>(M * block / blocks, M * (block + 1) / blocks, tile);
       }
     };
-    return parallel_for(threads_, blocks * panels + dx_items + peepholes, s_.threads, 0, compute);
+    return parallel_for(threads_, blocks * panels + dx_items + peepholes + projections, s_.threads,
+                        0, compute);
   }
 
   // What was summed in float32, in the type of the weights.
   bool weight_gradients() const {
+    if (s_.projection)
+      copy_rows(dprojection_, whole_vectors(s_.R), s_.dprojection, s_.R, s_.R, 0, s_.H);
     if constexpr (!std::is_same_v<Number, float>) {
       const int64_t D = s_.D, H4 = 4 * s_.H;
-      return parallel_for(threads_, D + s_.H + 1, s_.threads, 0, [&](int64_t k, float*) {
+      return parallel_for(threads_, D + s_.R + 1, s_.threads, 0, [&](int64_t k, float*) {
         if (k < D)
           copy_numbers(dw_x_ + k * H4, H4, s_.dw_x + k * H4);
-        else if (k < D + s_.H)
+        else if (k < D + s_.R)
           copy_numbers(dw_h_ + (k - D) * H4, H4, s_.dw_h + (k - D) * H4);
         else
           copy_numbers(db_, H4, s_.db);
@@ -492,8 +556,10 @@ class Backward {
   float *xh_ = nullptr, *dh_ = nullptr, *dc_ = nullptr;
   Operand *narrow_ = nullptr, *xh_pairs_ = nullptr;
   float *dw_x_ = nullptr, *dw_h_ = nullptr, *db_ = nullptr, *dpeephole_ = nullptr;
-  Operand *h_ = nullptr, *h_next_ = nullptr;
-  float *c_run_ = nullptr, *c_ = nullptr;
+  float *packed_p_ = nullptr, *m_ = nullptr, *dm_ = nullptr;
+  float *dh_of_steps_ = nullptr, *dprojection_ = nullptr;
+  State state_{};
+  float* c_ = nullptr;
   Number* y_ = nullptr;
 };
 

@@ -20,21 +20,23 @@ struct LstmOptions {
 
 template <class Number>
 void fill(Checks& checks, Lstm<Number>& p, ffi::ThreadPool pool, Buffer x, Buffer w_x, Buffer w_h,
-          Buffer b, Buffer peephole, Buffer h, Buffer c, Buffer valid, Buffer fresh,
-          const LstmOptions& options) {
+          Buffer b, Buffer peephole, Buffer projection, Buffer h, Buffer c, Buffer valid,
+          Buffer fresh, const LstmOptions& options) {
   checks.require(x.dimensions().size() == 3, "x", "another rank than 3");
   checks.require(w_h.dimensions().size() == 2, "w_h", "another rank than 2");
   checks.require(options.interval >= 0, "interval", "negative");
   if (checks.error()) return;
   p.T = x.dimensions()[0], p.B = x.dimensions()[1], p.D = x.dimensions()[2];
-  p.H = w_h.dimensions()[0];
-  checks.require(x.element_count() > 0 && p.H > 0, "x, w_h", "empty");
+  p.R = w_h.dimensions()[0], p.H = w_h.dimensions()[1] / 4;
+  checks.require(x.element_count() > 0 && w_h.element_count() > 0, "x, w_h", "empty");
   p.x = checks.data<const Number>("x", x, {p.T, p.B, p.D});
   p.w_x = checks.data<const Number>("w_x", w_x, {p.D, 4 * p.H});
-  p.w_h = checks.data<const Number>("w_h", w_h, {p.H, 4 * p.H});
+  p.w_h = checks.data<const Number>("w_h", w_h, {p.R, 4 * p.H});
   p.b = checks.data<const Number>("b", b, {4 * p.H});
   p.peephole = checks.optional<const Number>("peephole", peephole, {3, p.H});
-  p.h = checks.data<const Number>("h", h, {p.B, p.H});
+  p.projection = checks.optional<const Number>("projection", projection, {p.H, p.R});
+  checks.require(p.projection || p.R == p.H, "w_h", "another shape than expected");
+  p.h = checks.data<const Number>("h", h, {p.B, p.R});
   p.c = checks.data<const float>("c", c, {p.B, p.H});
   p.valid = checks.optional<const uint8_t>("valid", valid, {p.T, p.B});
   p.fresh = checks.optional<const uint8_t>("fresh", fresh, {p.T, p.B});
@@ -53,19 +55,19 @@ int64_t starts_of(const Lstm<Number>& p) {
 
 template <class Number>
 ffi::Error forward_of(ffi::ThreadPool pool, Buffer x, Buffer w_x, Buffer w_h, Buffer b,
-                      Buffer peephole, Buffer h, Buffer c, Buffer valid, Buffer fresh, Result y,
-                      Result h_last, Result c_last, Result c_all, Result a, Result h_starts,
-                      Result c_starts, LstmOptions options) {
+                      Buffer peephole, Buffer projection, Buffer h, Buffer c, Buffer valid,
+                      Buffer fresh, Result y, Result h_last, Result c_last, Result c_all, Result a,
+                      Result h_starts, Result c_starts, LstmOptions options) {
   Checks checks;
   LstmForward<Number> p{};
-  fill(checks, p, pool, x, w_x, w_h, b, peephole, h, c, valid, fresh, options);
-  p.y = checks.data<Number>("y", *y, {p.T, p.B, p.H});
-  p.h_last = checks.data<Number>("h_last", *h_last, {p.B, p.H});
+  fill(checks, p, pool, x, w_x, w_h, b, peephole, projection, h, c, valid, fresh, options);
+  p.y = checks.data<Number>("y", *y, {p.T, p.B, p.R});
+  p.h_last = checks.data<Number>("h_last", *h_last, {p.B, p.R});
   p.c_last = checks.data<float>("c_last", *c_last, {p.B, p.H});
   p.c_all = checks.optional<float>("c_all", *c_all, {p.T, p.B, p.H});
   p.a = checks.optional<float>("a", *a, {p.T, p.B, 4 * p.H});
   if (p.interval) {
-    p.h_starts = checks.data<Number>("h_starts", *h_starts, {starts_of(p), p.B, p.H});
+    p.h_starts = checks.data<Number>("h_starts", *h_starts, {starts_of(p), p.B, p.R});
     p.c_starts = checks.data<float>("c_starts", *c_starts, {starts_of(p), p.B, p.H});
   }
   return run(
@@ -75,30 +77,32 @@ ffi::Error forward_of(ffi::ThreadPool pool, Buffer x, Buffer w_x, Buffer w_h, Bu
 
 template <class Number>
 ffi::Error backward_of(ffi::ThreadPool pool, Buffer x, Buffer w_x, Buffer w_h, Buffer b,
-                       Buffer peephole, Buffer h, Buffer c, Buffer valid, Buffer fresh, Buffer y,
-                       Buffer c_all, Buffer a, Buffer h_starts, Buffer c_starts, Buffer dy,
-                       Buffer dh_last, Buffer dc_last, Result dx, Result dw_x, Result dw_h,
-                       Result db, Result dpeephole, Result dh, Result dc, LstmOptions options) {
+                       Buffer peephole, Buffer projection, Buffer h, Buffer c, Buffer valid,
+                       Buffer fresh, Buffer y, Buffer c_all, Buffer a, Buffer h_starts,
+                       Buffer c_starts, Buffer dy, Buffer dh_last, Buffer dc_last, Result dx,
+                       Result dw_x, Result dw_h, Result db, Result dpeephole, Result dprojection,
+                       Result dh, Result dc, LstmOptions options) {
   Checks checks;
   LstmBackward<Number> p{};
-  fill(checks, p, pool, x, w_x, w_h, b, peephole, h, c, valid, fresh, options);
+  fill(checks, p, pool, x, w_x, w_h, b, peephole, projection, h, c, valid, fresh, options);
   if (p.interval) {
-    p.h_starts = checks.data<const Number>("h_starts", h_starts, {starts_of(p), p.B, p.H});
+    p.h_starts = checks.data<const Number>("h_starts", h_starts, {starts_of(p), p.B, p.R});
     p.c_starts = checks.data<const float>("c_starts", c_starts, {starts_of(p), p.B, p.H});
   } else {
-    p.y = checks.data<const Number>("y", y, {p.T, p.B, p.H});
+    p.y = checks.data<const Number>("y", y, {p.T, p.B, p.R});
     p.c_all = checks.data<const float>("c_all", c_all, {p.T, p.B, p.H});
     p.a = checks.optional<const float>("a", a, {p.T, p.B, 4 * p.H});
   }
-  p.dy = checks.data<const Number>("dy", dy, {p.T, p.B, p.H});
-  p.dh_last = checks.data<const Number>("dh_last", dh_last, {p.B, p.H});
+  p.dy = checks.data<const Number>("dy", dy, {p.T, p.B, p.R});
+  p.dh_last = checks.data<const Number>("dh_last", dh_last, {p.B, p.R});
   p.dc_last = checks.data<const float>("dc_last", dc_last, {p.B, p.H});
   p.dx = checks.data<Number>("dx", *dx, {p.T, p.B, p.D});
   p.dw_x = checks.data<Number>("dw_x", *dw_x, {p.D, 4 * p.H});
-  p.dw_h = checks.data<Number>("dw_h", *dw_h, {p.H, 4 * p.H});
+  p.dw_h = checks.data<Number>("dw_h", *dw_h, {p.R, 4 * p.H});
   p.db = checks.data<Number>("db", *db, {4 * p.H});
   if (p.peephole) p.dpeephole = checks.data<Number>("dpeephole", *dpeephole, {3, p.H});
-  p.dh = checks.data<Number>("dh", *dh, {p.B, p.H});
+  if (p.projection) p.dprojection = checks.data<Number>("dprojection", *dprojection, {p.H, p.R});
+  p.dh = checks.data<Number>("dh", *dh, {p.B, p.R});
   p.dc = checks.data<float>("dc", *dc, {p.B, p.H});
   return run(
       "LSTM", [](const Kernels& of) { return of.lstm(Number{}).backward; }, checks, pool, options,
@@ -147,6 +151,7 @@ auto lstm_arguments() {
       .Arg<Buffer>()
       .Arg<Buffer>()
       .Arg<Buffer>()
+      .Arg<Buffer>()
       .Arg<Buffer>();
 }
 
@@ -173,6 +178,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(rnnattn_lstm_backward, lstm_backward,
                                   .Arg<Buffer>()
                                   .Arg<Buffer>()
                                   .Arg<Buffer>()
+                                  .Ret<Buffer>()
                                   .Ret<Buffer>()
                                   .Ret<Buffer>()
                                   .Ret<Buffer>()

@@ -5,6 +5,7 @@
 // cell is computed where the product ends, and x w_x + h₋ w_h is one product. Rows of the batch
 // are split over the threads, and each runs all steps of its rows: nobody waits in between. Where
 // there are too few of them the hidden units are split, and a step waits for all of the one before.
+// A projection of h is another product of the same rows; where units are split, it waits for all m.
 //
 // The gradient goes chunk by chunk of steps against the direction of running:
 //
@@ -99,17 +100,17 @@ struct Gates {
 template <class Operand>
 struct Cells {
   const Operand* packed;
-  int64_t D, H;
+  int64_t D, H, R;
 
   static constexpr int64_t BIAS = PANEL * TOGETHER<Operand>;
-  static int64_t of_x(int64_t D) { return whole_steps<Operand>(D) * PANEL; }
-  static int64_t stride(int64_t D, int64_t H) { return BIAS + of_x(D) + of_x(H); }
-  static int64_t size(int64_t D, int64_t H) { return ceil_div(H, W) * stride(D, H); }
+  static int64_t rows(int64_t K) { return whole_steps<Operand>(K) * PANEL; }
+  static int64_t stride(int64_t D, int64_t R) { return BIAS + rows(D) + rows(R); }
+  static int64_t size(int64_t D, int64_t H, int64_t R) { return ceil_div(H, W) * stride(D, R); }
   V bias(int64_t u, int g) const {
-    return load(reinterpret_cast<const float*>(packed + u * stride(D, H)) + g * W);
+    return load(reinterpret_cast<const float*>(packed + u * stride(D, R)) + g * W);
   }
-  const Operand* x(int64_t u) const { return packed + u * stride(D, H) + BIAS; }
-  const Operand* h(int64_t u) const { return x(u) + of_x(D); }
+  const Operand* x(int64_t u) const { return packed + u * stride(D, R) + BIAS; }
+  const Operand* h(int64_t u) const { return x(u) + rows(D); }
 };
 
 template <class Number>
@@ -119,7 +120,7 @@ static void pack_cells(const Lstm<Number>& s, int64_t u, Operand<Number>* packed
   const auto halved = [&](const Number* row, int64_t g) {
     return load_units(row + g * H + j, n) * splat(g == 2 ? 1.0f : 0.5f);
   };
-  Operand<Number>* out = packed + u * Cells<Operand<Number>>::stride(s.D, H);
+  Operand<Number>* out = packed + u * Cells<Operand<Number>>::stride(s.D, s.R);
   float* bias = reinterpret_cast<float*>(out);
   for (int64_t g = 0; g < 4; ++g) put_steps(bias, halved(s.b, g));
   out += Cells<Operand<Number>>::BIAS;
@@ -134,7 +135,29 @@ static void pack_cells(const Lstm<Number>& s, int64_t u, Operand<Number>* packed
       }
   };
   put(s.w_x, s.D);
-  put(s.w_h, H);
+  put(s.w_h, s.R);
+}
+
+// P (H, R), or its transpose, as it is read by products: float32, in rows a cache line longer than
+// they are wide, as those of one column would fall into a few sets of a cache.
+RNNATTN_INLINE int64_t padded(int64_t width) { return whole_vectors(width) + LINE; }
+
+// Rows [j, j + W) of P, and columns [j, j + W) of Pᵀ.
+template <class Number>
+static void pack_projection(const Lstm<Number>& s, int64_t j, float* packed) {
+  for (int64_t i = j; i < least(j + W, s.H); ++i)
+    copy_numbers(s.projection + i * s.R, s.R, packed + i * padded(s.R), true);
+}
+template <class Number>
+static void pack_transposed_projection(const Lstm<Number>& s, int64_t j, float* packed) {
+  for (int64_t k = 0; k < s.R; k += W) {
+    const int n = static_cast<int>(least(W, s.R - k));
+    V block[W];
+    for (int64_t i = 0; i < W; ++i)
+      block[i] = j + i < s.H ? load_units(s.projection + (j + i) * s.R + k, n) : V{};
+    transpose(block);
+    for (int i = 0; i < n; ++i) store(packed + (k + i) * padded(s.H) + j, block[i]);
+  }
 }
 
 // wᵀ of w (N, 4H) in panels of 4 vectors; the last may have 1 or 2. Its rows are in the order of
