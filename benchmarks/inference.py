@@ -9,7 +9,6 @@ as many threads, onnxruntime's asleep between two calls so that they slow nobody
 
 from functools import partial
 
-import jax
 import numpy as np
 
 from benchmarks import lstm, timing
@@ -38,9 +37,7 @@ def onnxruntime(problem: lstm.Problem) -> timing.Programs:
     constants = [numpy_helper.from_array(array, name) for name, array in weights.items()]
     x, *results = described.values()
     graph = helper.make_graph([node], "lstm", [x], results, constants)
-    model = helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10
-    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     options = ort.SessionOptions()
     options.intra_op_num_threads = timing.cores()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -69,7 +66,8 @@ def openvino(problem: lstm.Problem) -> timing.Programs:
     )
     settings = {"INFERENCE_NUM_THREADS": timing.cores(), "INFERENCE_PRECISION_HINT": "f32"}
     settings["PERFORMANCE_HINT"] = "LATENCY"
-    request = ov.compile_model(ov.Model(node.outputs(), [x]), "CPU", settings).create_infer_request()
+    model = ov.compile_model(ov.Model(node.outputs(), [x]), "CPU", settings)
+    request = model.create_infer_request()
     request.set_input_tensor(ov.Tensor(np.ascontiguousarray(np.swapaxes(problem.x, 0, 1))))
 
     def run():
