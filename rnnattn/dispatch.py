@@ -10,6 +10,9 @@ from functools import cache, partial
 import jax
 import jax.numpy as jnp
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
+
+from rnnattn.precision import varying_together
 
 
 def dispatched(name, on_xla, by_platform, results, batched, *, exported=False):
@@ -46,9 +49,7 @@ def dispatched(name, on_xla, by_platform, results, batched, *, exported=False):
         plain = leafwise(on_xla)
         defined.def_impl(jax.jit(plain, static_argnames=("static", "tree")))
         defined.def_abstract_eval(
-            lambda *leaves, **how: [
-                jax.core.ShapedArray(x.shape, x.dtype) for x in leafwise(results)(*leaves, **how)
-            ]
+            lambda *leaves, **how: [_typed(x, leaves) for x in leafwise(results)(*leaves, **how)]
         )
         lower = partial(mlir.lower_fun, multiple_results=True)
         in_xla = lower(plain)
@@ -90,21 +91,38 @@ def dispatched(name, on_xla, by_platform, results, batched, *, exported=False):
         return defined
 
     def call(static, *trees):
-        # in `jax.shard_map` arrays have types that a primitive would have to know of
-        if jax.sharding.get_abstract_mesh().manual_axes:
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.manual_axes and not mesh.are_all_axes_manual:
             return on_xla(static, *trees)
-        leaves, tree = jax.tree.flatten(trees)
+        leaves, tree = jax.tree.flatten(varying_together(trees))
         outputs = primitive().bind(*leaves, static=static, tree=tree)
         return jax.tree.unflatten(jax.tree.structure(results(static, *trees)), outputs)
 
     return call
 
 
+def _typed(x, leaves):
+    """The type of a result of this shape and dtype, from types that vary over the same axes."""
+    mesh = next((a.sharding.mesh for a in leaves if not a.sharding.mesh.empty), None)
+    if mesh is None:
+        return jax.core.ShapedArray(x.shape, x.dtype)
+    return jax.core.ShapedArray(
+        x.shape,
+        x.dtype,
+        sharding=NamedSharding(mesh, PartitionSpec()),
+        manual_axis_type=leaves[0].manual_axis_type,
+    )
+
+
 def _on_one_device(lowered, in_xla, exported, context, *leaves, **how):
     """A lowering rule: `lowered` in a program for one device that stays here, or may leave."""
     module = context.module_context
-    devices = getattr(module.axis_context, "num_devices", 1)
-    serves = devices == 1 and (exported or not module.lowering_parameters.for_export)
+    axes = module.axis_context
+    if isinstance(axes, mlir.SPMDAxisContext):
+        whole = axes.manual_axes == set(axes.mesh.axis_names)
+    else:
+        whole = getattr(axes, "num_devices", 1) == 1
+    serves = whole and (exported or not module.lowering_parameters.for_export)
     return (lowered if serves else in_xla)(context, *leaves, **how)
 
 
