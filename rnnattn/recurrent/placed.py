@@ -12,13 +12,14 @@ import jax.numpy as jnp
 
 import rnnattn.recurrent.chunked as chunked
 from rnnattn.dispatch import dispatched
+from rnnattn.divided import Division
 from rnnattn.precision import accumulator
 from rnnattn.recurrent.equations import LSTMState, Variant
 from rnnattn.recurrent.problem import Schedule, Trace
 
 
 def placed(name, by_platform, *, exported=False):
-    """The schedule whose halves run as these in a program for one device of a platform.
+    """The schedule whose halves run as these in a program for a platform: see `dispatched`.
 
     Args:
         by_platform: a forward and a backward by the names that `jax.export` has for platforms; of
@@ -37,6 +38,7 @@ def placed(name, by_platform, *, exported=False):
         forwards,
         forward_results,
         partial(_forward_over_axis, forward),
+        Division("B", ("", "B", "TB"), ("B", "TB")),
         exported=exported,
     )
     backward = dispatched(
@@ -44,7 +46,8 @@ def placed(name, by_platform, *, exported=False):
         chunked.backward,
         backwards,
         backward_results,
-        _backward_over_axis,
+        None,
+        Division("B", ("", "B", "TB", "TB", ("TB", "B")), ("", "B", "TB")),
         exported=exported,
     )
     return Schedule(forward, backward)
@@ -92,7 +95,8 @@ def backward_results(options, params, state, steps, *_):
 def _forward_over_axis(forward, static, trees, batched, size):
     """`vmap` joins its axis with the batch, if the weights are shared."""
     if any(jax.tree.leaves(batched[0])):
-        return _over_axis_on_xla(forward_on_xla, static, trees, batched)
+        axes = jax.tree.map(lambda b: 0 if b else None, tuple(batched))
+        return jax.vmap(partial(forward_on_xla, static), axes)(*trees), 0
     params, state, steps = trees
     _, of_state, of_steps = batched
     rows = steps.x.shape[2 if of_steps.x else 1]
@@ -110,12 +114,3 @@ def _forward_over_axis(forward, static, trees, batched, size):
     axes = jax.tree.map(lambda x: x.ndim - 2, results)  # (B, H) or (T, B, …)
     split = lambda x, at: x.reshape(*x.shape[:at], size, rows, *x.shape[at + 1 :])
     return jax.tree.map(split, results, axes), axes
-
-
-def _backward_over_axis(options, trees, batched, size):
-    return _over_axis_on_xla(chunked.backward, options, trees, batched)
-
-
-def _over_axis_on_xla(on_xla, static, trees, batched):
-    axes = jax.tree.map(lambda b: 0 if b else None, tuple(batched))
-    return jax.vmap(partial(on_xla, static), axes)(*trees), 0
