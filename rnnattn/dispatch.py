@@ -32,7 +32,8 @@ def dispatched(name, on_xla, by_platform, results, batched, division, *, exporte
         batched: the rule for `vmap`, of what is static, the trees, their leading axes those of
             `vmap` where the same trees of Booleans say so, and the size of these; to the results
             and where they have that axis, a tree or one for all; None leaves them to XLA.
-        division: along which axes the arrays may be divided among devices.
+        division: along which axes the arrays may be divided among devices; None leaves programs for
+            several to XLA, but for the parts in a `jax.shard_map`.
         exported: whether a program that is exported has them, too: they then are all of its own.
     """
 
@@ -65,7 +66,8 @@ def dispatched(name, on_xla, by_platform, results, batched, division, *, exporte
             return lowered_in_parts(platform, function, division, trees, shapes, context, *leaves)
 
         for platform, function in by_platform.items():
-            rules = (lower(leafwise(function)), partial(in_parts, platform), in_xla)
+            parts = partial(in_parts, platform) if division else None
+            rules = (lower(leafwise(function)), parts, in_xla)
             rule = partial(_lowered, platform, exported, rules)
             mlir.register_lowering(defined, rule, platform=platform)
 
@@ -142,7 +144,7 @@ def _lowered(platform, exported, rules, context, *leaves, **how):
             rule = here if divides and axes.manual_axes == {*axes.mesh.axis_names} else rule
         elif count == 1:
             rule = here
-        elif divides and can_be_divided(platform, count):
+        elif divides and in_parts and can_be_divided(platform, count):
             rule = in_parts
     return rule(context, *leaves, **how)
 

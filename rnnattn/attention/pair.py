@@ -16,7 +16,6 @@ from rnnattn.attention.masking import zero_unreachable
 from rnnattn.attention.problem import Operands
 from rnnattn.attention.xla import time_first, time_last
 from rnnattn.dispatch import dispatched
-from rnnattn.divided import Division
 
 
 def forward(options, operands, masking):
@@ -76,14 +75,13 @@ def _gradient_results(options, operands, *_):
     return Operands(_wide(q.shape), _wide(k.shape), _wide(v.shape), dscale)
 
 
-_IN_SHARD_MAP = Division("", "", "")  # a device has its own part already
 _run_forward = dispatched(
     "rnnattn_pair",
     _forward_on_xla,
     {"cpu": _forward_natively},
     _forward_results,
     None,
-    _IN_SHARD_MAP,
+    None,
 )
 _run_gradient = dispatched(
     "rnnattn_pair_gradient",
@@ -91,5 +89,5 @@ _run_gradient = dispatched(
     {"cpu": _gradient_natively},
     _gradient_results,
     None,
-    _IN_SHARD_MAP,
+    None,
 )
