@@ -18,7 +18,6 @@ from rnnattn.precision import accumulator
 from rnnattn.recurrent.equations import LSTMState, Variant
 from rnnattn.recurrent.problem import Schedule, Trace
 
-
 _FEWEST_ROWS = 64  # of all steps of a network, for which a turn of a loop over networks pays
 
 
