@@ -503,16 +503,16 @@ static bool all_steps(Threads& threads, const LstmForward<Number>& s) {
 
 // z += a w for R rows and G gates; z (R, G, `units`) of the units from `first` on, a (R, K),
 // w (K, G, H).
-template <int R, int G, class Number>
-static void add_product(const float* a, const Number* w, int64_t K, int64_t H, int64_t first,
-                        int64_t units, float* z) {
+template <int R, class Number>
+static void add_product(const float* a, const Number* w, int64_t K, int64_t G, int64_t H,
+                        int64_t first, int64_t units, float* z) {
   constexpr int AT_ONCE = 8 / R;
   for (int64_t k = 0; k < K; k += AT_ONCE) {
     const int64_t depth = least(AT_ONCE, K - k);
     V e[R][AT_ONCE];
     for (int r = 0; r < R; ++r)
       for (int i = 0; i < AT_ONCE; ++i) e[r][i] = splat(i < depth ? a[r * K + k + i] : 0);
-    for (int g = 0; g < G; ++g) {
+    for (int64_t g = 0; g < G; ++g) {
       const Number* block = w + k * G * H + g * H + first;
       for (int64_t j = 0; j < units; j += W) {
         const int n = static_cast<int>(least(W, units - j));
@@ -548,8 +548,8 @@ static void step_of_units(const LstmForward<Number>& s, float* m, int64_t first,
   float* copied = z + R * 4 * STEP_UNITS;
   for (int r = 0; r < R; ++r)
     for (int g = 0; g < 4; ++g) copy_numbers(s.b + g * H + first, units, z + (r * 4 + g) * units);
-  add_product<R, 4>(in_float(s.x, R * s.D, copied), s.w_x, s.D, H, first, units, z);
-  add_product<R, 4>(in_float(s.h, R * s.R, copied), s.w_h, s.R, H, first, units, z);
+  add_product<R>(in_float(s.x, R * s.D, copied), s.w_x, s.D, 4, H, first, units, z);
+  add_product<R>(in_float(s.h, R * s.R, copied), s.w_h, s.R, 4, H, first, units, z);
   for (int r = 0; r < R; ++r)
     for (int64_t j = 0; j < units; j += W) {
       const int n = static_cast<int>(least(W, units - j));
@@ -576,7 +576,7 @@ template <int R, class Number>
 static void project_step(const LstmForward<Number>& s, const float* m, int64_t first,
                          int64_t columns, float* z) {
   zero(z, R * columns);
-  add_product<R, 1>(m, s.projection, s.H, s.R, first, columns, z);
+  add_product<R>(m, s.projection, s.H, 1, s.R, first, columns, z);
   for (int r = 0; r < R; ++r) {
     copy_numbers(z + r * columns, columns, s.y + r * s.R + first);
     copy_numbers(z + r * columns, columns, s.h_last + r * s.R + first);
