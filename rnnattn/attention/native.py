@@ -81,4 +81,5 @@ def _backward(options, operands, masking, o, lse, do, dlse):
     return Operands(dq, dk, dv, dscale, dbias if wants_dbias else None)
 
 
-NATIVE = placed("rnnattn_attention", "cpu", _forward, _backward, _enter)
+HALVES = _forward, _backward
+NATIVE = placed("rnnattn_attention", "cpu", *HALVES, _enter)
