@@ -2,6 +2,7 @@
 #                                               make quick  lint, and the tests that are not slow
 # Each makes .venv first, once; running it again installs nothing.
 # make accelerators   what can be seen of GPUs and TPUs without one, in an environment of its own
+# make aarch64        a wheel of the kernels for AArch64, and their tests in an emulator
 
 PYTHON ?= python3
 CONFIG ?= lstm_digits
@@ -12,7 +13,7 @@ comma := ,
 venv := .venv/bin
 native := setup.py $(wildcard rnnattn/native/src/*)
 
-.PHONY: run test quick lint types format accelerators clean
+.PHONY: run test quick lint types format accelerators aarch64 clean
 
 run: .venv/installed-experiments
 	$(venv)/python -m experiments run $(CONFIG)
@@ -79,6 +80,10 @@ accelerators: .venv-accelerators/installed
 	  echo 'the plug-in for CUDA does not install here: nothing is compiled for a GPU'; \
 	$(pip) "jax[tpu]==$$version" || echo 'libtpu does not install here: nothing is compiled for TPUs'
 	touch $@
+
+# The kernels for AArch64: see CONTRIBUTING.md.
+aarch64: .venv/installed-test
+	PYTHON=$(venv)/python tests/aarch64.sh
 
 clean:
 	rm -rf .venv .venv-accelerators build dist *.egg-info rnnattn/native/*.so compile_commands.json .pytest_cache .mypy_cache .ruff_cache

@@ -1,12 +1,14 @@
-"""Problems drawn by chance, against torch: is there one at which ours is the slower?
+"""Problems drawn by chance, against peers: is there one at which ours is the slower?
 
     python benchmarks/sweep.py --seed 1 --what attention
+    python benchmarks/sweep.py --seed 1 --what inference --count 20
     python benchmarks/sweep.py --seed 1 --what lstm --output benchmarks/results/NAME.json
 
 Sizes are drawn from the ranges below, small ones as often as large ones, and drawn again where a
-problem would take too long. Programs, checks and timing are those of `lstm.py` and `attention.py`.
-A seed says what is drawn: the same problems anywhere. The worst ten can be timed again there, by
-`--shapes`.
+problem would take too long. Programs, checks and timing are those of `lstm.py`, `attention.py` and
+`inference.py`; the peer is torch, and in inference, the LSTM forward, onnxruntime and OpenVINO. A
+seed says what is drawn: the same problems anywhere. The worst ten of the first two can be timed
+again there, by `--shapes`.
 """
 
 import argparse
@@ -21,7 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import attention, lstm, timing
+from benchmarks import attention, inference, lstm, timing
 
 LSTM_SIZES = {"T": (1, 2000), "B": (1, 512), "D": (1, 512), "H": (16, 1024)}
 ATTENTION_SIZES = {"B": (1, 64), "T": (1, 4096), "S": (1, 4096), "N": (1, 32), "K": (16, 256)}
@@ -68,19 +70,27 @@ def _size(rng, least, most):
 
 
 class Benchmark(NamedTuple):
-    """What is drawn, and the benchmark that it is for."""
+    """What is drawn, the benchmark that it is for, and whom ours is compared with."""
 
     draw: Callable[[np.random.Generator], Any]
     problem: Callable[..., Any]  # of a shape
     of: Any
+    peers: dict[str, Callable[..., timing.Programs]]
     axes: str
 
 
+def _make_lstm(shape, dtype):
+    return lstm.make_problem(*shape, dtype=dtype)
+
+
+TORCH_ATTENTION, TORCH_LSTM = {"torch": attention.torch}, {"torch": lstm.torch}
+AXES = "(T, B, D, H)"
 BENCHMARKS = {
-    "attention": Benchmark(draw_attention, attention.make_problem, attention, "B, T, N, K, sees"),
-    "lstm": Benchmark(
-        draw_lstm, lambda shape, dtype: lstm.make_problem(*shape, dtype=dtype), lstm, "(T, B, D, H)"
+    "attention": Benchmark(
+        draw_attention, attention.make_problem, attention, TORCH_ATTENTION, "B, T, N, K, sees"
     ),
+    "lstm": Benchmark(draw_lstm, _make_lstm, lstm, TORCH_LSTM, AXES),
+    "inference": Benchmark(draw_lstm, _make_lstm, inference, inference.PEERS, AXES),
 }
 
 
@@ -91,30 +101,36 @@ def draw(what: str, seed: int, count: int) -> list[Any]:
 
 
 def measure(what: str, seed: int, count: int, rounds: int, dtype: str) -> dict[str, Any]:
-    """For each problem and kind, torch's time over ours."""
-    _, make_problem, benchmark, _ = BENCHMARKS[what]
+    """For each problem and kind, the time of each peer over ours."""
+    _, make_problem, benchmark, peers, _ = BENCHMARKS[what]
     rows = []
     for shape in draw(what, seed, count):
         problem = make_problem(shape, dtype=dtype)
-        programs = timing.build(benchmark.ours, {"torch": benchmark.torch}, problem, f"({shape}) ")
-        if "torch" not in programs:
+        programs = timing.build(benchmark.ours, peers, problem, f"({shape}) ")
+        if len(programs) == 1:
             sys.exit("there is nothing to compare with")
         timing.check(programs, benchmark.outputs, dtype)
         rows.append({"shape": shape} | timing.compare(benchmark.KINDS, programs, rounds))
-        ratios = (timing.show_ratio(rows[-1][kind]["torch"]["ratio"]) for kind in benchmark.KINDS)
+        ratios = (
+            timing.show_ratio(rows[-1][kind][peer]["ratio"])
+            for kind in benchmark.KINDS
+            for peer in programs
+            if peer != "ours"
+        )
         print(f"  {shape!s:<40}", *ratios, flush=True)
     return timing.summarize(benchmark.KINDS, rows)
 
 
 def show(what: str, speed: dict[str, Any]) -> None:
-    """The distribution of each kind, and the ten problems at which ours does worst."""
-    for kind, means in speed["geometric_mean"].items():
-        ratio_of = lambda row, kind=kind: row[kind]["torch"]["ratio"]
+    """The distribution of each kind and peer, and the ten problems at which ours does worst."""
+    of_peers = speed["geometric_mean"].items()
+    for kind, peer, mean in ((kind, *item) for kind, means in of_peers for item in means.items()):
+        ratio_of = lambda row, kind=kind, peer=peer: row[kind][peer]["ratio"]
         rows = sorted(speed["rows"], key=lambda row: ratio_of(row)["median"])
         ratios = [ratio_of(row)["median"] for row in rows]
         quartiles = statistics.quantiles(ratios, n=4, method="inclusive") if rows[1:] else ratios
-        print(f"\n{what}, {kind}: time of torch / ours over {len(rows)} problems")
-        print(f"  geometric mean {means['torch']:.2f}, below 1: {sum(r < 1 for r in ratios)}")
+        print(f"\n{what}, {kind}: time of {peer} / ours over {len(rows)} problems")
+        print(f"  geometric mean {mean:.2f}, below 1: {sum(r < 1 for r in ratios)}")
         print("  quartiles", *(f"{q:.2f}" for q in quartiles), f"least {ratios[0]:.2f}")
         print(f"  the worst: {BENCHMARKS[what].axes}; ours in ms")
         for row in rows[:10]:
@@ -125,7 +141,7 @@ def show(what: str, speed: dict[str, Any]) -> None:
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=timing.count, required=True)
-    parser.add_argument("--what", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS))
+    parser.add_argument("--what", nargs="+", choices=BENCHMARKS, default=["attention", "lstm"])
     parser.add_argument("--count", type=timing.count, default=40, help="problems of each")
     parser.add_argument("--rounds", type=timing.count, default=5)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
@@ -135,7 +151,7 @@ def parse(argv=None):
 
 def main(argv=None):
     args = parse(argv)
-    packages = sorted({*attention.PACKAGES, *lstm.PACKAGES})
+    packages = sorted({*attention.PACKAGES, *inference.PACKAGES, *lstm.PACKAGES})
     results: dict[str, Any] = {"machine": timing.machine(packages), "dtype": args.dtype}
     results |= {"seed": args.seed, "rounds": args.rounds}
     for what in args.what:

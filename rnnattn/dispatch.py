@@ -10,15 +10,20 @@ from functools import cache, partial
 import jax
 import jax.numpy as jnp
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
+
+from rnnattn.divided import can_be_divided, lowered_in_parts
+from rnnattn.precision import varying_together
 
 
-def dispatched(name, on_xla, by_platform, results, batched, *, exported=False):
+def dispatched(name, on_xla, by_platform, results, batched, division, *, exported=False):
     """A function of arrays that runs `on_xla` or as one `by_platform` says, where it ends up.
 
     That is known where a program is lowered, and only there: another implementation than `on_xla`
-    runs in one for a single device of its platform that is not exported. Programs for several
-    devices are left to XLA, which can divide them, and so is all that is not lowered as one
-    program, as under `jax.disable_jit`. Derivatives are those of `on_xla`, and so of every order.
+    runs in one for a single device of its platform that is not exported, and on a CPU for several
+    devices, of which each has a part. Left to XLA is a part that is divided further, in a
+    `jax.shard_map` over some of a mesh's axes, and all that is not lowered as one program, as under
+    `jax.disable_jit`. Derivatives are those of `on_xla`, and so of every order.
 
     Args:
         on_xla: of what is static, hashable, and of trees of arrays; to a tree of arrays.
@@ -26,7 +31,9 @@ def dispatched(name, on_xla, by_platform, results, batched, *, exported=False):
         results: of the same, a tree of their `jax.ShapeDtypeStruct`.
         batched: the rule for `vmap`, of what is static, the trees, their leading axes those of
             `vmap` where the same trees of Booleans say so, and the size of these; to the results
-            and where they have that axis, a tree or one for all.
+            and where they have that axis, a tree or one for all; None leaves them to XLA.
+        division: along which axes the arrays may be divided among devices; None leaves programs for
+            several to XLA, but for the parts in a `jax.shard_map`.
         exported: whether a program that is exported has them, too: they then are all of its own.
     """
 
@@ -46,15 +53,22 @@ def dispatched(name, on_xla, by_platform, results, batched, *, exported=False):
         plain = leafwise(on_xla)
         defined.def_impl(jax.jit(plain, static_argnames=("static", "tree")))
         defined.def_abstract_eval(
-            lambda *leaves, **how: [
-                jax.core.ShapedArray(x.shape, x.dtype) for x in leafwise(results)(*leaves, **how)
-            ]
+            lambda *leaves, **how: [_typed(x, leaves) for x in leafwise(results)(*leaves, **how)]
         )
         lower = partial(mlir.lower_fun, multiple_results=True)
         in_xla = lower(plain)
         mlir.register_lowering(defined, in_xla)
+
+        def in_parts(platform, context, *leaves, static, tree):
+            function = partial(defined.bind, static=static, tree=tree)
+            trees = jax.tree.unflatten(tree, context.avals_in)
+            shapes = results(static, *trees)
+            return lowered_in_parts(platform, function, division, trees, shapes, context, *leaves)
+
         for platform, function in by_platform.items():
-            rule = partial(_on_one_device, lower(leafwise(function)), in_xla, exported)
+            parts = partial(in_parts, platform) if division else None
+            rules = (lower(leafwise(function)), parts, in_xla)
+            rule = partial(_lowered, platform, exported, rules)
             mlir.register_lowering(defined, rule, platform=platform)
 
         def tangents_of(primals, tangents, **how):
@@ -79,7 +93,7 @@ def dispatched(name, on_xla, by_platform, results, batched, *, exported=False):
             ]
             size = front[has_axis.index(True)].shape[0]
             trees, has_axis = (jax.tree.unflatten(tree, x) for x in (front, has_axis))
-            if size == 0:
+            if size == 0 or batched is None:
                 axes = jax.tree.map(lambda b: 0 if b else None, has_axis)
                 results, axes = jax.vmap(partial(on_xla, static), axes)(*trees), 0
             else:
@@ -90,22 +104,49 @@ def dispatched(name, on_xla, by_platform, results, batched, *, exported=False):
         return defined
 
     def call(static, *trees):
-        # in `jax.shard_map` arrays have types that a primitive would have to know of
-        if jax.sharding.get_abstract_mesh().manual_axes:
+        mesh = jax.sharding.get_abstract_mesh()
+        # types tell how a part is divided further, as results would have to
+        if mesh.manual_axes and not mesh.are_all_axes_manual:
             return on_xla(static, *trees)
-        leaves, tree = jax.tree.flatten(trees)
+        leaves, tree = jax.tree.flatten(varying_together(trees))
         outputs = primitive().bind(*leaves, static=static, tree=tree)
         return jax.tree.unflatten(jax.tree.structure(results(static, *trees)), outputs)
 
     return call
 
 
-def _on_one_device(lowered, in_xla, exported, context, *leaves, **how):
-    """A lowering rule: `lowered` in a program for one device that stays here, or may leave."""
+def _typed(x, leaves):
+    """The type of a result of this shape and dtype, from types that vary over the same axes."""
+    mesh = next((a.sharding.mesh for a in leaves if not a.sharding.mesh.empty), None)
+    if mesh is None:
+        return jax.core.ShapedArray(x.shape, x.dtype)
+    return jax.core.ShapedArray(
+        x.shape,
+        x.dtype,
+        sharding=NamedSharding(mesh, PartitionSpec()),
+        manual_axis_type=leaves[0].manual_axis_type,
+    )
+
+
+# Platforms whose implementations run in programs for several devices, too: of several GPUs none
+# was at hand to try it.
+_DIVIDED = ("cpu",)
+
+
+def _lowered(platform, exported, rules, context, *leaves, **how):
+    """A lowering rule: one for a device alone, for parts of several, or that of XLA."""
+    here, in_parts, rule = rules
     module = context.module_context
-    devices = getattr(module.axis_context, "num_devices", 1)
-    serves = devices == 1 and (exported or not module.lowering_parameters.for_export)
-    return (lowered if serves else in_xla)(context, *leaves, **how)
+    axes, divides = module.axis_context, platform in _DIVIDED
+    if exported or not module.lowering_parameters.for_export:
+        count = getattr(axes, "num_devices", 1)
+        if isinstance(axes, mlir.SPMDAxisContext):  # in `jax.shard_map`
+            rule = here if divides and axes.manual_axes == {*axes.mesh.axis_names} else rule
+        elif count == 1:
+            rule = here
+        elif divides and in_parts and can_be_divided(platform, count):
+            rule = in_parts
+    return rule(context, *leaves, **how)
 
 
 def gpu_capability():

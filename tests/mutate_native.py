@@ -41,7 +41,16 @@ FUNCTIONS = [
         LSTM,
         ["narrowed(Bfloat16", "widened(Float16", "narrowed(Float16"],
     ),
-    ("attention_masks-inl.h", ATTENTION, ["keys_of(const Attention"]),
+    (
+        "attention_masks-inl.h",
+        ATTENTION,
+        [
+            "keys_of(const Attention",
+            "seen_by(const Range",
+            "segments_meet(const Attention",
+            "block_of(const Attention",
+        ],
+    ),
     (
         "attention_logits-inl.h",
         ATTENTION,
@@ -66,7 +75,7 @@ FUNCTIONS = [
             "stream_gradient(const Attention",
         ],
     ),
-    ("attention_products-inl.h", ATTENTION, ["V dots_with(int64_t"]),
+    ("attention_products-inl.h", ATTENTION, ["V dots_with(int64_t", "product_of_rows(int64_t"]),
     (
         "attention_packing-inl.h",
         ATTENTION,
@@ -101,6 +110,16 @@ EQUIVALENT = [
     "0.0f + my.delta[r] == 0",  # more rows are looked at, with the same result
     "0.0f + load_units(row + k, rest)",  # and more keys
     "products -= 0.0f",  # a sum of zeros, or NaN
+    # a block that could be left out, or left as it is, is looked at key by key
+    "query_least != key_least",
+    "key_most || key_least",
+    "seen.all.first <= keys.first - block.from",
+    # for the sanitizers
+    "p.query_segments - rows.b",
+    "p.T - rows.t",
+    "p.key_segments - rows.b",
+    "p.S - keys.first",
+    "rows.b + p.S",
     "least(i, columns + 1)",  # for the sanitizers: of what no lane shows
     "quarters + (W / 4)",  # the same
     "- i % (W / 4)",  # 0 where W is 4
@@ -117,6 +136,7 @@ SKIPPED = (
     "if (narrow)",
     "pack_row(p.query",
     "my.d_o_along",
+    "scale[r] : dots",
 )
 
 
@@ -198,7 +218,7 @@ def prepare(folder: Path) -> None:
         shutil.copy(ROOT / name, folder / name)
     none = "".join(
         f"const Kernels* {name}_kernels() {{ return nullptr; }}\n"
-        for name in ("avx512_bf16", "avx512", "avx2")
+        for name in ("avx512_bf16", "avx512", "avx2", "neon_bf16")
     )
     (folder / "none.cc").write_text(
         f'#include "{NATIVE}/kernels.h"\nnamespace rnnattn {{\n{none}}}\n'

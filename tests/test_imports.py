@@ -20,12 +20,13 @@ MORE["rnnattn.attention.peers"] = {"tokamax"}
 
 # What the parts may import of the library, besides themselves: primitives none of each other.
 HELPERS = {"rnnattn.checks", "rnnattn.meshes", "rnnattn.precision"}
-PRIMITIVE = HELPERS | {"rnnattn.dispatch", "rnnattn.native"}
+PRIMITIVE = HELPERS | {"rnnattn.dispatch", "rnnattn.divided", "rnnattn.native"}
 PARTS = {
     "rnnattn.checks": set(),
     "rnnattn.meshes": set(),
     "rnnattn.precision": set(),
-    "rnnattn.dispatch": set(),
+    "rnnattn.divided": {"rnnattn.precision"},
+    "rnnattn.dispatch": {"rnnattn.divided", "rnnattn.precision"},
     "rnnattn.native": set(),
     "rnnattn.attention": PRIMITIVE,
     "rnnattn.recurrent": PRIMITIVE,
@@ -49,6 +50,7 @@ FLOORS = [
         "xla",
         "placed",
         "native",
+        "pair",
         "hopper",
         "pallas",
         "cudnn",

@@ -122,7 +122,10 @@ SIZES = {
 
 @pytest.mark.parametrize("name", SIZES)
 def test_sizes(name, instruction_set):
-    assert_native_is_right(make_case(SIZES[name], is_causal=name == "some blocks", query_offset=9))
+    cap = {"logits_soft_cap": 1.5} if name == "wide heads" else {}  # and nothing else
+    assert_native_is_right(
+        make_case(SIZES[name], is_causal=name == "some blocks", query_offset=9, **cap)
+    )
 
 
 STREAMED = Sizes(2, 3, 530, 4, 2, 16, 20)

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from rnnattn import dot_product_attention, init_lstm, lstm, parallel
+from rnnattn import dot_product_attention, init_lstm, lstm, native, parallel
 from rnnattn.attention import ring as ring_schedule
 from rnnattn.attention.problem import Options
 from rnnattn.parallel import ring_attention, unzigzag, zigzag
@@ -117,6 +117,35 @@ def test_equals_attention_on_one_device(name, devices, small_blocks):  # noqa: F
     check()
 
 
+@pytest.mark.skipif(not native.status().available, reason=f"no kernels: {native.status().reason}")
+@pytest.mark.parametrize("name, devices", [("all keys", 2), ("causal", 4), ("zigzag", 4)])
+def test_kernels_attend_to_the_chunks(name, devices):
+    """In float32, against one device in float64; with lengths, 0 among them, and segments."""
+    case = _case(name)
+    options = {n: x for n, x in case.options.items() if n != "layout"}
+    ids = lambda size: jnp.asarray(np.sort(np.resize([0, 1, 1], (B, size))), jnp.int32)
+    others = {
+        "query_seq_lengths": jnp.array([16, 7], jnp.int32),
+        "key_value_seq_lengths": jnp.array([11, 0], jnp.int32),
+        "query_segment_ids": ids(T),
+        "key_value_segment_ids": ids(case.floats["key"].shape[1]),
+    }
+    cotangents = cotangents_for(case)
+    expected = first_order(dot_product_attention, **options)(case.floats, others, cotangents)
+    narrow = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+    reorder, restore = (lambda x, devices: x,) * 2
+    if "layout" in case.options:
+        reorder, restore = zigzag, unzigzag
+    there = [_zigzagged(tree, devices, reorder) for tree in (narrow(case.floats), others)]
+    there.append(tuple(reorder(x, devices) for x in narrow(cotangents)))
+    run = first_order(ring_attention, **case.options, mesh=ring_of(devices), axis_name="ring")
+    program = run.lower(*there).as_text()
+    assert all(f"rnnattn.attention_{half}" in program for half in ("forward", "backward"))
+    results, gradient = run(*there)
+    results = tuple(restore(x, devices) for x in results)
+    assert_same((results, _zigzagged(gradient, devices, restore)), expected, 1e-5)
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_within_shard_map_a_device_gives_its_parts(is_causal):
     case = make_case(Sizes(2, 16, 16, 4, 2, 3, 5), is_causal=is_causal)
@@ -189,13 +218,14 @@ def test_the_mesh_may_be_set(devices):
 # ---- rows that see nothing, and what nobody sees ------------------------------------------------
 
 
-def test_what_nobody_sees_may_be_nan_or_infinite():
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_what_nobody_sees_may_be_nan_or_infinite(dtype):
     """To the last bit as if it were zero there; a row that sees nothing is zero, its L −∞."""
     limits = {
         "query_seq_lengths": jnp.array([16, 0, 9]),
         "key_value_seq_lengths": jnp.array([5, 16, 0]),
     }
-    case = make_case(Sizes(3, 16, 16), is_causal=True, **limits)
+    case = make_case(Sizes(3, 16, 16), is_causal=True, dtype=dtype, **limits)
     run = first_order(ring_attention, **case.options, mesh=ring_of(4), axis_name="ring")
 
     def filled(poison):

@@ -20,6 +20,7 @@ from rnnattn import (
     dot_product_attention,
     lstm,
     lstm_step,
+    native,
     reference,
     rope,
     rope_2d,
@@ -32,7 +33,7 @@ pytestmark = pytest.mark.slow
 DEVICES = 2
 
 
-def _lstm(run, w_x, w_h, b, peephole, x, h, c, lengths=None, resets=None):
+def _lstm(run, w_x, w_h, b, x, h, c, peephole=None, lengths=None, resets=None):
     params = LSTMParams(w_x, w_h, b, peephole)
     masks = {"lengths": lengths, "resets": resets}
     given = {name: mask for name, mask in masks.items() if mask is not None}
@@ -174,3 +175,38 @@ def test_the_gradient_can_be_differentiated(function):
     of_floats = {name: spec for name, spec in specs.items() if _is_float(arrays[name])}
     divided = jax.shard_map(product, mesh=mesh, in_specs=(specs,), out_specs=of_floats)
     assert_same(*(jax.jit(f, compiler_options=QUICK)(arrays) for f in (divided, product)))
+
+
+@pytest.mark.skipif(not native.status().available, reason=f"no kernels: {native.status().reason}")
+@pytest.mark.parametrize("checked", [True, False])
+@pytest.mark.parametrize("function", ["lstm", "attention"])
+def test_kernels_run_on_each_device(function, checked):
+    """As on one: value, gradient, and its derivative."""
+    run, _ = FUNCTIONS[function]
+    arrays = {name: x[0] for name, x in _draw(function).items() if name != "peephole"}
+    arrays = {name: jnp.float32(x) if _is_float(x) else x for name, x in arrays.items()}
+    own = ("query", "key", "value", "x", "h", "c", "lengths", "resets", "key_value_seq_lengths")
+    specs = {name: P("devices") if name in own else P() for name in arrays}
+    mesh = jax.make_mesh(
+        (DEVICES,), ("devices",), (AxisType.Auto,), devices=jax.devices()[:DEVICES]
+    )
+    divided = jax.shard_map(
+        lambda arrays: run(**arrays),
+        mesh=mesh,
+        in_specs=(specs,),
+        out_specs=P("devices"),
+        check_vma=checked,
+    )
+
+    def of(run):
+        def gradient(floats):
+            return _with_gradient(run, {**arrays, **floats})
+
+        return jax.jit(lambda floats: (gradient(floats), jax.jvp(gradient, (floats,), (floats,))))
+
+    floats = {name: x for name, x in arrays.items() if _is_float(x)}
+    found, expected = of(lambda **arrays: divided(arrays)), of(run)
+    program = found.lower(floats).as_text()
+    kernels = "rnnattn.lstm" if function == "lstm" else "rnnattn.attention"
+    assert all(f"{kernels}_{half}" in program for half in ("forward", "backward"))
+    assert_same(found(floats), expected(floats), 1e-5)

@@ -15,8 +15,14 @@ import jax.numpy as jnp
 import rnnattn.attention.xla as xla
 from rnnattn.attention.equations import row_sums, sinks_gradient
 from rnnattn.attention.masking import only_seeing, rows_in_reach
-from rnnattn.attention.problem import Operands, Schedule
+from rnnattn.attention.problem import Masking, Operands, Schedule
 from rnnattn.dispatch import dispatched
+from rnnattn.divided import Division
+
+# The letters of the axes along which the kernels can be divided, and of those before them.
+_OPERANDS: Any = Operands("BTMG", "BSM", "BSM", "BMG", "BMG", "BMG")  # type: ignore[arg-type]
+_MASKING: Any = Masking("B", "BMG", "B", "B", "B", "B", "BMG")  # type: ignore[arg-type]
+_ARGUMENTS = (_OPERANDS, _MASKING)
 
 
 def as_they_are(options, operands, masking):
@@ -24,7 +30,7 @@ def as_they_are(options, operands, masking):
 
 
 def placed(name, by_platform):
-    """The schedule whose halves run as these in a program for one device of a platform.
+    """The schedule whose halves run as these in a program for a platform: see `dispatched`.
 
     Args:
         by_platform: a forward and a backward by the names that `jax.export` has for platforms.
@@ -40,6 +46,7 @@ def placed(name, by_platform):
         forwards,
         forward_results,
         lambda *how: (_over_axis(run_forward, forward_on_xla, (), *how), 0),
+        Division("BMG", _ARGUMENTS, ("BTMG", "BMG")),
     )
     run_backward: Callable = dispatched(
         f"{name}_gradient",
@@ -47,6 +54,7 @@ def placed(name, by_platform):
         backwards,
         _backward_results,
         lambda *how: _backward_over_axis(run_backward, *how),
+        Division("BMG", (*_ARGUMENTS, "BTMG", "BMG", "BTMG", "BMG"), _OPERANDS),
     )
 
     def whole_backward(options, operands, masking, o, lse, do, dlse):

@@ -1,8 +1,8 @@
 """Attention to a sequence that lies on several devices: keys and values travel round a ring.
 
 Each of D devices keeps its queries. Keys and values move on by one device at a time; whoever holds
-them makes the O and L of its own queries and these keys, as `rnnattn.attention.blockwise` does, and
-merges them with those of the keys that came by before, which are disjoint from these:
+them makes the O and L of its own queries and these keys (`rnnattn.attention.pair`), and merges them
+with those of the keys that came by before, which are disjoint from these:
 
     L = log(e^L₁ + e^L₂)                O = e^(L₁ − L) O₁ + e^(L₂ − L) O₂
 
@@ -34,10 +34,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-import rnnattn.attention.blockwise as blockwise
+import rnnattn.attention.pair as pair
 from rnnattn.attention.arguments import problem
 from rnnattn.attention.equations import weights
-from rnnattn.attention.masking import any_in_reach, only_seeing, zero_unreachable
+from rnnattn.attention.masking import any_in_reach, only_seeing
 from rnnattn.attention.problem import Masking, Operands, Options
 from rnnattn.attention.rule import as_given, instantiated, wanted
 from rnnattn.attention.xla import heads_first
@@ -152,7 +152,7 @@ def _over_pairs(ring, options, problem, stop, attend, carry):
     operands, masking = problem
     T, S = operands.query.shape[3], operands.key.shape[2]
 
-    def pair(carry, ab):
+    def visit(carry, ab):
         a, b = ab
         of_pair = _masking_of_pair(ring, masking, T, S, stop, a, b)
 
@@ -163,13 +163,13 @@ def _over_pairs(ring, options, problem, stop, attend, carry):
                 ring.cut(operands.value, b, 2),
                 operands.scale,
             )
-            return attend(carry, zero_unreachable(options, chunks, of_pair), of_pair, a, b)
+            return attend(carry, chunks, of_pair, a, b)
 
         last_row, keys = T // ring.chunks - 1, S // ring.chunks
         some = jnp.any(any_in_reach(options, of_pair, 0, last_row, keys))
         return lax.cond(some, see, lambda carry: carry, carry), None
 
-    return lax.scan(pair, carry, ring.pairs())[0]
+    return lax.scan(visit, carry, ring.pairs())[0]
 
 
 def _holding(operands, masking, held):
@@ -190,7 +190,7 @@ def _forward_round(ring, options, operands, masking):
 
     def attend(seen, operands, masking, a, b):
         o, lse = (ring.cut(x, a, 3) for x in seen)
-        merged = _merge(o, lse, *blockwise.forward(options, operands, masking))
+        merged = _merge(o, lse, *pair.forward(options, operands, masking))
         return tuple(ring.put(x, chunk, a, 3) for x, chunk in zip(seen, merged, strict=True))
 
     def visit(seen, held, stop):
@@ -224,7 +224,7 @@ def _backward_round(ring, options, operands, masking, o, lse, do, dlse):
     def attend(gradient, operands, masking, a, b):
         (dq, dscale), dk, dv = gradient
         of_a = (ring.cut(x, a, 3) for x in per_row)
-        d = blockwise.gradient(options, operands, masking, *of_a)
+        d = pair.gradient(options, operands, masking, *of_a)
         dscale = None if dscale is None else dscale + d.scale
         dq, dk = ring.add(dq, d.query, a, 3), ring.add(dk, d.key, b, 2)
         return (dq, dscale), dk, ring.add(dv, d.value, b, 2)

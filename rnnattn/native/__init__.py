@@ -5,8 +5,8 @@ They are compiled with the package, if there is a compiler (`setup.py`); their s
 
 Importing `rnnattn` makes them known to XLA, so that a program compiled and kept by another process
 finds them. The environment variable RNNATTN_NATIVE forces an instruction set, "avx512_bf16",
-"avx512", "avx2" or "baseline", when the kernels are first asked for; or it turns them "off", which
-from before the import on leaves the extension alone.
+"avx512" or "avx2" on x86-64, "neon_bf16" on AArch64, "baseline" on both, when the kernels are first
+asked for; or it turns them "off", which from before the import on leaves the extension alone.
 """
 
 from rnnattn.native.load import Status, ffi_version, status

@@ -9,16 +9,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 import rnnattn.recurrent.chunked as chunked
 from rnnattn.dispatch import dispatched
+from rnnattn.divided import Division
 from rnnattn.precision import accumulator
 from rnnattn.recurrent.equations import LSTMState, Variant
 from rnnattn.recurrent.problem import Schedule, Trace
 
+_FEWEST_ROWS = 64  # of all steps of a network, for which a turn of a loop over networks pays
+
 
 def placed(name, by_platform, *, exported=False):
-    """The schedule whose halves run as these in a program for one device of a platform.
+    """The schedule whose halves run as these in a program for a platform: see `dispatched`.
 
     Args:
         by_platform: a forward and a backward by the names that `jax.export` has for platforms; of
@@ -31,20 +35,25 @@ def placed(name, by_platform, *, exported=False):
         return run_forward((options, keeps), params, state, steps)
 
     forwards, backwards = ({p: halves[n] for p, halves in by_platform.items()} for n in (0, 1))
+    gradient = f"{name}_gradient"
     run_forward = dispatched(
         name,
         forward_on_xla,
         forwards,
         forward_results,
-        partial(_forward_over_axis, forward),
+        partial(
+            _forward_over_axis, forward, _in_turn(name, forward_on_xla, forwards, forward_results)
+        ),
+        Division("B", ("", "B", "TB"), ("B", "TB")),
         exported=exported,
     )
     backward = dispatched(
-        f"{name}_gradient",
+        gradient,
         chunked.backward,
         backwards,
         backward_results,
-        _backward_over_axis,
+        _in_turn(gradient, chunked.backward, backwards, backward_results),
+        Division("B", ("", "B", "TB", "TB", ("TB", "B")), ("", "B", "TB")),
         exported=exported,
     )
     return Schedule(forward, backward)
@@ -89,10 +98,50 @@ def backward_results(options, params, state, steps, *_):
     return jax.tree.map(like, (params, state, steps.x))
 
 
-def _forward_over_axis(forward, static, trees, batched, size):
+def _in_turn(name, on_xla, by_platform, results):
+    """The rule for `vmap` by XLA, and of weights by the kernels of a CPU, one call after another.
+
+    Measured: benchmarks/README.md, "Several networks at once".
+    """
+
+    def over_axis(static, *trees):
+        static, has_axis = static
+        axes = jax.tree.unflatten(jax.tree.structure(trees), [0 if b else None for b in has_axis])
+        return jax.vmap(partial(on_xla, static), axes)(*trees)
+
+    def in_turn(half, static, *trees):
+        (static, has_axis), (leaves, tree) = static, jax.tree.flatten(trees)
+
+        def one(mapped):
+            mapped = iter(mapped)
+            of_one = [next(mapped) if b else x for x, b in zip(leaves, has_axis, strict=True)]
+            return half(static, *jax.tree.unflatten(tree, of_one))
+
+        return lax.map(one, [x for x, b in zip(leaves, has_axis, strict=True) if b])
+
+    def stacked_results(static, *trees):
+        (static, has_axis), (leaves, tree) = static, jax.tree.flatten(trees)
+        size = leaves[has_axis.index(True)].shape[0]
+        shape = lambda x, b: jax.ShapeDtypeStruct(x.shape[b:], x.dtype)
+        of_one = jax.tree.unflatten(tree, map(shape, leaves, has_axis))
+        stack = lambda x: jax.ShapeDtypeStruct((size, *x.shape), x.dtype)
+        return jax.tree.map(stack, results(static, *of_one))
+
+    on_cpu = {p: partial(in_turn, half) for p, half in by_platform.items() if p == "cpu"}
+    run = dispatched(f"{name}_in_turn", over_axis, on_cpu, stacked_results, None, None)
+
+    def rule(static, trees, has_axis, size):
+        T, B, _ = trees[2].x.shape[-3:]
+        pays = any(jax.tree.leaves(has_axis[0])) and T * B >= _FEWEST_ROWS
+        return (run if pays else over_axis)((static, (*jax.tree.leaves(has_axis),)), *trees), 0
+
+    return rule
+
+
+def _forward_over_axis(forward, in_turn, static, trees, batched, size):
     """`vmap` joins its axis with the batch, if the weights are shared."""
     if any(jax.tree.leaves(batched[0])):
-        return _over_axis_on_xla(forward_on_xla, static, trees, batched)
+        return in_turn(static, trees, batched, size)
     params, state, steps = trees
     _, of_state, of_steps = batched
     rows = steps.x.shape[2 if of_steps.x else 1]
@@ -110,12 +159,3 @@ def _forward_over_axis(forward, static, trees, batched, size):
     axes = jax.tree.map(lambda x: x.ndim - 2, results)  # (B, H) or (T, B, …)
     split = lambda x, at: x.reshape(*x.shape[:at], size, rows, *x.shape[at + 1 :])
     return jax.tree.map(split, results, axes), axes
-
-
-def _backward_over_axis(options, trees, batched, size):
-    return _over_axis_on_xla(chunked.backward, options, trees, batched)
-
-
-def _over_axis_on_xla(on_xla, static, trees, batched):
-    axes = jax.tree.map(lambda b: 0 if b else None, tuple(batched))
-    return jax.vmap(partial(on_xla, static), axes)(*trees), 0

@@ -33,8 +33,12 @@ template <class Operand, class Number>
 RNNATTN_INLINE V load_along(const Number* p, int64_t n) {
 #if defined(RNNATTN_PAIRS)
   if constexpr (TOGETHER<Operand> == 2) {
-    if (n == ALONG<Operand>) return reinterpret_cast<V>(_mm512_loadu_si512(p));
-    return reinterpret_cast<V>(_mm512_maskz_loadu_epi16((1u << n) - 1, p));
+    V pairs{};
+    if (n == ALONG<Operand>)
+      __builtin_memcpy(&pairs, p, sizeof pairs);
+    else
+      pairs = reinterpret_cast<V>(_mm512_maskz_loadu_epi16((1u << n) - 1, p));
+    return pairs;
   }
 #endif
   return load_units(p, static_cast<int>(n));
@@ -45,7 +49,7 @@ template <class Operand>
 RNNATTN_INLINE V add_products(V x, V y, V sums) {
 #if defined(RNNATTN_PAIRS)
   if constexpr (TOGETHER<Operand> == 2)
-    return _mm512_dpbf16_ps(sums, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(y));
+    return dot(sums, reinterpret_cast<Pairs>(x), reinterpret_cast<Pairs>(y));
 #endif
   return fma(x, y, sums);
 }

@@ -134,6 +134,7 @@ struct Kernels {
 const Kernels* avx512_bf16_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx2_kernels();
+const Kernels* neon_bf16_kernels();
 const Kernels* baseline_kernels();
 
 // By number; null where it does not run here. Programs that were compiled and kept have the number.
@@ -143,10 +144,11 @@ inline const Kernels* kernels_of(int64_t set) {
     case 1: return avx2_kernels();
     case 2: return baseline_kernels();
     case 3: return avx512_bf16_kernels();
+    case 4: return neon_bf16_kernels();
     default: return nullptr;
   }
 }
-constexpr int64_t PREFERENCE[] = {3, 0, 1, 2};
+constexpr int64_t PREFERENCE[] = {3, 0, 1, 4, 2};
 
 }  // namespace rnnattn
 

@@ -233,7 +233,8 @@ static int64_t members_of(const Lstm<Number>& s) {
 // alone, and waits for the others after every step.
 template <class Number>
 static bool shares_units(const Lstm<Number>& s) {
-  return s.B < FEW_ROWS || members_of(s) > groups_of(s);
+  const int64_t with_enough = most(1, least(s.threads, s.B / ENOUGH_ROWS));
+  return s.B < FEW_ROWS || members_of(s) > with_enough;
 }
 
 // The steps whose b + x w_x is computed at once.
@@ -289,10 +290,11 @@ struct StepsMemory {
   Operand<Number>*cells, *x, *h, *h_next;
   float *from_x, *c;
 
-  StepsMemory(const Lstm<Number>& s, int64_t rows_of_x, int64_t projected, float* base)
+  StepsMemory(const Lstm<Number>& s, int64_t packed, int64_t rows_of_x, int64_t projected,
+              float* base)
       : memory{base} {
     const int64_t state = s.B * whole_vectors(s.H);
-    cells = memory.take<Operand<Number>>(Cells<Operand<Number>>::size(s.D, s.H));
+    cells = memory.take<Operand<Number>>(packed);
     x = memory.take<Operand<Number>>(Inputs<Number>::size(s.D, rows_of_x));
     from_x = projected ? memory.take(projected) : nullptr;
     h = memory.take<Operand<Number>>(state);
@@ -305,23 +307,22 @@ template <class Number>
 static bool all_steps(Threads& threads, const LstmForward<Number>& s) {
   using Operand = rnnattn::RNNATTN_SET::Operand<Number>;
   const int64_t T = s.T, B = s.B, D = s.D, H = s.H, stride = whole_vectors(H);
-  const bool by_units = shares_units(s);  // and b + x w_x of many steps at once
+  const int64_t weights = Cells<Operand>::size(D, H);
+  const bool once = T == 1 && weights > CACHED;    // a block of units after the other
+  const bool by_units = !once && shares_units(s);  // and b + x w_x of many steps at once
   const int64_t length = by_units ? chunk_of(s) : s.interval ? s.interval : most(T, 1);
   const int64_t rows_of_x = by_units ? least(length, T) * B : B;
   const int64_t projected = by_units && !s.a ? ceil_div(H, W) * Gates::panel(rows_of_x) : 0;
-  const StepsMemory<Number> size(s, rows_of_x, projected, nullptr);
+  const int64_t packed = once ? 0 : weights;
+  const StepsMemory<Number> size(s, packed, rows_of_x, projected, nullptr);
   const Allocation allocation(size.memory.used);
   if (!allocation.data()) return false;
   advise_huge_pages(allocation.data(), size.memory.used);
-  const StepsMemory<Number> my(s, rows_of_x, projected, allocation.data());
+  const StepsMemory<Number> my(s, packed, rows_of_x, projected, allocation.data());
   const Cells<Operand> cells{my.cells, D, H};
   const Inputs<Number> inputs{s, my.x};
   const Gates gates = Gates::in_rows(s.a, H);
   const Gates from_x = Gates::in_panels(my.from_x, rows_of_x);
-  if (!parallel_for(threads, ceil_div(H, W), s.threads, 0,
-                    [&](int64_t u, float*) { pack_cells(s, u, my.cells); }))
-    return false;
-
   // What step t reads and writes: x, or b + x w_x.
   auto step_at = [&](int64_t t, const Operand* x, const Gates& projection) {
     const Gates a = gates.from(t * B);
@@ -355,7 +356,31 @@ static bool all_steps(Threads& threads, const LstmForward<Number>& s) {
   advise_huge_pages(s.y, T * B * H);
   advise_huge_pages(s.c_all, T * B * H);
   advise_huge_pages(s.a, T * B * 4 * H);
-  const int64_t chunks = ceil_div(T, length);
+  const int64_t chunks = ceil_div(T, length), units = ceil_div(H, W);
+  if (once) {
+    const State<Operand> state{my.h, my.h_next, my.c, stride};
+    const Operand* x = inputs.rows(0, 0, 0);
+    const int64_t floats = cells.stride(D, H) / TOGETHER<Operand>;
+    return over_groups(threads, s,
+                       [&](int64_t lo, int64_t hi) {
+                         enter(lo, hi);
+                         inputs.rows(0, lo, hi);
+                         if (s.interval) keep(state, 0, 0, H, lo, hi);
+                         zero_fresh(state.h, state.c, stride, s.fresh, s.valid, lo, hi, 0, stride);
+                       }) &&
+           parallel_for(threads, units, s.threads, floats,
+                        [&](int64_t u, float* memory) {
+                          Operand* block = reinterpret_cast<Operand*>(memory);
+                          pack_cells(s, u, block);
+                          advance(Cells<Operand>{block, D, H, u}, state, step_at(0, x, Gates{}), u,
+                                  u + 1, 0, B);
+                        }) &&
+           over_groups(threads, s, [&](int64_t lo, int64_t hi) { leave(state.after(1), lo, hi); });
+  }
+  if (!parallel_for(threads, units, s.threads, 0, [&](int64_t u, float*) {
+        pack_cells(s, u, my.cells + u * cells.stride(D, H));
+      }))
+    return false;
   if (!by_units)
     return over_groups(threads, s, [&](int64_t lo, int64_t hi) {
       State<Operand> state = enter(lo, hi);
@@ -388,9 +413,9 @@ static bool all_steps(Threads& threads, const LstmForward<Number>& s) {
   return ok;
 }
 
-// ---- a single step of few rows ----------------------------------------------------------------
+// ---- few steps of few rows --------------------------------------------------------------------
 
-// Weights that are read once are not worth packing: they are read along their rows.
+// Weights that are hardly read again are not worth packing: they are read along their rows.
 
 // z += a w for R rows; z (R, 4, `units`) of the units from `first` on, a (R, K), w (K, 4, H).
 template <int R, class Number>
@@ -456,14 +481,15 @@ static void step_of_units(const LstmForward<Number>& s, int64_t first, int64_t u
 }
 
 template <class Number>
-static bool is_single_step(const LstmForward<Number>& s) {
-  return s.T == 1 && s.B <= STEP_ROWS && !s.valid && !s.fresh && !s.interval;
+static bool are_few_steps(const LstmForward<Number>& s) {
+  const int64_t few = (s.D + s.H) * 4 * s.H < SMALL_STEP ? 2 : 4;
+  return s.T <= few && s.B <= STEP_ROWS && !s.valid && !s.fresh && !s.interval;
 }
 
 template <class Number>
 static bool single_step(Threads& threads, const LstmForward<Number>& s) {
   const int64_t blocks = ceil_div(s.H, STEP_UNITS);
-  const int64_t limit = (s.D + s.H) * 4 * s.H < STEP_ALONE ? 1 : s.threads;
+  const int64_t limit = (s.D + s.H) * 4 * s.H < SMALL_STEP ? 1 : s.threads;
   const int64_t floats = s.B * (4 * STEP_UNITS + most(s.D, s.H));
   return parallel_for(threads, blocks, limit, floats, [&](int64_t item, float* z) {
     const int64_t first = item * STEP_UNITS, units = least(STEP_UNITS, s.H - first);
@@ -477,8 +503,26 @@ static bool single_step(Threads& threads, const LstmForward<Number>& s) {
 }
 
 template <class Number>
+static bool few_steps(Threads& threads, const LstmForward<Number>& s) {
+  LstmForward<Number> step = s;
+  const int64_t BH = s.B * s.H;
+  bool ok = true;
+  over_steps(s.reverse, 0, s.T, [&](int64_t t) {
+    step.x = s.x + t * s.B * s.D;
+    step.y = s.y + t * BH;
+    step.c_all = at(s.c_all, t, BH);
+    step.a = at(s.a, t, 4 * BH);
+    ok = ok && single_step(threads, step);
+    // h is read by all units while they write y, and so is that of the step before
+    step.h = step.y;
+    step.c = s.c_last;
+  });
+  return ok;
+}
+
+template <class Number>
 static bool forward(Threads& threads, const LstmForward<Number>& s) {
-  return is_single_step(s) ? single_step(threads, s) : all_steps(threads, s);
+  return are_few_steps(s) ? few_steps(threads, s) : all_steps(threads, s);
 }
 
 }  // namespace rnnattn::RNNATTN_SET::lstm

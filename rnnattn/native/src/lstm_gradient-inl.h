@@ -133,15 +133,16 @@ class Backward {
 
     const int64_t blocks = packed_cells_ ? ceil_div(H, W) : 0,
                   panels = Transposed<float>::panels(H);
-    bool ok = parallel_for(threads_, blocks + panels + Transposed<float>::panels(D), s_.threads, 0,
-                           [&](int64_t item, float*) {
-                             if (item < blocks)
-                               pack_cells(s_, item, packed_cells_);
-                             else if (item < blocks + panels)
-                               pack_transposed(s_.w_h, H, H, item - blocks, packed_h_);
-                             else
-                               pack_transposed(s_.w_x, D, H, item - blocks - panels, packed_x_);
-                           });
+    bool ok =
+        parallel_for(threads_, blocks + panels + Transposed<float>::panels(D), s_.threads, 0,
+                     [&](int64_t item, float*) {
+                       if (item < blocks)
+                         pack_cells(s_, item, packed_cells_ + item * Cells<Operand>::stride(D, H));
+                       else if (item < blocks + panels)
+                         pack_transposed(s_.w_h, H, H, item - blocks, packed_h_);
+                       else
+                         pack_transposed(s_.w_x, D, H, item - blocks - panels, packed_x_);
+                     });
     advise_huge_pages(s_.dx, T * B * D);
     advise_huge_pages(s_.dw_x, D * H4);
     advise_huge_pages(s_.dw_h, H * H4);

@@ -11,6 +11,8 @@
 namespace rnnattn {
 namespace {
 
+constexpr int64_t WORK_OF_A_THREAD = 1 << 18;  // multiply-adds that pay for waking another
+
 struct LstmOptions {
   bool reverse;
   int64_t interval, instruction_set, threads;
@@ -38,6 +40,7 @@ void fill(Checks& checks, Lstm<Number>& p, ffi::ThreadPool pool, Buffer x, Buffe
   p.interval = options.interval;
   p.threads = std::max<int64_t>(pool.num_threads(), 1);
   if (options.threads > 0) p.threads = std::min(p.threads, options.threads);
+  p.threads = std::min(p.threads, 1 + p.T * p.B * (p.D + p.H) * 4 * p.H / WORK_OF_A_THREAD);
 }
 
 template <class Number>

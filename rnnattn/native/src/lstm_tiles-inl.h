@@ -44,13 +44,15 @@ constexpr int GATE_TILE_ROWS = 2;
 
 constexpr int PANEL = 4 * W;  // the width of a tile
 
-constexpr int64_t FEW_ROWS = 3;            // with fewer for each thread, the units are shared out
-constexpr int64_t SHARE = 1 << 15;         // products of a step that pay for waiting for another
-constexpr int64_t PROJECTED_ROWS = 96;     // of the batch and time, of an item of the projection
-constexpr int64_t STEP_ROWS = 4;           // up to so many, a single step packs no weights
-constexpr int64_t STEP_UNITS = 256;        // of a work item of such a step
-constexpr int64_t STEP_ALONE = 1 << 20;    // with fewer weights, another thread does not pay
-constexpr int64_t CHUNK_ROWS = 2048;       // of the batch and time, of a chunk of the gradient
+constexpr int64_t FEW_ROWS = 3;          // fewer for a thread do not pay
+constexpr int64_t ENOUGH_ROWS = 4;       // with fewer for each, the units are shared out instead
+constexpr int64_t SHARE = 1 << 15;       // products of a step that pay for waiting for another
+constexpr int64_t PROJECTED_ROWS = 96;   // of the batch and time, of an item of the projection
+constexpr int64_t STEP_ROWS = 4;         // up to so many, few steps pack no weights
+constexpr int64_t STEP_UNITS = 256;      // of a work item of such a step
+constexpr int64_t CACHED = 1 << 17;      // weights of a step that may be packed all at once
+constexpr int64_t SMALL_STEP = 1 << 20;  // with fewer weights: one thread, and the third step packs
+constexpr int64_t CHUNK_ROWS = 2048;     // of the batch and time, of a chunk of the gradient
 constexpr int64_t CHUNK_FLOATS = 1 << 20;  // of its dz
 constexpr int64_t DEPTH = 512;  // rows of dz that a block of the weight gradient sums at once
 constexpr int64_t BLOCK = 32 * GATE_TILE_ROWS;  // rows of such a block
@@ -100,26 +102,27 @@ template <class Operand>
 struct Cells {
   const Operand* packed;
   int64_t D, H;
+  int64_t first = 0;  // the block of units that `packed` begins with
 
   static constexpr int64_t BIAS = PANEL * TOGETHER<Operand>;
   static int64_t of_x(int64_t D) { return whole_steps<Operand>(D) * PANEL; }
   static int64_t stride(int64_t D, int64_t H) { return BIAS + of_x(D) + of_x(H); }
   static int64_t size(int64_t D, int64_t H) { return ceil_div(H, W) * stride(D, H); }
-  V bias(int64_t u, int g) const {
-    return load(reinterpret_cast<const float*>(packed + u * stride(D, H)) + g * W);
-  }
-  const Operand* x(int64_t u) const { return packed + u * stride(D, H) + BIAS; }
+  V bias(int64_t u, int g) const { return load(reinterpret_cast<const float*>(at(u)) + g * W); }
+  const Operand* x(int64_t u) const { return at(u) + BIAS; }
   const Operand* h(int64_t u) const { return x(u) + of_x(D); }
+
+ private:
+  const Operand* at(int64_t u) const { return packed + (u - first) * stride(D, H); }
 };
 
 template <class Number>
-static void pack_cells(const Lstm<Number>& s, int64_t u, Operand<Number>* packed) {
+static void pack_cells(const Lstm<Number>& s, int64_t u, Operand<Number>* out) {
   const int64_t H = s.H, j = u * W;
   const int n = static_cast<int>(least(W, H - j));
   const auto halved = [&](const Number* row, int64_t g) {
     return load_units(row + g * H + j, n) * splat(g == 2 ? 1.0f : 0.5f);
   };
-  Operand<Number>* out = packed + u * Cells<Operand<Number>>::stride(s.D, H);
   float* bias = reinterpret_cast<float*>(out);
   for (int64_t g = 0; g < 4; ++g) put_steps(bias, halved(s.b, g));
   out += Cells<Operand<Number>>::BIAS;

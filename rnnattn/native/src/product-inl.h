@@ -82,6 +82,17 @@ RNNATTN_INLINE void accumulate(V (&sums)[R][N], int64_t steps, const float* a, i
 }
 
 #if defined(RNNATTN_PAIRS)
+// W pairs of bfloat16; `dot` adds the products of both numbers of each to a sum.
+#if defined(__aarch64__)
+using Pairs = bfloat16x8_t;
+RNNATTN_INLINE V dot(V sum, Pairs x, Pairs y) {
+  return reinterpret_cast<V>(vbfdotq_f32(reinterpret_cast<float32x4_t>(sum), x, y));
+}
+#else
+using Pairs = __m512bh;
+RNNATTN_INLINE V dot(V sum, Pairs x, Pairs y) { return _mm512_dpbf16_ps(sum, x, y); }
+#endif
+
 RNNATTN_INLINE void put_pairs(Bfloat16*& out, V first, V second) {
   const Words pairs = narrowed(Bfloat16{}, first) | (narrowed(Bfloat16{}, second) << 16);
   __builtin_memcpy(out, &pairs, sizeof pairs);
@@ -93,16 +104,16 @@ template <int R, int N>
 RNNATTN_INLINE void accumulate(V (&sums)[R][N], int64_t steps, const Bfloat16* a, int64_t a_row,
                                const Bfloat16* b, int64_t width) {
   for (int64_t step = 0; step < steps; step += 2, a += 2, b += 2 * width) {
-    __m512bh column[R];
+    Pairs column[R];
     unrolled<R>([&](auto r) RNNATTN_LAMBDA {
-      int32_t pair;
+      uint32_t pair;
       __builtin_memcpy(&pair, a + r * a_row, sizeof pair);
-      column[r] = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
+      column[r] = reinterpret_cast<Pairs>(Words{} + pair);
     });
     unrolled<N>([&](auto n) RNNATTN_LAMBDA {
-      const __m512bh y = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b + 2 * n * W));
-      unrolled<R>([&](auto r)
-                      RNNATTN_LAMBDA { sums[r][n] = _mm512_dpbf16_ps(sums[r][n], column[r], y); });
+      Pairs y;
+      __builtin_memcpy(&y, b + 2 * n * W, sizeof y);
+      unrolled<R>([&](auto r) RNNATTN_LAMBDA { sums[r][n] = dot(sums[r][n], column[r], y); });
     });
   }
 }
