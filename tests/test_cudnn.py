@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import pytest
 
 from rnnattn import dot_product_attention
-from rnnattn.attention import api, cudnn
+from rnnattn.attention import api, cudnn, native
 from rnnattn.attention.arguments import checked, sorted_arguments
 from rnnattn.attention.placed import placed
 from tests.attention_cases import Sizes, assert_same, cotangents_for, make_case, quick
@@ -92,8 +92,9 @@ def called(monkeypatch):
     monkeypatch.setattr(cudnn, "attend", stub("forward", attend))
     monkeypatch.setattr(cudnn, "attend_gradient", stub("backward", attend_gradient))
     monkeypatch.setattr(cudnn, "gpu_capability", lambda: (9, 0))
-    on_cpu = placed("rnnattn_cudnn_stub", "cpu", cudnn._forward, cudnn._backward)
+    on_cpu = placed("rnnattn_cudnn_stub", {"cpu": cudnn.HALVES})
     monkeypatch.setattr(cudnn, "CUDNN", on_cpu)
+    monkeypatch.setattr(native, "unserved", lambda *call: ["what is tested here"])
     cast(Any, api._run_attention).clear_cache()
     yield names
     cast(Any, api._run_attention).clear_cache()

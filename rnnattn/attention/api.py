@@ -20,6 +20,7 @@ from rnnattn.attention.arguments import (
     with_one_batch_axis,
 )
 from rnnattn.attention.peers import hand_over
+from rnnattn.attention.placed import placed
 from rnnattn.attention.rule import attend, plain, with_weights
 from rnnattn.attention.signature import Implementation, Window, typed
 from rnnattn.checks import Check, forward_mode
@@ -68,12 +69,12 @@ def dot_product_attention(
             `jax.nn` hides the query's own key with it, other libraries mean all of a side.
         implementation: "dense" (all logits at once), "blockwise" (memory linear in T + S), "xla"
             (the better of the two, blockwise from 2¹⁶ logits for each head on), "native" (kernels
-            for a CPU, see `rnnattn.native`; float32, no dropout); "cudnn" and "tokamax" hand the
-            call over to `jax.nn` and to tokamax, for what they can serve, with their own gradients
-            and rules for rows that see nothing; None chooses: "native" on a CPU where it can serve;
-            in 16 bits, on one NVIDIA GPU and in a program that is not exported, cuDNN where it can
-            (`rnnattn.attention.cudnn`: as all that is said here, but that it rounds the weights to
-            16 bits before their product with the values); else "xla".
+            for a CPU, see `rnnattn.native`; no float64, no dropout); "cudnn" and "tokamax" hand
+            the call over to `jax.nn` and to tokamax, for what they can serve, with their own
+            gradients and rules for rows that see nothing; None chooses: "native" on a CPU where it
+            can serve; in 16 bits, on one NVIDIA GPU and in a program that is not exported, cuDNN
+            where it can (`rnnattn.attention.cudnn`: as all that is said here, but that it rounds
+            the weights to 16 bits before their product with the values); else "xla".
         return_residual: also return the log-sum-exp L, (B, T, N), in float32 for 16-bit inputs and
             with a true gradient, where that of `jax.nn` has the key's dtype and none for L.
         query_offset: a number or (B,): query t stands at position t + offset among the keys. A
@@ -192,7 +193,7 @@ def call(function, rule, arguments, schedule=None):
         rule = with_weights
     if schedule is None:
         schedule = _suited(arrays, options, request)
-    if schedule is cudnn.CUDNN:
+    if schedule in (cudnn.CUDNN, _IN_16_BITS):
         options = options._replace(scale=cudnn.known_scale(arrays))
     if isinstance(arrays.query_offset, int) and arrays.query_offset == 0:
         arrays = arrays._replace(query_offset=None)  # a constant, which nobody has to send
@@ -200,6 +201,10 @@ def call(function, rule, arguments, schedule=None):
     with forward_mode("rnnattn.attention.dot_product_attention_jvp"):
         results = _run_attention(function, rule, schedule, options, wanted, arrays)
     return results[0] if len(results) == 1 else results
+
+
+# By the kernels for a CPU or by cuDNN, where both serve.
+_IN_16_BITS = placed("rnnattn_attention_16_bits", {"cpu": native.HALVES, "cuda": cudnn.HALVES})
 
 
 def _suited(arrays, options, request):
@@ -212,11 +217,11 @@ def _suited(arrays, options, request):
         return xla.BLOCKWISE
     # Where they serve, the kernels are the faster at all sizes measured (benchmarks/README.md,
     # "When they run").
-    if name != "xla" and not native.unserved(arrays.query, arrays.value, options):
-        return native.NATIVE
-    if name is None and not cudnn.unserved(arrays, options):
-        return cudnn.CUDNN
-    return xla.by_size(T, S)
+    by_cpu = name != "xla" and not native.unserved(arrays.query, arrays.value, options)
+    by_gpu = name is None and not cudnn.unserved(arrays, options)
+    if by_cpu:
+        return _IN_16_BITS if by_gpu else native.NATIVE
+    return cudnn.CUDNN if by_gpu else xla.by_size(T, S)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))

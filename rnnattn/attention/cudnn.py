@@ -253,7 +253,7 @@ def _forward(options, operands, masking):
     B, T, M, G, K = operands.query.shape
     given = _given(options, operands, masking)
     o, lse = attend(*given.arguments)
-    o = o.astype(jnp.float32)
+    o = o.astype(jnp.float32) if options.keeps_o else o
     sees = _rows_that_see(options, given, operands, masking)
     if sees is not None:
         o = jnp.where(jnp.moveaxis(sees, 1, 2)[..., None], o, 0)
@@ -262,7 +262,7 @@ def _forward(options, operands, masking):
     if operands.sinks is None:
         return o, lse
     share, lse = joined_by_sinks(operands.sinks, lse)
-    return time_first(share)[..., None] * o, lse
+    return (time_first(share)[..., None] * o).astype(o.dtype), lse
 
 
 def _backward(options, operands, masking, o, lse, do, dlse):
@@ -281,10 +281,13 @@ def _backward(options, operands, masking, o, lse, do, dlse):
     o, do = (x.astype(q.dtype).reshape(B, T, M * G, K) for x in (o, do))
     lse = lse.reshape(B, M * G, T)
     made = attend_gradient(given.arguments, o, lse, do, wants_dbias)
-    dq, dk, dv, *of_bias = (x.astype(jnp.float32) for x in made)
+    dq, dk, dv, *of_bias = made
     dq, dk, dv = _only(given.queries, dq), _only(given.keys, dk), _only(given.keys, dv)
-    dbias = _only_seen(options, of_bias[0].reshape(bias.shape)) if wants_dbias else None
+    dbias = None
+    if wants_dbias:
+        dbias = _only_seen(options, of_bias[0].reshape(bias.shape).astype(jnp.float32))
     return Operands(dq.reshape(q.shape), dk, dv, None, dbias)
 
 
-CUDNN = placed("rnnattn_attention_cudnn", "cuda", _forward, _backward)
+HALVES = _forward, _backward
+CUDNN = placed("rnnattn_attention_cudnn", {"cuda": HALVES})

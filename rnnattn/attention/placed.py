@@ -1,4 +1,4 @@
-"""Schedules in the layout of the arguments, which run on one platform, and elsewhere on XLA.
+"""Schedules in the layout of the arguments, which run on some platforms, and elsewhere on XLA.
 
 What they share but the halves that run there: the schedules on XLA in this layout
 (`rnnattn.attention.xla`), for other places (`rnnattn.dispatch`) and for derivatives beyond the
@@ -29,24 +29,29 @@ def as_they_are(options, operands, masking):
     return operands
 
 
-def placed(name, platform, forward, backward, enter=as_they_are):
-    """The schedule whose halves run as these in a program for `platform`: see `dispatched`.
+def placed(name, by_platform):
+    """The schedule whose halves run as these in a program for a platform: see `dispatched`.
 
-    They take and give what the halves of a schedule do, in the layout of the arguments, with all
-    results in float32; but for the gradient of the sinks, which follows from the rest.
+    Args:
+        by_platform: a forward and a backward by the names that `jax.export` has for platforms.
+
+    They take and give what the halves of a schedule do, in the layout of the arguments: L and
+    gradients of scale and bias in float32, those of query, key and value in their dtypes, and none
+    of the sinks, which follows from the rest.
     """
+    forwards, backwards = ({p: halves[n] for p, halves in by_platform.items()} for n in (0, 1))
     run_forward: Callable = dispatched(
         name,
         forward_on_xla,
-        {platform: forward},
-        _forward_results,
+        forwards,
+        forward_results,
         lambda *how: (_over_axis(run_forward, forward_on_xla, (), *how), 0),
         Division("BMG", _ARGUMENTS, ("BTMG", "BMG")),
     )
     run_backward: Callable = dispatched(
         f"{name}_gradient",
         backward_on_xla,
-        {platform: backward},
+        backwards,
         _backward_results,
         lambda *how: _backward_over_axis(run_backward, *how),
         Division("BMG", (*_ARGUMENTS, "BTMG", "BMG", "BTMG", "BMG"), _OPERANDS),
@@ -57,7 +62,9 @@ def placed(name, platform, forward, backward, enter=as_they_are):
         dsinks = sinks_gradient(operands.sinks, lse, xla.time_last(row_sums(do, o)), dlse)
         return gradient._replace(sinks=dsinks)
 
-    return Schedule(enter, run_forward, whole_backward, lambda options, operands, masking, *r: r)
+    return Schedule(
+        as_they_are, run_forward, whole_backward, lambda options, operands, masking, *r: r
+    )
 
 
 # ------------------------------------------------------------------------------------------ on XLA
@@ -71,7 +78,14 @@ def forward_on_xla(options, operands, masking):
     schedule = _by_size(operands)
     operands = schedule.enter(options, operands, masking)
     results = schedule.forward(options, operands, masking)
-    return schedule.leave(options, operands, masking, *results)
+    o, lse = schedule.leave(options, operands, masking, *results)
+    return o if options.keeps_o else o.astype(operands.value.dtype), lse
+
+
+def as_given(gradient, operands):
+    """The gradient, that of query, key and value in their dtypes."""
+    dq, dk, dv = (d.astype(x.dtype) for d, x in zip(gradient[:3], operands[:3], strict=True))
+    return gradient._replace(query=dq, key=dk, value=dv)
 
 
 def backward_on_xla(options, operands, masking, o, lse, do, dlse):
@@ -83,26 +97,31 @@ def backward_on_xla(options, operands, masking, o, lse, do, dlse):
     do, dlse = (only_seeing(sees, x) for x in (do, dlse))
     d = schedule.backward(options, operands, masking, o, lse, do, dlse)
     dk, dv = (jnp.moveaxis(x, 1, 2) for x in (d.key, d.value))
-    return d._replace(query=xla.time_first(d.query), key=dk, value=dv)
+    return as_given(d._replace(query=xla.time_first(d.query), key=dk, value=dv), operands)
 
 
 # ------------------------------------------------------------------------------------- the results
 
 
-def _like(x, shape=None) -> Any:
-    return jax.ShapeDtypeStruct(x.shape if shape is None else shape, jnp.float32)
+def _like(x) -> Any:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
-def _forward_results(options, operands, masking):
-    q = operands.query
-    B, T, M, G, _ = q.shape
-    return _like(q, (B, T, M, G, operands.value.shape[3])), _like(q, (B, M, G, T))
+def _wide(*shape) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def forward_results(options, operands, masking):
+    B, T, M, G, _ = operands.query.shape
+    dtype, V = operands.value.dtype, operands.value.shape[3]
+    o: Any = jax.ShapeDtypeStruct((B, T, M, G, V), jnp.float32 if options.keeps_o else dtype)
+    return o, _wide(B, M, G, T)
 
 
 def _backward_results(options, operands, *_):
     q, k, v, scale, bias, _ = operands
-    dscale = _like(scale) if options.scale_gradient else None
-    dbias = _like(bias) if bias is not None and options.bias_gradient else None
+    dscale = _wide(*scale.shape) if options.scale_gradient else None
+    dbias = _wide(*bias.shape) if bias is not None and options.bias_gradient else None
     return Operands(_like(q), _like(k), _like(v), dscale, dbias)
 
 

@@ -19,6 +19,7 @@ class Options(NamedTuple):
     dropout_rate: float = 0.0
     bias_gradient: bool = True  # that of a (T, S) bias is the one thing as large as the logits
     scale_gradient: bool = True  # a pass over the logits
+    keeps_o: bool = True  # for the gradient, in the accumulator's dtype
     lse_gradient: bool = True  # that which comes back to L, where libraries take none
     scale: float | None = None  # the operand's value, for a library that has to know it
 
@@ -52,8 +53,10 @@ class Schedule(NamedTuple):
     Each takes (options, operands, masking, …). `enter` brings the operands from the layout of the
     arguments, where a query is (B, T, M, G, K), a key (B, S, M, K) and a value (B, S, M, V), into
     the one that the schedule reads, and zeroes what may be NaN and must reach nothing. `forward`
-    gives O and L, `backward` of O, L, dO and dL the gradient of the operands, in the accumulator's
-    dtype, None where nobody asked. `leave` takes O and L back: O (B, T, M, G, V), L (B, M, G, T).
+    gives O and L in the accumulator's dtype; an O that is not kept may have that of the values.
+    `backward` gives, of O, L, dO and dL, the gradient of the operands, in the accumulator's dtype
+    or their own, None where nobody asked. `leave` takes O and L back: O (B, T, M, G, V), L (B, M,
+    G, T).
     """
 
     enter: Callable

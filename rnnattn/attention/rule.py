@@ -12,8 +12,9 @@ from rnnattn.attention.equations import finite_lse
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def attend(schedule, options, operands, masking):
-    """O and L."""
-    return schedule.forward(options, operands, masking)
+    """O, in the dtype of the values, and L."""
+    o, lse = schedule.forward(options._replace(keeps_o=False), operands, masking)
+    return o.astype(operands.value.dtype), lse
 
 
 def _attend_fwd(schedule, options, operands, masking):
@@ -24,7 +25,8 @@ def _attend_fwd(schedule, options, operands, masking):
     asked = (wanted(operands.bias), wanted(operands.scale))
     operands, masking = jax.tree.map(lambda x: x.value, (operands, masking))
     o, lse = schedule.forward(options, operands, masking)
-    return (o, lse), (operands, masking, o, finite_lse(lse), asked)
+    rounded = o.astype(operands.value.dtype)
+    return (rounded, lse), (operands, masking, o, finite_lse(lse), asked)
 
 
 def _attend_bwd(schedule, options, residuals, cotangents):

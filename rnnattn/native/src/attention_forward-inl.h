@@ -11,6 +11,7 @@
 #include "attention_packing-inl.h"
 #include "instruction_set.h"
 #include "kernels.h"
+#include "numbers-inl.h"
 #include "product-inl.h"
 #include "simd-inl.h"
 #include "threads.h"
@@ -61,17 +62,21 @@ struct PartsOfSoftmax {
   }
 };
 
+template <class Number>
 struct ForwardMemory {
+  using Operand = RNNATTN_SET::Operand<Number>;
   Memory memory;
-  float *q, *k, *v, *s, *o, *total, *peak, *shrink;
+  Operand *q, *k;
+  float *scale, *v, *s, *o, *total, *peak, *shrink;
   Range* ranges;
 
   ForwardMemory(const Attention& p, const ForwardPlan& plan, float* base) : memory{base} {
     // No more than is used: to touch new pages would cost more than a small problem does.
     const int64_t rows = least(FORWARD_ROWS, p.G * p.T), all = rows * plan.heads;
     const int64_t keys = least(plan.keys, whole_panels(p.S));
-    q = memory.take(all * whole_vectors(p.K));
-    k = memory.take(plan.streamed ? 0 : keys * p.K);
+    q = memory.take<Operand>(all * whole_along<Operand>(p.K));
+    k = memory.take<Operand>(ALIKE<Number> && plan.streamed ? 0 : keys * whole_along<Operand>(p.K));
+    scale = IN_PAIRS<Number> ? memory.take(all) : nullptr;
     v = memory.take(keys * whole_vectors(p.V));
     s = memory.take(least(ROWS, rows) * STRIDE);
     o = memory.take(all * whole_vectors(p.V));
@@ -114,14 +119,18 @@ static void weigh(const Block& block, int64_t rows, float* s, float* peak, float
 
 // Nothing seen yet: of a head, its queries packed, and the softmax. A sink counts as a key without
 // a value, in the first part.
-static void begin_rows(const AttentionForward& p, const Rows& rows, bool first_part,
-                       const ForwardMemory& my) {
-  const int64_t count = rows.count(), k_width = whole_vectors(p.K);
+template <class Number>
+static void begin_rows(const AttentionForward<Number>& p, const Rows& rows, bool first_part,
+                       const ForwardMemory<Number>& my) {
+  const int64_t count = rows.count(), q_width = whole_along<Operand<Number>>(p.K);
   for (int64_t r = 0; r < count; ++r) {
     if (p.query_lengths && rows.time(r) >= p.query_lengths[rows.b])
-      zero(my.q + r * k_width, k_width);
+      zero(my.q + r * q_width, q_width);
+    else if constexpr (IN_PAIRS<Number>)
+      pack_row(p.query + query_at(p, p.K, rows, r), p.K, my.q + r * q_width);
     else
-      pack_query(p, rows, r, my.q + r * k_width);
+      pack_query(p, p.query, rows, r, my.q + r * q_width);
+    if constexpr (IN_PAIRS<Number>) my.scale[r] = scale_of(p, rows, r);
     const float sink = p.sinks && first_part ? p.sinks[rows.m * p.G + rows.head(r)] : -INFINITY;
     my.peak[r] = sink;
     zero(my.total + r * W, W);
@@ -131,12 +140,16 @@ static void begin_rows(const AttentionForward& p, const Rows& rows, bool first_p
 }
 
 // The softmax of rows of a head after a block of keys more.
-static void see_keys(const AttentionForward& p, const Rows& rows, Range keys, bool streamed,
-                     const ForwardMemory& my) {
-  const int64_t count = rows.count(), k_width = whole_vectors(p.K), v_width = whole_vectors(p.V);
-  const bool in_place = streamed && vectors_in_place(p, p.V, rows.b, rows.m, keys);
-  const Against k{streamed ? nullptr : my.k, rows_in_place(p, p.key, p.K, rows.b, rows.m, keys)};
-  KeyRows v{my.v, v_width};
+template <class Number>
+static void see_keys(const AttentionForward<Number>& p, const Rows& rows, Range keys, bool streamed,
+                     const ForwardMemory<Number>& my) {
+  const int64_t count = rows.count(), v_width = whole_vectors(p.V);
+  const int64_t q_width = whole_along<Operand<Number>>(p.K);
+  const KeyRows<Number> v = rows_in_place(p, p.value, p.V, rows.b, rows.m, keys);
+  const KeyRows<float> packed_v{my.v, v_width};
+  Against<Operand<Number>> k{streamed ? nullptr : my.k, {my.k, q_width}};
+  if constexpr (ALIKE<Number>) k.rows = rows_in_place(p, p.key, p.K, rows.b, rows.m, keys);
+  bool v_in_place = streamed && ALIKE<Number> && vectors_in_place(p, p.V, rows.b, rows.m, keys);
   bool finite = true, packed = false;
   if (streamed) {
     prefetch_share(p, p.key, p.K, rows.b, rows.m, keys.past, keys.past - keys.first);
@@ -147,47 +160,62 @@ static void see_keys(const AttentionForward& p, const Rows& rows, Range keys, bo
     if (block.empty()) continue;
     if (!packed) {
       packed = true;
-      if (!streamed) pack_columns(p, p.key, p.K, rows.b, rows.m, keys, my.k);
-      if (in_place) {
-        v = rows_in_place(p, p.value, p.V, rows.b, rows.m, keys);
-        // NaN and ∞ matter only where something is hidden
-        finite = block.shows_all() || are_finite(v, block.count, p.V);
-      }
-      if (!in_place || !finite) {
-        finite = pack_rows(p, p.value, p.V, rows.b, rows.m, keys, my.v);
-        v = {my.v, v_width};
-      }
+      if (!streamed)
+        pack_columns(p, p.key, p.K, rows.b, rows.m, keys, my.k);
+      else if constexpr (!ALIKE<Number>)
+        pack_rows(p, p.key, p.K, rows.b, rows.m, keys, my.k);
+      // NaN and ∞ matter only where something is hidden
+      v_in_place = v_in_place && (block.shows_all() || are_finite(v, block.count, p.V));
+      if (!v_in_place) finite = pack_rows(p, p.value, p.V, rows.b, rows.m, keys, my.v);
     }
-    logits(p, block, rows, my.ranges + r, r, my.q + r * k_width, k, my.s, nullptr);
+    const QueryRows<Operand<Number>> q{my.q + r * q_width,
+                                       IN_PAIRS<Number> ? my.scale + r : nullptr};
+    logits(p, block, rows, my.ranges + r, r, q, k, my.s, nullptr);
     if (!finite) hide_unseen(block, my.s, my.v, v_width);
     for (int64_t i = 0; i < block.rows; i += W)
       weigh(block, least(W, block.rows - i), my.s + i * STRIDE, my.peak + r + i,
             my.total + (r + i) * W, my.shrink + i);
-    product<Stored::by_row, From::scaled>(block.rows, v_width / W, block.seen(), my.s + block.from,
-                                          STRIDE, v.data + block.from * v.stride, v.stride,
-                                          TILE_COLUMNS, my.o + r * v_width, v_width, my.shrink);
+    const auto add_values = [&](const auto& values) {
+      product<Stored::by_row, From::scaled>(block.rows, v_width / W, block.seen(),
+                                            my.s + block.from, STRIDE,
+                                            values.data + block.from * values.stride, values.stride,
+                                            TILE_COLUMNS, my.o + r * v_width, v_width, my.shrink);
+    };
+    if constexpr (ALIKE<Number>)
+      v_in_place ? add_values(v) : add_values(packed_v);
+    else
+      add_values(packed_v);
     if (!finite) pack_rows(p, p.value, p.V, rows.b, rows.m, keys, my.v);
   }
 }
 
 // O and L of a row, from the weighted sum, the total and the peak of all its keys.
-static void finish_row(const AttentionForward& p, const float* weighted, float total, float peak,
-                       const Rows& rows, int64_t r) {
+template <class Number>
+static void finish_row(const AttentionForward<Number>& p, const float* weighted, float total,
+                       float peak, const Rows& rows, int64_t r) {
   const bool empty = total == 0;
-  unpack_row(weighted, empty ? 0 : 1 / total, p.V, p.o + query_at(p, p.V, rows, r));
+  const float factor = empty ? 0 : 1 / total;
+  const int64_t at = query_at(p, p.V, rows, r);
+  if (p.o)
+    unpack_row(weighted, factor, p.V, p.o + at);
+  else
+    unpack_row(weighted, factor, p.V, p.narrow_o + at);
   p.lse[row_at(p, rows, r)] = empty ? -INFINITY : (peak == -INFINITY ? 0 : peak) + logf(total);
 }
 
-static void forward_part(const AttentionForward& p, const ForwardPlan& plan, const Rows& first,
-                         int64_t part, const PartsOfSoftmax& parts, float* base) {
-  const ForwardMemory all(p, plan, base);
+template <class Number>
+static void forward_part(const AttentionForward<Number>& p, const ForwardPlan& plan,
+                         const Rows& first, int64_t part, const PartsOfSoftmax& parts,
+                         float* base) {
+  const ForwardMemory<Number> all(p, plan, base);
   const int64_t count = first.count(), v_width = whole_vectors(p.V);
   // The rows of another head of the item, and its share of the memory.
   const auto of_head = [&](int64_t head, auto f) {
     Rows rows = first;
-    ForwardMemory my = all;
+    ForwardMemory<Number> my = all;
     rows.m += head;
-    my.q += head * count * whole_vectors(p.K);
+    my.q += head * count * whole_along<Operand<Number>>(p.K);
+    if constexpr (IN_PAIRS<Number>) my.scale += head * count;
     my.o += head * count * v_width;
     my.total += head * count * W;
     my.peak += head * count;
@@ -195,20 +223,21 @@ static void forward_part(const AttentionForward& p, const ForwardPlan& plan, con
   };
   for (int64_t r = 0; r < count; ++r) all.ranges[r] = keys_of(p, first.b, first.time(r));
   for (int64_t head = 0; head < plan.heads; ++head)
-    of_head(head,
-            [&](const Rows& rows, const ForwardMemory& my) { begin_rows(p, rows, part == 0, my); });
+    of_head(head, [&](const Rows& rows, const ForwardMemory<Number>& my) {
+      begin_rows(p, rows, part == 0, my);
+    });
   // Whole vectors from the first key of the part on, so that no vector reaches into the next part.
   const Range seen = seen_by(all.ranges, count).any, of_part = plan.keys_of_part(p, part);
   const int64_t skipped = most(seen.first - of_part.first, 0) / W * W;
   const Range keys{of_part.first + skipped, least(seen.past, of_part.past)};
   for (int64_t key = keys.first; key < keys.past; key += plan.keys)
     for (int64_t head = 0; head < plan.heads; ++head)
-      of_head(head, [&](const Rows& rows, const ForwardMemory& my) {
+      of_head(head, [&](const Rows& rows, const ForwardMemory<Number>& my) {
         see_keys(p, rows, {key, least(key + plan.keys, keys.past)}, plan.streamed, my);
       });
   const int64_t size = p.B * p.M * p.G * p.T;
   for (int64_t head = 0; head < plan.heads; ++head)
-    of_head(head, [&](const Rows& rows, const ForwardMemory& my) {
+    of_head(head, [&](const Rows& rows, const ForwardMemory<Number>& my) {
       for (int64_t r = 0; r < count; ++r) {
         const float total = sum(load(my.total + r * W)), peak = my.peak[r];
         if (plan.parts == 1) {
@@ -224,7 +253,8 @@ static void forward_part(const AttentionForward& p, const ForwardPlan& plan, con
 }
 
 // O and L of a set of rows of one head, from all parts of the keys; those of the first are lost.
-static void join_parts(const AttentionForward& p, const ForwardPlan& plan, const Rows& rows,
+template <class Number>
+static void join_parts(const AttentionForward<Number>& p, const ForwardPlan& plan, const Rows& rows,
                        const PartsOfSoftmax& parts) {
   const int64_t size = p.B * p.M * p.G * p.T;
   for (int64_t r = 0; r < rows.count(); ++r) {
@@ -249,10 +279,12 @@ static void join_parts(const AttentionForward& p, const ForwardPlan& plan, const
   }
 }
 
-static bool forward(Threads& threads, const AttentionForward& p) {
+template <class Number>
+static bool forward(Threads& threads, const AttentionForward<Number>& p) {
   const ForwardPlan plan(p);
   const int64_t rows = p.B * p.M * p.G * p.T, multiply_adds = rows * p.S * (p.K + p.V);
   advise_huge_pages(p.o, rows * p.V);
+  advise_huge_pages(p.narrow_o, rows * p.V);
   const PartsOfSoftmax size(p, plan, nullptr);
   const Allocation allocation(size.memory.used);
   if (!allocation.data() && size.memory.used > 0) return false;
@@ -261,7 +293,7 @@ static bool forward(Threads& threads, const AttentionForward& p) {
     forward_part(p, plan, plan.rows(p, item / plan.parts), item % plan.parts, parts, memory);
   };
   const bool done = parallel_for(threads, plan.sets * plan.parts, threads_for(p, multiply_adds),
-                                 ForwardMemory(p, plan, nullptr).memory.used, of_part);
+                                 ForwardMemory<Number>(p, plan, nullptr).memory.used, of_part);
   if (plan.parts == 1) return done;
   return done &&
          parallel_for(threads, p.B * p.M * plan.blocks.count(),

@@ -6,11 +6,13 @@
 #include <math.h>
 #include <cstdint>
 
+#include "attention_forward-inl.h"
 #include "attention_logits-inl.h"
 #include "attention_masks-inl.h"
 #include "attention_packing-inl.h"
 #include "instruction_set.h"
 #include "kernels.h"
+#include "numbers-inl.h"
 #include "product-inl.h"
 #include "simd-inl.h"
 #include "threads.h"
@@ -31,7 +33,8 @@ struct BackwardPlan {
   int64_t keys;  // of a block
   int64_t groups, key_blocks, parts;
 
-  explicit BackwardPlan(const AttentionBackward& p) : streamed(is_streamed(p)) {
+  template <class Number>
+  explicit BackwardPlan(const AttentionBackward<Number>& p) : streamed(is_streamed(p)) {
     b_shared = p.dbias.data && p.dbias.b == 0 ? p.B : 1;
     m_shared = p.dbias.data && p.dbias.m == 0 ? p.M : streamed ? streamed_heads(p) : 1;
     groups = p.B / b_shared * (p.M / m_shared);
@@ -45,9 +48,15 @@ struct BackwardPlan {
   }
 };
 
+template <class Number>
 struct BackwardMemory {
+  using Operand = RNNATTN_SET::Operand<Number>;
   Memory memory;
-  float *q, *d_o, *k_columns, *v_columns, *k, *s, *dp, *uncap, *dq, *dk, *dv, *lse, *delta;
+  float *q, *d_o;                // of products that sum over queries
+  Operand *q_along, *d_o_along;  // of those along them
+  float* scale;                  // of the logits, where q_along is not scaled
+  Operand *k_columns, *v_columns;
+  float *k, *s, *dp, *uncap, *dq, *dk, *dv, *lse, *delta;
   Range* ranges;
 
   BackwardMemory(const Attention& p, const BackwardPlan& plan, float* base) : memory{base} {
@@ -55,8 +64,17 @@ struct BackwardMemory {
     const int64_t k_width = whole_vectors(p.K), v_width = whole_vectors(p.V);
     q = memory.take(rows * k_width);
     d_o = memory.take(rows * v_width);
-    k_columns = memory.take(plan.streamed ? 0 : keys * p.K);
-    v_columns = memory.take(plan.streamed ? 0 : keys * p.V);
+    if constexpr (IN_PAIRS<Number>) {
+      q_along = memory.take<Operand>(rows * whole_along<Operand>(p.K));
+      d_o_along = memory.take<Operand>(rows * whole_along<Operand>(p.V));
+      scale = memory.take(rows);
+    } else {
+      q_along = q;
+      d_o_along = d_o;
+      scale = nullptr;
+    }
+    k_columns = memory.take<Operand>(plan.streamed ? 0 : panel_at<Operand>(p.K, keys));
+    v_columns = memory.take<Operand>(plan.streamed ? 0 : panel_at<Operand>(p.V, keys));
     k = memory.take(keys * k_width);
     s = memory.take(rows * STRIDE);
     dp = memory.take(rows * STRIDE);
@@ -71,16 +89,18 @@ struct BackwardMemory {
 };
 
 // Δ − dL, (B, M, G, T), of one head.
-static void row_sums(const AttentionBackward& p, int64_t b, int64_t head, float* delta) {
+template <class Number>
+static void row_sums(const AttentionBackward<Number>& p, int64_t b, int64_t head, float* delta) {
   const int64_t first = (b * p.M * p.G + head) * p.T;
   for (int64_t t = 0; t < p.T; ++t) {
     const int64_t at = ((b * p.T + t) * p.M * p.G + head) * p.V;
     V sums{};
     int64_t i = 0;
-    for (; i + W <= p.V; i += W) sums = fma(load(p.d_o + at + i), load(p.o + at + i), sums);
+    for (; i + W <= p.V; i += W)
+      sums = fma(load_units(p.d_o + at + i, W), load(p.o + at + i), sums);
     if (i < p.V) {
       const int rest = static_cast<int>(p.V - i);
-      sums = fma(load(p.d_o + at + i, rest), load(p.o + at + i, rest), sums);
+      sums = fma(load_units(p.d_o + at + i, rest), load(p.o + at + i, rest), sums);
     }
     delta[first + t] = sum(sums) - p.dlse[first + t];
   }
@@ -100,7 +120,8 @@ static void logits_gradient(const Block& block, float lse, float delta, bool fin
       store(dbias + j, load(dbias + j, width) + ds, width);
     }
     if (dbias) shared += ds;
-    if (uncap) ds *= load(uncap + j);
+    // of a key that is not seen it may be NaN
+    if (uncap) ds = weight == 0 ? V{} : ds * load(uncap + j);
     store(s + j, weight);
     store(dp + j, ds);
   }
@@ -115,34 +136,49 @@ static bool sees_nothing(const Block& block, const float* s) {
 }
 
 // Zero the query, do and Δ of rows that see no key of the block, where NaN or ∞ is among them.
-static void hide_unseeing(const Block& block, int64_t k_width, int64_t v_width,
-                          const BackwardMemory& my) {
+template <class Number>
+static void hide_unseeing(const AttentionBackward<Number>& p, const Block& block,
+                          const BackwardMemory<Number>& my) {
+  const int64_t k_width = whole_vectors(p.K), v_width = whole_vectors(p.V);
+  const int64_t along = whole_along<Operand<Number>>(p.V);
   for (int64_t r = 0; r < block.rows; ++r) {
     float *q = my.q + r * k_width, *d_o = my.d_o + r * v_width;
     if (is_finite(q, k_width) && is_finite(d_o, v_width) && 0.0f * my.delta[r] == 0) continue;
     if (!sees_nothing(block, my.s + r * STRIDE)) continue;
     zero(q, k_width);
     zero(d_o, v_width);
+    zero(my.d_o_along + r * along, along);
     my.delta[r] = 0;
   }
 }
 
 // P in place of s, dS in place of dP, of a block of rows and keys; what they add to dbias.
-static void weights_and_gradient(const AttentionBackward& p, const Block& block, const Rows& rows,
-                                 const Against& k, const Against& v, const float* delta,
-                                 bool finite, const BackwardMemory& my) {
+template <class Number>
+static void weights_and_gradient(const AttentionBackward<Number>& p, const Block& block,
+                                 const Rows& rows, const Against<Operand<Number>>& k,
+                                 const Against<Operand<Number>>& v, const float* delta, bool finite,
+                                 const BackwardMemory<Number>& my) {
+  using Operand = RNNATTN_SET::Operand<Number>;
   const int64_t k_width = whole_vectors(p.K), v_width = whole_vectors(p.V);
   for (int64_t r = 0; r < block.rows; ++r) {
-    pack_query(p, rows, r, my.q + r * k_width);
-    pack_row(p.d_o + query_at(p, p.V, rows, r), p.V, my.d_o + r * v_width);
+    const Number* d_o = p.d_o + query_at(p, p.V, rows, r);
+    pack_query(p, p.query, rows, r, my.q + r * k_width);
+    pack_row(d_o, p.V, my.d_o + r * v_width);
+    if constexpr (IN_PAIRS<Number>) {
+      pack_row(p.query + query_at(p, p.K, rows, r), p.K,
+               my.q_along + r * whole_along<Operand>(p.K));
+      pack_row(d_o, p.V, my.d_o_along + r * whole_along<Operand>(p.V));
+      my.scale[r] = scale_of(p, rows, r);
+    }
     const int64_t row = row_at(p, rows, r);
     my.lse[r] = p.lse[row] == -INFINITY ? INFINITY : p.lse[row];
     my.delta[r] = delta[row];
   }
-  logits(p, block, rows, my.ranges, 0, my.q, k, my.s, my.uncap);
+  const QueryRows<Operand> q{my.q_along, my.scale}, d_o{my.d_o_along, nullptr};
+  logits(p, block, rows, my.ranges, 0, q, k, my.s, my.uncap);
   if (!finite) hide_unseen(block, my.s, my.k, k_width);
-  hide_unseeing(block, k_width, v_width, my);
-  product_against(block, p.V, my.d_o, v, my.dp);
+  hide_unseeing(p, block, my);
+  product_against(block, p.V, d_o, v, my.dp);
   for (int64_t r = 0; r < block.rows; ++r) {
     float* dbias = p.dbias.data ? p.dbias.row(rows.b, rows.m, rows.head(r), rows.time(r)) : nullptr;
     if (dbias && p.dbias.s) dbias += block.first;
@@ -153,8 +189,9 @@ static void weights_and_gradient(const AttentionBackward& p, const Block& block,
 }
 
 // What a block of keys, as rows of whole vectors, adds to dq.
-static void add_to_dq(const AttentionBackward& p, const Block& block, const Rows& rows, KeyRows k,
-                      float* dq, const BackwardMemory& my) {
+template <class Number>
+static void add_to_dq(const AttentionBackward<Number>& p, const Block& block, const Rows& rows,
+                      KeyRows<float> k, float* dq, const BackwardMemory<Number>& my) {
   const int64_t k_width = whole_vectors(p.K);
   product<Stored::by_row, From::zero>(block.rows, k_width / W, block.seen(), my.dp + block.from,
                                       STRIDE, k.data + block.from * k.stride, k.stride,
@@ -164,12 +201,14 @@ static void add_to_dq(const AttentionBackward& p, const Block& block, const Rows
 }
 
 // dk and dv of a block of keys of a key/value head, and what they add to dq and dbias.
-static void backward_keys(const AttentionBackward& p, const RowBlocks& blocks, int64_t b, int64_t m,
-                          Range keys, const float* delta, float* dq, const BackwardMemory& my) {
+template <class Number>
+static void backward_keys(const AttentionBackward<Number>& p, const RowBlocks& blocks, int64_t b,
+                          int64_t m, Range keys, const float* delta, float* dq,
+                          const BackwardMemory<Number>& my) {
   const int64_t k_width = whole_vectors(p.K), v_width = whole_vectors(p.V);
   const int64_t count = keys.past - keys.first;
   bool packed = false, finite = true;
-  const Against k_columns{my.k_columns, {}}, v_columns{my.v_columns, {}};
+  const Against<Operand<Number>> k_columns{my.k_columns, {}}, v_columns{my.v_columns, {}};
   for (int64_t i = 0; i < blocks.count(); ++i) {
     const Rows rows = blocks.rows(b, m, i);
     for (int64_t r = 0; r < rows.count(); ++r) my.ranges[r] = keys_of(p, b, rows.time(r));
@@ -191,7 +230,7 @@ static void backward_keys(const AttentionBackward& p, const RowBlocks& blocks, i
                                       v_width, TILE_COLUMNS, my.dv + from * v_width, v_width);
     product<Stored::by_step, From::c>(seen, k_width / W, block.rows, my.dp + from, STRIDE, my.q,
                                       k_width, TILE_COLUMNS, my.dk + from * k_width, k_width);
-    add_to_dq(p, block, rows, {my.k, k_width}, dq, my);
+    add_to_dq(p, block, rows, KeyRows<float>{my.k, k_width}, dq, my);
     if (!finite) pack_rows(p, p.key, p.K, b, m, keys, my.k);
   }
   if (!packed) {
@@ -204,16 +243,19 @@ static void backward_keys(const AttentionBackward& p, const RowBlocks& blocks, i
   }
 }
 
-// aᵀ x to rows of the gradient of keys or values: where these are, if they are whole vectors, and
-// by way of `packed` otherwise. Rows that are not seen get zeros.
+// aᵀ x to rows of the gradient of keys or values: where these are, if they are whole vectors of
+// float32, and by way of `packed` otherwise. Rows that are not seen get zeros.
+template <class Number>
 static void stream_gradient(const Attention& p, const Block& block, const float* a, const float* x,
-                            int64_t width, float* to, float* packed) {
+                            int64_t width, Number* to, float* packed) {
   const int64_t stride = p.M * width, padded = whole_vectors(width), seen = block.seen();
-  const bool in_place = padded == width;
+  const bool in_place = IS_WIDE<Number> && padded == width;
+  float* rows = packed;
+  if constexpr (IS_WIDE<Number>)
+    if (in_place) rows = to + block.from * stride;
   if (seen > 0)
-    product<Stored::by_step, From::zero>(
-        seen, padded / W, block.rows, a + block.from, STRIDE, x, padded, TILE_COLUMNS,
-        in_place ? to + block.from * stride : packed, in_place ? stride : padded);
+    product<Stored::by_step, From::zero>(seen, padded / W, block.rows, a + block.from, STRIDE, x,
+                                         padded, TILE_COLUMNS, rows, in_place ? stride : padded);
   for (int64_t s = 0; s < block.count; ++s) {
     const int64_t row = s - block.from;
     if (row < 0 || row >= seen)
@@ -225,23 +267,33 @@ static void stream_gradient(const Attention& p, const Block& block, const float*
 
 // The same as backward_keys, of keys and values that are read where they are: the head has one
 // block of rows, which writes dk and dv at once.
-static void stream_backward_keys(const AttentionBackward& p, const Rows& rows, Range keys,
-                                 const float* delta, float* dq, const BackwardMemory& my) {
+template <class Number>
+static void stream_backward_keys(const AttentionBackward<Number>& p, const Rows& rows, Range keys,
+                                 const float* delta, float* dq, const BackwardMemory<Number>& my) {
   const int64_t k_width = whole_vectors(p.K), m = rows.m;
   for (int64_t r = 0; r < rows.count(); ++r) my.ranges[r] = keys_of(p, rows.b, rows.time(r));
   const Block block = block_of(p, rows, keys, my.ranges, rows.count());
   if (!block.empty()) {
-    KeyRows k = rows_in_place(p, p.key, p.K, rows.b, m, keys);
-    const KeyRows v = rows_in_place(p, p.value, p.V, rows.b, m, keys);
+    const KeyRows<Number> k = rows_in_place(p, p.key, p.K, rows.b, m, keys);
+    const KeyRows<Number> v = rows_in_place(p, p.value, p.V, rows.b, m, keys);
     // NaN and ∞ matter only where something is hidden
     const bool finite =
         block.shows_all() || (are_finite(k, block.count, p.K) && are_finite(v, block.count, p.V));
-    if (!finite || !vectors_in_place(p, p.K, rows.b, m, keys)) {
-      pack_rows(p, p.key, p.K, rows.b, m, keys, my.k);
-      k = {my.k, k_width};
+    const bool in_place = IS_WIDE<Number> && finite && vectors_in_place(p, p.K, rows.b, m, keys);
+    if (!in_place) pack_rows(p, p.key, p.K, rows.b, m, keys, my.k);
+    KeyRows<float> packed_k{my.k, k_width};
+    if constexpr (ALIKE<Number>) {
+      weights_and_gradient(p, block, rows, {nullptr, k}, {nullptr, v}, delta, finite, my);
+    } else {
+      // in the memory of dv, which is not begun yet
+      pack_rows(p, p.value, p.V, rows.b, m, keys, my.dv);
+      const KeyRows<float> packed_v{my.dv, whole_vectors(p.V)};
+      weights_and_gradient(p, block, rows, {nullptr, packed_k}, {nullptr, packed_v}, delta, finite,
+                           my);
     }
-    weights_and_gradient(p, block, rows, {nullptr, k}, {nullptr, v}, delta, finite, my);
-    add_to_dq(p, block, rows, k, dq, my);
+    if constexpr (IS_WIDE<Number>)
+      if (in_place) packed_k = k;
+    add_to_dq(p, block, rows, packed_k, dq, my);
   }
   stream_gradient(p, block, my.s, my.d_o, p.V, p.dv + key_at(p, p.V, rows.b, m, keys.first), my.dv);
   stream_gradient(p, block, my.dp, my.q, p.K, p.dk + key_at(p, p.K, rows.b, m, keys.first), my.dk);
@@ -250,16 +302,20 @@ static void stream_backward_keys(const AttentionBackward& p, const Rows& rows, R
 // What work items share.
 struct SharedMemory {
   Memory memory;
-  float *delta, *parts_of_dq;
+  float *delta, *parts_of_dq;  // null where there is one part, in float32
 
-  SharedMemory(const AttentionBackward& p, const BackwardPlan& plan, float* base) : memory{base} {
+  template <class Number>
+  SharedMemory(const AttentionBackward<Number>& p, const BackwardPlan& plan, float* base)
+      : memory{base} {
     const int64_t rows = p.B * p.M * p.G * p.T;
     delta = memory.take(rows);
-    parts_of_dq = plan.parts > 1 ? memory.take(plan.parts * rows * p.K) : nullptr;
+    const bool apart = plan.parts > 1 || !IS_WIDE<Number>;
+    parts_of_dq = apart ? memory.take(plan.parts * rows * p.K) : nullptr;
   }
 };
 
-static bool backward(Threads& threads, const AttentionBackward& p) {
+template <class Number>
+static bool backward(Threads& threads, const AttentionBackward<Number>& p) {
   const BackwardPlan plan(p);
   const RowBlocks blocks(p, ROWS);
   const int64_t heads = p.B * p.M * p.G, dq_size = heads * p.T * p.K;
@@ -279,11 +335,13 @@ static bool backward(Threads& threads, const AttentionBackward& p) {
   if (p.dbias.data) zero(p.dbias.data, p.dbias_size);
 
   const auto gradient_of_part = [&](int64_t item, float* memory) {
-    const BackwardMemory my(p, plan, memory);
+    const BackwardMemory<Number> my(p, plan, memory);
     const int64_t group = item % plan.groups, part = item / plan.groups;
     const int64_t m_groups = p.M / plan.m_shared;
     const int64_t m_first = group % m_groups * plan.m_shared, m_past = m_first + plan.m_shared;
-    float* dq = plan.parts > 1 ? shared.parts_of_dq + part * dq_size : p.dq;
+    float* dq = shared.parts_of_dq + part * dq_size;
+    if constexpr (IS_WIDE<Number>)
+      if (plan.parts == 1) dq = p.dq;
     for (int64_t ib = 0; ib < plan.b_shared; ++ib) {
       const int64_t b = group / m_groups * plan.b_shared + ib;
       for (int64_t t = 0; t < p.T; ++t)
@@ -299,10 +357,11 @@ static bool backward(Threads& threads, const AttentionBackward& p) {
       }
     }
   };
-  done = done && parallel_for(threads, plan.groups * plan.parts,
-                              threads_for(p, heads * p.T * p.S * (3 * p.K + 2 * p.V)),
-                              BackwardMemory(p, plan, nullptr).memory.used, gradient_of_part);
-  if (plan.parts == 1) return done;
+  done =
+      done && parallel_for(threads, plan.groups * plan.parts,
+                           threads_for(p, heads * p.T * p.S * (3 * p.K + 2 * p.V)),
+                           BackwardMemory<Number>(p, plan, nullptr).memory.used, gradient_of_part);
+  if (IS_WIDE<Number> && plan.parts == 1) return done;
 
   constexpr int64_t chunk = 1 << 14;
   const auto sum_of_parts = [&](int64_t item, float*) {
@@ -312,12 +371,15 @@ static bool backward(Threads& threads, const AttentionBackward& p) {
       V sums = load(shared.parts_of_dq + i, width);
       for (int64_t part = 1; part < plan.parts; ++part)
         sums += load(shared.parts_of_dq + part * dq_size + i, width);
-      store(p.dq + i, sums, width);
+      store_units(p.dq + i, sums, width);
     }
   };
   return done && parallel_for(threads, ceil_div(dq_size, chunk),
                               dq_size * plan.parts / WORK_OF_A_THREAD + 1, 0, sum_of_parts);
 }
+
+template <class Number>
+static constexpr AttentionKernels<Number> kernels{forward<Number>, backward<Number>};
 
 }  // namespace rnnattn::RNNATTN_SET::attention
 RNNATTN_AFTER_NAMESPACE();

@@ -17,7 +17,8 @@ struct AttentionOptions {
   int64_t instruction_set, threads;
 };
 
-void fill(Checks& checks, Attention& p, Buffer query, Buffer key, Buffer value, Buffer scale,
+template <class Number, class Arguments>
+void fill(Checks& checks, Arguments& p, Buffer query, Buffer key, Buffer value, Buffer scale,
           Buffer bias, Buffer mask, Buffer offset, Buffer query_lengths, Buffer key_lengths,
           Buffer query_segments, Buffer key_segments, const AttentionOptions& options) {
   checks.require(query.dimensions().size() == 5, "query", "another rank than 5");
@@ -29,9 +30,9 @@ void fill(Checks& checks, Attention& p, Buffer query, Buffer key, Buffer value, 
   p.S = key.dimensions()[1], p.V = value.dimensions()[3];
   checks.require(query.element_count() > 0 && p.S > 0 && p.V > 0, "query, key, value", "empty");
   checks.require(p.T < INT32_MAX && p.S < INT32_MAX, "query, key", "too long");
-  p.query = checks.data<const float>("query", query, {p.B, p.T, p.M, p.G, p.K});
-  p.key = checks.data<const float>("key", key, {p.B, p.S, p.M, p.K});
-  p.value = checks.data<const float>("value", value, {p.B, p.S, p.M, p.V});
+  p.query = checks.data<const Number>("query", query, {p.B, p.T, p.M, p.G, p.K});
+  p.key = checks.data<const Number>("key", key, {p.B, p.S, p.M, p.K});
+  p.value = checks.data<const Number>("value", value, {p.B, p.S, p.M, p.V});
   checks.require(scale.element_count() > 0, "scale", "empty");
   p.scale = checks.of_logits<const float>("scale", scale, {p.B, p.M, p.G, 1, 1});
   p.bias = checks.of_logits<const float>("bias", bias, {p.B, p.M, p.G, p.T, p.S});
@@ -48,42 +49,66 @@ void fill(Checks& checks, Attention& p, Buffer query, Buffer key, Buffer value, 
   p.soft_cap = options.soft_cap;
 }
 
-ffi::Error attention_forward(ffi::ThreadPool pool, Buffer query, Buffer key, Buffer value,
-                             Buffer scale, Buffer bias, Buffer mask, Buffer offset,
-                             Buffer query_lengths, Buffer key_lengths, Buffer query_segments,
-                             Buffer key_segments, Buffer sinks, Result o, Result lse,
-                             AttentionOptions options) {
+template <class Number>
+ffi::Error forward_of(ffi::ThreadPool pool, Buffer query, Buffer key, Buffer value, Buffer scale,
+                      Buffer bias, Buffer mask, Buffer offset, Buffer query_lengths,
+                      Buffer key_lengths, Buffer query_segments, Buffer key_segments, Buffer sinks,
+                      Result o, Result lse, AttentionOptions options) {
   Checks checks;
-  AttentionForward p{};
-  fill(checks, p, query, key, value, scale, bias, mask, offset, query_lengths, key_lengths,
-       query_segments, key_segments, options);
+  AttentionForward<Number> p{};
+  fill<Number>(checks, p, query, key, value, scale, bias, mask, offset, query_lengths, key_lengths,
+               query_segments, key_segments, options);
   p.sinks = checks.optional<const float>("sinks", sinks, {1, p.M, p.G, 1});
-  p.o = checks.data<float>("o", *o, {p.B, p.T, p.M, p.G, p.V});
+  if (o->element_type() == ffi::F32)
+    p.o = checks.data<float>("o", *o, {p.B, p.T, p.M, p.G, p.V});
+  else
+    p.narrow_o = checks.data<Number>("o", *o, {p.B, p.T, p.M, p.G, p.V});
   p.lse = checks.data<float>("lse", *lse, {p.B, p.M, p.G, p.T});
-  return run("attention", &Kernels::attention_forward, checks, pool, options, p);
+  return run(
+      "attention", [](const Kernels& of) { return of.attention(Number{}).forward; }, checks, pool,
+      options, p);
 }
 
-ffi::Error attention_backward(ffi::ThreadPool pool, Buffer query, Buffer key, Buffer value,
-                              Buffer scale, Buffer bias, Buffer mask, Buffer offset,
-                              Buffer query_lengths, Buffer key_lengths, Buffer query_segments,
-                              Buffer key_segments, Buffer o, Buffer lse, Buffer d_o, Buffer dlse,
-                              Result dq, Result dk, Result dv, Result dbias,
-                              AttentionOptions options) {
+template <class Number>
+ffi::Error backward_of(ffi::ThreadPool pool, Buffer query, Buffer key, Buffer value, Buffer scale,
+                       Buffer bias, Buffer mask, Buffer offset, Buffer query_lengths,
+                       Buffer key_lengths, Buffer query_segments, Buffer key_segments, Buffer o,
+                       Buffer lse, Buffer d_o, Buffer dlse, Result dq, Result dk, Result dv,
+                       Result dbias, AttentionOptions options) {
   Checks checks;
-  AttentionBackward p{};
-  fill(checks, p, query, key, value, scale, bias, mask, offset, query_lengths, key_lengths,
-       query_segments, key_segments, options);
+  AttentionBackward<Number> p{};
+  fill<Number>(checks, p, query, key, value, scale, bias, mask, offset, query_lengths, key_lengths,
+               query_segments, key_segments, options);
   p.o = checks.data<const float>("o", o, {p.B, p.T, p.M, p.G, p.V});
   p.lse = checks.data<const float>("lse", lse, {p.B, p.M, p.G, p.T});
-  p.d_o = checks.data<const float>("do", d_o, {p.B, p.T, p.M, p.G, p.V});
+  p.d_o = checks.data<const Number>("do", d_o, {p.B, p.T, p.M, p.G, p.V});
   p.dlse = checks.data<const float>("dlse", dlse, {p.B, p.M, p.G, p.T});
-  p.dq = checks.data<float>("dq", *dq, {p.B, p.T, p.M, p.G, p.K});
-  p.dk = checks.data<float>("dk", *dk, {p.B, p.S, p.M, p.K});
-  p.dv = checks.data<float>("dv", *dv, {p.B, p.S, p.M, p.V});
+  p.dq = checks.data<Number>("dq", *dq, {p.B, p.T, p.M, p.G, p.K});
+  p.dk = checks.data<Number>("dk", *dk, {p.B, p.S, p.M, p.K});
+  p.dv = checks.data<Number>("dv", *dv, {p.B, p.S, p.M, p.V});
   p.dbias = checks.of_logits<float>("dbias", *dbias, {p.B, p.M, p.G, p.T, p.S});
   p.dbias_size = dbias->element_count();
-  return run("attention", &Kernels::attention_backward, checks, pool, options, p);
+  return run(
+      "attention", [](const Kernels& of) { return of.attention(Number{}).backward; }, checks, pool,
+      options, p);
 }
+
+// By the dtype of the query, which all the other numbers are held against.
+constexpr auto attention_forward = [](ffi::ThreadPool pool, Buffer query, auto... others) {
+  switch (query.element_type()) {
+    case ffi::BF16: return forward_of<Bfloat16>(pool, query, others...);
+    case ffi::F16: return forward_of<Float16>(pool, query, others...);
+    default: return forward_of<float>(pool, query, others...);
+  }
+};
+
+constexpr auto attention_backward = [](ffi::ThreadPool pool, Buffer query, auto... others) {
+  switch (query.element_type()) {
+    case ffi::BF16: return backward_of<Bfloat16>(pool, query, others...);
+    case ffi::F16: return backward_of<Float16>(pool, query, others...);
+    default: return backward_of<float>(pool, query, others...);
+  }
+};
 
 }  // namespace
 }  // namespace rnnattn

@@ -8,8 +8,10 @@
 
 #include "attention_masks-inl.h"
 #include "attention_packing-inl.h"
+#include "attention_products-inl.h"
 #include "instruction_set.h"
 #include "kernels.h"
+#include "numbers-inl.h"
 #include "product-inl.h"
 #include "simd-inl.h"
 #include "util-inl.h"
@@ -61,28 +63,45 @@ static void finish_logits(const Attention& p, const Row& row, bool segments, flo
   mask_outside(row, s);
 }
 
+// Rows of queries or of dO, whole vectors of what products along them read. What they make is times
+// scale[r], if that is given.
+template <class Operand>
+struct QueryRows {
+  const Operand* data;
+  const float* scale;
+};
+
 // Keys or values of a head, as what a product sums over: in columns, packed, or in rows.
+template <class Operand>
 struct Against {
-  const float* columns;
-  KeyRows rows;
+  const Operand* columns;
+  KeyRows<Operand> rows;
 };
 
 // a xᵀ for the columns of a block, rows STRIDE apart.
-static void product_against(const Block& block, int64_t width, const float* a, const Against& x,
-                            float* c) {
-  const int64_t from = block.from, a_stride = whole_vectors(width);
-  if (x.columns)
-    product<Stored::by_row, From::zero>(block.rows, (block.to - from) / W, width, a, a_stride,
-                                        x.columns + from * width, TILE_COLUMNS,
-                                        TILE_COLUMNS * width, c + from, STRIDE);
+template <class Operand>
+static void product_against(const Block& block, int64_t width, QueryRows<Operand> a,
+                            const Against<Operand>& x, float* c) {
+  const int64_t from = block.from, vectors = (block.to - from) / W;
+  const int64_t a_stride = whole_along<Operand>(width);
+  if (!x.columns)
+    return product_of_rows(block.rows, block.seen(), width, a.data, a_stride,
+                           x.rows.data + from * x.rows.stride, x.rows.stride, c + from, STRIDE,
+                           a.scale);
+  const Operand* columns = x.columns + panel_at<Operand>(width, from);
+  if constexpr (TOGETHER<Operand> == 2)
+    product_of_pairs(block.rows, vectors, whole_steps<Operand>(width), a.data, a_stride, columns,
+                     c + from, STRIDE, a.scale);
   else
-    product_of_rows(block.rows, block.seen(), width, a, a_stride,
-                    x.rows.data + from * x.rows.stride, x.rows.stride, c + from, STRIDE);
+    product<Stored::by_row, From::zero>(block.rows, vectors, width, a.data, a_stride, columns,
+                                        TILE_COLUMNS, TILE_COLUMNS * width, c + from, STRIDE);
 }
 
 // s, rows STRIDE apart, of packed queries and keys.
+template <class Operand>
 static void logits(const Attention& p, const Block& block, const Rows& of, const Range* ranges,
-                   int64_t row, const float* q, const Against& k, float* s, float* uncap) {
+                   int64_t row, QueryRows<Operand> q, const Against<Operand>& k, float* s,
+                   float* uncap) {
   product_against(block, p.K, q, k, s);
   if (block.bare && block.in_range) return;
   for (int64_t r = 0; r < block.rows; ++r) {

@@ -4,10 +4,13 @@
 #define RNNATTN_ATTENTION_PACKING_INL_H_
 
 #include <cstdint>
+#include <cstring>
 
 #include "attention_masks-inl.h"
+#include "attention_products-inl.h"
 #include "instruction_set.h"
 #include "kernels.h"
+#include "numbers-inl.h"
 #include "product-inl.h"
 #include "simd-inl.h"
 #include "util-inl.h"
@@ -29,20 +32,30 @@ static int64_t row_at(const Attention& p, const Rows& rows, int64_t r) {
 }
 
 // Rows of packed arrays are whole vectors, with zeros behind what they hold.
-static void pack_row(const float* from, int64_t width, float* to) {
+template <class Number>
+static void pack_row(const Number* from, int64_t width, float* to) {
   int64_t i = 0;
-  for (; i + W <= width; i += W) store(to + i, load(from + i));
-  if (i < width) store(to + i, load(from + i, static_cast<int>(width - i)));
+  for (; i + W <= width; i += W) store(to + i, load_units(from + i, W));
+  if (i < width) store(to + i, load_units(from + i, static_cast<int>(width - i)));
 }
+#if defined(RNNATTN_PAIRS)
+static void pack_row(const Bfloat16* from, int64_t width, Bfloat16* to) {
+  std::memcpy(to, from, sizeof(Bfloat16) * static_cast<size_t>(width));
+  zero(to + width, whole_along<Bfloat16>(width) - width);
+}
+#endif
 static float scale_of(const Attention& p, const Rows& rows, int64_t r) {
   return *p.scale.row(rows.b, rows.m, rows.head(r), 0);
 }
-// The queries of logits: scaled.
-static void pack_query(const Attention& p, const Rows& rows, int64_t r, float* to) {
-  const float *from = p.query + query_at(p, p.K, rows, r), scale = scale_of(p, rows, r);
+// A query, scaled.
+template <class Number>
+static void pack_query(const Attention& p, const Number* from, const Rows& rows, int64_t r,
+                       float* to) {
+  const float scale = scale_of(p, rows, r);
+  from += query_at(p, p.K, rows, r);
   int64_t i = 0;
-  for (; i + W <= p.K; i += W) store(to + i, load(from + i) * scale);
-  if (i < p.K) store(to + i, load(from + i, static_cast<int>(p.K - i)) * scale);
+  for (; i + W <= p.K; i += W) store(to + i, load_units(from + i, W) * scale);
+  if (i < p.K) store(to + i, load_units(from + i, static_cast<int>(p.K - i)) * scale);
 }
 // Whether a packed row holds no NaN and no ∞.
 static bool is_finite(const float* row, int64_t padded) {
@@ -51,10 +64,11 @@ static bool is_finite(const float* row, int64_t padded) {
   return sum(products) == 0;
 }
 // Back again, times a factor.
-static void unpack_row(const float* from, float factor, int64_t width, float* to) {
+template <class Number>
+static void unpack_row(const float* from, float factor, int64_t width, Number* to) {
   int64_t i = 0;
-  for (; i + W <= width; i += W) store(to + i, load(from + i) * factor);
-  if (i < width) store(to + i, load(from + i) * factor, static_cast<int>(width - i));
+  for (; i + W <= width; i += W) store_units(to + i, load(from + i) * factor, W);
+  if (i < width) store_units(to + i, load(from + i) * factor, static_cast<int>(width - i));
 }
 static void add_row(const float* from, float factor, int64_t width, float* to) {
   int64_t i = 0;
@@ -64,32 +78,47 @@ static void add_row(const float* from, float factor, int64_t width, float* to) {
   store(to + i, fma(load(from + i), splat(factor), load(to + i, rest)), rest);
 }
 
+// Where the panel of column s begins, in columns of `width` numbers, and what so many take.
+template <class Operand>
+static int64_t panel_at(int64_t width, int64_t s) {
+  return s / TILE_COLUMNS * TILE_COLUMNS * whole_steps<Operand>(width);
+}
+
 // Keys [first, past) as columns, in panels of TILE_COLUMNS keys: of these first the numbers 0, then
-// the numbers 1, and so on. Zeros up to a whole number of vectors of keys.
-static void pack_columns(const Attention& p, const float* x, int64_t width, int64_t b, int64_t m,
-                         Range keys, float* to) {
+// the numbers 1, and so on, or pairs of them. Zeros up to a whole number of vectors of keys.
+template <class Number>
+static void pack_columns(const Attention& p, const Number* x, int64_t width, int64_t b, int64_t m,
+                         Range keys, Operand<Number>* to) {
+  using Operand = RNNATTN_SET::Operand<Number>;
+  constexpr int64_t along = ALONG<Operand>;
   const int64_t count = keys.past - keys.first, stride = p.M * width;
   for (int64_t s = 0; s < count; s += W) {
-    const float* from = x + key_at(p, width, b, m, keys.first + s);
-    float* panel = to + s / TILE_COLUMNS * TILE_COLUMNS * width + s % TILE_COLUMNS;
-    for (int64_t k = 0; k < width; k += W, from += W, panel += W * TILE_COLUMNS) {
+    const Number* from = x + key_at(p, width, b, m, keys.first + s);
+    // a column is W floats, whatever they stand for
+    float* panel = reinterpret_cast<float*>(to + panel_at<Operand>(width, s)) + s % TILE_COLUMNS;
+    for (int64_t k = 0; k < width; k += along, from += along, panel += W * TILE_COLUMNS) {
       V block[W];
-      if (count - s >= W && width - k >= W) {
-        unrolled<W>([&](auto i) RNNATTN_LAMBDA { block[i] = load(from + i * stride); });
+      if (count - s >= W && width - k >= along) {
+        unrolled<W>([&](auto i) RNNATTN_LAMBDA {
+          block[i] = load_along<Operand>(from + i * stride, along);
+        });
         transpose(block);
         unrolled<W>([&](auto i) RNNATTN_LAMBDA { store(panel + i * TILE_COLUMNS, block[i]); });
       } else {
-        const int wide = static_cast<int>(least(W, width - k));
-        for (int i = 0; i < W; ++i) block[i] = s + i < count ? load(from + i * stride, wide) : V{};
+        const int64_t wide = least(along, width - k);
+        for (int i = 0; i < W; ++i)
+          block[i] = s + i < count ? load_along<Operand>(from + i * stride, wide) : V{};
         transpose(block);
-        for (int i = 0; i < wide; ++i) store(panel + i * TILE_COLUMNS, block[i]);
+        for (int i = 0; i < ceil_div(wide, TOGETHER<Operand>); ++i)
+          store(panel + i * TILE_COLUMNS, block[i]);
       }
     }
   }
 }
 
 // Keys [first, past) as rows. Whether none of them holds NaN or ∞.
-static bool pack_rows(const Attention& p, const float* x, int64_t width, int64_t b, int64_t m,
+template <class Number>
+static bool pack_rows(const Attention& p, const Number* x, int64_t width, int64_t b, int64_t m,
                       Range keys, float* to) {
   const int64_t padded = whole_vectors(width), count = keys.past - keys.first;
   for (int64_t i = 0; i < count; ++i)
@@ -98,14 +127,22 @@ static bool pack_rows(const Attention& p, const float* x, int64_t width, int64_t
 }
 
 // Rows of keys or values of a head: where they are, or packed.
+template <class Number>
 struct KeyRows {
-  const float* data;
+  const Number* data;
   int64_t stride;
 };
-static KeyRows rows_in_place(const Attention& p, const float* x, int64_t width, int64_t b,
-                             int64_t m, Range keys) {
+template <class Number>
+static KeyRows<Number> rows_in_place(const Attention& p, const Number* x, int64_t width, int64_t b,
+                                     int64_t m, Range keys) {
   return {x + key_at(p, width, b, m, keys.first), p.M * width};
 }
+// Whether the rows of a result can be sums of products at once.
+template <class Number>
+constexpr bool IS_WIDE = sizeof(Number) == sizeof(float);
+// Whether products along keys and values read these as they lie.
+template <class Number>
+constexpr bool ALIKE = sizeof(Number) == sizeof(Operand<Number>);
 // Whether whole vectors can be read of all of them, with whatever stands behind a row in its last:
 // not where the array ends before.
 static bool vectors_in_place(const Attention& p, int64_t width, int64_t b, int64_t m, Range keys) {
@@ -113,26 +150,29 @@ static bool vectors_in_place(const Attention& p, int64_t width, int64_t b, int64
   return key_at(p, width, b, m, keys.past - 1) + whole_vectors(width) <= size;
 }
 // Whether some rows hold no NaN and no ∞.
-static bool are_finite(KeyRows rows, int64_t count, int64_t width) {
+template <class Number>
+static bool are_finite(KeyRows<Number> rows, int64_t count, int64_t width) {
   const int rest = static_cast<int>(width % W);
   V products{};
   for (int64_t i = 0; i < count; ++i) {
-    const float* row = rows.data + i * rows.stride;
+    const Number* row = rows.data + i * rows.stride;
     int64_t k = 0;
-    for (; k + W <= width; k += W) products += 0.0f * load(row + k);
-    if (rest) products += 0.0f * load(row + k, rest);
+    for (; k + W <= width; k += W) products += 0.0f * load_units(row + k, W);
+    if (rest) products += 0.0f * load_units(row + k, rest);
   }
   return sum(products) == 0;
 }
 
 // Ask for the share of a head in the next `count` keys or values of all heads, which lie one after
 // another, if heads are narrow: a core sees long rows coming, but not a line out of each key.
-static void prefetch_share(const Attention& p, const float* x, int64_t width, int64_t b, int64_t m,
+template <class Number>
+static void prefetch_share(const Attention& p, const Number* x, int64_t width, int64_t b, int64_t m,
                            int64_t next, int64_t count) {
-  if (width >= 4 * LINE) return;
+  constexpr int64_t line = LINE_BYTES / sizeof(Number);
+  if (width >= 4 * line) return;
   count = least(count, p.S - next);
-  const float* share = x + key_at(p, width, b, 0, next) + m * count * width;
-  for (int64_t i = 0; i < count * width; i += LINE) __builtin_prefetch(share + i, 0, 2);
+  const Number* share = x + key_at(p, width, b, 0, next) + m * count * width;
+  for (int64_t i = 0; i < count * width; i += line) __builtin_prefetch(share + i, 0, 2);
 }
 
 static int64_t whole_panels(int64_t n) { return ceil_div(n, TILE_COLUMNS) * TILE_COLUMNS; }

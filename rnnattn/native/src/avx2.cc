@@ -15,8 +15,9 @@ namespace rnnattn {
 
 const Kernels* avx2_kernels() {
   static constexpr Kernels kernels{"avx2",
-                                   avx2::attention::forward,
-                                   avx2::attention::backward,
+                                   avx2::attention::kernels<float>,
+                                   avx2::attention::kernels<Bfloat16>,
+                                   avx2::attention::kernels<Float16>,
                                    avx2::lstm::kernels<float>,
                                    avx2::lstm::kernels<Bfloat16>,
                                    avx2::lstm::kernels<Float16>};

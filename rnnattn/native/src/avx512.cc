@@ -15,8 +15,9 @@ namespace rnnattn {
 
 const Kernels* avx512_kernels() {
   static constexpr Kernels kernels{"avx512",
-                                   avx512::attention::forward,
-                                   avx512::attention::backward,
+                                   avx512::attention::kernels<float>,
+                                   avx512::attention::kernels<Bfloat16>,
+                                   avx512::attention::kernels<Float16>,
                                    avx512::lstm::kernels<float>,
                                    avx512::lstm::kernels<Bfloat16>,
                                    avx512::lstm::kernels<Float16>};

@@ -1,5 +1,5 @@
-// The kernels for x86-64 with AVX-512 and its products of bfloat16: those of AVX-512, but for an
-// LSTM of such numbers.
+// The kernels for x86-64 with AVX-512 and its products of bfloat16: those of AVX-512, but for such
+// numbers.
 
 #if defined(__x86_64__)
 
@@ -7,6 +7,8 @@
 #define RNNATTN_LANES 16
 #define RNNATTN_PAIRS
 #define RNNATTN_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma"
+#include "attention_forward-inl.h"
+#include "attention_gradient-inl.h"
 #include "kernels.h"
 #include "lstm_forward-inl.h"
 #include "lstm_gradient-inl.h"
@@ -16,12 +18,10 @@ namespace rnnattn {
 const Kernels* avx512_bf16_kernels() {
   static const Kernels* const others = avx512_kernels();
   if (!others || !__builtin_cpu_supports("avx512bf16")) return nullptr;
-  static const Kernels kernels{"avx512_bf16",
-                               others->attention_forward,
-                               others->attention_backward,
-                               others->lstm_f32,
-                               avx512_bf16::lstm::kernels<Bfloat16>,
-                               others->lstm_f16};
+  static const Kernels kernels{
+      "avx512_bf16",         others->attention_f32, avx512_bf16::attention::kernels<Bfloat16>,
+      others->attention_f16, others->lstm_f32,      avx512_bf16::lstm::kernels<Bfloat16>,
+      others->lstm_f16};
   return &kernels;
 }
 

@@ -12,8 +12,9 @@ namespace rnnattn {
 
 const Kernels* baseline_kernels() {
   static constexpr Kernels kernels{"baseline",
-                                   baseline::attention::forward,
-                                   baseline::attention::backward,
+                                   baseline::attention::kernels<float>,
+                                   baseline::attention::kernels<Bfloat16>,
+                                   baseline::attention::kernels<Float16>,
                                    baseline::lstm::kernels<float>,
                                    baseline::lstm::kernels<Bfloat16>,
                                    baseline::lstm::kernels<Float16>};

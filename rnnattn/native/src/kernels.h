@@ -20,12 +20,20 @@ struct OfLogits {
   }
 };
 
+// Numbers of 16 bits, as they lie in memory.
+struct Bfloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
 // Axes and letters are those of rnnattn/scores.py. Pointers are null where an argument is absent.
 // The head comes after the position, as in the arguments of attention: query (B, T, M, G, K), key
-// (B, S, M, K), and so all others but `lse` and `dlse`, (B, M, G, T).
+// (B, S, M, K), and so all others but `lse` and `dlse`, (B, M, G, T). A `Number` is a float, a
+// Bfloat16 or a Float16; the logits and all sums are float32.
 struct Attention {
   int64_t B, M, G, T, S, K, V;
-  const float *query, *key, *value;
   OfLogits<const float> scale;  // of the logits, and of dq; (#B, #M, #G, 1, 1)
   OfLogits<const float> bias;
   OfLogits<const uint8_t> mask;
@@ -39,23 +47,28 @@ struct Attention {
   float soft_cap;       // 0: none
 };
 
+template <class Number>
 struct AttentionForward : Attention {
-  float *o, *lse;
+  const Number *query, *key, *value;
+  float* o;  // or, where it is not kept for the gradient:
+  Number* narrow_o;
+  float* lse;
 };
 
+template <class Number>
 struct AttentionBackward : Attention {
-  const float *o, *lse, *d_o, *dlse;
-  float *dq, *dk, *dv;
+  const Number *query, *key, *value, *d_o;
+  const float *o, *lse, *dlse;
+  Number *dq, *dk, *dv;
   OfLogits<float> dbias;
   int64_t dbias_size;
 };
 
-// Numbers of 16 bits, as they lie in memory.
-struct Bfloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
+template <class Number>
+struct AttentionKernels {
+  // False if there is no memory for it.
+  bool (*forward)(Threads&, const AttentionForward<Number>&);
+  bool (*backward)(Threads&, const AttentionBackward<Number>&);
 };
 
 // Axes and letters are those of rnnattn/cell.py; time-major. Pointers are null where an argument is
@@ -106,13 +119,16 @@ struct LstmKernels {
 
 struct Kernels {
   const char* name;
-  // False if there is no memory for it.
-  bool (*attention_forward)(Threads&, const AttentionForward&);
-  bool (*attention_backward)(Threads&, const AttentionBackward&);
+  AttentionKernels<float> attention_f32;
+  AttentionKernels<Bfloat16> attention_bf16;
+  AttentionKernels<Float16> attention_f16;
   LstmKernels<float> lstm_f32;
   LstmKernels<Bfloat16> lstm_bf16;
   LstmKernels<Float16> lstm_f16;
 
+  const AttentionKernels<float>& attention(float) const { return attention_f32; }
+  const AttentionKernels<Bfloat16>& attention(Bfloat16) const { return attention_bf16; }
+  const AttentionKernels<Float16>& attention(Float16) const { return attention_f16; }
   const LstmKernels<float>& lstm(float) const { return lstm_f32; }
   const LstmKernels<Bfloat16>& lstm(Bfloat16) const { return lstm_bf16; }
   const LstmKernels<Float16>& lstm(Float16) const { return lstm_f16; }

@@ -20,8 +20,9 @@ const Kernels* neon_bf16_kernels() {
   if (!(getauxval(AT_HWCAP2) & BF16)) return nullptr;
   static const Kernels* const others = baseline_kernels();
   static const Kernels kernels{
-      "neon_bf16",      others->attention_forward,          others->attention_backward,
-      others->lstm_f32, neon_bf16::lstm::kernels<Bfloat16>, others->lstm_f16};
+      "neon_bf16",           others->attention_f32, others->attention_bf16,
+      others->attention_f16, others->lstm_f32,      neon_bf16::lstm::kernels<Bfloat16>,
+      others->lstm_f16};
   return &kernels;
 }
 

@@ -7,6 +7,8 @@
 #include <cstdint>
 
 #include "instruction_set.h"
+#include "kernels.h"
+#include "numbers-inl.h"
 #include "simd-inl.h"
 #include "util-inl.h"
 
@@ -20,21 +22,21 @@ namespace rnnattn::RNNATTN_SET {
 enum class Held { a, b };
 
 // sums += A B. Number (r, step) of A is a[r * a_row + step * a_step]; rows of B are b_step apart.
-template <Held held, int R, int N>
+template <Held held, int R, int N, class Number>
 RNNATTN_INLINE void multiply(V (&sums)[R][N], int64_t steps, const float* a, int64_t a_row,
-                             int64_t a_step, const float* b, int64_t b_step) {
+                             int64_t a_step, const Number* b, int64_t b_step) {
   for (int64_t step = 0; step < steps; ++step, b += b_step) {
     if constexpr (held == Held::a) {
       V column[R];
       unrolled<R>([&](auto r) RNNATTN_LAMBDA { column[r] = splat(a[r * a_row]); });
       unrolled<N>([&](auto n) RNNATTN_LAMBDA {
-        const V y = load(b + n * W);
+        const V y = load_units(b + n * W, W);
         unrolled<R>([&](auto r) RNNATTN_LAMBDA { sums[r][n] = fma(column[r], y, sums[r][n]); });
       });
       a += a_step;
     } else {
       V row[N];
-      unrolled<N>([&](auto n) RNNATTN_LAMBDA { row[n] = load(b + n * W); });
+      unrolled<N>([&](auto n) RNNATTN_LAMBDA { row[n] = load_units(b + n * W, W); });
       unrolled<R>([&](auto r) RNNATTN_LAMBDA {
         const V x = splat(a[r * a_row + step * a_step]);
         unrolled<N>([&](auto n) RNNATTN_LAMBDA { sums[r][n] = fma(x, row[n], sums[r][n]); });
@@ -42,6 +44,80 @@ RNNATTN_INLINE void multiply(V (&sums)[R][N], int64_t steps, const float* a, int
     }
   }
 }
+
+// What products of an instruction set read: float32, or pairs of bfloat16 where one instruction
+// multiplies two and adds both.
+template <class Number>
+struct OperandOf {
+  using Type = float;
+};
+#if defined(RNNATTN_PAIRS)
+template <>
+struct OperandOf<Bfloat16> {
+  using Type = Bfloat16;
+};
+#endif
+template <class Number>
+using Operand = typename OperandOf<Number>::Type;
+
+// Steps of a product that one number of 32 bits stands for, and so many steps made whole.
+template <class Operand>
+constexpr int64_t TOGETHER = 4 / sizeof(Operand);
+template <class Operand>
+RNNATTN_INLINE int64_t whole_steps(int64_t steps) {
+  return ceil_div(steps, TOGETHER<Operand>) * TOGETHER<Operand>;
+}
+
+// A row of an operand of B, or two rows to pairs; `out` moves on.
+RNNATTN_INLINE void put_steps(float*& out, V v) {
+  store(out, v);
+  out += W;
+}
+
+// sums += A B: rows of A are `a_row` apart, those of B `width`.
+template <int R, int N>
+RNNATTN_INLINE void accumulate(V (&sums)[R][N], int64_t steps, const float* a, int64_t a_row,
+                               const float* b, int64_t width) {
+  multiply<Held::a>(sums, steps, a, a_row, 1, b, width);
+}
+
+#if defined(RNNATTN_PAIRS)
+// W pairs of bfloat16; `dot` adds the products of both numbers of each to a sum.
+#if defined(__aarch64__)
+using Pairs = bfloat16x8_t;
+RNNATTN_INLINE V dot(V sum, Pairs x, Pairs y) {
+  return reinterpret_cast<V>(vbfdotq_f32(reinterpret_cast<float32x4_t>(sum), x, y));
+}
+#else
+using Pairs = __m512bh;
+RNNATTN_INLINE V dot(V sum, Pairs x, Pairs y) { return _mm512_dpbf16_ps(sum, x, y); }
+#endif
+
+RNNATTN_INLINE void put_pairs(Bfloat16*& out, V first, V second) {
+  const Words pairs = narrowed(Bfloat16{}, first) | (narrowed(Bfloat16{}, second) << 16);
+  __builtin_memcpy(out, &pairs, sizeof pairs);
+  out += 2 * W;
+}
+
+// `multiply` of pairs along the steps: rows of A and of B hold two steps in each 32 bits.
+template <int R, int N>
+RNNATTN_INLINE void accumulate(V (&sums)[R][N], int64_t steps, const Bfloat16* a, int64_t a_row,
+                               const Bfloat16* b, int64_t width) {
+  for (int64_t step = 0; step < steps; step += 2, a += 2, b += 2 * width) {
+    Pairs column[R];
+    unrolled<R>([&](auto r) RNNATTN_LAMBDA {
+      uint32_t pair;
+      __builtin_memcpy(&pair, a + r * a_row, sizeof pair);
+      column[r] = reinterpret_cast<Pairs>(Words{} + pair);
+    });
+    unrolled<N>([&](auto n) RNNATTN_LAMBDA {
+      Pairs y;
+      __builtin_memcpy(&y, b + 2 * n * W, sizeof y);
+      unrolled<R>([&](auto r) RNNATTN_LAMBDA { sums[r][n] = dot(sums[r][n], column[r], y); });
+    });
+  }
+}
+#endif
 
 // tile.run<R>(first) for rows [first, past) in tiles of R rows, LIMIT at most, as even as can be.
 template <int LIMIT, class Tile>
@@ -68,12 +144,12 @@ enum class Stored { by_row, by_step };
 // What C begins with: nothing, itself, or row r of it times scale[r].
 enum class From { zero, c, scaled };
 
-template <int N, Stored stored, From from>
+template <int N, Stored stored, From from, class Number>
 struct ProductTile {
   int64_t steps;
   const float* a;
   int64_t a_stride;
-  const float* b;
+  const Number* b;
   int64_t b_stride;
   float* c;
   int64_t c_stride;
@@ -99,69 +175,17 @@ struct ProductTile {
 };
 
 // C = A B, or C + A B, of `columns` vectors. B is in panels of TILE_COLUMNS: the next one is
-// `b_panel` floats on, TILE_COLUMNS where B is one matrix.
-template <Stored stored, From from>
+// `b_panel` numbers on, TILE_COLUMNS where B is one matrix.
+template <Stored stored, From from, class Number>
 static void product(int64_t rows, int64_t columns, int64_t steps, const float* a, int64_t a_stride,
-                    const float* b, int64_t b_stride, int64_t b_panel, float* c, int64_t c_stride,
+                    const Number* b, int64_t b_stride, int64_t b_panel, float* c, int64_t c_stride,
                     const float* scale = nullptr) {
   for (; columns > 0; columns -= TILE_VECTORS, b += b_panel, c += TILE_COLUMNS)
     as_constant<TILE_VECTORS>(columns, [&](auto N) RNNATTN_LAMBDA {
-      over_tiles<TILE_ROWS>(
-          0, rows,
-          ProductTile<N, stored, from>{steps, a, a_stride, b, b_stride, c, c_stride, scale});
+      over_tiles<TILE_ROWS>(0, rows,
+                            ProductTile<N, stored, from, Number>{steps, a, a_stride, b, b_stride, c,
+                                                                 c_stride, scale});
     });
-}
-
-// The products of a row with `columns` rows of B, W at most: of both `width` numbers, and zeros
-// behind them in the row. Where there are fewer than W, those of the last stand for the others, as
-// many quarters of W as there are. If `ahead`, the W rows behind are asked for meanwhile: W at once
-// are more than a core would see coming.
-template <int quarters, bool ahead>
-RNNATTN_INLINE V dots_with(int64_t columns, int64_t width, const float* row, const float* b,
-                           int64_t b_stride) {
-  // Four pointers, and numbers of strides that an address can hold, in place of W pointers.
-  constexpr int rows = quarters * (W / 4);
-  const float* quarter[4];
-  if constexpr (ahead)
-    for (int i = 0; i < 4; ++i) quarter[i] = b + i * (W / 4) * b_stride;
-  const auto at = [&](auto i) RNNATTN_LAMBDA {
-    if constexpr (ahead) return quarter[i / (W / 4)] + i % (W / 4) * b_stride;
-    return b + least(i, columns - 1) * b_stride;
-  };
-  V sums[W]{};
-  int64_t k = 0;
-  for (; k + W <= width; k += W) {
-    const V x = load(row + k);
-    unrolled<rows>([&](auto i) RNNATTN_LAMBDA {
-      sums[i] = fma(x, load(at(i) + k), sums[i]);
-      if constexpr (ahead) __builtin_prefetch(at(i) + k + W * b_stride);
-    });
-  }
-  if (k < width) {
-    const V x = load(row + k);
-    const int rest = static_cast<int>(width - k);
-    unrolled<rows>([&](auto i)
-                       RNNATTN_LAMBDA { sums[i] = fma(x, load(at(i) + k, rest), sums[i]); });
-  }
-  return sum_of_each(sums);
-}
-
-// C = A Bᵀ, with B in rows that are not packed. Rows of A are whole vectors, with zeros behind what
-// they hold; C has whole vectors of columns.
-static void product_of_rows(int64_t rows, int64_t columns, int64_t width, const float* a,
-                            int64_t a_stride, const float* b, int64_t b_stride, float* c,
-                            int64_t c_stride) {
-  for (int64_t j = 0; j < columns; j += W, b += W * b_stride)
-    for (int64_t r = 0; r < rows; ++r) {
-      const float* row = a + r * a_stride;
-      float* to = c + r * c_stride + j;
-      if (columns - j >= W)
-        store(to, dots_with<4, true>(W, width, row, b, b_stride));
-      else
-        as_constant<4>(ceil_div(4 * (columns - j), W), [&](auto quarters) RNNATTN_LAMBDA {
-          store(to, dots_with<quarters, false>(columns - j, width, row, b, b_stride));
-        });
-    }
 }
 
 }  // namespace rnnattn::RNNATTN_SET

@@ -23,8 +23,9 @@ RNNATTN_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 RNNATTN_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 RNNATTN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-RNNATTN_INLINE void zero(float* to, int64_t n) {
-  std::memset(to, 0, sizeof(float) * static_cast<size_t>(n));
+template <class Number>
+RNNATTN_INLINE void zero(Number* to, int64_t n) {
+  std::memset(static_cast<void*>(to), 0, sizeof(Number) * static_cast<size_t>(n));
 }
 RNNATTN_INLINE void copy(const float* from, int64_t n, float* to) {
   std::memcpy(to, from, sizeof(float) * static_cast<size_t>(n));
