@@ -153,11 +153,12 @@ static bool segments_meet(const Attention& p, const Rows& rows, Range keys, bool
 struct Block {
   int64_t rows, first, count, from, to;
   bool bare = false;      // its logits are q kᵀ, but for what positions and lengths mask
-  bool in_range = false;  // positions and lengths mask nothing of it
+  bool in_range = false;  // positions and lengths mask nothing of it, nor is a column without key
+  bool all_seen = false;  // positions and lengths mask none of its keys
   bool segments = false;  // segments may mask some of it
 
   bool empty() const { return from >= to; }
-  bool shows_all() const { return bare && in_range && from == 0 && to == count; }
+  bool shows_all() const { return bare && all_seen; }
   // Of [from, to), the keys that there are.
   int64_t seen() const { return least(to, count) - from; }
 };
@@ -175,6 +176,7 @@ static Block block_of(const Attention& p, const Rows& of, Range keys, const Rang
   block.bare = one_segment && p.soft_cap == 0 && !p.bias.data && !p.mask.data;
   block.in_range =
       seen.all.first <= keys.first + block.from && seen.all.past >= keys.first + block.to;
+  block.all_seen = seen.all.first <= keys.first && seen.all.past >= keys.past;
   block.segments = !one_segment;
   return block;
 }
