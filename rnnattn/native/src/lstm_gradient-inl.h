@@ -482,8 +482,9 @@ class Backward {
     const int64_t rows = (chunk.to - chunk.from) * s_.B, M = s_.D + s_.R + 1;
     const int64_t panels = ceil_div(s_.H, W), dx_items = items_of(rows);
     // a block of [x h₋ 1] stays in a core's cache while it meets one panel after the other
-    const int64_t blocks =
-        most(ceil_div(M, BLOCK), least(ceil_div(M, GATE_TILE_ROWS), s_.threads / panels));
+    const int64_t shared_out =
+        s_.threads > 1 ? ceil_div(s_.threads * ITEMS_OF_A_THREAD, panels) : 1;
+    const int64_t blocks = most(ceil_div(M, BLOCK), least(ceil_div(M, GATE_TILE_ROWS), shared_out));
     const int64_t peepholes = s_.peephole ? panels : 0;
     const int64_t projections = s_.projection ? ceil_div(s_.H, BLOCK) : 0;
     const auto compute = [&](int64_t item, float*) {

@@ -57,6 +57,7 @@ constexpr int64_t CHUNK_ROWS = 2048;     // of the batch and time, of a chunk of
 constexpr int64_t CHUNK_FLOATS = 1 << 20;  // of its dz
 constexpr int64_t DEPTH = 512;  // rows of dz that a block of the weight gradient sums at once
 constexpr int64_t BLOCK = 32 * GATE_TILE_ROWS;  // rows of such a block
+constexpr int64_t ITEMS_OF_A_THREAD = 4;        // at least, so that all end at about the same time
 constexpr int64_t ITEM_ROWS = 128;              // of the batch and time, of one item of a product
 
 // [from, to) in either direction.

@@ -159,6 +159,7 @@ struct ProductTile {
   void run(int64_t first) const {
     constexpr bool by_row = stored == Stored::by_row;
     const int64_t a_row = by_row ? a_stride : 1, a_step = by_row ? 1 : a_stride;
+    const float* of_a = a + first * a_row;
     float* rows = c + first * c_stride;
     V sums[R][N];
     unrolled<R>([&](auto r) RNNATTN_LAMBDA {
@@ -167,7 +168,25 @@ struct ProductTile {
         if constexpr (from == From::scaled) sums[r][n] *= scale[first + r];
       });
     });
-    multiply<Held::b>(sums, steps, a + first * a_row, a_row, a_step, b, b_stride);
+    int64_t step = 0;
+    if constexpr (from == From::scaled && R == 1) {
+      // sums of every second step, or every fourth: few sums would wait at each step for the last
+      constexpr int APART = N > 2 ? 2 : 4;
+      V others[APART - 1][R][N] = {};
+      for (; step + APART <= steps; step += APART) {
+        multiply<Held::b>(sums, 1, of_a + step * a_step, a_row, a_step, b + step * b_stride,
+                          b_stride);
+        unrolled<APART - 1>([&](auto i) RNNATTN_LAMBDA {
+          const int64_t at = step + 1 + i;
+          multiply<Held::b>(others[i], 1, of_a + at * a_step, a_row, a_step, b + at * b_stride,
+                            b_stride);
+        });
+      }
+      for (int i = 0; i < APART - 1; ++i)
+        for (int n = 0; n < N; ++n) sums[0][n] += others[i][0][n];
+    }
+    multiply<Held::b>(sums, steps - step, of_a + step * a_step, a_row, a_step, b + step * b_stride,
+                      b_stride);
     unrolled<R>([&](auto r) RNNATTN_LAMBDA {
       unrolled<N>([&](auto n) RNNATTN_LAMBDA { store(rows + r * c_stride + n * W, sums[r][n]); });
     });
