@@ -361,141 +361,162 @@ static void enter(const Lstm<Number>& s, const State<Operand<Number>>& state, co
   copy_rows(c, s.H, state.c, state.c_stride, s.H, lo, hi);
 }
 
+// All steps. The rows of the batch are shared out, or the units where rows are few; a single step
+// with large weights goes through these block by block.
 template <class Number>
-struct StepsMemory {
-  Memory memory;
-  Operand<Number>*cells, *x;
-  float* from_x;
-  State<Operand<Number>> state;
-
-  StepsMemory(const Lstm<Number>& s, int64_t packed, int64_t rows_of_x, int64_t projected,
-              float* base)
-      : memory{base} {
-    cells = memory.take<Operand<Number>>(packed);
-    x = memory.take<Operand<Number>>(Inputs<Number>::size(s.D, rows_of_x));
-    from_x = projected ? memory.take(projected) : nullptr;
-    state = take_state(memory, s);
-  }
-};
-
-template <class Number>
-static bool all_steps(Threads& threads, const LstmForward<Number>& s) {
+class Forward {
   using Operand = rnnattn::RNNATTN_SET::Operand<Number>;
-  const int64_t T = s.T, B = s.B, D = s.D, H = s.H, R = s.R;
-  const int64_t weights = Cells<Operand>::size(D, H, R);
-  const bool once = T == 1 && weights > CACHED;    // a block of units after the other
-  const bool by_units = !once && shares_units(s);  // and b + x w_x of many steps at once
-  const int64_t length = by_units ? chunk_of(s) : s.interval ? s.interval : most(T, 1);
-  const int64_t rows_of_x = by_units ? least(length, T) * B : B;
-  const int64_t projected = by_units && !s.a ? ceil_div(H, W) * Gates::panel(rows_of_x) : 0;
-  const int64_t packed = once ? 0 : weights;
-  const StepsMemory<Number> size(s, packed, rows_of_x, projected, nullptr);
-  const Allocation allocation(size.memory.used);
-  if (!allocation.data()) return false;
-  advise_huge_pages(allocation.data(), size.memory.used);
-  const StepsMemory<Number> my(s, packed, rows_of_x, projected, allocation.data());
-  const Cells<Operand> cells{my.cells, D, H, R};
-  const Inputs<Number> inputs{s, my.x};
-  const Gates gates = Gates::in_rows(s.a, H);
-  const Gates from_x = Gates::in_panels(my.from_x, rows_of_x);
+  using State = lstm::State<Operand>;
+  using Step = lstm::Step<Number>;
+
+ public:
+  Forward(Threads& threads, const LstmForward<Number>& s) : threads_(threads), s_(s) {}
+
+  bool run() {
+    const int64_t T = s_.T, B = s_.B, H = s_.H, weights = Cells<Operand>::size(s_.D, H, s_.R);
+    const bool once = T == 1 && weights > CACHED, by_units = !once && shares_units(s_);
+    length_ = by_units ? chunk_of(s_) : s_.interval ? s_.interval : most(T, 1);
+    rows_of_x_ = by_units ? least(length_, T) * B : B;
+    const int64_t packed = once ? 0 : weights;
+    const int64_t projected = by_units && !s_.a ? ceil_div(H, W) * Gates::panel(rows_of_x_) : 0;
+    Memory size{nullptr};
+    lay_out(size, packed, projected);
+    const Allocation allocation(size.used);
+    if (!allocation.data()) return false;
+    advise_huge_pages(allocation.data(), size.used);
+    Memory memory{allocation.data()};
+    lay_out(memory, packed, projected);
+    advise_huge_pages(s_.y, T * B * s_.R);
+    advise_huge_pages(s_.c_all, T * B * H);
+    advise_huge_pages(s_.a, T * B * 4 * H);
+    if (once) return block_by_block();
+    return pack() && (by_units ? units_shared_out() : rows_shared_out());
+  }
+
+ private:
+  void lay_out(Memory& memory, int64_t packed, int64_t projected) {
+    packed_ = memory.take<Operand>(packed);
+    inputs_.copied = memory.take<Operand>(Inputs<Number>::size(s_.D, rows_of_x_));
+    from_x_ = projected ? memory.take(projected) : nullptr;
+    state_ = take_state(memory, s_);
+    cells_ = {packed_, s_.D, s_.H, s_.R};
+  }
+
+  bool pack() const {
+    return parallel_for(threads_, ceil_div(s_.H, W), s_.threads, 0, [&](int64_t u, float*) {
+      pack_cells(s_, u, packed_ + u * cells_.stride(s_.D, s_.R));
+      if (s_.projection) pack_projection(s_, u * W, state_.projection.packed);
+    });
+  }
+
+  Share all_of_it() const { return Share::of(s_.H, s_.R, 0, 1); }
+
   // What step t reads and writes: x, or b + x w_x.
-  auto step_at = [&](int64_t t, const Operand* x, const Gates& projection) {
-    const Gates a = gates.from(t * B);
-    return Step<Number>{x,
-                        inputs.stride(D),
-                        projection,
-                        mask_at(s.valid, t, B),
-                        s.y + t * B * R,
-                        at(s.c_all, t, B * H),
-                        a};
-  };
+  Step step_at(int64_t t, const Operand* x, const Gates& from_x) const {
+    return {x,
+            inputs_.stride(s_.D),
+            from_x,
+            mask_at(s_.valid, t, s_.B),
+            s_.y + t * s_.B * s_.R,
+            at(s_.c_all, t, s_.B * s_.H),
+            Gates::in_rows(s_.a, s_.H).from(t * s_.B)};
+  }
+
+  void enter_rows(int64_t lo, int64_t hi) const { enter<Number>(s_, state_, s_.h, s_.c, lo, hi); }
+  void leave_rows(const State& state, int64_t lo, int64_t hi) const {
+    copy_rows(state.h, state.stride, s_.h_last, s_.R, s_.R, lo, hi);
+    copy_rows(state.c, state.c_stride, s_.c_last, s_.H, s_.H, lo, hi);
+  }
+
   // The state before the steps of interval k: a share of rows [lo, hi).
-  auto keep = [&](const State<Operand>& state, int64_t k, const Share& share, int64_t lo,
-                  int64_t hi) {
+  void keep(const State& state, int64_t k, const Share& share, int64_t lo, int64_t hi) const {
     const int64_t i = share.v * W, j = share.u * W;
     for (int64_t r = lo; r < hi; ++r) {
-      copy_numbers(state.h + r * state.stride + i, least(share.v_past * W, R) - i,
-                   s.h_starts + (k * B + r) * R + i);
-      copy_numbers(state.c + r * state.c_stride + j, least(share.past * W, H) - j,
-                   s.c_starts + (k * B + r) * H + j);
+      copy_numbers(state.h + r * state.stride + i, least(share.v_past * W, s_.R) - i,
+                   s_.h_starts + (k * s_.B + r) * s_.R + i);
+      copy_numbers(state.c + r * state.c_stride + j, least(share.past * W, s_.H) - j,
+                   s_.c_starts + (k * s_.B + r) * s_.H + j);
     }
-  };
-  auto leave = [&](const State<Operand>& state, int64_t lo, int64_t hi) {
-    copy_rows(state.h, state.stride, s.h_last, R, R, lo, hi);
-    copy_rows(state.c, state.c_stride, s.c_last, H, H, lo, hi);
-  };
+  }
 
-  advise_huge_pages(s.y, T * B * R);
-  advise_huge_pages(s.c_all, T * B * H);
-  advise_huge_pages(s.a, T * B * 4 * H);
-  const int64_t chunks = ceil_div(T, length), units = ceil_div(H, W);
-  if (once) {
-    const State<Operand>& state = my.state;
-    const Share all = Share::of(H, R, 0, 1);
-    const Operand* x = inputs.rows(0, 0, 0);
-    const int64_t floats = cells.stride(D, R) / TOGETHER<Operand>;
-    const int64_t panels = s.projection ? ceil_div(all.v_past, TILE_VECTORS) : 0;
-    return over_groups(threads, s,
+  // One step: a block of weights is packed in a core's cache, and multiplied by at once.
+  bool block_by_block() const {
+    const Share all = all_of_it();
+    const Step step = step_at(0, inputs_.rows(0, 0, 0), Gates{});
+    const int64_t floats = cells_.stride(s_.D, s_.R) / TOGETHER<Operand>;
+    const int64_t panels = s_.projection ? ceil_div(all.v_past, TILE_VECTORS) : 0;
+    return over_groups(threads_, s_,
                        [&](int64_t lo, int64_t hi) {
-                         enter<Number>(s, state, s.h, s.c, lo, hi);
-                         inputs.rows(0, lo, hi);
-                         if (s.interval) keep(state, 0, all, lo, hi);
-                         zero_fresh(state, s.fresh, s.valid, lo, hi, all);
+                         enter_rows(lo, hi);
+                         inputs_.rows(0, lo, hi);
+                         if (s_.interval) keep(state_, 0, all, lo, hi);
+                         zero_fresh(state_, s_.fresh, s_.valid, lo, hi, all);
                        }) &&
-           parallel_for(threads, units, s.threads, floats,
+           parallel_for(threads_, ceil_div(s_.H, W), s_.threads, floats,
                         [&](int64_t u, float* memory) {
                           Operand* block = reinterpret_cast<Operand*>(memory);
-                          pack_cells(s, u, block);
-                          if (s.projection) pack_projection(s, u * W, state.projection.packed);
-                          advance<Number>(s, Cells<Operand>{block, D, H, R, u}, state,
-                                          step_at(0, x, Gates{}), u, u + 1, 0, B);
+                          pack_cells(s_, u, block);
+                          if (s_.projection) pack_projection(s_, u * W, state_.projection.packed);
+                          advance<Number>(s_, Cells<Operand>{block, s_.D, s_.H, s_.R, u}, state_,
+                                          step, u, u + 1, 0, s_.B);
                         }) &&
-           parallel_for(threads, panels, s.threads, 0,
+           parallel_for(threads_, panels, s_.threads, 0,
                         [&](int64_t panel, float*) {
                           const int64_t v = panel * TILE_VECTORS;
-                          project_state<Number>(s, state, step_at(0, x, Gates{}), v,
-                                                least(v + TILE_VECTORS, all.v_past), 0, B);
+                          project_state<Number>(s_, state_, step, v,
+                                                least(v + TILE_VECTORS, all.v_past), 0, s_.B);
                         }) &&
-           over_groups(threads, s, [&](int64_t lo, int64_t hi) { leave(state.after(1), lo, hi); });
+           over_groups(threads_, s_,
+                       [&](int64_t lo, int64_t hi) { leave_rows(state_.after(1), lo, hi); });
   }
-  if (!parallel_for(threads, units, s.threads, 0, [&](int64_t u, float*) {
-        pack_cells(s, u, my.cells + u * cells.stride(D, R));
-        if (s.projection) pack_projection(s, u * W, my.state.projection.packed);
-      }))
-    return false;
-  if (!by_units)
-    return over_groups(threads, s, [&](int64_t lo, int64_t hi) {
-      State<Operand> state = my.state;
-      enter<Number>(s, state, s.h, s.c, lo, hi);
-      over_steps(s.reverse, 0, chunks, [&](int64_t k) {
-        if (s.interval) keep(state, k, Share::of(H, R, 0, 1), lo, hi);
-        over_steps(s.reverse, k * length, least((k + 1) * length, T), [&](int64_t t) {
-          const Step<Number> step = step_at(t, inputs.rows(t, lo, hi), Gates{});
-          advance_rows<Number>(s, cells, state, step, mask_at(s.fresh, t, B), lo, hi);
+
+  bool rows_shared_out() const {
+    return over_groups(threads_, s_, [&](int64_t lo, int64_t hi) {
+      State state = state_;
+      enter_rows(lo, hi);
+      over_steps(s_.reverse, 0, ceil_div(s_.T, length_), [&](int64_t k) {
+        if (s_.interval) keep(state, k, all_of_it(), lo, hi);
+        over_steps(s_.reverse, k * length_, least((k + 1) * length_, s_.T), [&](int64_t t) {
+          const Step step = step_at(t, inputs_.rows(t, lo, hi), Gates{});
+          advance_rows<Number>(s_, cells_, state, step, mask_at(s_.fresh, t, s_.B), lo, hi);
         });
       });
-      leave(state, lo, hi);
+      leave_rows(state, lo, hi);
     });
+  }
 
-  State<Operand> state = my.state;
-  enter<Number>(s, state, s.h, s.c, 0, B);
-  bool ok = true;
-  over_steps(s.reverse, 0, chunks, [&](int64_t k) {
-    const int64_t from = k * length, to = least(from + length, T);
-    const Gates out = gates ? gates.from(from * B) : from_x;
-    ok = ok && project(threads, s, cells, inputs, out, from, to - from);
-    share_units(
-        threads, s, cells, state, from, to,
-        [&](int64_t t) { return step_at(t, nullptr, out.from((t - from) * B)); },
-        [&](const State<Operand>& before, int64_t t, const Share& share) {
-          const bool begins = s.interval && (s.reverse ? t == T - 1 || (t + 1) % s.interval == 0
-                                                       : t % s.interval == 0);
-          if (begins) keep(before, t / s.interval, share, 0, B);
-        });
-  });
-  leave(state, 0, B);
-  return ok;
-}
+  // b + x w_x of many steps at once, then these.
+  bool units_shared_out() const {
+    const int64_t T = s_.T, B = s_.B, n = s_.interval;
+    const Gates gates = Gates::in_rows(s_.a, s_.H);
+    State state = state_;
+    enter_rows(0, B);
+    bool ok = true;
+    over_steps(s_.reverse, 0, ceil_div(T, length_), [&](int64_t k) {
+      const int64_t from = k * length_, to = least(from + length_, T);
+      const Gates out = gates ? gates.from(from * B) : Gates::in_panels(from_x_, rows_of_x_);
+      ok = ok && project(threads_, s_, cells_, inputs_, out, from, to - from);
+      share_units(
+          threads_, s_, cells_, state, from, to,
+          [&](int64_t t) { return step_at(t, nullptr, out.from((t - from) * B)); },
+          [&](const State& before, int64_t t, const Share& share) {
+            const bool begins = n && (s_.reverse ? t == T - 1 || (t + 1) % n == 0 : t % n == 0);
+            if (begins) keep(before, t / n, share, 0, B);
+          });
+    });
+    leave_rows(state, 0, B);
+    return ok;
+  }
+
+  Threads& threads_;
+  const LstmForward<Number>& s_;
+  int64_t length_ = 0, rows_of_x_ = 0;
+  Operand* packed_ = nullptr;
+  float* from_x_ = nullptr;
+  Cells<Operand> cells_{};
+  Inputs<Number> inputs_{s_, nullptr};
+  State state_{};
+};
 
 // ---- few steps of few rows --------------------------------------------------------------------
 
@@ -632,7 +653,7 @@ static bool few_steps(Threads& threads, const LstmForward<Number>& s) {
 
 template <class Number>
 static bool forward(Threads& threads, const LstmForward<Number>& s) {
-  return are_few_steps(s) ? few_steps(threads, s) : all_steps(threads, s);
+  return are_few_steps(s) ? few_steps(threads, s) : Forward<Number>(threads, s).run();
 }
 
 }  // namespace rnnattn::RNNATTN_SET::lstm
