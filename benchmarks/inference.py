@@ -18,6 +18,11 @@ PACKAGES = ["jax", "jaxlib", "numpy", "onnxruntime", "openvino"]
 KINDS = ("forward",)
 
 
+def _require_float32(problem):
+    if problem.x.dtype != np.float32:
+        raise timing.Unavailable("the model is written in float32")
+
+
 def ours(problem: lstm.Problem) -> timing.Programs:
     return {"forward": lstm.ours(problem)["forward"]}
 
@@ -26,6 +31,7 @@ def onnxruntime(problem: lstm.Problem) -> timing.Programs:
     import onnxruntime as ort
     from onnx import TensorProto, helper, numpy_helper
 
+    _require_float32(problem)
     (T, B, D), H = problem.x.shape, problem.dy.shape[-1]
     weights = interop.lstm_to_onnx(problem.params)
     sizes = {"x": [T, B, D], "y": [T, 1, B, H], "h": [1, B, H], "c": [1, B, H]}
@@ -52,6 +58,7 @@ def openvino(problem: lstm.Problem) -> timing.Programs:
     import openvino as ov
     from openvino import opset13 as ops
 
+    _require_float32(problem)
     (T, B, D), H = problem.x.shape, problem.dy.shape[-1]
     # gates in the order f, i, g, o; one direction
     blocks = [1, 0, 2, 3]

@@ -1,4 +1,6 @@
-"""The native kernels on a CPU: streaming, arithmetic, variants of the LSTM, cores, and their cost.
+"""The native kernels on a CPU: streaming, arithmetic, variants, several networks, cores, costs.
+
+And what rotary positions take before attention.
 
     python benchmarks/native.py --output benchmarks/results/NAME.json
 
@@ -201,6 +203,85 @@ def print_variants(rows):
             print(f"    {name:<22}{timing.show_ratio(r)}")
 
 
+# ---- several networks --------------------------------------------------------------------------
+
+NETWORKS = [
+    (A, T, B, H) for A in (2, 32) for T in (10, 100) for B in (1, 16) for H in (16, 64, 256)
+]
+MOST_PRODUCTS = 2**28  # of a forward pass
+
+
+def measure_networks(rounds) -> dict[str, Any]:
+    """Time of XLA's batch over ours, training A networks at once by `jax.vmap`, D = H."""
+    rows = {}
+    for A, T, B, H in NETWORKS:
+        if A * T * B * 8 * H * H > MOST_PRODUCTS:
+            continue
+        init = lambda key, H=H: rnnattn.init_lstm(key, H, H, recurrent_init="uniform")
+        params = jax.vmap(init)(jax.random.split(jax.random.key(0), A))
+        x = jax.random.normal(jax.random.key(1), (A, B, T, H), jnp.float32)
+
+        def training(params, x, how):
+            loss = lambda params, x: jnp.sum(rnnattn.lstm(params, x, implementation=how)[0] ** 2)
+            return jax.vmap(jax.grad(loss, (0, 1)))(params, x)
+
+        programs = {
+            name: timing.compiled(lambda p, x, how=how: training(p, x, how), params, x)
+            for name, how in (("ours", None), ("ours, xla", "xla"))
+        }
+        times = timing.measure(programs, rounds)
+        name = f"{A} of T {T}, B {B}, H {H}"
+        rows[name] = timing.ratio(times["ours, xla"], times["ours"])._asdict()
+    return rows
+
+
+def print_networks(rows):
+    print("\nseveral LSTMs by vmap, training: time of XLA's batch / ours")
+    for name, r in rows.items():
+        print(f"  {name:<28}{timing.show_ratio(r)}")
+
+
+# ---- rotary positions --------------------------------------------------------------------------
+
+ROPE_SHAPES = [
+    attention.Shape(8, 256, 8, 64, False),
+    attention.Shape(4, 1024, 8, 64, True),
+    attention.Shape(1, 1024, 32, 128, False),
+]
+
+
+def measure_rope(rounds) -> dict[str, Any]:
+    """The share of `rope` of q and k in what it and attention take, forward and gradient."""
+    rows = {}
+    for shape in ROPE_SHAPES:
+        problem = attention.make_problem(shape, dtype="float32")
+        *operands, do = problem.arrays
+        attend = lambda q, k, v, shape=shape: rnnattn.dot_product_attention(
+            q, k, v, **shape.options
+        )
+        positions = jnp.arange(shape.T, dtype=jnp.int32)
+        roped = lambda q, k, v, attend=attend, at=positions: attend(
+            rnnattn.rope(q, at), rnnattn.rope(k, at), v
+        )
+        for kind in attention.KINDS:
+            programs = {}
+            for name, apply in (("bare", attend), ("roped", roped)):
+                if kind == "forward":
+                    programs[name] = timing.compiled(apply, *operands)
+                else:
+                    programs[name] = timing.compiled(attention.gradient_of(apply), *operands, do)
+            times = timing.measure(programs, rounds)
+            bare, with_rope = np.array(times["bare"]), np.array(times["roped"])
+            rows[f"({shape}), {kind}"] = float(np.median(1 - bare / with_rope))
+    return rows
+
+
+def print_rope(rows):
+    print("\nshare of rope in rope and attention")
+    for name, share in rows.items():
+        print(f"  {name:<40}{100 * share:5.1f} %")
+
+
 # ---- cores -------------------------------------------------------------------------------------
 
 
@@ -290,6 +371,8 @@ STUDIES: dict[str, tuple[Callable[[int], Any], Callable[[Any], None]]] = {
     "streaming": (measure_streaming, print_streaming),
     "rates": (measure_rates, print_rates),
     "variants": (measure_variants, print_variants),
+    "networks": (measure_networks, print_networks),
+    "rope": (measure_rope, print_rope),
     "cores": (measure_cores, print_cores),
     "cost": (measure_cost, print_cost),
 }

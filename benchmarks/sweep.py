@@ -83,13 +83,16 @@ def _make_lstm(shape, dtype):
     return lstm.make_problem(*shape, dtype=dtype)
 
 
-TORCH_ATTENTION, TORCH_LSTM = {"torch": attention.torch}, {"torch": lstm.torch}
 AXES = "(T, B, D, H)"
 BENCHMARKS = {
     "attention": Benchmark(
-        draw_attention, attention.make_problem, attention, TORCH_ATTENTION, "B, T, N, K, sees"
+        draw_attention,
+        attention.make_problem,
+        attention,
+        {"torch": attention.torch},
+        "B, T, N, K, sees",
     ),
-    "lstm": Benchmark(draw_lstm, _make_lstm, lstm, TORCH_LSTM, AXES),
+    "lstm": Benchmark(draw_lstm, _make_lstm, lstm, {"torch": lstm.torch}, AXES),
     "inference": Benchmark(draw_lstm, _make_lstm, inference, inference.PEERS, AXES),
 }
 

@@ -132,8 +132,11 @@ CHANGES = [
 ]
 EQUIVALENT = [
     "0.0f + my.delta[r] == 0",  # more rows are looked at, with the same result
-    "0.0f + load_units(row + k, rest)",  # and more keys
-    "products -= 0.0f",  # a sum of zeros, or NaN
+    # sums of zeros, or NaN
+    "products -= 0.0f",
+    "(products[0] - products[1]) + (",
+    "(products[0] + products[1]) - (",
+    "(products[2] - products[3])",
     # a block that could be left out, or left as it is, is looked at key by key
     "query_least != key_least",
     "key_most || key_least",
@@ -147,7 +150,6 @@ EQUIVALENT = [
     "least(i, columns + 1)",  # for the sanitizers: of what no lane shows
     "quarters + (W / 4)",  # the same
     "- i % (W / 4)",  # 0 where W is 4
-    "load_units(row - k, rest)",  # 0 in test_hidden.py; heads are wider in test_native.py
     "splat(0.5f)) + 0x3f000000u",  # differs in bits that are dropped
 ]
 # Where loops end; what is asked for early; what `avx512_bf16` does and the portable set never does:

@@ -307,6 +307,26 @@ def test_what_is_hidden_may_be_nan(T, K, instruction_set):
     assert not np.any(np.asarray(actual[1]["key"])[hidden])
 
 
+def test_what_is_hidden_while_decoding_may_be_nan():
+    """By the length of one row, by the window of the other, and by nothing else."""
+    lengths = jnp.array([13, 40])
+    case = narrow(
+        make_case(
+            Sizes(2, 1, 40, 2, 2, 16, 16),
+            is_causal=True,
+            query_offset=lengths - 1,
+            key_value_seq_lengths=lengths,
+            local_window_size=(20, 0),
+        )
+    )
+    expected = value_and_gradients(case, dot_product_attention, implementation="dense")
+    s, length = np.arange(40), np.asarray(lengths)[:, None]
+    hidden = ((s >= length) | (s < length - 21))[..., None, None]
+    spoiled = {n: jnp.where(hidden, jnp.nan, case.floats[n]) for n in ("key", "value")}
+    case = case._replace(floats=case.floats | spoiled)
+    assert_same(value_and_gradients(case, dot_product_attention, **NATIVE), expected, TOLERANCE)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("name", ["query", "key", "value"])
 def test_what_is_seen_spoils_what_it_spoils_in_xla(name, bad):

@@ -1,4 +1,4 @@
-// The kernels of attention: the equations of rnnattn/scores.py, in its letters.
+// The kernels of attention: the equations of rnnattn/attention/equations.py, in its letters.
 //
 //     forward   per block: s, P v             per query block: O, L
 //     backward  per block: s, P, dP, dS, dv, dk, dq

@@ -28,10 +28,10 @@ struct Float16 {
   uint16_t bits;
 };
 
-// Axes and letters are those of rnnattn/scores.py. Pointers are null where an argument is absent.
-// The head comes after the position, as in the arguments of attention: query (B, T, M, G, K), key
-// (B, S, M, K), and so all others but `lse` and `dlse`, (B, M, G, T). A `Number` is a float, a
-// Bfloat16 or a Float16; the logits and all sums are float32.
+// Axes and letters are those of rnnattn/attention/equations.py. Pointers are null where an argument
+// is absent. The head comes after the position, as in the arguments of attention: query (B, T, M,
+// G, K), key (B, S, M, K), and so all others but `lse` and `dlse`, (B, M, G, T). A `Number` is a
+// float, a Bfloat16 or a Float16; the logits and all sums are float32.
 struct Attention {
   int64_t B, M, G, T, S, K, V;
   OfLogits<const float> scale;  // of the logits, and of dq; (#B, #M, #G, 1, 1)
@@ -71,9 +71,9 @@ struct AttentionKernels {
   bool (*backward)(Threads&, const AttentionBackward<Number>&);
 };
 
-// Axes and letters are those of rnnattn/cell.py; time-major. Pointers are null where an argument is
-// absent or a result not wanted. A `Number` is a float, a Bfloat16 or a Float16; c, the gates and
-// all sums are float32.
+// Axes and letters are those of rnnattn/recurrent/equations.py; time-major. Pointers are null where
+// an argument is absent or a result not wanted. A `Number` is a float, a Bfloat16 or a Float16; c,
+// the gates and all sums are float32.
 template <class Number>
 struct Lstm {
   int64_t T, B, D, H, R;  // R: the width of h, H where nothing is projected

@@ -644,7 +644,7 @@ static bool few_steps(Threads& threads, const LstmForward<Number>& s) {
     step.c_all = at(s.c_all, t, BH);
     step.a = at(s.a, t, 4 * BH);
     ok = ok && single_step(threads, step);
-    // h is read by all units while they write y, and so is that of the step before
+    // While one unit writes its y others still read h: it is y of the step before, not of this one.
     step.h = step.y;
     step.c = s.c_last;
   });

@@ -444,6 +444,25 @@ class Backward {
     return ok;
   }
 
+  // What a chunk adds to rows [m, past) of the gradient of [w_x w_h b], of one panel of dz.
+  void add_weights(int64_t rows, bool is_first, int64_t m, int64_t past, int64_t u) const {
+    for (int64_t first = 0; first < rows; first += DEPTH) {
+      const WeightTile tile{s_.D,
+                            s_.D + s_.R,
+                            s_.H,
+                            dw_x_,
+                            dw_h_,
+                            db_,
+                            xh_ + first * width_,
+                            width_,
+                            dz_.data + u * dz_.unit + first * dz_.row,
+                            least(DEPTH, rows - first),
+                            u,
+                            !is_first || first > 0};
+      over_tiles<GATE_TILE_ROWS>(m, past, tile);
+    }
+  }
+
   // What W units of a chunk add to the gradient of the peepholes: Σ dz_i ⊙ c₋, Σ dz_f ⊙ c₋ and
   // Σ dz_o ⊙ c.
   void add_peepholes(const Chunk& chunk, bool is_first, int64_t u) const {
@@ -488,36 +507,19 @@ class Backward {
     const int64_t peepholes = s_.peephole ? panels : 0;
     const int64_t projections = s_.projection ? ceil_div(s_.H, BLOCK) : 0;
     const auto compute = [&](int64_t item, float*) {
-      if (item >= blocks * panels + dx_items + peepholes) {
-        add_projection(rows, is_first, item - blocks * panels - dx_items - peepholes);
-        return;
+      if (item < blocks * panels) {
+        const int64_t block = item / panels;
+        return add_weights(rows, is_first, M * block / blocks, M * (block + 1) / blocks,
+                           item % panels);
       }
-      if (item >= blocks * panels + dx_items) {
-        add_peepholes(chunk, is_first, item - blocks * panels - dx_items);
-        return;
-      }
-      if (item >= blocks * panels) {
-        item -= blocks * panels;
-        times_transposed(panels_of(dz_), to_x_, s_.dx + chunk.from * s_.B * s_.D, s_.D, nullptr, 0,
-                         ceil_div(s_.D, W), rows * item / dx_items, rows * (item + 1) / dx_items);
-        return;
-      }
-      const int64_t block = item / panels, u = item % panels;
-      for (int64_t first = 0; first < rows; first += DEPTH) {
-        const WeightTile tile{s_.D,
-                              s_.D + s_.R,
-                              s_.H,
-                              dw_x_,
-                              dw_h_,
-                              db_,
-                              xh_ + first * width_,
-                              width_,
-                              dz_.data + u * dz_.unit + first * dz_.row,
-                              least(DEPTH, rows - first),
-                              u,
-                              !is_first || first > 0};
-        over_tiles<GATE_TILE_ROWS>(M * block / blocks, M * (block + 1) / blocks, tile);
-      }
+      item -= blocks * panels;
+      if (item < dx_items)
+        return times_transposed(panels_of(dz_), to_x_, s_.dx + chunk.from * s_.B * s_.D, s_.D,
+                                nullptr, 0, ceil_div(s_.D, W), rows * item / dx_items,
+                                rows * (item + 1) / dx_items);
+      item -= dx_items;
+      if (item < peepholes) return add_peepholes(chunk, is_first, item);
+      add_projection(rows, is_first, item - peepholes);
     };
     return parallel_for(threads_, blocks * panels + dx_items + peepholes + projections, s_.threads,
                         0, compute);

@@ -161,6 +161,10 @@ struct ProductTile {
     const int64_t a_row = by_row ? a_stride : 1, a_step = by_row ? 1 : a_stride;
     const float* of_a = a + first * a_row;
     float* rows = c + first * c_stride;
+    const auto add = [&](V(&to)[R][N], int64_t step, int64_t count) RNNATTN_LAMBDA {
+      multiply<Held::b>(to, count, of_a + step * a_step, a_row, a_step, b + step * b_stride,
+                        b_stride);
+    };
     V sums[R][N];
     unrolled<R>([&](auto r) RNNATTN_LAMBDA {
       unrolled<N>([&](auto n) RNNATTN_LAMBDA {
@@ -174,19 +178,13 @@ struct ProductTile {
       constexpr int APART = N > 2 ? 2 : 4;
       V others[APART - 1][R][N] = {};
       for (; step + APART <= steps; step += APART) {
-        multiply<Held::b>(sums, 1, of_a + step * a_step, a_row, a_step, b + step * b_stride,
-                          b_stride);
-        unrolled<APART - 1>([&](auto i) RNNATTN_LAMBDA {
-          const int64_t at = step + 1 + i;
-          multiply<Held::b>(others[i], 1, of_a + at * a_step, a_row, a_step, b + at * b_stride,
-                            b_stride);
-        });
+        add(sums, step, 1);
+        unrolled<APART - 1>([&](auto i) RNNATTN_LAMBDA { add(others[i], step + 1 + i, 1); });
       }
-      for (int i = 0; i < APART - 1; ++i)
-        for (int n = 0; n < N; ++n) sums[0][n] += others[i][0][n];
+      for (const auto& other : others)
+        for (int n = 0; n < N; ++n) sums[0][n] += other[0][n];
     }
-    multiply<Held::b>(sums, steps - step, of_a + step * a_step, a_row, a_step, b + step * b_stride,
-                      b_stride);
+    add(sums, step, steps - step);
     unrolled<R>([&](auto r) RNNATTN_LAMBDA {
       unrolled<N>([&](auto n) RNNATTN_LAMBDA { store(rows + r * c_stride + n * W, sums[r][n]); });
     });
