@@ -26,9 +26,13 @@ from rnnattn.position import (
     sinusoids,
 )
 from rnnattn.recurrent import (
+    GRUParams,
     LSTMParams,
     LSTMState,
     bidirectional_lstm,
+    gru,
+    gru_step,
+    init_gru,
     init_lstm,
     lstm,
     lstm_step,
@@ -36,6 +40,7 @@ from rnnattn.recurrent import (
 )
 
 __all__ = [
+    "GRUParams",
     "KVCache",
     "LSTMParams",
     "LSTMState",
@@ -47,6 +52,9 @@ __all__ = [
     "conv_stem",
     "crop_and_pad",
     "dot_product_attention",
+    "gru",
+    "gru_step",
+    "init_gru",
     "init_lstm",
     "interop",
     "lstm",

@@ -33,9 +33,11 @@ from rnnattn.attention import blockwise, dense, equations as attention, rule
 from rnnattn.attention.arguments import Arrays, problem
 from rnnattn.attention.problem import Masking, Operands, Options, Schedule
 from rnnattn.attention.xla import heads_first
-from rnnattn.recurrent import chunked, equations as lstm, rule as lstm_rule
+from rnnattn.recurrent import chunked, rule as lstm_rule, unit
 from rnnattn.recurrent.arguments import time_major_steps
-from rnnattn.recurrent.problem import Options as LSTMOptions
+from rnnattn.recurrent.problem import Options as LSTMOptions, Outputs
+from rnnattn.recurrent.unit import Unit
+from rnnattn.recurrent.units import lstm
 from tests.lstm_cases import assert_close, make_case, value_and_gradients
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,7 +79,7 @@ class Problem(NamedTuple):
 
 
 def _name(function):
-    return f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+    return f"{function.__module__.rpartition('.')[2]}.{function.__qualname__}"
 
 
 def _path(function):
@@ -118,11 +120,11 @@ def _slots(parent):
 
 def _definition(function):
     tree = ast.parse(_path(function).read_text(encoding="utf-8"))
-    (found,) = (
-        node
-        for node in tree.body
-        if isinstance(node, ast.FunctionDef) and node.name == function.__name__
-    )
+    *classes, name = function.__qualname__.split(".")
+    body = tree.body
+    for within in classes:
+        (body,) = (n.body for n in body if isinstance(n, ast.ClassDef) and n.name == within)
+    (found,) = (n for n in body if isinstance(n, ast.FunctionDef) and n.name == name)
     return found
 
 
@@ -187,7 +189,7 @@ def _lstm_problem(
         coupled=coupled,
     )
     _, expected = value_and_gradients(twin, case)
-    options = LSTMOptions(reverse, residuals, lstm.Variant(clip, coupled))
+    options = LSTMOptions(lstm.LSTM(clip, coupled), reverse, residuals)
     x = case.x if unread is None else jnp.where(unread[..., None], jnp.nan, case.x)
     steps = time_major_steps(x, lengths, resets, reverse)
     schedule = chunked.CHUNKED
@@ -196,7 +198,8 @@ def _lstm_problem(
     def run():
         with jax.disable_jit():  # many steps of few kinds: faster than to compile them
             bwd = lstm_rule._sequence_bwd
-            dparams, dstate, dsteps = bwd(schedule, options, kept, case.cotangents)
+            dy, dlast = case.cotangents
+            dparams, dstate, dsteps = bwd(schedule, options, kept, (Outputs(dy, None), dlast))
         return dparams, dsteps.x, dstate
 
     return Problem(run, expected)
@@ -409,10 +412,15 @@ FUNCTIONS: dict[Callable, Callable[[], list[Problem]]] = {
     lstm.cell_gradient: lstm_problems,
     lstm.gradient_of_gates: lstm_problems,
     lstm.peephole_gradient: lstm_problems,
+    lstm.LSTM.slopes: lstm_problems,
+    lstm.LSTM.preactivations: lstm_problems,
+    lstm.LSTM.step_gradient: lstm_problems,
+    lstm.LSTM.gradient: lstm_problems,
+    unit.outer: lstm_problems,
     chunked._chunk_backward: lstm_problems,
-    chunked.steps_apart: lstm_problems,
+    chunked._with_outputs: lstm_problems,
     chunked.states_of_steps: lstm_problems,
-    chunked.preactivations: lstm_problems,
+    chunked.kept_of_steps: lstm_problems,
     lstm_rule.steps_read: lstm_problems,
     attention.weights: dense_problems,
     attention.logits_gradient: dense_problems,
@@ -439,19 +447,23 @@ _BLOCK = "int((_TANGENT_LOGITS / heads) ** 0.5) if isinstance(heads, int) else"
 
 # Changes that change no gradient, and why.
 EQUIVALENT = {
-    ("equations.cell_gradient", "axis=-1 → axis=1"): "the arrays of one step have two axes",
+    ("lstm.cell_gradient", "axis=-1 → axis=1"): "the arrays of one step have two axes",
     (
         "chunked.states_of_steps",
-        "select(steps.valid, z, 0) → select(steps.valid, z, 1)",
+        "select_each(steps.valid, s, 0) → select_each(steps.valid, s, 1)",
     ): "any finite number would do: dz is zero at steps that do not count",
     (
-        "chunked.steps_apart",
-        "select(steps.valid, trace.a, 0) → select(steps.valid, trace.a, 1)",
+        "chunked.kept_of_steps",
+        "select(steps.valid, trace.kept, 0) → select(steps.valid, trace.kept, 1)",
     ): "any finite number would do: dz is zero at steps that do not count",
     (
         "chunked._chunk_backward",
-        "_unroll(turn, xh) → turn",
+        "_unroll(turn, x) → turn",
     ): "how many steps are in one turn of the loop",
+    (
+        "chunked._chunk_backward",
+        "widened(outputs) → outputs",
+    ): "the problems are in float64",
     (
         "blockwise._backward_blocks",
         "jnp.where(first_time[None, None, None], lse, -jnp.inf) → "
@@ -496,7 +508,8 @@ EQUIVALENT |= {
 def noticed(*changed: Mutant) -> str | None:
     """What changed functions are noticed by: the name of an exception, or None if they survive.
 
-    Every module of the library that has such a function gets the changed one in its place.
+    Every module of the library, and every unit, that has such a function gets the changed one in
+    its place.
     """
     families = dict.fromkeys(FUNCTIONS[mutant.function] for mutant in changed)
     problems = [problem for family in families for problem in family()]
@@ -506,9 +519,9 @@ def noticed(*changed: Mutant) -> str | None:
             function, name = mutant.function, mutant.function.__name__
             scope: dict[str, Any] = {}
             exec(mutant.code, vars(sys.modules[function.__module__]), scope)
-            for module in modules:
-                if vars(module).get(name) is function:
-                    stack.enter_context(mock.patch.object(module, name, scope[name]))
+            for place in [*modules, *Unit.__subclasses__()]:
+                if vars(place).get(name) is function:
+                    stack.enter_context(mock.patch.object(place, name, scope[name]))
         for problem in problems:
             try:
                 assert_close(problem.run(), problem.expected, 1e-9)

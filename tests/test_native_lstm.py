@@ -17,7 +17,7 @@ from hypothesis import given, settings, strategies as st
 
 from rnnattn import LSTMParams, LSTMState, init_lstm, lstm, lstm_step, native, reference
 from rnnattn.native import calls, load
-from rnnattn.recurrent import api
+from rnnattn.recurrent import run
 from tests.lstm_cases import Case, assert_close, make_case, relative_error, value_and_gradients
 
 SETS = list(load.found()[1])
@@ -39,14 +39,14 @@ def wide(tree):
 def set_how(monkeypatch, **how):
     for name, value in how.items():
         monkeypatch.setattr(calls, name, value)
-    cast(Any, api._run_lstm).clear_cache()
+    cast(Any, run.run_sequence).clear_cache()
 
 
 @pytest.fixture(params=SETS)
 def instruction_set(request, monkeypatch):
     set_how(monkeypatch, instruction_set=request.param)
     yield request.param
-    cast(Any, api._run_lstm).clear_cache()
+    cast(Any, run.run_sequence).clear_cache()
 
 
 def in_dtype(case, dtype):

@@ -27,6 +27,7 @@ from rnnattn import (
 from rnnattn.recurrent import api, chunked, peers, stack
 from rnnattn.recurrent.arguments import suited_residuals
 from rnnattn.recurrent.problem import Options, Steps
+from rnnattn.recurrent.units.lstm import LSTM
 from tests.lstm_cases import assert_close, make_case, relative_error, value_and_gradients
 
 SIZES = [(7, 3, 2, 4), (1, 1, 1, 1), (1, 2, 3, 1), (3, 1, 1, 5), (4, 2, 1, 1), (37, 2, 3, 3)]
@@ -205,15 +206,18 @@ KEPT = [
 
 @pytest.mark.parametrize("sizes, kept", KEPT)
 def test_what_is_kept_is_chosen_by_its_memory(sizes, kept):
-    assert suited_residuals(*sizes) == kept
+    T, batch, H, dtype = sizes
+    array: Any = lambda *shape: jax.ShapeDtypeStruct(shape, dtype)
+    params = LSTMParams(array(1, 4 * H), array(H, 4 * H), array(4 * H))
+    assert suited_residuals(LSTM(), params, array(*batch, T, 1), False) == kept
 
 
 def test_what_is_kept_by_default_is_what_the_rule_says(monkeypatch):
     case = make_case(9, 2, 3, 4)
     seen = []
 
-    def rule(*sizes):
-        seen.append(sizes)
+    def rule(unit, params, x, time_major):
+        seen.append((unit, x.shape, time_major))
         return 4
 
     monkeypatch.setattr(api, "suited_residuals", rule)
@@ -222,7 +226,7 @@ def test_what_is_kept_by_default_is_what_the_rule_says(monkeypatch):
         str(jax.make_jaxpr(jax.grad(loss(run)))(case.x))
         for run in (lstm, partial(lstm, residuals=4))
     )
-    assert seen == [(9, (2,), 4, case.x.dtype)]
+    assert seen == [(LSTM(), (2, 9, 3), False)]
     assert left_open == given
 
 
@@ -252,7 +256,9 @@ def test_remainders_of_chunks_match_the_plain_twin(reverse, residuals, monkeypat
     sizes = chunked.ON_CPU._replace(chunk_bytes=8 * B * 4 * H * 10)
     monkeypatch.setattr(chunked, "ON_CPU", sizes)
     case, options, expected = _with_remainders(reverse)
-    length = chunked.chunk_length(sizes, residuals, Steps(case.x.swapaxes(0, 1), None, None), H)
+    problem = Options(LSTM(), residuals=residuals)
+    steps = Steps(case.x.swapaxes(0, 1), None, None)
+    length = chunked.chunk_length(sizes, problem, case.params, steps)
     assert 1 < length < T and T % length
     actual = value_and_gradients(partial(lstm, residuals=residuals, **options), case)
     assert_close(actual, expected, 1e-12)
@@ -335,7 +341,7 @@ def test_many_rows_and_small_weights_take_one_product_a_step(few, small, product
     monkeypatch.setattr(chunked, "ON_CPU", sizes)
     case = make_case(3, B, 2, 6 if small else 9)  # sizes that nothing else has compiled
     steps = Steps(case.x.swapaxes(0, 1), None, None)
-    run = partial(chunked.forward_in, sizes, Options(), False)
+    run = partial(chunked.forward_in, sizes, Options(LSTM()), False)
     assert str(jax.make_jaxpr(run)(case.params, case.state, steps)).count("dot_general") == products
     expected = value_and_gradients(reference.lstm, case)
     assert_close(value_and_gradients(lstm, case), expected, 1e-12)
@@ -697,6 +703,7 @@ def test_the_refusal_of_forward_mode_names_the_twin(name):
 
 FACE = """
     lstm lstm_step bidirectional_lstm stacked_lstm init_lstm LSTMParams LSTMState
+    gru gru_step init_gru GRUParams
     dot_product_attention KVCache update_cache
     sinusoids shift_matrix rope rope_2d rope_mixed LinearScaling NTKScaling YaRNScaling
     Llama3Scaling
