@@ -37,7 +37,8 @@ from rnnattn.recurrent import chunked, rule as lstm_rule, unit
 from rnnattn.recurrent.arguments import time_major_steps
 from rnnattn.recurrent.problem import Options as LSTMOptions, Outputs
 from rnnattn.recurrent.unit import Unit
-from rnnattn.recurrent.units import lstm
+from rnnattn.recurrent.units import gru, lstm
+from tests import units
 from tests.lstm_cases import assert_close, make_case, value_and_gradients
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -161,48 +162,40 @@ def unchanged(function: Callable) -> Mutant:
     return Mutant(function, tree.lineno, "as it is", _compiled(function, tree))
 
 
-# ---- problems: the LSTM ------------------------------------------------------------------------
+# ---- problems: recurrent units -----------------------------------------------------------------
 
 
-def _lstm_problem(
-    case,
-    residuals,
-    *,
-    reverse=False,
-    lengths=None,
-    resets=None,
-    clip=None,
-    coupled=False,
-    unread=None,
+def _sequence_problem(
+    unit, twin, case, residuals, *, reverse=False, lengths=None, resets=None, unread=None
 ):
     """A time-major case, run forwards. Not through `sequence`, whose compilations are kept.
 
     The input of steps that the loss does not read, (T, B), is NaN for the rule alone.
     """
-    twin = partial(
-        reference.lstm,
-        lengths=lengths,
-        resets=resets,
-        reverse=reverse,
-        time_major=True,
-        clip=clip,
-        coupled=coupled,
-    )
-    _, expected = value_and_gradients(twin, case)
-    options = LSTMOptions(lstm.LSTM(clip, coupled), reverse, residuals)
+    masks: Any = {"lengths": lengths, "resets": resets, "reverse": reverse}
+    _, expected = value_and_gradients(partial(twin, time_major=True, **masks), case)
+    options = LSTMOptions(unit, reverse, residuals)
     x = case.x if unread is None else jnp.where(unread[..., None], jnp.nan, case.x)
     steps = time_major_steps(x, lengths, resets, reverse)
     schedule = chunked.CHUNKED
-    _, kept = lstm_rule._sequence_fwd(schedule, options, case.params, case.state, steps)
+    state, dlast = (
+        type(unit.widths(case.params))(*_fields(s)) for s in (case.state, case.cotangents[1])
+    )
+    _, kept = lstm_rule._sequence_fwd(schedule, options, case.params, state, steps)
 
     def run():
         with jax.disable_jit():  # many steps of few kinds: faster than to compile them
             bwd = lstm_rule._sequence_bwd
-            dy, dlast = case.cotangents
-            dparams, dstate, dsteps = bwd(schedule, options, kept, (Outputs(dy, None), dlast))
-        return dparams, dsteps.x, dstate
+            outputs = Outputs(case.cotangents[0], None)
+            dparams, dstate, dsteps = bwd(schedule, options, kept, (outputs, dlast))
+        return dparams, dsteps.x, dstate if len(dstate) > 1 else dstate[0]
 
     return Problem(run, expected)
+
+
+def _fields(state):
+    """Of a state, which is an array where it has one field."""
+    return state if isinstance(state, tuple) else (state,)
 
 
 def _time_major(case):
@@ -220,7 +213,7 @@ def lstm_problems() -> list[Problem]:
     every = _time_major(make_case(T, B, D, H, R, peephole=True))
     padding = jnp.arange(T)[:, None] >= lengths[None, :]
     every = every._replace(x=jnp.where(padding[..., None], jnp.nan, every.x))
-    options: Any = {"lengths": lengths, "resets": resets, "clip": 1.0}
+    options: Any = {"lengths": lengths, "resets": resets}
     # row 0 is read before its reset, row 1 behind it, row 2 in its final state alone
     unread = jnp.array([[t >= 3, t < 2, t < 2] for t in range(T)])
     read = _time_major(make_case(T, B, D, H))
@@ -231,11 +224,34 @@ def lstm_problems() -> list[Problem]:
     marks = jnp.zeros((T, B), bool).at[[3, 2, 2], [0, 1, 2]].set(True)
     with jax.disable_jit():
         return [
-            _lstm_problem(every, 2, **options),
-            _lstm_problem(every, "states", reverse=True, coupled=True, **options),
+            _lstm_problem(every, 2, clip=1.0, **options),
+            _lstm_problem(every, "states", reverse=True, clip=1.0, coupled=True, **options),
             _lstm_problem(_time_major(make_case(T, B, D, H)), "gates"),
             _lstm_problem(read, "states", resets=marks, unread=unread),
         ]
+
+
+def _lstm_problem(case, residuals, *, clip=None, coupled=False, **masks):
+    twin = partial(reference.lstm, clip=clip, coupled=coupled)
+    return _sequence_problem(lstm.LSTM(clip, coupled), twin, case, residuals, **masks)
+
+
+@cache
+def _unit_problems(name) -> list[Problem]:
+    """A unit of `tests/units.py`, from what is kept and from the states alone."""
+    family = units.UNITS[name]
+    T, B = 4, 2
+    case = _time_major(units.make_case(family, T, B, 3, 2))
+    resets = jnp.zeros((T, B), bool).at[2, 0].set(True)
+    with jax.disable_jit():
+        return [
+            _sequence_problem(family.unit, family.twin, case, "gates"),
+            _sequence_problem(family.unit, family.twin, case, "states", resets=resets),
+        ]
+
+
+def gru_problems():
+    return _unit_problems("gru") + _unit_problems("gru, reset before")
 
 
 # ---- problems: attention ----------------------------------------------------------------------
@@ -417,6 +433,16 @@ FUNCTIONS: dict[Callable, Callable[[], list[Problem]]] = {
     lstm.LSTM.step_gradient: lstm_problems,
     lstm.LSTM.gradient: lstm_problems,
     unit.outer: lstm_problems,
+    gru.ResetAfter.preactivations: gru_problems,
+    gru.ResetAfter.slopes_of: gru_problems,
+    gru.ResetAfter.step_gradient: gru_problems,
+    gru.ResetAfter.gradient: gru_problems,
+    gru.ResetBefore.preactivations: gru_problems,
+    gru.ResetBefore.slopes_of: gru_problems,
+    gru.ResetBefore.step_gradient: gru_problems,
+    gru.ResetBefore.gradient: gru_problems,
+    gru.slopes_of_gates: gru_problems,
+    gru.of_inputs: gru_problems,
     chunked._chunk_backward: lstm_problems,
     chunked._with_outputs: lstm_problems,
     chunked.states_of_steps: lstm_problems,
@@ -447,7 +473,6 @@ _BLOCK = "int((_TANGENT_LOGITS / heads) ** 0.5) if isinstance(heads, int) else"
 
 # Changes that change no gradient, and why.
 EQUIVALENT = {
-    ("lstm.cell_gradient", "axis=-1 → axis=1"): "the arrays of one step have two axes",
     (
         "chunked.states_of_steps",
         "select_each(steps.valid, s, 0) → select_each(steps.valid, s, 1)",
@@ -505,6 +530,11 @@ EQUIVALENT |= {
 }
 
 
+def _subclasses(kind):
+    for sub in kind.__subclasses__():
+        yield from (sub, *_subclasses(sub))
+
+
 def noticed(*changed: Mutant) -> str | None:
     """What changed functions are noticed by: the name of an exception, or None if they survive.
 
@@ -519,7 +549,7 @@ def noticed(*changed: Mutant) -> str | None:
             function, name = mutant.function, mutant.function.__name__
             scope: dict[str, Any] = {}
             exec(mutant.code, vars(sys.modules[function.__module__]), scope)
-            for place in [*modules, *Unit.__subclasses__()]:
+            for place in [*modules, *_subclasses(Unit)]:
                 if vars(place).get(name) is function:
                     stack.enter_context(mock.patch.object(place, name, scope[name]))
         for problem in problems:

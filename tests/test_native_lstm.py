@@ -84,7 +84,8 @@ def masks(T, B, names):
     """Lengths with 0 and T among them, and resets; in padding as well."""
     rng = np.random.default_rng(1)
     lengths = jnp.asarray([T, 0, *rng.integers(1, T + 1, size=max(B - 2, 0))][:B], jnp.int32)
-    all_masks = {"lengths": lengths, "resets": jnp.asarray(rng.random((B, T)) < 0.3)}
+    marks = lambda share: jnp.asarray(rng.random((B, T)) < share)
+    all_masks = {"lengths": lengths, "resets": marks(0.3), "mask": marks(0.7)}
     return {name: all_masks[name] for name in names}
 
 
@@ -147,7 +148,7 @@ _size = st.one_of(st.just(1), st.integers(1, 9))
 @settings(deadline=None, derandomize=True, max_examples=5)
 @given(
     st.tuples(_size, _size, _size, st.one_of(_size, st.integers(15, 35)), st.none() | _size),
-    st.sets(st.sampled_from(["lengths", "resets"])),
+    st.sets(st.sampled_from(["lengths", "mask", "resets"])),
     st.booleans(),
     st.one_of(st.sampled_from(["gates", "states"]), _size),
     st.sampled_from(list(VARIANTS)),

@@ -324,6 +324,29 @@ def test_resets_equal_episodes_run_apart(function, reverse):
     assert_close(actual, value_and_gradients(apart, case), 1e-12)
 
 
+@pytest.mark.parametrize("other", [False, True])
+def test_cells_of_every_step_have_their_cotangents(other):
+    options: Any = {"reverse": other, "time_major": other}
+    case = make_case(6, 3, 2, 4, peephole=True)
+    swap = (lambda a: jnp.swapaxes(a, 0, 1)) if other else lambda a: a
+    masks: Any = {
+        "lengths": jnp.array([6, 0, 3]),
+        "mask": swap(jnp.ones((3, 6), bool).at[0, 2].set(False)),
+        "resets": swap(jnp.zeros((3, 6), bool).at[0, 3].set(True)),
+    }
+    dy, dlast = case.cotangents
+    dcells = swap(jnp.asarray(np.random.default_rng(2).normal(size=(3, 6, 4))))
+    case = case._replace(x=swap(case.x), cotangents=(swap(dy), dcells, dlast))
+    run = lambda f, keeps: partial(f, return_cells=True, residuals=keeps, **options, **masks)
+    expected = value_and_gradients(run(reference.lstm, None), case)
+    (y, cells, last), _ = expected
+    alone = lstm(case.params, case.x, case.state, **options, **masks)
+    assert_close(y, alone[0], 1e-12)
+    assert_close(swap(cells)[0, 0 if other else 5], last.c[0], 1e-14)
+    for keeps in ("gates", "states", 4):
+        assert_close(value_and_gradients(run(lstm, keeps), case), expected, 1e-12)
+
+
 def test_a_coupled_forget_gate_has_no_gradient_of_its_own():
     case = make_case(4, 2, 2, 3)
     _, (dparams, *_) = value_and_gradients(partial(lstm, coupled=True), case)

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import rnnattn
-from rnnattn import GRUParams, reference
+from rnnattn import GRUParams, LSTMParams, reference
 from rnnattn.recurrent.unit import Unit
-from rnnattn.recurrent.units import gru
+from rnnattn.recurrent.units import gru, lstm
 
 
 class Family(NamedTuple):
@@ -35,7 +35,12 @@ def _of(name, unit, params, fields=1, **options):
     return Family(unit, run, step, twin, params, fields)
 
 
+def _lstm(draw, D, H):
+    return LSTMParams(draw(D, 4 * H), draw(H, 4 * H), draw(4 * H))
+
+
 UNITS = {
+    "lstm": _of("lstm", lstm.LSTM(), _lstm, fields=2),
     "gru": _of("gru", gru.ResetAfter(), partial(_gru, b_n=True)),
     "gru, reset before": _of("gru", gru.ResetBefore(), partial(_gru, b_n=False), reset_after=False),
 }

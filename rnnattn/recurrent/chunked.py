@@ -150,7 +150,7 @@ def states_of_steps(options, steps, trace, start):
     if steps.fresh is not None:
         before = select_each(~steps.fresh, before, 0)
     # NaN in a step that does not count meets a cotangent of zero
-    return tuple(select_each(steps.valid, s, 0) for s in (steps.x, before, after))
+    return [select_each(steps.valid, s, 0) for s in (steps.x, before, after)]
 
 
 def kept_of_steps(steps, trace):

@@ -94,6 +94,16 @@ def dot(x, w):
     return jnp.matmul(x, w, preferred_element_type=accumulator(x.dtype))
 
 
+def blocks_of(row, count):
+    """The blocks of a row, (…, count · H)."""
+    return jnp.split(row, count, axis=-1)
+
+
+def joined(*blocks):
+    """The row of these blocks."""
+    return jnp.concatenate(blocks, axis=-1)
+
+
 def outer(x, dz):
     """Σ xᵀ dz over time and batch, without one axis made of both: B may lie on several devices."""
     return jnp.tensordot(x.astype(dz.dtype), dz, ((0, 1), (0, 1)))

@@ -31,7 +31,7 @@ from jaxtyping import Array, Float
 
 from rnnattn.checks import Check
 from rnnattn.precision import accumulator
-from rnnattn.recurrent.unit import Unit, dot, outer
+from rnnattn.recurrent.unit import Unit, blocks_of, dot, joined, outer
 
 
 class GRUParams(NamedTuple):
@@ -61,8 +61,8 @@ class Slopes(NamedTuple):
 
 def _halve(row):
     """½ on the blocks r, z: σ(a) = ½ + ½ tanh(½a)."""
-    r, z, n = jnp.split(row, 3, axis=-1)
-    return jnp.concatenate([0.5 * r, 0.5 * z, n], axis=-1)
+    r, z, n = blocks_of(row, 3)
+    return joined(0.5 * r, 0.5 * z, n)
 
 
 def _gate(half):
@@ -117,7 +117,7 @@ def _interpolated(z, n, state):
     return GRUState(h.astype(state.h.dtype))
 
 
-def _slopes(r, z, n, h_prev, of_r):
+def slopes_of_gates(r, z, n, h_prev, of_r):
     return Slopes((1 - z) * (1 - n * n), (h_prev - n) * z * (1 - z), of_r * r * (1 - r), r, z)
 
 
@@ -130,11 +130,11 @@ class ResetAfter(_GRU):
 
     def preactivations(self, weights, u, h_prev):
         """½a_r, ½a_z, a_n and s."""
-        x_r, x_z, a_n = jnp.split(u, 3, axis=-1)
-        h_r, h_z, s = jnp.split(dot(h_prev, weights.w_h), 3, axis=-1)
+        x_r, x_z, a_n = blocks_of(u, 3)
+        h_r, h_z, s = blocks_of(dot(h_prev, weights.w_h), 3)
         if weights.b_n is not None:
             s = s + jnp.expand_dims(weights.b_n, range(s.ndim - 1))
-        return jnp.concatenate([x_r + h_r, x_z + h_z, a_n, s], axis=-1)
+        return joined(x_r + h_r, x_z + h_z, a_n, s)
 
     def step(self, weights, u, state):
         a = self.preactivations(weights, u, state.h)
@@ -143,27 +143,27 @@ class ResetAfter(_GRU):
 
     def _gates(self, a):
         """G1, G2."""
-        a_r, a_z, a_n, s = jnp.split(a, 4, axis=-1)
+        a_r, a_z, a_n, s = blocks_of(a, 4)
         r, z = _gate(a_r), _gate(a_z)
         return r, z, jnp.tanh(a_n + r * s)
 
     def slopes_of(self, a, h_prev):
         r, z, n = self._gates(a)
-        *_, s = jnp.split(a, 4, axis=-1)
-        return _slopes(r, z, n, h_prev, s), None
+        *_, s = blocks_of(a, 4)
+        return slopes_of_gates(r, z, n, h_prev, s), None
 
     def step_gradient(self, params, slopes, after):
         d_n, d_z = after.h * slopes.n, after.h * slopes.z
         d_r, d_s = d_n * slopes.r, d_n * slopes.inner
         dh = after.h * slopes.carry
-        dh = dh + jnp.concatenate([d_r, d_z, d_s], axis=-1) @ params.w_h.T
-        return GRUState(dh), jnp.concatenate([d_r, d_z, d_n, d_s], axis=-1)
+        dh = dh + joined(d_r, d_z, d_s) @ params.w_h.T
+        return GRUState(dh), joined(d_r, d_z, d_n, d_s)
 
     def gradient(self, params, x, before, after, seen, dz):
-        d_r, d_z, d_n, d_s = jnp.split(dz, 4, axis=-1)
-        dw_h = outer(before.h, jnp.concatenate([d_r, d_z, d_s], axis=-1))
+        d_r, d_z, d_n, d_s = blocks_of(dz, 4)
+        dw_h = outer(before.h, joined(d_r, d_z, d_s))
         db_n = None if params.b_n is None else jnp.sum(d_s, (0, 1))
-        return _of_inputs(params, x, jnp.concatenate([d_r, d_z, d_n], axis=-1), dw_h, db_n)
+        return of_inputs(params, x, joined(d_r, d_z, d_n), dw_h, db_n)
 
 
 @dataclass(frozen=True)
@@ -179,13 +179,13 @@ class ResetBefore(_GRU):
 
     def preactivations(self, weights, u, h_prev):
         """½a_r, ½a_z, and what tanh is taken of."""
-        x_r, x_z, x_n = jnp.split(u, 3, axis=-1)
-        w_r, w_z, w_n = jnp.split(weights.w_h, 3, axis=-1)
-        h_rz = dot(h_prev, jnp.concatenate([w_r, w_z], axis=-1))
-        h_r, h_z = jnp.split(h_rz, 2, axis=-1)
+        x_r, x_z, x_n = blocks_of(u, 3)
+        w_r, w_z, w_n = blocks_of(weights.w_h, 3)
+        h_rz = dot(h_prev, joined(w_r, w_z))
+        h_r, h_z = blocks_of(h_rz, 2)
         a_r, a_z = x_r + h_r, x_z + h_z
         q = _gate(a_r).astype(h_prev.dtype) * h_prev
-        return jnp.concatenate([a_r, a_z, x_n + dot(q, w_n)], axis=-1)
+        return joined(a_r, a_z, x_n + dot(q, w_n))
 
     def step(self, weights, u, state):
         a = self.preactivations(weights, u, state.h)
@@ -193,30 +193,30 @@ class ResetBefore(_GRU):
         return _interpolated(z, n, state), a
 
     def _gates(self, a):
-        a_r, a_z, a_n = jnp.split(a, 3, axis=-1)
+        a_r, a_z, a_n = blocks_of(a, 3)
         return _gate(a_r), _gate(a_z), jnp.tanh(a_n)
 
     def slopes_of(self, a, h_prev):
         r, z, n = self._gates(a)
-        return _slopes(r, z, n, h_prev, h_prev), r * h_prev
+        return slopes_of_gates(r, z, n, h_prev, h_prev), r * h_prev
 
     def step_gradient(self, params, slopes, after):
-        w_r, w_z, w_n = jnp.split(params.w_h, 3, axis=-1)
+        w_r, w_z, w_n = blocks_of(params.w_h, 3)
         d_n, d_z = after.h * slopes.n, after.h * slopes.z
         dq = d_n @ w_n.T
         d_r = dq * slopes.r
         dh = after.h * slopes.carry + dq * slopes.inner
-        dh = dh + jnp.concatenate([d_r, d_z], axis=-1) @ jnp.concatenate([w_r, w_z], axis=-1).T
-        return GRUState(dh), jnp.concatenate([d_r, d_z, d_n], axis=-1)
+        dh = dh + joined(d_r, d_z) @ joined(w_r, w_z).T
+        return GRUState(dh), joined(d_r, d_z, d_n)
 
     def gradient(self, params, x, before, after, seen, dz):
-        d_r, d_z, d_n = jnp.split(dz, 3, axis=-1)
-        dw_rz = outer(before.h, jnp.concatenate([d_r, d_z], axis=-1))
-        dw_h = jnp.concatenate([dw_rz, outer(seen, d_n)], axis=-1)
-        return _of_inputs(params, x, dz, dw_h, None)
+        d_r, d_z, d_n = blocks_of(dz, 3)
+        dw_rz = outer(before.h, joined(d_r, d_z))
+        dw_h = joined(dw_rz, outer(seen, d_n))
+        return of_inputs(params, x, dz, dw_h, None)
 
 
-def _of_inputs(params, x, d_a, dw_h, db_n):
+def of_inputs(params, x, d_a, dw_h, db_n):
     """G7, beside the gradients of w_h and b_n."""
     dparams = GRUParams(outer(x, d_a), dw_h, jnp.sum(d_a, (0, 1)), db_n)
     return dparams, (d_a @ params.w_x.T).astype(x.dtype)

@@ -31,7 +31,7 @@ from jaxtyping import Array, Float
 
 from rnnattn.checks import Check
 from rnnattn.precision import accumulator
-from rnnattn.recurrent.unit import Unit, dot, outer
+from rnnattn.recurrent.unit import Unit, blocks_of, dot, joined, outer
 
 
 class LSTMParams(NamedTuple):
@@ -64,13 +64,13 @@ class Slopes(NamedTuple):
 
 def _blocks(row):
     """The blocks i, f, g, o of a row (…, 4H)."""
-    return jnp.split(row, 4, axis=-1)
+    return blocks_of(row, 4)
 
 
 def _halve(row):
     """½ on the blocks i, f, o: σ(z) = ½ + ½ tanh(½z), so that one tanh makes all four gates."""
     i, f, g, o = _blocks(row)
-    return jnp.concatenate([0.5 * i, 0.5 * f, g, 0.5 * o], axis=-1)
+    return joined(0.5 * i, 0.5 * f, g, 0.5 * o)
 
 
 def _clip_bounds(clip):
@@ -81,7 +81,7 @@ def _clip_bounds(clip):
 def peephole_terms(peephole, c_prev, c):
     """What c adds to a halved row: the input and forget gate see c₋, the output gate c."""
     p_i, p_f, p_o = jnp.expand_dims(0.5 * peephole, range(1, c.ndim))
-    return jnp.concatenate([p_i * c_prev, p_f * c_prev, jnp.zeros_like(c), p_o * c], axis=-1)
+    return joined(p_i * c_prev, p_f * c_prev, jnp.zeros_like(c), p_o * c)
 
 
 def _gates(a, unit):
@@ -89,7 +89,7 @@ def _gates(a, unit):
     if unit.clip is not None:
         bounds = _clip_bounds(unit.clip)
         clipped = [jnp.clip(z, -κ, κ) for z, κ in zip(_blocks(a), bounds, strict=True)]
-        a = jnp.concatenate(clipped, axis=-1)
+        a = joined(*clipped)
     return gates_of_tanh(_blocks(jnp.tanh(a)), unit)
 
 
@@ -141,7 +141,7 @@ def slopes_of(a, c_prev, c, unit):
 def cell_gradient(slopes, dm, dc, peephole):
     """L3, L4, L8: dz and dc₋ from the cotangents of m and c."""
     dz, dc_prev = gradient_of_gates(slopes, dm, dc, peephole)
-    return jnp.concatenate(dz, axis=-1), dc_prev
+    return joined(*dz), dc_prev
 
 
 def gradient_of_gates(slopes, dm, dc, peephole):
@@ -234,7 +234,7 @@ class LSTM(Unit):
         if weights.w is None:
             a = u + dot(h, weights.w_h)
         else:
-            a = dot(jnp.concatenate([u, h], axis=-1), weights.w) + weights.b[None]
+            a = dot(joined(u, h), weights.w) + weights.b[None]
         m, c, a = cell(a, c, weights.peephole, self)
         h = m.astype(h.dtype)
         if weights.projection is not None:
@@ -248,7 +248,7 @@ class LSTM(Unit):
 
     def preactivations(self, weights, x, before, after):
         """a of every step, which needs no loop once the states are known."""
-        xh = jnp.concatenate([x, before.h], axis=-1)
+        xh = joined(x, before.h)
         a = dot(xh, jnp.concatenate([weights.w_x, weights.w_h])) + weights.b[None, None]
         if weights.peephole is not None:
             a = a + peephole_terms(weights.peephole, before.c, after.c)
@@ -262,7 +262,7 @@ class LSTM(Unit):
 
     def gradient(self, params, x, before, after, seen, dz):
         dz, dh = dz
-        dw = outer(jnp.concatenate([x, before.h], axis=-1), dz)
+        dw = outer(joined(x, before.h), dz)
         D, projected = x.shape[-1], params.projection is not None
         peephole = None if params.peephole is None else peephole_gradient(dz, before.c, after.c)
         projection = outer(seen, dh) if projected else None
