@@ -319,8 +319,14 @@ AROUND: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("switch", AROUND)
-@every
+# Operation by operation these take longer than all others together, and have none of their own:
+# others run the same blocks, draws and angles.
+LONG = ("dot_product_attention, blockwise", "dot_product_attention_jvp", "rope")
+
+
+@pytest.mark.parametrize(
+    "name, switch", [(n, s) for n in CASES for s in AROUND if s != "disable_jit" or n not in LONG]
+)
 def test_around_a_call(name, switch):
     problem(name)
     call, context = AROUND[switch]
