@@ -34,6 +34,7 @@ from rnnattn.recurrent import (
     RNNParams,
     SLSTMParams,
     SLSTMState,
+    bidirectional,
     bidirectional_lstm,
     gru,
     gru_step,
@@ -53,6 +54,7 @@ from rnnattn.recurrent import (
     rnn_step,
     slstm,
     slstm_step,
+    stacked,
     stacked_lstm,
 )
 
@@ -70,6 +72,7 @@ __all__ = [
     "SLSTMParams",
     "SLSTMState",
     "YaRNScaling",
+    "bidirectional",
     "bidirectional_lstm",
     "conv_stem",
     "crop_and_pad",
@@ -102,6 +105,7 @@ __all__ = [
     "sinusoids",
     "slstm",
     "slstm_step",
+    "stacked",
     "stacked_lstm",
     "stem_strides",
     "token_mask",

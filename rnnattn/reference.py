@@ -36,7 +36,7 @@ from rnnattn.recurrent.arguments import (
 )
 from rnnattn.recurrent.family import UnitOptions
 from rnnattn.recurrent.problem import Options, Outputs
-from rnnattn.recurrent.stack import Dropout, both_directions, stack
+from rnnattn.recurrent.stack import bidirectional, stacked
 from rnnattn.recurrent.unit import advance, select, select_each
 from rnnattn.recurrent.units.gru import GRUParams, gru_unit
 from rnnattn.recurrent.units.layer_norm import (
@@ -266,7 +266,7 @@ def bidirectional_lstm(
 
     Gradient: JAX's own, in every mode.
     """
-    return both_directions(lstm, (forward, backward), x, states, options)
+    return bidirectional(lstm, forward, backward, x, states, **options)
 
 
 def stacked_lstm(
@@ -284,8 +284,17 @@ def stacked_lstm(
 
     Gradient: JAX's own, in every mode.
     """
-    dropout = Dropout(dropout_rate, dropout_key, variational)
-    return stack(lstm, layers, x, states, dropout, {"time_major": time_major, **options})
+    return stacked(
+        lstm,
+        layers,
+        x,
+        states,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
+        variational=variational,
+        time_major=time_major,
+        **options,
+    )
 
 
 @typed

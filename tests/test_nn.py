@@ -11,6 +11,7 @@ import pytest
 from flax import linen, nnx
 
 import rnnattn
+from rnnattn import nn, stacked
 from rnnattn.nn import LSTM, LSTMCell, MultiHeadAttention, attention_fn, load_weights
 from tests.lstm_cases import assert_close, make_case
 
@@ -409,3 +410,17 @@ def test_what_flax_asks_for_and_we_do_not_have_is_an_error():
             attention_fn(q, q, q, **{name: value})
     narrow, exact = attention_fn(q, q, q, dtype=jnp.float32), attention_fn(q, q, q)
     assert narrow.dtype == jnp.float32 and exact.dtype == jnp.float64
+
+
+@pytest.mark.parametrize("name", ["GRU", "RNN", "LayerNormLSTM", "LayerNormGRU", "SLSTM"])
+def test_a_stack_of_any_unit_is_its_functions(name):
+    module = getattr(nn, name)(3, 4, num_layers=2, bidirectional=True, rngs=nnx.Rngs(0), **OPTIONS)
+    x, lengths = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 3))), jnp.array([5, 2])
+    cell = module.forward[0]
+    y, states = module(x, lengths=lengths)
+    expected = stacked(cell.run, module.layers, x, lengths=lengths)
+    jax.tree.map(np.testing.assert_array_equal, (y, states), expected)
+    carry = cell.initialize_carry((2, 3))
+    _, h = cell(carry, x[:, 0])
+    np.testing.assert_allclose(h, cell.run(cell.params, x)[0][:, 0], atol=1e-14)
+    assert jax.tree.map(jnp.shape, carry) == jax.tree.map(jnp.shape, states[0][0])

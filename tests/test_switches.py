@@ -221,6 +221,7 @@ def test_the_table_is_complete():
     """Each public function of arrays is in it."""
     without = {"stem_strides"}  # of sizes
     without |= {name for name in rnnattn.__all__ if name.startswith("init_")}
+    without |= {"bidirectional", "stacked"}  # what those of the LSTM call
     public = {n for n in rnnattn.__all__ if n[0].islower() and callable(getattr(rnnattn, n))}
     assert public - without == {name.split(",")[0].split(" ")[0] for name in CASES} - {
         "dot_product_attention_jvp"
