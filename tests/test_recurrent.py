@@ -697,6 +697,8 @@ def test_the_refusal_of_forward_mode_names_the_twin(name):
 
 FACE = """
     lstm lstm_step bidirectional_lstm stacked_lstm init_lstm LSTMParams LSTMState
+    linear_scan mingru mingru_step init_mingru MinGRUParams minlstm minlstm_step init_minlstm
+    MinLSTMParams rglru rglru_step init_rglru RGLRUParams
     dot_product_attention KVCache update_cache
     sinusoids shift_matrix rope rope_2d rope_mixed LinearScaling NTKScaling YaRNScaling
     Llama3Scaling

@@ -69,6 +69,22 @@ def of_lstm(**options):
     return lambda p, x, state, **masks: rnnattn.lstm(p, x, state, **masks, **options)
 
 
+PAIR = {"a": draw(2, 3, 2), "b": draw(2, 3, 2), "h0": draw(2, 2)}
+
+
+def of_unit(function):
+    return lambda p, x, h, **masks: function(p, x, h, **masks)
+
+
+def of_min(params, n, steps=(3,)):
+    return {"p": params(draw(2, n * 3), draw(n * 3)), "x": draw(2, *steps, 2), "h": draw(2, 3)}
+
+
+def of_blocks(*steps):
+    gates = [draw(1, 2, 2), draw(1, 2, 2), draw(2), draw(2), draw(2)]
+    return {"p": rnnattn.RGLRUParams(*gates), "x": draw(2, *steps, 2), "h": draw(2, 2)}
+
+
 def update_cache(cache_key, cache_value, key, value, length):
     return rnnattn.update_cache(KVCache(cache_key, cache_value, length), key, value)
 
@@ -95,6 +111,13 @@ CASES = {
         {"layers": [params(2, 3), (params(3, 2), params(3, 2))], "x": SEQUENCE["x"]},
         {"seed": np.array([0, 1], np.uint32)},
     ),
+    "linear_scan": Case(rnnattn.linear_scan, PAIR, MASKS),
+    "mingru": Case(of_unit(rnnattn.mingru), of_min(rnnattn.MinGRUParams, 2), MASKS),
+    "mingru_step": Case(of_unit(rnnattn.mingru_step), of_min(rnnattn.MinGRUParams, 2, steps=())),
+    "minlstm": Case(of_unit(rnnattn.minlstm), of_min(rnnattn.MinLSTMParams, 3), MASKS),
+    "minlstm_step": Case(of_unit(rnnattn.minlstm_step), of_min(rnnattn.MinLSTMParams, 3, steps=())),
+    "rglru": Case(of_unit(rnnattn.rglru), of_blocks(3), MASKS),
+    "rglru_step": Case(of_unit(rnnattn.rglru_step), of_blocks()),
     "dot_product_attention": Case(attention(), ATTENTION, HIDDEN),
     "dot_product_attention, alone": Case(rnnattn.dot_product_attention, PLAIN),
     "dot_product_attention, numbers": Case(
@@ -186,7 +209,7 @@ def _compiled_in_a_hurry():
 
 def test_the_table_is_complete():
     """Each public function of arrays is in it."""
-    without = {"init_lstm", "stem_strides"}  # of sizes
+    without = {"init_lstm", "init_mingru", "init_minlstm", "init_rglru", "stem_strides"}  # of sizes
     public = {n for n in rnnattn.__all__ if n[0].islower() and callable(getattr(rnnattn, n))}
     assert public - without == {name.split(",")[0].split(" ")[0] for name in CASES} - {
         "dot_product_attention_jvp"

@@ -1,7 +1,7 @@
 """Flax NNX modules over the functions of this library. They hold weights; the functions compute.
 
-The LSTM, multi-head attention, and a vision transformer (ViT) for images of any size. A pre-norm
-block of the ViT is
+The LSTM, units without a product in the loop, multi-head attention, and a vision transformer (ViT)
+for images of any size. A pre-norm block of the ViT is
 
     x ← x + MHA(LN(x))        x ← x + W₂ gelu(W₁ LN(x) + b₁) + b₂
 
@@ -21,17 +21,21 @@ arXiv 1603.09382 (stochastic depth).
 
 from rnnattn.nn.attention import LayerNorm, MultiHeadAttention
 from rnnattn.nn.flax_attention import attention_fn
+from rnnattn.nn.linear import RGLRU, MinGRU, MinLSTM
 from rnnattn.nn.lstm import LSTM, LSTMCell
 from rnnattn.nn.vit import Activations, Block, ConvStem, PatchStem, ViT
 from rnnattn.nn.weights import load_weights
 
 __all__ = [
     "LSTM",
+    "RGLRU",
     "Activations",
     "Block",
     "ConvStem",
     "LSTMCell",
     "LayerNorm",
+    "MinGRU",
+    "MinLSTM",
     "MultiHeadAttention",
     "PatchStem",
     "ViT",
