@@ -41,9 +41,13 @@ from rnnattn.position import (
     sinusoids,
 )
 from rnnattn.recurrent import (
+    GRUParams,
     LSTMParams,
     LSTMState,
     bidirectional_lstm,
+    gru,
+    gru_step,
+    init_gru,
     init_lstm,
     lstm,
     lstm_step,
@@ -51,6 +55,7 @@ from rnnattn.recurrent import (
 )
 
 __all__ = [
+    "GRUParams",
     "KVCache",
     "LSTMParams",
     "LSTMState",
@@ -65,6 +70,9 @@ __all__ = [
     "conv_stem",
     "crop_and_pad",
     "dot_product_attention",
+    "gru",
+    "gru_step",
+    "init_gru",
     "init_lstm",
     "init_mingru",
     "init_minlstm",

@@ -48,31 +48,21 @@ from rnnattn.position import (
     call_rope_mixed,
     rotate_plain,
 )
-from rnnattn.precision import varying_together
 from rnnattn.recurrent.arguments import (
     SequenceOptions,
     StackOptions,
-    as_given,
-    batch_of,
     checked_residuals,
     checked_sequence,
     checked_step,
-    checked_variant,
-    full_state,
     on_mesh,
-    time_back,
-    time_first,
-    time_major_steps,
+    over_steps,
 )
-from rnnattn.recurrent.equations import (
-    LSTMParams,
-    LSTMState,
-    advance,
-    dot,
-    halve_params,
-    select,
-)
+from rnnattn.recurrent.family import UnitOptions
+from rnnattn.recurrent.problem import Options, Outputs
 from rnnattn.recurrent.stack import Dropout, both_directions, stack
+from rnnattn.recurrent.unit import advance, select, select_each
+from rnnattn.recurrent.units.gru import GRUParams, gru_unit
+from rnnattn.recurrent.units.lstm import LSTMParams, LSTMState, lstm_unit
 
 _IMPLEMENTATIONS = (None, "xla", "native", "pallas", "cudnn")  # which make no difference here
 
@@ -83,15 +73,17 @@ def lstm(
     state: LSTMState | None = None,
     *,
     lengths: Int[Array, "*B"] | None = None,
+    mask: Bool[Array, "..."] | None = None,
     resets: Bool[Array, "..."] | None = None,
     reverse: bool = False,
     time_major: bool = False,
     clip: SupportsFloat | None = None,
     coupled: bool = False,
     residuals: Literal["gates", "states"] | SupportsIndex | None = None,
+    return_cells: bool = False,
     implementation: Literal["xla", "native", "pallas", "cudnn"] | None = None,
-) -> tuple[Float[Array, "... R"], LSTMState]:
-    """`rnnattn.lstm` as a scan over single steps, whatever the last two options say.
+) -> Any:
+    """`rnnattn.lstm` as a scan over single steps, whatever `residuals` and `implementation` say.
 
     Gradient: JAX's own, in every mode.
     Example:
@@ -104,31 +96,37 @@ def lstm(
         (2, 7, 5)
     """
     function = "reference.lstm"
-    arguments = checked_sequence(function, params, x, state, lengths, resets, time_major)
+    unit = lstm_unit(function, clip, coupled)
+    arguments = checked_sequence(
+        function, unit, params, x, state, lengths, mask, resets, time_major
+    )
     checked_residuals(function, residuals)
     Check(function).one_of("implementation", implementation, _IMPLEMENTATIONS)
-    variant = checked_variant(function, clip, coupled)
-    run = lambda given: _run_lstm(variant, reverse, time_major, **given)
-    return on_mesh(function, run, time_major, {"params": params, **arguments._asdict()})
+    options = Options(unit, reverse, every_state=return_cells)
+    outputs, final = _run_plainly(function, options, time_major, params, arguments)
+    return (outputs.y, *(outputs.rest or ()), final)
 
 
-def _run_lstm(variant, reverse, time_major, params, x, state, lengths, resets):
-    params, x, state, lengths, resets = varying_together((params, x, state, lengths, resets))
-    batch = batch_of(x, time_major)
-    x = time_first(x, batch, time_major)
-    resets = None if resets is None else time_first(resets, batch, time_major)
-    halved = halve_params(params)
+def _run_plainly(function, options, time_major, params, arguments):
+    """The steps of a unit, one after another."""
+    unit = options.unit
 
-    def step(state, inputs):
-        x, valid, fresh = inputs
-        from_x = dot(select(valid, x, 0), halved.w_x) + halved.b[None]
-        preactivate = lambda h: from_x + dot(h, halved.w_h)
-        state, _ = advance(halved, preactivate, state, valid, fresh, variant)
-        return state, select(valid, state.h, 0)
+    def run(params, state, steps):
+        weights = unit.prepare(params)
 
-    steps = time_major_steps(x, lengths, resets, reverse)
-    final, y = lax.scan(step, full_state(params, state, batch), steps, reverse=reverse)
-    return time_back(y, batch, time_major), as_given(final, state, batch)
+        def step(state, inputs):
+            x, valid, fresh = inputs
+            u = unit.inputs(weights, select(valid, x, 0))
+            state, _ = advance(unit, weights, u, state, valid, fresh)
+            h, *rest = select_each(valid, tuple(state), 0)
+            return state, Outputs(h, (*rest,) if options.every_state else None)
+
+        final, outputs = lax.scan(step, state, steps, reverse=options.reverse)
+        return outputs, final
+
+    over = lambda given: over_steps(run, unit, time_major, options.reverse, **given)
+    given = {"params": params, **arguments._asdict()}
+    return on_mesh(function, over, options, time_major, given)
 
 
 def lstm_step(
@@ -144,9 +142,68 @@ def lstm_step(
 
     Gradient: JAX's own, in every mode.
     """
-    x, state = checked_step("reference.lstm_step", params, x, state)
-    checked_variant("reference.lstm_step", clip, coupled)
+    unit = lstm_unit("reference.lstm_step", clip, coupled)
+    x, state = checked_step("reference.lstm_step", unit, params, x, state)
     return lstm(params, x[None], state, time_major=True, clip=clip, coupled=coupled)[1]
+
+
+def gru(
+    params: GRUParams,
+    x: Float[Array, "... D"],
+    h: Float[Array, "*B H"] | None = None,
+    *,
+    reset_after: bool = True,
+    **options: Unpack[UnitOptions],
+) -> tuple[Float[Array, "... H"], Float[Array, "*B H"]]:
+    """`rnnattn.gru` as a scan over single steps.
+
+    Gradient: JAX's own, in every mode.
+    """
+    unit = gru_unit("reference.gru", reset_after)
+    y, final = _run_unit("reference.gru", unit, params, x, None if h is None else (h,), **options)
+    return y, final[0]
+
+
+def gru_step(
+    params: GRUParams,
+    x: Float[Array, "*B D"],
+    h: Float[Array, "*B H"],
+    *,
+    reset_after: bool = True,
+    implementation: Literal["xla", "native"] | None = None,
+) -> Float[Array, "*B H"]:
+    """`rnnattn.gru_step` without its rule.
+
+    Gradient: JAX's own, in every mode.
+    """
+    unit = gru_unit("reference.gru_step", reset_after)
+    x, state = checked_step("reference.gru_step", unit, params, x, (h,))
+    return gru(params, x[None], state[0], reset_after=reset_after, time_major=True)[1]
+
+
+def _run_unit(
+    function,
+    unit,
+    params,
+    x,
+    state,
+    *,
+    lengths=None,
+    mask=None,
+    resets=None,
+    reverse=False,
+    time_major=False,
+    residuals=None,
+    implementation=None,
+):
+    """h of every step, and the final state, of a unit that has no other options."""
+    given = (lengths, mask, resets, time_major)
+    arguments = checked_sequence(function, unit, params, x, state, *given)
+    checked_residuals(function, residuals)
+    Check(function).one_of("implementation", implementation, _IMPLEMENTATIONS)
+    options = Options(unit, reverse)
+    outputs, final = _run_plainly(function, options, time_major, params, arguments)
+    return outputs.y, final
 
 
 def bidirectional_lstm(

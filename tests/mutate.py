@@ -36,9 +36,12 @@ from rnnattn.attention.xla import heads_first
 from rnnattn.linear import equations as linear, rule as linear_rule, xla as linear_xla
 from rnnattn.linear.arguments import masks_of
 from rnnattn.linear.problem import Options as LinearOptions, Schedule as LinearSchedule
-from rnnattn.recurrent import chunked, equations as lstm, rule as lstm_rule
+from rnnattn.recurrent import chunked, rule as lstm_rule, unit
 from rnnattn.recurrent.arguments import time_major_steps
-from rnnattn.recurrent.problem import Options as LSTMOptions
+from rnnattn.recurrent.problem import Options as LSTMOptions, Outputs
+from rnnattn.recurrent.unit import Unit
+from rnnattn.recurrent.units import gru, lstm
+from tests import units
 from tests.lstm_cases import assert_close, make_case, value_and_gradients
 from tests.test_linear import (
     make_case as make_linear_case,
@@ -84,7 +87,7 @@ class Problem(NamedTuple):
 
 
 def _name(function):
-    return f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+    return f"{function.__module__.rpartition('.')[2]}.{function.__qualname__}"
 
 
 def _path(function):
@@ -125,11 +128,11 @@ def _slots(parent):
 
 def _definition(function):
     tree = ast.parse(_path(function).read_text(encoding="utf-8"))
-    (found,) = (
-        node
-        for node in tree.body
-        if isinstance(node, ast.FunctionDef) and node.name == function.__name__
-    )
+    *classes, name = function.__qualname__.split(".")
+    body = tree.body
+    for within in classes:
+        (body,) = (n.body for n in body if isinstance(n, ast.ClassDef) and n.name == within)
+    (found,) = (n for n in body if isinstance(n, ast.FunctionDef) and n.name == name)
     return found
 
 
@@ -166,47 +169,40 @@ def unchanged(function: Callable) -> Mutant:
     return Mutant(function, tree.lineno, "as it is", _compiled(function, tree))
 
 
-# ---- problems: the LSTM ------------------------------------------------------------------------
+# ---- problems: recurrent units -----------------------------------------------------------------
 
 
-def _lstm_problem(
-    case,
-    residuals,
-    *,
-    reverse=False,
-    lengths=None,
-    resets=None,
-    clip=None,
-    coupled=False,
-    unread=None,
+def _sequence_problem(
+    unit, twin, case, residuals, *, reverse=False, lengths=None, resets=None, unread=None
 ):
     """A time-major case, run forwards. Not through `sequence`, whose compilations are kept.
 
     The input of steps that the loss does not read, (T, B), is NaN for the rule alone.
     """
-    twin = partial(
-        reference.lstm,
-        lengths=lengths,
-        resets=resets,
-        reverse=reverse,
-        time_major=True,
-        clip=clip,
-        coupled=coupled,
-    )
-    _, expected = value_and_gradients(twin, case)
-    options = LSTMOptions(reverse, residuals, lstm.Variant(clip, coupled))
+    masks: Any = {"lengths": lengths, "resets": resets, "reverse": reverse}
+    _, expected = value_and_gradients(partial(twin, time_major=True, **masks), case)
+    options = LSTMOptions(unit, reverse, residuals)
     x = case.x if unread is None else jnp.where(unread[..., None], jnp.nan, case.x)
     steps = time_major_steps(x, lengths, resets, reverse)
     schedule = chunked.CHUNKED
-    _, kept = lstm_rule._sequence_fwd(schedule, options, case.params, case.state, steps)
+    state, dlast = (
+        type(unit.widths(case.params))(*_fields(s)) for s in (case.state, case.cotangents[1])
+    )
+    _, kept = lstm_rule._sequence_fwd(schedule, options, case.params, state, steps)
 
     def run():
         with jax.disable_jit():  # many steps of few kinds: faster than to compile them
             bwd = lstm_rule._sequence_bwd
-            dparams, dstate, dsteps = bwd(schedule, options, kept, case.cotangents)
-        return dparams, dsteps.x, dstate
+            outputs = Outputs(case.cotangents[0], None)
+            dparams, dstate, dsteps = bwd(schedule, options, kept, (outputs, dlast))
+        return dparams, dsteps.x, dstate if len(dstate) > 1 else dstate[0]
 
     return Problem(run, expected)
+
+
+def _fields(state):
+    """Of a state, which is an array where it has one field."""
+    return state if isinstance(state, tuple) else (state,)
 
 
 def _time_major(case):
@@ -224,7 +220,7 @@ def lstm_problems() -> list[Problem]:
     every = _time_major(make_case(T, B, D, H, R, peephole=True))
     padding = jnp.arange(T)[:, None] >= lengths[None, :]
     every = every._replace(x=jnp.where(padding[..., None], jnp.nan, every.x))
-    options: Any = {"lengths": lengths, "resets": resets, "clip": 1.0}
+    options: Any = {"lengths": lengths, "resets": resets}
     # row 0 is read before its reset, row 1 behind it, row 2 in its final state alone
     unread = jnp.array([[t >= 3, t < 2, t < 2] for t in range(T)])
     read = _time_major(make_case(T, B, D, H))
@@ -235,17 +231,40 @@ def lstm_problems() -> list[Problem]:
     marks = jnp.zeros((T, B), bool).at[[3, 2, 2], [0, 1, 2]].set(True)
     with jax.disable_jit():
         return [
-            _lstm_problem(every, 2, **options),
-            _lstm_problem(every, "states", reverse=True, coupled=True, **options),
+            _lstm_problem(every, 2, clip=1.0, **options),
+            _lstm_problem(every, "states", reverse=True, clip=1.0, coupled=True, **options),
             _lstm_problem(_time_major(make_case(T, B, D, H)), "gates"),
             _lstm_problem(read, "states", resets=marks, unread=unread),
         ]
 
 
+def _lstm_problem(case, residuals, *, clip=None, coupled=False, **masks):
+    twin = partial(reference.lstm, clip=clip, coupled=coupled)
+    return _sequence_problem(lstm.LSTM(clip, coupled), twin, case, residuals, **masks)
+
+
+@cache
+def _unit_problems(name) -> list[Problem]:
+    """A unit of `tests/units.py`, from what is kept and from the states alone."""
+    family = units.UNITS[name]
+    T, B = 4, 2
+    case = _time_major(units.make_case(family, T, B, 3, 2))
+    resets = jnp.zeros((T, B), bool).at[2, 0].set(True)
+    with jax.disable_jit():
+        return [
+            _sequence_problem(family.unit, family.twin, case, "gates"),
+            _sequence_problem(family.unit, family.twin, case, "states", resets=resets),
+        ]
+
+
+def gru_problems():
+    return _unit_problems("gru") + _unit_problems("gru, reset before")
+
+
 # ---- problems: linear units ---------------------------------------------------------------------
 
 
-def _linear_problem(name, unit, by_steps, *, reverse, T=4, time_major=False, unread=None):
+def _linear_problem(name, unit, by_steps, *, reverse, T=5, time_major=False, unread=None):
     """A masked case, or one with `unread` steps: for the rule alone, what these hold is NaN."""
     B, H = 3, 2
     names: tuple[str, ...] = ("mask", "resets") if T > 1 else ()
@@ -316,8 +335,9 @@ def linear_problems() -> list[Problem]:
             _linear_problem("minlstm", _UNITS["minlstm"], True, reverse=True, time_major=True),
             _linear_problem("mingru", _UNITS["mingru"], False, reverse=True, time_major=True),
             _linear_problem("linear_scan", _UNITS["linear_scan"], True, reverse=False),
+            _linear_problem("rglru", _UNITS["rglru"], False, reverse=False),
             _linear_problem("rglru", _UNITS["rglru"], False, reverse=False, T=1),
-            _linear_problem("mingru", _UNITS["mingru"], True, reverse=False, unread=unread),
+            _linear_problem("mingru", _UNITS["mingru"], True, reverse=False, T=4, unread=unread),
         ]
 
 
@@ -495,10 +515,25 @@ FUNCTIONS: dict[Callable, Callable[[], list[Problem]]] = {
     lstm.cell_gradient: lstm_problems,
     lstm.gradient_of_gates: lstm_problems,
     lstm.peephole_gradient: lstm_problems,
+    lstm.LSTM.slopes: lstm_problems,
+    lstm.LSTM.preactivations: lstm_problems,
+    lstm.LSTM.step_gradient: lstm_problems,
+    lstm.LSTM.gradient: lstm_problems,
+    unit.outer: lstm_problems,
+    gru.ResetAfter.preactivations: gru_problems,
+    gru.ResetAfter.slopes_of: gru_problems,
+    gru.ResetAfter.step_gradient: gru_problems,
+    gru.ResetAfter.gradient: gru_problems,
+    gru.ResetBefore.preactivations: gru_problems,
+    gru.ResetBefore.slopes_of: gru_problems,
+    gru.ResetBefore.step_gradient: gru_problems,
+    gru.ResetBefore.gradient: gru_problems,
+    gru.slopes_of_gates: gru_problems,
+    gru.of_inputs: gru_problems,
     chunked._chunk_backward: lstm_problems,
-    chunked.steps_apart: lstm_problems,
+    chunked._with_outputs: lstm_problems,
     chunked.states_of_steps: lstm_problems,
-    chunked.preactivations: lstm_problems,
+    chunked.kept_of_steps: lstm_problems,
     lstm_rule.steps_read: lstm_problems,
     linear.linear_gradient: linear_problems,
     linear.mingru_gradient: linear_problems,
@@ -537,23 +572,52 @@ _BLOCK = "int((_TANGENT_LOGITS / heads) ** 0.5) if isinstance(heads, int) else"
 
 # Changes that change no gradient, and why.
 EQUIVALENT = {
-    ("equations.cell_gradient", "axis=-1 → axis=1"): "the arrays of one step have two axes",
     (
         "equations.rglru_gradient",
         "jnp.where(vanishes, 1, β) → jnp.where(vanishes, 2, β)",
     ): "any divisor would do where the quotient is not used",
     (
+        "equations._decay",
+        "jnp.where(vanishes, 1, square) → jnp.where(vanishes, 2, square)",
+    ): "any positive number would do where the root is not used",
+    (
+        "equations._decay",
+        "square == 0 → square == 1",
+    ): "the root of 0 is 0: its slope, which is not, is asked for by the twin alone",
+    ("equations.blocks_of", "accumulator(x.dtype) → x.dtype"): "the problems are in float64",
+    ("equations.inputs_of", "blocks[0] → blocks[1]"): "all blocks are of one width",
+    (
+        "xla.backward_by_steps",
+        "_as_bits(jnp.zeros_like(x)) → jnp.zeros_like(x)",
+    ): "the problems are in float64",
+    (
+        "xla.backward_by_steps",
+        "select(valid, x, 0) → select(valid, x, 1)",
+    ): "any finite number would do: dh is zero at steps that do not count",
+    (
+        "xla.backward_by_steps",
+        "select(valid, h_prev, 0) → select(valid, h_prev, 1)",
+    ): "any finite number would do: dh is zero at steps that do not count",
+    (
+        "rule.steps_read",
+        "jnp.any(dlast != 0, -1) → jnp.any(dlast != 0, 1)",
+    ): "the last h has two axes",
+    (
         "chunked.states_of_steps",
-        "select(steps.valid, z, 0) → select(steps.valid, z, 1)",
+        "select_each(steps.valid, s, 0) → select_each(steps.valid, s, 1)",
     ): "any finite number would do: dz is zero at steps that do not count",
     (
-        "chunked.steps_apart",
-        "select(steps.valid, trace.a, 0) → select(steps.valid, trace.a, 1)",
+        "chunked.kept_of_steps",
+        "select(steps.valid, trace.kept, 0) → select(steps.valid, trace.kept, 1)",
     ): "any finite number would do: dz is zero at steps that do not count",
     (
         "chunked._chunk_backward",
-        "_unroll(turn, xh) → turn",
+        "_unroll(turn, x) → turn",
     ): "how many steps are in one turn of the loop",
+    (
+        "chunked._chunk_backward",
+        "widened(outputs) → outputs",
+    ): "the problems are in float64",
     (
         "blockwise._backward_blocks",
         "jnp.where(first_time[None, None, None], lse, -jnp.inf) → "
@@ -595,10 +659,16 @@ EQUIVALENT |= {
 }
 
 
+def _subclasses(kind):
+    for sub in kind.__subclasses__():
+        yield from (sub, *_subclasses(sub))
+
+
 def noticed(*changed: Mutant) -> str | None:
     """What changed functions are noticed by: the name of an exception, or None if they survive.
 
-    Every module of the library that has such a function gets the changed one in its place.
+    Every module of the library, and every unit, that has such a function gets the changed one in
+    its place.
     """
     families = dict.fromkeys(FUNCTIONS[mutant.function] for mutant in changed)
     problems = [problem for family in families for problem in family()]
@@ -608,9 +678,9 @@ def noticed(*changed: Mutant) -> str | None:
             function, name = mutant.function, mutant.function.__name__
             scope: dict[str, Any] = {}
             exec(mutant.code, vars(sys.modules[function.__module__]), scope)
-            for module in modules:
-                if vars(module).get(name) is function:
-                    stack.enter_context(mock.patch.object(module, name, scope[name]))
+            for place in [*modules, *_subclasses(Unit)]:
+                if vars(place).get(name) is function:
+                    stack.enter_context(mock.patch.object(place, name, scope[name]))
         for problem in problems:
             try:
                 assert_close(problem.run(), problem.expected, 1e-9)

@@ -127,6 +127,7 @@ def wrong_calls():
         ),
     )
     yield from _of_modules()
+    yield from _of_units()
     yield from _of_formats()
     yield from _of_files()
 
@@ -176,6 +177,27 @@ def _of_modules():
         lambda: nn.attention_fn(q, q, q, precision="high"),
         lambda: nn.attention_fn(q, q, q, qk_attn_weights_einsum=jnp.einsum),
         lambda: nn.attention_fn(q, q, q, dropout_rate=0.1, dropout_rng=jax.random.key(0)),
+    )
+
+
+def _of_units():
+    gru = rnnattn.init_gru(jax.random.key(0), 2, 3)
+    x = jnp.ones((1, 4, 2), jnp.float32)
+    run = lambda params=gru, x=x, **options: lambda: rnnattn.gru(params, x, **options)
+    yield from (
+        run(gru._replace(w_h=gru.b)),
+        run(gru._replace(w_h=gru.w_h[:0])),
+        run(gru._replace(w_h=gru.w_h[:, 1:])),
+        run(gru._replace(w_x=gru.w_x[1:])),
+        run(gru._replace(b=gru.b[1:])),
+        run(gru._replace(b_n=gru.b)),
+        run(gru, reset_after=False),
+        run(gru, reset_after="after"),
+        run(gru, implementation="cudnn"),
+        lambda: rnnattn.gru_step(gru, x[:, 0], gru.w_h[:1, :3], implementation="no"),  # type: ignore[arg-type]
+        lambda: reference.gru(gru, x, implementation="no"),  # type: ignore[arg-type]
+        lambda: init_lstm(jax.random.key(0), 2, 3, projection_size=0),
+        lambda: rnnattn.init_gru(jax.random.key(0), 0, 3),
     )
 
 

@@ -50,7 +50,8 @@ PARTS = {
 
 # The files of a primitive's folder, from the ground up: one imports those of its floor and below.
 FLOORS = [
-    {"problem", "equations", "masking", "dropout", "signature"},
+    {"unit"},
+    {"problem", "units", "equations", "masking", "dropout", "signature"},
     {
         "dense",
         "blockwise",
@@ -65,7 +66,8 @@ FLOORS = [
     },  # the schedules
     {"rule"},
     {"arguments", "peers", "cache", "init"},
-    {"api", "ring"},
+    {"run"},
+    {"api", "family", "ring"},
     {"stack"},
     {"__init__"},
 ]
@@ -132,10 +134,12 @@ def test_the_library_imports_only_what_lies_below(name):
 def test_equations_lie_below_schedules_and_these_below_the_rule_and_the_arguments(primitive):
     floor = {file: n for n, files in enumerate(FLOORS) for file in files}
     prefix = f"rnnattn.{primitive}."
-    for path in (ROOT / "rnnattn" / primitive).glob("*.py"):
-        assert path.stem in floor, f"{path.name}: say in FLOORS on which floor it is"
+    for path in (ROOT / "rnnattn" / primitive).rglob("*.py"):
+        own, *_ = path.relative_to(ROOT / "rnnattn" / primitive).with_suffix("").parts
+        assert own in floor, f"{path.name}: say in FLOORS on which floor it is"
         others = [n for n in imported(path, LIBRARY) if n.startswith(prefix)]
-        above = [n for n in others if floor[n.removeprefix(prefix)] > floor[path.stem]]
+        named = {n: n.removeprefix(prefix).partition(".")[0] for n in others}
+        above = [n for n in others if floor[named[n]] > floor[own]]
         assert not above, f"{path.name} imports what lies above it"
 
 

@@ -1,6 +1,6 @@
 """The LSTM against a loop in NumPy that shares nothing with it, row by row and step by step.
 
-The twins in `rnnattn.reference` run the equations of `rnnattn.recurrent.equations`, as the rule
+The twins in `rnnattn.reference` run the equations of `rnnattn.recurrent.units.lstm`, as the rule
 does: what a term of these should be, they cannot tell.
 """
 
@@ -14,8 +14,8 @@ import pytest
 from rnnattn import LSTMParams, LSTMState, lstm, reference
 from rnnattn.recurrent import chunked
 from rnnattn.recurrent.arguments import time_major_steps
-from rnnattn.recurrent.equations import Variant
-from rnnattn.recurrent.problem import Options
+from rnnattn.recurrent.problem import Options, Outputs
+from rnnattn.recurrent.units.lstm import LSTM
 from tests.lstm_cases import assert_close, make_case
 
 T, B, D, H, R = 5, 4, 2, 3, 2
@@ -108,11 +108,11 @@ def test_a_trace_serves_chunks_of_any_length(masked, reverse):
     steps = time_major_steps(
         swap(case.x), lengths, None if resets is None else swap(resets), reverse
     )
-    options = Options(reverse, "states", Variant())
+    options = Options(LSTM(), reverse)
     _, trace = chunked.forward(options, True, case.params, case.state, steps)
     assert trace.starts is None
     dy, dlast = case.cotangents
-    arguments = (options, case.params, case.state, steps, trace, (swap(dy), dlast))
+    arguments = (options, case.params, case.state, steps, trace, (Outputs(swap(dy), None), dlast))
     in_one = chunked.backward_in(chunked.ELSEWHERE, *arguments)
     in_twos = chunked.backward_in(chunked.ON_CPU._replace(chunk_steps=2), *arguments)
     assert_close(in_twos, in_one, 1e-6)

@@ -17,7 +17,7 @@ from hypothesis import given, settings, strategies as st
 
 from rnnattn import LSTMParams, LSTMState, init_lstm, lstm, lstm_step, native, reference
 from rnnattn.native import calls, load
-from rnnattn.recurrent import api
+from rnnattn.recurrent import run
 from tests.lstm_cases import Case, assert_close, make_case, relative_error, value_and_gradients
 
 SETS = list(load.found()[1])
@@ -39,14 +39,14 @@ def wide(tree):
 def set_how(monkeypatch, **how):
     for name, value in how.items():
         monkeypatch.setattr(calls, name, value)
-    cast(Any, api._run_lstm).clear_cache()
+    cast(Any, run.run_sequence).clear_cache()
 
 
 @pytest.fixture(params=SETS)
 def instruction_set(request, monkeypatch):
     set_how(monkeypatch, instruction_set=request.param)
     yield request.param
-    cast(Any, api._run_lstm).clear_cache()
+    cast(Any, run.run_sequence).clear_cache()
 
 
 def in_dtype(case, dtype):
@@ -84,7 +84,8 @@ def masks(T, B, names):
     """Lengths with 0 and T among them, and resets; in padding as well."""
     rng = np.random.default_rng(1)
     lengths = jnp.asarray([T, 0, *rng.integers(1, T + 1, size=max(B - 2, 0))][:B], jnp.int32)
-    all_masks = {"lengths": lengths, "resets": jnp.asarray(rng.random((B, T)) < 0.3)}
+    marks = lambda share: jnp.asarray(rng.random((B, T)) < share)
+    all_masks = {"lengths": lengths, "resets": marks(0.3), "mask": marks(0.7)}
     return {name: all_masks[name] for name in names}
 
 
@@ -147,7 +148,7 @@ _size = st.one_of(st.just(1), st.integers(1, 9))
 @settings(deadline=None, derandomize=True, max_examples=5)
 @given(
     st.tuples(_size, _size, _size, st.one_of(_size, st.integers(15, 35)), st.none() | _size),
-    st.sets(st.sampled_from(["lengths", "resets"])),
+    st.sets(st.sampled_from(["lengths", "mask", "resets"])),
     st.booleans(),
     st.one_of(st.sampled_from(["gates", "states"]), _size),
     st.sampled_from(list(VARIANTS)),

@@ -18,8 +18,9 @@ from jax import export
 
 from rnnattn import LSTMState, init_lstm, lstm
 from rnnattn.recurrent import chunked, pallas, placed
-from rnnattn.recurrent.problem import Options, Steps
+from rnnattn.recurrent.problem import Options, Outputs, Steps
 from rnnattn.recurrent.rule import sequence
+from rnnattn.recurrent.units.lstm import LSTM
 from tests.lstm_cases import relative_error
 
 hopper = pytest.importorskip("rnnattn.recurrent.hopper")
@@ -66,11 +67,11 @@ def interpreted(monkeypatch, capsys):
 
 
 CASES = [
-    (64, jnp.bfloat16, Options(False, "states"), ("lengths", "resets")),
-    (64, jnp.float16, Options(True, 2), ("lengths",)),
-    (64, jnp.bfloat16, Options(True, "gates"), ("resets",)),
-    (128, jnp.bfloat16, Options(True, "states"), ("resets",)),
-    (128, jnp.float16, Options(False, "states"), ()),
+    (64, jnp.bfloat16, Options(LSTM(), False, "states"), ("lengths", "resets")),
+    (64, jnp.float16, Options(LSTM(), True, 2), ("lengths",)),
+    (64, jnp.bfloat16, Options(LSTM(), True, "gates"), ("resets",)),
+    (128, jnp.bfloat16, Options(LSTM(), True, "states"), ("resets",)),
+    (128, jnp.float16, Options(LSTM(), False, "states"), ()),
 ]
 
 
@@ -143,7 +144,7 @@ def test_another_gpu_is_refused_by_name(monkeypatch):
 )
 def test_elsewhere_xla_runs(residuals, reverse):
     params, state, steps, cotangents = problem(64, jnp.bfloat16)
-    options = Options(reverse, residuals)
+    options = Options(LSTM(), reverse, residuals)
 
     @partial(jax.jit, static_argnums=0)
     def run(schedule, params, state, x):
@@ -151,7 +152,8 @@ def test_elsewhere_xla_runs(residuals, reverse):
             schedule, options, params, state, steps._replace(x=x)
         )
         made, pullback = jax.vjp(of_x, params, state, x)
-        return made, pullback(cotangents)
+        dy, dfinal = cotangents
+        return made, pullback((Outputs(dy, None), dfinal))
 
     made = [in_float32(run(s, params, state, steps.x)) for s in (pallas.PALLAS, chunked.CHUNKED)]
     errors = jax.tree.map(relative_error, *made)

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from rnnattn import dot_product_attention, init_lstm, lstm, reference
 from rnnattn.attention import api as attention, blockwise
-from rnnattn.recurrent import api as recurrent, chunked
+from rnnattn.recurrent import chunked, run as recurrent
 from tests import attention_cases
 from tests.lstm_cases import assert_close, make_case, value_and_gradients
 
@@ -103,10 +103,10 @@ def elsewhere(monkeypatch):
     monkeypatch.setattr(chunked, "ELSEWHERE", small)
     monkeypatch.setattr(blockwise, "BLOCK_LOGITS", 3 * 4 * 4 * 4)
     monkeypatch.setattr(blockwise, "_LEAST_BLOCK", 3)
-    for run in (recurrent._run_lstm, attention._run_attention):
+    for run in (recurrent.run_sequence, attention._run_attention):
         cast(Any, run).clear_cache()
     yield
-    for run in (recurrent._run_lstm, attention._run_attention):
+    for run in (recurrent.run_sequence, attention._run_attention):
         cast(Any, run).clear_cache()
 
 

@@ -12,7 +12,7 @@ from rnnattn import lstm, reference
 from rnnattn.attention import api as attention, equations, masking, problem, rule, xla
 from rnnattn.attention.arguments import sorted_arguments
 from rnnattn.recurrent import api, problem as sequences
-from rnnattn.recurrent.equations import advance, dot, halve_params, select
+from rnnattn.recurrent.unit import advance, select
 from tests.attention_cases import assert_same, make_case, value_and_gradients
 from tests.lstm_cases import assert_close, make_case as lstm_case, value_and_gradients as of_lstm
 
@@ -86,13 +86,13 @@ def test_a_schedule_of_attention_needs_the_contract_and_nothing_else():
 
 
 def run_plainly(options, params, state, steps):
-    halved = halve_params(params)
+    unit = options.unit
+    weights = unit.prepare(params)
 
     def step(state, inputs):
         x, valid, fresh = inputs
-        from_x = dot(select(valid, x, 0), halved.w_x) + halved.b[None]
-        preactivate = lambda h: from_x + dot(h, halved.w_h)
-        state, _ = advance(halved, preactivate, state, valid, fresh, options.variant)
+        u = unit.inputs(weights, select(valid, x, 0))
+        state, _ = advance(unit, weights, u, state, valid, fresh)
         return state, select(valid, state.h, 0)
 
     return jax.lax.scan(step, state, steps, reverse=options.reverse)
@@ -105,7 +105,7 @@ def forward_plainly(options, keeps, params, state, steps):
 
 def backward_plainly(options, params, state, steps, trace, cotangents):
     run = lambda params, state, x: run_plainly(options, params, state, steps._replace(x=x))
-    dy, dfinal = cotangents
+    (dy, _), dfinal = cotangents
     return jax.vjp(run, params, state, steps.x)[1]((dfinal, dy))
 
 

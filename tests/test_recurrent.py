@@ -27,6 +27,7 @@ from rnnattn import (
 from rnnattn.recurrent import api, chunked, peers, stack
 from rnnattn.recurrent.arguments import suited_residuals
 from rnnattn.recurrent.problem import Options, Steps
+from rnnattn.recurrent.units.lstm import LSTM
 from tests.lstm_cases import assert_close, make_case, relative_error, value_and_gradients
 
 SIZES = [(7, 3, 2, 4), (1, 1, 1, 1), (1, 2, 3, 1), (3, 1, 1, 5), (4, 2, 1, 1), (37, 2, 3, 3)]
@@ -205,15 +206,18 @@ KEPT = [
 
 @pytest.mark.parametrize("sizes, kept", KEPT)
 def test_what_is_kept_is_chosen_by_its_memory(sizes, kept):
-    assert suited_residuals(*sizes) == kept
+    T, batch, H, dtype = sizes
+    array: Any = lambda *shape: jax.ShapeDtypeStruct(shape, dtype)
+    params = LSTMParams(array(1, 4 * H), array(H, 4 * H), array(4 * H))
+    assert suited_residuals(LSTM(), params, array(*batch, T, 1), False) == kept
 
 
 def test_what_is_kept_by_default_is_what_the_rule_says(monkeypatch):
     case = make_case(9, 2, 3, 4)
     seen = []
 
-    def rule(*sizes):
-        seen.append(sizes)
+    def rule(unit, params, x, time_major):
+        seen.append((unit, x.shape, time_major))
         return 4
 
     monkeypatch.setattr(api, "suited_residuals", rule)
@@ -222,7 +226,7 @@ def test_what_is_kept_by_default_is_what_the_rule_says(monkeypatch):
         str(jax.make_jaxpr(jax.grad(loss(run)))(case.x))
         for run in (lstm, partial(lstm, residuals=4))
     )
-    assert seen == [(9, (2,), 4, case.x.dtype)]
+    assert seen == [(LSTM(), (2, 9, 3), False)]
     assert left_open == given
 
 
@@ -252,7 +256,9 @@ def test_remainders_of_chunks_match_the_plain_twin(reverse, residuals, monkeypat
     sizes = chunked.ON_CPU._replace(chunk_bytes=8 * B * 4 * H * 10)
     monkeypatch.setattr(chunked, "ON_CPU", sizes)
     case, options, expected = _with_remainders(reverse)
-    length = chunked.chunk_length(sizes, residuals, Steps(case.x.swapaxes(0, 1), None, None), H)
+    problem = Options(LSTM(), residuals=residuals)
+    steps = Steps(case.x.swapaxes(0, 1), None, None)
+    length = chunked.chunk_length(sizes, problem, case.params, steps)
     assert 1 < length < T and T % length
     actual = value_and_gradients(partial(lstm, residuals=residuals, **options), case)
     assert_close(actual, expected, 1e-12)
@@ -318,6 +324,29 @@ def test_resets_equal_episodes_run_apart(function, reverse):
     assert_close(actual, value_and_gradients(apart, case), 1e-12)
 
 
+@pytest.mark.parametrize("other", [False, True])
+def test_cells_of_every_step_have_their_cotangents(other):
+    options: Any = {"reverse": other, "time_major": other}
+    case = make_case(6, 3, 2, 4, peephole=True)
+    swap = (lambda a: jnp.swapaxes(a, 0, 1)) if other else lambda a: a
+    masks: Any = {
+        "lengths": jnp.array([6, 0, 3]),
+        "mask": swap(jnp.ones((3, 6), bool).at[0, 2].set(False)),
+        "resets": swap(jnp.zeros((3, 6), bool).at[0, 3].set(True)),
+    }
+    dy, dlast = case.cotangents
+    dcells = swap(jnp.asarray(np.random.default_rng(2).normal(size=(3, 6, 4))))
+    case = case._replace(x=swap(case.x), cotangents=(swap(dy), dcells, dlast))
+    run = lambda f, keeps: partial(f, return_cells=True, residuals=keeps, **options, **masks)
+    expected = value_and_gradients(run(reference.lstm, None), case)
+    (y, cells, last), _ = expected
+    alone = lstm(case.params, case.x, case.state, **options, **masks)
+    assert_close(y, alone[0], 1e-12)
+    assert_close(swap(cells)[0, 0 if other else 5], last.c[0], 1e-14)
+    for keeps in ("gates", "states", 4):
+        assert_close(value_and_gradients(run(lstm, keeps), case), expected, 1e-12)
+
+
 def test_a_coupled_forget_gate_has_no_gradient_of_its_own():
     case = make_case(4, 2, 2, 3)
     _, (dparams, *_) = value_and_gradients(partial(lstm, coupled=True), case)
@@ -335,7 +364,7 @@ def test_many_rows_and_small_weights_take_one_product_a_step(few, small, product
     monkeypatch.setattr(chunked, "ON_CPU", sizes)
     case = make_case(3, B, 2, 6 if small else 9)  # sizes that nothing else has compiled
     steps = Steps(case.x.swapaxes(0, 1), None, None)
-    run = partial(chunked.forward_in, sizes, Options(), False)
+    run = partial(chunked.forward_in, sizes, Options(LSTM()), False)
     assert str(jax.make_jaxpr(run)(case.params, case.state, steps)).count("dot_general") == products
     expected = value_and_gradients(reference.lstm, case)
     assert_close(value_and_gradients(lstm, case), expected, 1e-12)
@@ -699,6 +728,7 @@ FACE = """
     lstm lstm_step bidirectional_lstm stacked_lstm init_lstm LSTMParams LSTMState
     linear_scan mingru mingru_step init_mingru MinGRUParams minlstm minlstm_step init_minlstm
     MinLSTMParams rglru rglru_step init_rglru RGLRUParams
+    gru gru_step init_gru GRUParams
     dot_product_attention KVCache update_cache
     sinusoids shift_matrix rope rope_2d rope_mixed LinearScaling NTKScaling YaRNScaling
     Llama3Scaling

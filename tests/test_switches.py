@@ -60,6 +60,9 @@ LENGTH: Any = np.array([0, 2])
 CACHE = KVCache(draw(2, 4, 1, 2), draw(2, 4, 1, 3), LENGTH)
 
 
+OF_GRU = {"p": rnnattn.GRUParams(draw(2, 9), draw(3, 9), draw(9), draw(3)), "h": draw(2, 3)}
+
+
 def attention(function=rnnattn.dot_product_attention, **options):
     """With all that has a gradient, and some of what hides."""
     return partial(function, is_causal=True, return_residual=True, **options)
@@ -118,6 +121,15 @@ CASES = {
     "minlstm_step": Case(of_unit(rnnattn.minlstm_step), of_min(rnnattn.MinLSTMParams, 3, steps=())),
     "rglru": Case(of_unit(rnnattn.rglru), of_blocks(3), MASKS),
     "rglru_step": Case(of_unit(rnnattn.rglru_step), of_blocks()),
+    "gru": Case(
+        lambda p, x, h, **masks: rnnattn.gru(p, x, h, **masks),
+        {**OF_GRU, "x": SEQUENCE["x"]},
+        MASKS,
+    ),
+    "gru_step": Case(
+        lambda p, x, h: rnnattn.gru_step(p, x, h, reset_after=False),
+        {**OF_GRU, "p": OF_GRU["p"]._replace(b_n=None), "x": draw(2, 2)},
+    ),
     "dot_product_attention": Case(attention(), ATTENTION, HIDDEN),
     "dot_product_attention, alone": Case(rnnattn.dot_product_attention, PLAIN),
     "dot_product_attention, numbers": Case(
@@ -209,7 +221,8 @@ def _compiled_in_a_hurry():
 
 def test_the_table_is_complete():
     """Each public function of arrays is in it."""
-    without = {"init_lstm", "init_mingru", "init_minlstm", "init_rglru", "stem_strides"}  # of sizes
+    without = {"stem_strides"}  # of sizes
+    without |= {name for name in rnnattn.__all__ if name.startswith("init_")}
     public = {n for n in rnnattn.__all__ if n[0].islower() and callable(getattr(rnnattn, n))}
     assert public - without == {name.split(",")[0].split(" ")[0] for name in CASES} - {
         "dot_product_attention_jvp"

@@ -6,7 +6,7 @@ LSTM itself with a place for a finite difference at every quantity that the note
     dc_{t−1} = dc_t ⊙ f                                              L8: they say nothing of it
 
 This is the only place where wrong gradients live; the library's are in
-`rnnattn.recurrent.equations`. Everything is a plain step-by-step scan, time first: x (T, B, D), h
+`rnnattn.recurrent.units.lstm`. Everything is a plain step-by-step scan, time first: x (T, B, D), h
 and c (T, B, H), z (T, B, 4H).
 
 Axes: T time, B batch, D input width, H hidden width.

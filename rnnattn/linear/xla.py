@@ -61,7 +61,7 @@ def _written(options, bits, value, like, t):
 
 
 def forward_by_steps(options, weights, h0, steps):
-    H = h0.shape[-1]
+    _, H = h0.shape
     T = steps.inputs[0].shape[options.time_axis]
     rows = [w[None] for w in weights]
     read = _reader(options, steps)
@@ -79,7 +79,7 @@ def forward_by_steps(options, weights, h0, steps):
 
 
 def backward_by_steps(options, weights, h0, steps, h, cotangents):
-    H = h0.shape[-1]
+    _, H = h0.shape
     dh_all, dlast = cotangents
     T = h.shape[options.time_axis]
     rows = [w[None] for w in weights]
@@ -89,8 +89,8 @@ def backward_by_steps(options, weights, h0, steps, h, cotangents):
     def step(t, carry):
         dh, dweights, dinputs = carry
         (inputs, valid, fresh), dh_t = read(t)
-        h_prev = read_h(jnp.clip(t + before, 0, T - 1)).astype(h0.dtype)
-        h_prev = _dropped(fresh, jnp.where(t == first, h0, h_prev))
+        h_prev = jnp.where(t == first, h0, read_h(t + before).astype(h0.dtype))
+        h_prev = _dropped(fresh, h_prev)
         p = [select(valid, x, 0) for x in blocks_of(inputs, H)]
         h_prev = select(valid, h_prev, 0)
         dh_t = select(valid, dh + dh_t.astype(dh.dtype), 0)
@@ -155,12 +155,12 @@ def forward_at_once(options, weights, h0, steps):
 
 def backward_at_once(options, weights, h0, steps, h, cotangents):
     """R5: dh by the recurrence in reverse, where a step finds a of the one that ran after it."""
-    dh_all, dlast = cotangents
-    axis, back, (_, valid, fresh) = options.time_axis, not options.reverse, steps
-    p, rows, a, _ = _coefficients(options, weights, h0.shape[-1], steps)
+    (_, H), (dh_all, dlast), (_, valid, fresh) = h0.shape, cotangents, steps
+    axis, back = options.time_axis, not options.reverse
+    p, rows, a, _ = _coefficients(options, weights, H, steps)
     start = jnp.expand_dims(h0, axis)
     a_after = found(a, jnp.ones_like(start), axis, back)
-    never = jnp.zeros_like(start[..., 0], bool)
+    never = jnp.zeros_like(start, bool, shape=start.shape[:-1])
     cut = None if fresh is None else found(fresh, never, axis, back)
     dh_all = select(valid, dh_all.astype(h0.dtype), 0)
     dh = _recurrence(axis, back, a_after, dh_all, cut, dlast)

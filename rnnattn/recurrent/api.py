@@ -3,36 +3,25 @@
 Axes: B batch, T time, D input width, H hidden width, R width of h (H without a projection).
 """
 
-from functools import partial
-from typing import Literal, SupportsFloat, SupportsIndex
+from typing import Any, Literal, SupportsFloat, SupportsIndex
 
-import jax
 from jaxtyping import Array, Bool, Float, Int
 
 import rnnattn.recurrent.native as native
 import rnnattn.recurrent.pallas as pallas
 from rnnattn.checks import Check, forward_mode
-from rnnattn.precision import varying_together
 from rnnattn.recurrent.arguments import (
-    as_given,
-    batch_of,
     checked_residuals,
     checked_sequence,
     checked_step,
-    checked_variant,
-    full_state,
-    on_mesh,
     suited_residuals,
-    time_back,
-    time_first,
-    time_major_steps,
 )
 from rnnattn.recurrent.chunked import CHUNKED
-from rnnattn.recurrent.equations import LSTMParams, LSTMState
 from rnnattn.recurrent.peers import run_cudnn, unserved_by_cudnn
 from rnnattn.recurrent.placed import placed
 from rnnattn.recurrent.problem import Options
-from rnnattn.recurrent.rule import sequence
+from rnnattn.recurrent.run import run_sequence
+from rnnattn.recurrent.units.lstm import LSTMParams, LSTMState, lstm_unit
 
 
 def lstm_step(
@@ -64,13 +53,14 @@ def lstm_step(
         >>> lstm_step(params, jnp.ones((2, 3)), state).h.shape
         (2, 5)
     """
-    x, state = checked_step("lstm_step", params, x, state)
-    Check("lstm_step").one_of("implementation", implementation, (None, "xla", "native"))
-    options = Options(False, "gates", checked_variant("lstm_step", clip, coupled))
-    schedule = _suited("lstm_step", implementation, params, x, options)
+    function = "lstm_step"
+    unit = lstm_unit(function, clip, coupled)
+    x, state = checked_step(function, unit, params, x, state)
+    Check(function).one_of("implementation", implementation, (None, "xla", "native"))
+    options = Options(unit, residuals="gates")
+    schedule = _suited(function, implementation, params, x, options)
     with forward_mode("rnnattn.reference.lstm_step"):
-        step = (params, x[None], state, None, None)
-        return _run_lstm("lstm_step", schedule, options, True, *step)[1]
+        return run_sequence(function, schedule, options, True, params, x[None], state)[1]
 
 
 def lstm(
@@ -79,14 +69,16 @@ def lstm(
     state: LSTMState | None = None,
     *,
     lengths: Int[Array, "*B"] | None = None,
+    mask: Bool[Array, "..."] | None = None,
     resets: Bool[Array, "..."] | None = None,
     reverse: bool = False,
     time_major: bool = False,
     clip: SupportsFloat | None = None,
     coupled: bool = False,
     residuals: Literal["gates", "states"] | SupportsIndex | None = None,
+    return_cells: bool = False,
     implementation: Literal["xla", "native", "pallas", "cudnn"] | None = None,
-) -> tuple[Float[Array, "... R"], LSTMState]:
+) -> Any:
     """The hidden state after every step of `x`, and the state after the last one (L1, L2).
 
     Args:
@@ -96,6 +88,10 @@ def lstm(
         lengths: the valid steps of each row, 0 to T. Outputs past them are zero, whatever x holds
             there reaches nothing, and the returned state is that after the last valid step run
             (the initial state where the length is 0).
+        mask: (B, T), or (T, B) with `time_major`, in any pattern. False marks a step that is not
+            there: it holds the state and gives zero output, whatever x holds there reaches nothing,
+            and a reset marked there takes effect at the next step that is. Beside `lengths`, both
+            count.
         resets: (B, T), or (T, B) with `time_major`. True marks the first step of an episode in time
             order: nothing passes between it and the step before it, in either direction of running,
             as if the episodes ran apart, from zeros. A mark on the first step drops the initial
@@ -113,6 +109,7 @@ def lstm(
             "gates" where these take no more than 256 MiB (5 T B H numbers, in float32 for 16-bit
             inputs), "states" where c takes no more than 1 GiB, and beyond that n = ⌊√T⌋; "states"
             where T or B is symbolic.
+        return_cells: also give c of every step, zero where y is; "xla" alone can.
         implementation: "xla"; "native", the kernels of `rnnattn.native` on a CPU (and "xla"
             elsewhere), for 32 and 16 bits; "pallas", the kernels of `rnnattn.recurrent.hopper` on
             one NVIDIA GPU of the Hopper generation (and "xla" elsewhere), for 16 bits without a
@@ -124,16 +121,18 @@ def lstm(
             elsewhere. "xla" is one loop of several steps a turn on a GPU or TPU, and chunks that
             fit a cache on a CPU; what it takes of memory above is a CPU's.
     Returns:
-        y (B, T, R), or (T, B, R) with `time_major`, in the dtype of x, and the final state, in the
+        y (B, T, R), or (T, B, R) with `time_major`, in the dtype of x, (with `return_cells`) c
+        (B, T, H) or (T, B, H), in the dtype of the state's c, and the final state, in the
         dtypes of the initial one. For 16-bit inputs c is float32, so that a sequence cut in two and
         chained equals one run; where it is given in 16 bits, it comes back so.
     Raises:
         ValueError: a shape, dtype or option is off; the message says which, what was expected and
             what came.
     Gradient:
-        L3 to L8, with respect to `params`, `x` and `state`, from cotangents of y and both parts of
-        the final state; lengths and resets are constants. It can be differentiated again in
-        reverse and forward mode; for `jax.jvp` of the function itself use `rnnattn.reference.lstm`.
+        L3 to L8, with respect to `params`, `x` and `state`, from cotangents of y, of the cells and
+        of both parts of the final state; lengths, mask and resets are constants. It can be
+        differentiated again in reverse and forward mode; for `jax.jvp` of the function itself use
+        `rnnattn.reference.lstm`.
         Under `jax.vmap` over x with shared weights, the weight gradient is one product for each
         example: let B be the batch instead.
     Example:
@@ -144,20 +143,24 @@ def lstm(
         >>> y.shape, bool((y[1, 4:] == 0).all()), bool((y[1, 3] == state.h[1]).all())
         ((2, 7, 5), True, True)
     """
-    arguments = checked_sequence("lstm", params, x, state, lengths, resets, time_major)
-    x, state, lengths, resets = arguments
-    check, keeps = Check("lstm"), checked_residuals("lstm", residuals)
+    function, check = "lstm", Check("lstm")
+    unit = lstm_unit(function, clip, coupled)
+    arguments = checked_sequence(
+        function, unit, params, x, state, lengths, mask, resets, time_major
+    )
     check.one_of("implementation", implementation, (None, "xla", "native", "pallas", "cudnn"))
+    keeps = checked_residuals(function, residuals)
+    x = arguments.x
     if keeps is None:
-        T, H = x.shape[0 if time_major else -2], params.w_h.shape[1] // 4
-        keeps = suited_residuals(T, batch_of(x, time_major), H, x.dtype)
-    options = Options(bool(reverse), keeps, checked_variant("lstm", clip, coupled))
+        keeps = suited_residuals(unit, params, x, time_major)
+    options = Options(unit, bool(reverse), keeps, bool(return_cells))
     if implementation == "cudnn":
-        check.served("cudnn", unserved_by_cudnn(params, x, options, resets))
-        return run_cudnn(time_major, params, x, state, lengths)
-    schedule = _suited("lstm", implementation, params, x, options)
+        check.served("cudnn", unserved_by_cudnn(params, x, options, mask, resets))
+        return run_cudnn(time_major, params, x, arguments.state, arguments.lengths)
+    schedule = _suited(function, implementation, params, x, options)
     with forward_mode("rnnattn.reference.lstm"):
-        return _run_lstm("lstm", schedule, options, time_major, params, x, state, lengths, resets)
+        outputs, final = run_sequence(function, schedule, options, time_major, params, *arguments)
+    return (outputs.y, *(outputs.rest or ()), final)
 
 
 # What None chooses, by whether the kernels for a CPU and those for a GPU serve a call.
@@ -176,7 +179,7 @@ def _suited(function, implementation, params, x, options):
     check = Check(function)
     if implementation == "xla":
         return CHUNKED
-    unserved = [native.unserved(params, x), pallas.unserved(params, x, options.variant)]
+    unserved = [native.unserved(params, x, options), pallas.unserved(params, x, options)]
     if implementation == "native":
         check.served("native", unserved[0])
         return native.NATIVE
@@ -185,24 +188,3 @@ def _suited(function, implementation, params, x, options):
         return pallas.PALLAS
     by_cpu, by_gpu = (not reasons for reasons in unserved)
     return _FASTEST[by_cpu, by_gpu]
-
-
-@partial(jax.jit, static_argnames=("function", "schedule", "options", "time_major"))
-def _run_lstm(function, schedule, options, time_major, params, x, state, lengths, resets):
-    """`lstm` after its arguments are checked."""
-
-    def run(given):
-        return _run_parts(schedule, options, time_major, **given)
-
-    given = {"params": params, "x": x, "state": state, "lengths": lengths, "resets": resets}
-    return on_mesh(function, run, time_major, given)
-
-
-def _run_parts(schedule, options, time_major, params, x, state, lengths, resets):
-    params, x, state, lengths, resets = varying_together((params, x, state, lengths, resets))
-    batch = batch_of(x, time_major)
-    x = time_first(x, batch, time_major)
-    resets = None if resets is None else time_first(resets, batch, time_major)
-    steps = time_major_steps(x, lengths, resets, options.reverse)
-    y, final = sequence(schedule, options, params, full_state(params, state, batch), steps)
-    return time_back(y, batch, time_major), as_given(final, state, batch)

@@ -1,7 +1,7 @@
 """From the arguments of a sequence, checked, to what a schedule is given."""
 
 import math
-from typing import Literal, NamedTuple, SupportsFloat, SupportsIndex, TypedDict
+from typing import Any, Literal, NamedTuple, SupportsFloat, SupportsIndex, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -9,17 +9,18 @@ from jaxtyping import Array, Bool, Int
 
 from rnnattn.checks import Check
 from rnnattn.meshes import in_parts
-from rnnattn.precision import accumulator
-from rnnattn.recurrent.equations import LSTMState, Variant
-from rnnattn.recurrent.problem import Steps
+from rnnattn.precision import accumulator, varying_together
+from rnnattn.recurrent.problem import Outputs, Steps
+from rnnattn.recurrent.unit import full_state, types_of_step
 
 # What `residuals=None` may keep of all steps for the gradient.
-_GATES_BYTES = 256 * 2**20  # c and the pre-activations
-_STATES_BYTES = 2**30  # c alone
+_GATES_BYTES = 256 * 2**20  # the states and what the unit's steps give to keep
+_STATES_BYTES = 2**30  # the states alone, but for y
 
 
 class _SharedOptions(TypedDict, total=False):
     lengths: Int[Array, "*B"] | None
+    mask: Bool[Array, "..."] | None
     resets: Bool[Array, "..."] | None
     clip: SupportsFloat | None
     coupled: bool
@@ -56,22 +57,74 @@ def time_back(y, batch, time_major):
     return y if time_major else jnp.moveaxis(y, 0, len(batch))
 
 
-def full_state(params, state, batch):
-    """The initial state, (B, …), in the dtypes the steps carry; None is zeros."""
-    B, H, dtype = math.prod(batch), params.w_h.shape[1] // 4, params.b.dtype
-    if state is None:
-        zeros = lambda width, dtype: jnp.zeros_like(params.b, dtype, shape=(B, width))
-        return LSTMState(zeros(params.w_h.shape[0], dtype), zeros(H, accumulator(dtype)))
-    rows = lambda x: x if len(batch) == 1 else x.reshape(B, x.shape[-1])
-    return LSTMState(rows(state.h), rows(state.c).astype(accumulator(dtype)))
+class Packing(NamedTuple):
+    """The steps of each row that a mask lets through, moved before the others, in their order."""
+
+    order: Array  # (T, B), where a step was
+    places: Array  # (T, B), where it is
+
+    @staticmethod
+    def of(mask):
+        """Of a mask (T, B)."""
+        skipped = ~mask
+        counted = lambda steps: jnp.cumsum(steps, axis=0, dtype=jnp.int32)
+        behind = jnp.sum(mask, axis=0, dtype=jnp.int32)[None] + counted(skipped)
+        order = jnp.argsort(skipped, axis=0, stable=True)
+        return Packing(order, jnp.where(mask, counted(mask), behind) - 1)
+
+    def pack(self, x):
+        return _taken(x, self.order)
+
+    def unpack(self, y):
+        return _taken(y, self.places)
+
+    def resets(self, resets):
+        """The marks of the first packed steps of episodes, of which the first may be masked."""
+        episodes = self.pack(jnp.cumsum(resets, axis=0, dtype=jnp.int32))
+        return jnp.diff(episodes, axis=0, prepend=jnp.zeros_like(episodes[:1])) > 0
+
+
+def _taken(x, steps):
+    """Of an array (T, B, …), other steps of each row."""
+    steps = jnp.expand_dims(steps, range(2, x.ndim))
+    return jnp.take_along_axis(x, steps, axis=0, mode="promise_in_bounds")
+
+
+def over_steps(run, unit, time_major, reverse, params, x, state, lengths, mask, resets):
+    """What `run(params, state, steps)` gives, the outputs and the final state, as it was asked for.
+
+    A masked row is run without the steps that hold its state, as one that is shorter.
+    """
+    given = (params, x, state, lengths, mask, resets)
+    params, x, state, lengths, mask, resets = varying_together(given)
+    batch = batch_of(x, time_major)
+    first = lambda x: None if x is None else time_first(x, batch, time_major)
+    x, mask, resets = map(first, (x, mask, resets))
+    if mask is not None:
+        if lengths is not None:
+            mask = mask & _within(x, lengths)
+        packing = Packing.of(mask)
+        x = packing.pack(x)
+        resets = None if resets is None else packing.resets(resets)
+        lengths = jnp.sum(mask, axis=0, dtype=jnp.int32)
+    steps = time_major_steps(x, lengths, resets, reverse)
+    start = full_state(unit, params, state, math.prod(batch), x.dtype)
+    outputs, final = run(params, start, steps)
+    if mask is not None:
+        outputs = jax.tree.map(packing.unpack, outputs)
+    outputs = jax.tree.map(lambda y: time_back(y, batch, time_major), outputs)
+    return outputs, as_given(final, state, batch)
+
+
+def _within(x, lengths):
+    """The steps of (T, B, …) within their row's length, (T, B)."""
+    steps = jnp.arange(x.shape[0], dtype=jnp.int32)
+    return steps[:, None] < lengths.astype(jnp.int32).reshape(1, -1)
 
 
 def time_major_steps(x, lengths, resets, reverse):
     """The masks of a time-major x; a reset past a row's length counts for nothing."""
-    valid = None
-    if lengths is not None:
-        steps = jnp.arange(x.shape[0], dtype=jnp.int32)
-        valid = steps[:, None] < lengths.astype(jnp.int32).reshape(1, -1)
+    valid = None if lengths is None else _within(x, lengths)
     if resets is None:
         return Steps(x, valid, None)
     if valid is not None:
@@ -84,18 +137,22 @@ def time_major_steps(x, lengths, resets, reverse):
 def as_given(final, state, batch):
     """The final state in the axes and dtypes of the initial one, so that a loop can carry it."""
     if len(batch) != 1:
-        final = LSTMState(*(x.reshape(*batch, x.shape[-1]) for x in final))
+        final = jax.tree.map(lambda x: x.reshape(*batch, x.shape[-1]), final)
     return final if state is None else jax.tree.map(lambda x, s: x.astype(s.dtype), final, state)
 
 
-def on_mesh(function, run, time_major, given):
+def on_mesh(function, run, options, time_major, given):
     """`run(given)`, the arguments of a sequence by name; with explicit axes, in parts of rows."""
     if len(batch_of(given["x"], time_major)) != 1:
         return run(given)
     steps = "TB" if time_major else "BT"
-    final = LSTMState("BR", "BH")  # type: ignore[arg-type]
-    axes = {"params": "", "x": steps + "D", "state": final, "lengths": "B", "resets": steps}
-    results = (steps + "R", final)
+    widths = options.unit.widths(given["params"])
+    letters = ["R"] + ["H"] * (len(widths) - 1)
+    state = type(widths)(*("B" + letter for letter in letters))
+    axes = {"params": "", "x": steps + "D", "state": state, "lengths": "B"}
+    axes |= {"mask": steps, "resets": steps}
+    rest = (*(steps + letter for letter in letters[1:]),) if options.every_state else None
+    results: Any = (Outputs(steps + "R", rest), state)  # type: ignore[arg-type]
     whole = {"T": "time"}
     return in_parts(Check(function), run, given, axes, results, divided="B", whole=whole)
 
@@ -107,47 +164,43 @@ class Arguments(NamedTuple):
     """Of a sequence, as arrays."""
 
     x: Array
-    state: LSTMState | None
+    state: Any
     lengths: Array | None
+    mask: Array | None
     resets: Array | None
 
 
-def checked_sequence(function, params, x, state, lengths, resets, time_major):
+def checked_sequence(function, unit, params, x, state, lengths, mask, resets, time_major):
     """The arguments as arrays; `ValueError` for the first that is off."""
     check = Check(function)
     array = lambda x: None if x is None else jnp.asarray(x)
-    x, lengths, resets = map(array, (x, lengths, resets))
+    x, lengths, mask, resets = map(array, (x, lengths, mask, resets))
     expected = "of shape (T, *B, D)" if time_major else "of shape (*B, T, D)"
     check(x.ndim >= 2, "x", expected, x.shape)
     check.floating("x", x)
-    _check_params(check, params, x)
+    _check_params(check, unit, params, x)
     batch = batch_of(x, time_major)
-    state = None if state is None else _checked_state(check, params, state, batch)
+    state = None if state is None else _checked_state(check, unit, params, state, batch, x)
     axes = ("", "B", "*B")[min(len(batch), 2)]
     if lengths is not None:
         check.shape("lengths", lengths, batch, f"({axes},)" if batch else "()")
         check.integers("lengths", lengths)
-    if resets is not None:
-        inner = ("T", axes) if time_major else (axes, "T")
-        named = ", ".join(name for name in inner if name)
-        check.shape("resets", resets, x.shape[:-1], f"({named})" if batch else "(T,)")
-        check.booleans("resets", resets)
-    return Arguments(x, state, lengths, resets)
+    inner = ("T", axes) if time_major else (axes, "T")
+    named = ", ".join(name for name in inner if name)
+    for name, marks in {"mask": mask, "resets": resets}.items():
+        if marks is not None:
+            check.shape(name, marks, x.shape[:-1], f"({named})" if batch else "(T,)")
+            check.booleans(name, marks)
+    return Arguments(x, state, lengths, mask, resets)
 
 
-def checked_step(function, params, x, state):
+def checked_step(function, unit, params, x, state):
     """x and the state of a step as arrays; `ValueError` for the first that is off."""
     check, x = Check(function), jnp.asarray(x)
     check(x.ndim >= 1, "x", "of shape (*B, D)", x.shape)
     check.floating("x", x)
-    _check_params(check, params, x)
-    return x, _checked_state(check, params, state, x.shape[:-1])
-
-
-def checked_variant(function, clip, coupled):
-    expected = "a positive number or None"
-    clip = None if clip is None else Check(function).number("clip", clip, 0, expected)
-    return Variant(clip, bool(coupled))
+    _check_params(check, unit, params, x)
+    return x, _checked_state(check, unit, params, state, x.shape[:-1], x)
 
 
 def checked_residuals(function, residuals):
@@ -158,44 +211,39 @@ def checked_residuals(function, residuals):
     return Check(function).integer("residuals", residuals, 1, expected)
 
 
-def suited_residuals(T, batch, H, dtype):
+def suited_residuals(unit, params, x, time_major):
     """What `residuals=None` keeps, by the memory it takes: see `lstm`. "states" of symbolic sizes.
 
     The numbers were measured: benchmarks/README.md, "What is kept for the gradient".
     """
+    T, batch = x.shape[0 if time_major else -2], batch_of(x, time_major)
     if not all(isinstance(n, int) for n in (T, *batch)):
         return "states"
-    states = T * math.prod(batch) * H * accumulator(dtype).itemsize
-    if 5 * states <= _GATES_BYTES:
+    (_, *rest), kept = types_of_step(unit, params, 1, x.dtype)
+    bytes_of = lambda arrays: T * math.prod(batch) * sum(a.size * a.dtype.itemsize for a in arrays)
+    if bytes_of([*rest, kept]) <= _GATES_BYTES:
         return "gates"
-    return "states" if states <= _STATES_BYTES else math.isqrt(T)
+    return "states" if bytes_of(rest) <= _STATES_BYTES else math.isqrt(T)
 
 
-def _check_params(check, params, x):
-    D = x.shape[-1]
-    whole = jnp.ndim(params.w_h) == 2 and params.w_h.shape[1] % 4 == 0 < params.w_h.shape[1]
-    check(whole, "params.w_h", "of shape (H, 4H)", jnp.shape(params.w_h))
-    R, H = params.w_h.shape[0], params.w_h.shape[1] // 4
-    check.shape("params.w_x", params.w_x, (D, 4 * H), "(D, 4H)")
-    check.shape("params.b", params.b, (4 * H,), "(4H,)")
-    if params.projection is None:
-        check.shape("params.w_h", params.w_h, (H, 4 * H), "(H, 4H)")
-    else:
-        check.shape("params.projection", params.projection, (H, R), "(H, R)")
-    if params.peephole is not None:
-        check.shape("params.peephole", params.peephole, (3, H), "(3, H)")
+def _check_params(check, unit, params, x):
+    unit.verify(check, params, x.shape[-1])
     for name, value in params._asdict().items():
         if value is not None:
             check.dtype_of(f"params.{name}", value, "x", x)
 
 
-def _checked_state(check, params, state, batch):
-    R, H, dtype = params.w_h.shape[0], params.w_h.shape[1] // 4, jnp.result_type(params.b)
-    B = ("", "B, ", "*B, ")[min(len(batch), 2)]
-    h, c = map(jnp.asarray, state)
-    check.shape("state.h", h, (*batch, R), f"({B}H)" if R == H else f"({B}R)")
-    check.shape("state.c", c, (*batch, H), f"({B}H)")
-    check.dtype_of("state.h", h, "x", params.b)
-    wide = accumulator(dtype)
-    check(c.dtype in (dtype, wide), "state.c", f"of dtype {wide.name}", c.dtype.name)
-    return LSTMState(h, c)
+def _checked_state(check, unit, params, state, batch, x):
+    widths = unit.widths(params)
+    axes = ("", "B, ", "*B, ")[min(len(batch), 2)]
+    fields = dict(zip(widths._fields, map(jnp.asarray, state), strict=True))
+    alone = len(fields) == 1  # then the state is called h, and is no tuple
+    for n, ((field, s), width) in enumerate(zip(fields.items(), widths, strict=True)):
+        name = field if alone else f"state.{field}"
+        letter = "H" if width == widths[-1] else "R"
+        check.shape(name, s, (*batch, width), f"({axes}{letter})")
+        if n == 0:
+            check.dtype_of(name, s, "x", x)
+        wide = accumulator(x.dtype)
+        check(s.dtype in (x.dtype, wide), name, f"of dtype {wide.name}", s.dtype.name)
+    return type(widths)(*fields.values())

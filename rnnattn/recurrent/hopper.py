@@ -37,9 +37,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm
 
-from rnnattn.recurrent.equations import (
+from rnnattn.recurrent.units.lstm import (
+    LSTM,
     Slopes,
-    Variant,
     cell_of_gates,
     gates_of_tanh,
     gradient_of_gates,
@@ -166,7 +166,7 @@ def forward(x, w, state, masks=None, *, reverse=False, keeps=False, interpret=No
 
     x: (T, N, 4, H, TILE) ½(x w_x + b). w: (4H, H) ½ w_hᵀ, 16-bit.
     state: h (N, H, TILE) in the dtype of w, c in float32.
-    masks: valid and fresh, each (T, N, TILE) in float32 or None; see `equations.advance`.
+    masks: valid and fresh, each (T, N, TILE) in float32 or None; see `unit.advance`.
     interpret: parameters of the interpreter, which knows only plain operations.
     Returns: h of every step (T, N, H, TILE), c of every step, if kept; both of the last.
     """
@@ -244,7 +244,7 @@ def forward(x, w, state, masks=None, *, reverse=False, keeps=False, interpret=No
                 new = _row(fresh, shape)
                 z, c_prev = [jnp.where(new, 0.0, s) for s in z], jnp.where(new, 0.0, c)
             z = [jnp.tanh(s + of_x.astype(_f32)) for s, of_x in zip(z, x, strict=True)]
-            m, c_next = cell_of_gates(gates_of_tanh(z, Variant()), c_prev)
+            m, c_next = cell_of_gates(gates_of_tanh(z, LSTM()), c_prev)
             h = m.astype(dtype)
             if valid is not None:
                 counts = _row(valid, shape)
@@ -327,7 +327,7 @@ def _call(kernel, results, scratch, N, C, interpret):
 def backward(slopes, dy, w, cotangents, masks=None, *, reverse=False, interpret=None):
     """dz of every step, and the cotangents of the initial state.
 
-    slopes: `equations.Slopes`, each (T, N, H, TILE) in float32, which hold the state where a step
+    slopes: `lstm.Slopes`, each (T, N, H, TILE) in float32, which hold the state where a step
         is not valid, and drop c where one is fresh. dy: (T, N, H, TILE). w: (H, 4H) w_h, 16-bit.
     cotangents: of h and c of the last step, each (N, H, TILE) in float32.
     masks: valid and fresh, each (T, N, TILE) in float32 or None.

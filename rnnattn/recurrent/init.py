@@ -1,4 +1,4 @@
-"""Weights for the LSTM to begin with."""
+"""Weights for recurrent units to begin with."""
 
 from typing import Any, Literal
 
@@ -8,7 +8,8 @@ from jaxtyping import PRNGKeyArray
 
 from rnnattn.checks import Check
 from rnnattn.precision import accumulator
-from rnnattn.recurrent.equations import LSTMParams
+from rnnattn.recurrent.units.gru import GRUParams
+from rnnattn.recurrent.units.lstm import LSTMParams
 
 
 def init_lstm(
@@ -40,29 +41,62 @@ def init_lstm(
         >>> params.w_x.shape, params.w_h.shape, params.b.shape
         ((3, 20), (5, 20), (20,))
     """
-    D, H, R = input_size, hidden_size, projection_size
+    H, R = hidden_size, projection_size
     check = Check("init_lstm")
-    for name, size in {"input_size": D, "hidden_size": H, "projection_size": R}.items():
-        check(size is None or size >= 1, name, "at least 1", size)
+    check(R is None or R >= 1, "projection_size", "at least 1", R)
+    width = H if R is None else R
+    w_x, w_h = _weights(check, key, input_size, H, width, 4, recurrent_init, dtype)
+    b = jnp.zeros(4 * H, dtype).at[H : 2 * H].set(forget_bias)
+    projection = None
+    if R is not None:
+        _, _, key = jax.random.split(key, 3)
+        draw = accumulator(dtype)
+        projection = jax.random.uniform(key, (H, R), draw, -(H**-0.5), H**-0.5).astype(dtype)
+    return LSTMParams(w_x, w_h, b, jnp.zeros((3, H), dtype) if peephole else None, projection)
+
+
+def init_gru(
+    key: PRNGKeyArray,
+    input_size: int,
+    hidden_size: int,
+    *,
+    reset_after: bool = True,
+    recurrent_init: Literal["orthogonal", "uniform"] = "orthogonal",
+    dtype: Any = jnp.float32,
+) -> GRUParams:
+    """Weights for `gru`: as those of `init_lstm`, biases zero.
+
+    Args:
+        reset_after: with a bias of the product that the reset gate is applied to.
+        recurrent_init, dtype: as in `init_lstm`.
+    Raises:
+        ValueError: a size is below 1, `recurrent_init` is unknown or `dtype` not a float.
+    Example:
+        >>> params = init_gru(jax.random.key(0), input_size=3, hidden_size=5)
+        >>> params.w_x.shape, params.w_h.shape, params.b.shape, params.b_n.shape
+        ((3, 15), (5, 15), (15,), (5,))
+    """
+    H, check = hidden_size, Check("init_gru")
+    w_x, w_h = _weights(check, key, input_size, H, H, 3, recurrent_init, dtype)
+    b_n = jnp.zeros(H, dtype) if reset_after else None
+    return GRUParams(w_x, w_h, jnp.zeros(3 * H, dtype), b_n)
+
+
+def _weights(check, key, D, H, width, blocks, recurrent_init, dtype):
+    """w_x (D, blocks H) and w_h (width, blocks H)."""
+    for name, size in {"input_size": D, "hidden_size": H}.items():
+        check(size >= 1, name, "at least 1", size)
     check.one_of("recurrent_init", recurrent_init, ("orthogonal", "uniform"))
     check.float_dtype("dtype", dtype)
-    width = H if R is None else R
     draw = accumulator(dtype)  # QR has no 16-bit version
     uniform = lambda key, shape, bound: jax.random.uniform(key, shape, draw, -bound, bound)
     orthogonal = jax.nn.initializers.orthogonal(dtype=draw)
-
-    key_x, key_h, key_p = jax.random.split(key, 3)
+    key_x, key_h, _ = jax.random.split(key, 3)
     if recurrent_init == "uniform":
-        w_x, w_h = uniform(key_x, (D, 4 * H), H**-0.5), uniform(key_h, (width, 4 * H), H**-0.5)
+        w_x = uniform(key_x, (D, blocks * H), H**-0.5)
+        w_h = uniform(key_h, (width, blocks * H), H**-0.5)
     else:
-        w_x = uniform(key_x, (D, 4 * H), (3 / D) ** 0.5)
-        gates = [orthogonal(k, (width, H), draw) for k in jax.random.split(key_h, 4)]
-        w_h = jnp.concatenate(gates, axis=-1)
-    b = jnp.zeros(4 * H, draw).at[H : 2 * H].set(forget_bias)
-    return LSTMParams(
-        w_x.astype(dtype),
-        w_h.astype(dtype),
-        b.astype(dtype),
-        jnp.zeros((3, H), dtype) if peephole else None,
-        None if R is None else uniform(key_p, (H, R), H**-0.5).astype(dtype),
-    )
+        w_x = uniform(key_x, (D, blocks * H), (3 / D) ** 0.5)
+        of_blocks = [orthogonal(k, (width, H), draw) for k in jax.random.split(key_h, blocks)]
+        w_h = jnp.concatenate(of_blocks, axis=-1)
+    return w_x.astype(dtype), w_h.astype(dtype)

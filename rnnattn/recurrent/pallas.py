@@ -16,24 +16,17 @@ import rnnattn.recurrent.chunked as chunked
 from rnnattn.checks import those_that_hold
 from rnnattn.dispatch import gpu_capability
 from rnnattn.precision import accumulator
-from rnnattn.recurrent.equations import (
-    LSTMParams,
-    LSTMState,
-    Slopes,
-    Variant,
-    dot,
-    halve_params,
-    select,
-)
 from rnnattn.recurrent.placed import forward_on_xla, interval, placed, unserved_by_kernels
 from rnnattn.recurrent.problem import Trace
+from rnnattn.recurrent.unit import dot, select
+from rnnattn.recurrent.units.lstm import LSTM, LSTMParams, LSTMState, Slopes
 
 _WIDTHS = (64, 128, 256)
 _HOPPER = (9, 0)
 _FEWEST_STEPS, _MOST_ROWS = 16, 128  # of what was measured to be faster
 
 
-def unserved(params, x, variant):
+def unserved(params, x, options):
     """What of a call the kernels cannot serve."""
     H, dtype = params.w_h.shape[1] // 4, jnp.result_type(x)
     reasons = {
@@ -41,7 +34,8 @@ def unserved(params, x, variant):
         f"the hidden width {H} (64, 128 and 256 can be)": H not in _WIDTHS,
         "peephole weights": params.peephole is not None,
         "a projection": params.projection is not None,
-        "`clip` or `coupled`": variant != Variant(),
+        "`clip` or `coupled`": options.unit != LSTM(),
+        "`return_cells`": options.every_state,
     }
     return those_that_hold(reasons | unserved_by_kernels(params, x))
 
@@ -107,13 +101,17 @@ def _run(options, keeps, halved, state, steps):
         keeps=keeps,
     )
     y = select(steps.valid, _rows(y, B), 0)
-    return LSTMState(_rows(h_last, B), _rows(c_last, B)), Trace(y, _rows(c, B) if keeps else None)
+    return LSTMState(_rows(h_last, B), _rows(c_last, B)), Trace(
+        y, (_rows(c, B),) if keeps else None
+    )
 
 
 def _run_back(options, params, halved, start, steps, trace, dy, dstate):
     """The gradients of params, in the accumulator's dtype, state and x, of consecutive steps."""
     B, dtype = dy.shape[1], steps.x.dtype
-    xh, _, _, slopes, _ = chunked.steps_apart(options, halved, steps, trace, start)
+    x, before, after = chunked.states_of_steps(options, steps, trace, start)
+    kept = chunked.kept_of_steps(steps, trace)
+    slopes, _ = options.unit.slopes(halved, x, before, after, kept)
     # what is not valid holds dh and dc, and a fresh step passes no dc on
     carry = slopes.carry if steps.fresh is None else select(~steps.fresh, slopes.carry, 0)
     if steps.valid is not None:
@@ -132,6 +130,7 @@ def _run_back(options, params, halved, start, steps, trace, dy, dstate):
     dz = _rows(dz.reshape(*dz.shape[:2], -1, dz.shape[-1]), B)
     dstate = LSTMState(_rows(dh, B), _rows(dc, B))
     wide: Any = accumulator(dtype)
+    xh = jnp.concatenate([x, before.h], axis=-1)
     dw = jnp.tensordot(xh, dz, ((0, 1), (0, 1)), preferred_element_type=wide)
     dw_x, dw_h = jnp.split(dw, [steps.x.shape[-1]])
     db = jnp.sum(dz.astype(wide), (0, 1))
@@ -141,7 +140,7 @@ def _run_back(options, params, halved, start, steps, trace, dy, dstate):
 def forward(static, params, state, steps):
     """The final state and the trace."""
     options, keeps = static
-    T, halved = steps.x.shape[0], halve_params(params)
+    T, halved = steps.x.shape[0], options.unit.prepare(params)
     n = interval(options, keeps, T)
 
     def chunk(state, inputs):
@@ -157,14 +156,14 @@ def forward(static, params, state, steps):
         return final, trace._replace(starts=starts)
     if keeps and options.residuals == "gates":
         known = chunked.states_of_steps(options, steps, trace, state)
-        trace = trace._replace(a=chunked.preactivations(halved, *known))
+        trace = trace._replace(kept=options.unit.preactivations(halved, *known))
     return final, trace
 
 
 def backward(options, params, state, steps, trace, cotangents):
     """The gradients of params, state and x."""
-    dy, dstate = cotangents
-    wide, halved = accumulator(steps.x.dtype), halve_params(params)
+    (dy, _), dstate = cotangents
+    wide, halved = accumulator(steps.x.dtype), options.unit.prepare(params)
 
     def chunk(carry, inputs):
         dparams, dstate = carry

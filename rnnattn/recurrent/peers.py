@@ -6,19 +6,22 @@ import jax
 import jax.numpy as jnp
 
 from rnnattn.checks import those_that_hold
-from rnnattn.recurrent.arguments import as_given, batch_of, full_state, time_back, time_first
-from rnnattn.recurrent.equations import LSTMState, Variant
+from rnnattn.recurrent.arguments import as_given, batch_of, time_back, time_first
+from rnnattn.recurrent.unit import full_state
+from rnnattn.recurrent.units.lstm import LSTM, LSTMState
 
 
-def unserved_by_cudnn(params, x, options, resets):
+def unserved_by_cudnn(params, x, options, mask, resets):
     """What of a call cuDNN cannot serve."""
     return those_that_hold(
         {
             f"the dtype {jnp.result_type(x).name}": jnp.result_type(x) != jnp.float32,
             "peephole weights": params.peephole is not None,
             "a projection": params.projection is not None,
-            "`clip` or `coupled`": options.variant != Variant(),
+            "`clip` or `coupled`": options.unit != LSTM(),
+            "`mask`": mask is not None,
             "`resets`": resets is not None,
+            "`return_cells`": options.every_state,
             "`reverse`": options.reverse,
             "a machine without a GPU": jax.default_backend() != "gpu",
             # benchmarks/README.md, "On a GPU"
@@ -36,7 +39,7 @@ def run_cudnn(time_major, params, x, state, lengths):
     batch = batch_of(x, time_major)
     x = jnp.swapaxes(time_first(x, batch, time_major), 0, 1)
     B, T, D = x.shape
-    h, c = full_state(params, state, batch)
+    h, c = full_state(LSTM(), params, state, B, x.dtype)
     lengths = jnp.full((B,), T) if lengths is None else lengths.reshape(B)
     transposed = [params.w_x.T.ravel(), params.w_h.T.ravel(), params.b, jnp.zeros_like(params.b)]
     weights, H = jnp.concatenate(transposed), params.w_h.shape[0]

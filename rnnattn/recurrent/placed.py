@@ -1,11 +1,10 @@
-"""Schedules of the LSTM that have kernels of their own on some platforms, and run on XLA elsewhere.
+"""Schedules of a unit that have kernels of their own on some platforms, and run on XLA elsewhere.
 
 What they share but the halves that run there: the schedule on XLA (`rnnattn.recurrent.chunked`) for
 other places (`rnnattn.dispatch`) and for derivatives beyond the first, the trace, and `vmap`.
 """
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +13,8 @@ from jax import lax
 import rnnattn.recurrent.chunked as chunked
 from rnnattn.dispatch import dispatched
 from rnnattn.divided import Division
-from rnnattn.precision import accumulator
-from rnnattn.recurrent.equations import LSTMState
 from rnnattn.recurrent.problem import Schedule, Trace
+from rnnattn.recurrent.unit import types_of_step
 
 _FEWEST_ROWS = 64  # of all steps of a network, for which a turn of a loop over networks pays
 
@@ -26,8 +24,8 @@ def placed(name, by_platform, *, exported=False):
 
     Args:
         by_platform: a forward and a backward by the names that `jax.export` has for platforms; of
-            what the halves of a schedule take, `options` and `keeps` as one pair. They leave c and
-            a of every step, or c alone, or the state before every n steps, as `residuals` says.
+            what the halves of a schedule take, `options` and `keeps` as one pair. They leave the
+            trace that the schedule on XLA leaves.
         exported: whether programs that are exported have them, too.
     """
 
@@ -80,15 +78,22 @@ def interval(options, keeps, T):
 
 def forward_results(static, params, state, steps):
     options, keeps = static
-    (T, B, _), (R, H4), dtype = steps.x.shape, params.w_h.shape, steps.x.dtype
-    H = H4 // 4
+    T, B, _ = steps.x.shape
     n = interval(options, keeps, T)
-    array: Any = lambda *sizes: jax.ShapeDtypeStruct(sizes, dtype)
-    wide: Any = lambda *sizes: jax.ShapeDtypeStruct(sizes, accumulator(dtype))
-    c = wide(T, B, H) if keeps and not n else None
-    a = wide(T, B, H4) if keeps and options.residuals == "gates" else None
-    state = lambda *sizes: LSTMState(array(*sizes, B, R), wide(*sizes, B, H))
-    return state(), Trace(array(T, B, R), c, a, state((T - 1) // n + 1) if n else None)
+
+    def several(count, tree):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), tree)
+
+    final, kept = types_of_step(options.unit, params, B, steps.x.dtype)
+    y, *rest = several(T, final)
+    trace = Trace(y)
+    if n:
+        trace = trace._replace(starts=several((T - 1) // n + 1, final))
+    elif keeps:
+        trace = trace._replace(rest=(*rest,))
+    if keeps and options.residuals == "gates":
+        trace = trace._replace(kept=several(T, kept))
+    return final, trace
 
 
 def backward_results(options, params, state, steps, *_):

@@ -1,22 +1,23 @@
-"""What a schedule of the LSTM is given, and what it gives; time-major.
+"""What a schedule of a recurrent unit is given, and what it gives; time-major.
 
 Axes: T time, B batch, D input width, H hidden width, R width of h.
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jaxtyping import Array
 
-from rnnattn.recurrent.equations import LSTMState, Variant
+from rnnattn.recurrent.unit import Unit
 
 
 class Options(NamedTuple):
     """What is fixed when a function is traced."""
 
+    unit: Unit
     reverse: bool = False
     residuals: Literal["gates", "states"] | int = "states"
-    variant: Variant = Variant()
+    every_state: bool = False  # gives out all of the state of each step, not h alone
 
 
 class Steps(NamedTuple):
@@ -27,22 +28,31 @@ class Steps(NamedTuple):
     fresh: Array | None  # True where the state is zeroed before the step
 
 
+class Outputs(NamedTuple):
+    """What a sequence gives out of each step; zero where a step is not valid."""
+
+    y: Array  # (T, B, R)
+    rest: tuple[Array, ...] | None  # with `every_state`
+
+
 class Trace(NamedTuple):
     """What a run leaves behind; None where it is not kept, and computed again for the gradient."""
 
-    y: Array | None  # (T, B, R)
-    c: Array | None = None  # of every step, (T, B, H)
-    a: Array | None = None  # of every step, (T, B, 4H)
-    starts: LSTMState | None = None  # before every chunk, each (chunks, B, …)
+    y: Array | None  # h of each step, 0 where it is not valid: (T, B, R)
+    rest: tuple[Array, ...] | None = None  # the other fields of the state after each, (T, B, H)
+    kept: Array | None = None  # what the unit's step gives to keep, (T, B, …)
+    starts: Any = None  # the state before every chunk, each (chunks, B, …)
 
 
 class Schedule(NamedTuple):
-    """A way to run the equations over time: two functions.
+    """A way to run a unit over time: two functions.
 
     `forward(options, keeps, params, state, steps)` gives the final state and the trace: y, and
-    where `keeps` says so what `options.residuals` names: c and a of every step, c alone, or the
-    state before every chunk of so many steps. `backward(options, params, state, steps, trace,
-    cotangents)` gives, of those of y and the final state, the gradients of params, state and x.
+    where `keeps` says so what `options.residuals` names: the rest of the states and what is kept of
+    every step, the states alone, or the state before every chunk of so many steps; the rest of the
+    states with `options.every_state`, too. `backward(options, params, state, steps, trace,
+    cotangents)` gives, of those of the outputs (`Outputs`) and the final state, the gradients of
+    params, state and x.
     """
 
     forward: Callable

@@ -1,30 +1,38 @@
 """The custom rule of a sequence, which joins the two halves of a schedule."""
 
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rnnattn.recurrent.problem import Steps
+from rnnattn.recurrent.problem import Outputs, Steps
+from rnnattn.recurrent.unit import select_each
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def sequence(schedule, options, params, state, steps):
-    """y and the final state, by a schedule."""
+    """What each step gives out, and the final state, by a schedule."""
     final, trace = schedule.forward(options, False, params, state, steps)
-    return trace.y, final
+    return _outputs(options, steps, trace), final
+
+
+def _outputs(options, steps, trace):
+    return Outputs(
+        trace.y, select_each(steps.valid, trace.rest, 0) if options.every_state else None
+    )
 
 
 def _sequence_fwd(schedule, options, params, state, steps):
-    """Keeps the arguments and the trace; y only where it is not computed again."""
+    """Keeps the arguments and the trace; the states only where they are not computed again."""
     final, trace = schedule.forward(options, True, params, state, steps)
-    kept = trace._replace(y=None) if isinstance(options.residuals, int) else trace
-    return (trace.y, final), (params, state, steps, kept)
+    again = isinstance(options.residuals, int)
+    kept = trace._replace(y=None, rest=None) if again else trace
+    return (_outputs(options, steps, trace), final), (params, state, steps, kept)
 
 
 def _sequence_bwd(schedule, options, residuals, cotangents):
-    """L3 to L8: `rnnattn.recurrent.equations`."""
+    """The gradients of params, state and x."""
     params, state, steps, trace = residuals
     dparams, dstate, dx = gradient_of_read(
         schedule.backward, options, params, state, steps, trace, cotangents
@@ -47,18 +55,19 @@ def gradient_of_read(backward, options, params, state, steps, trace, cotangents)
 
 def steps_read(options, steps, cotangents):
     """Which valid steps something comes back to, from their output or from a step after them."""
-    dy, dstate = cotangents
-    comes_back = lambda d: jnp.any(d != 0, -1)
+    comes_back = lambda tree: reduce(
+        jnp.logical_or, (jnp.any(d != 0, -1) for d in jax.tree.leaves(tree))
+    )
+    outputs, dstate = cotangents
     valid = jnp.ones_like(steps.fresh) if steps.valid is None else steps.valid
 
     def step(after, inputs):
-        dy, valid, fresh = inputs
-        read = after | (valid & dy)
+        given, valid, fresh = inputs
+        read = after | (valid & given)
         return read & ~fresh, read
 
-    last = comes_back(dstate.h) | comes_back(dstate.c)
-    inputs = (comes_back(dy), valid, steps.fresh)
-    _, read = lax.scan(step, last, inputs, reverse=not options.reverse)
+    inputs = (comes_back(outputs), valid, steps.fresh)
+    _, read = lax.scan(step, comes_back(dstate), inputs, reverse=not options.reverse)
     return valid & read
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from rnnattn.checks import Check
 from rnnattn.recurrent.api import lstm
 from rnnattn.recurrent.arguments import SequenceOptions, StackOptions
-from rnnattn.recurrent.equations import LSTMParams, LSTMState
+from rnnattn.recurrent.units.lstm import LSTMParams, LSTMState
 
 
 def bidirectional_lstm(
@@ -117,7 +117,7 @@ def stack(run, layers, x, states, dropout, options):
             time_axis = 0 if options["time_major"] else x.ndim - 2
             x = _drop(keys[n], x, dropout.rate, time_axis if dropout.variational else None)
         state = None if states is None else states[n]
-        if isinstance(layer, LSTMParams):
+        if hasattr(layer, "_fields"):  # parameters, and no pair of them
             x, final = run(layer, x, state, **options)
         else:
             x, final = both_directions(run, layer, x, state, options)

@@ -71,7 +71,7 @@ struct AttentionKernels {
   bool (*backward)(Threads&, const AttentionBackward<Number>&);
 };
 
-// Axes and letters are those of rnnattn/recurrent/equations.py; time-major. Pointers are null where
+// Axes and letters are those of rnnattn/recurrent/units/lstm.py; time-major. Pointers are null where
 // an argument is absent or a result not wanted. A `Number` is a float, a Bfloat16 or a Float16; c,
 // the gates and all sums are float32.
 template <class Number>

@@ -1,5 +1,5 @@
 // The equations of a step and of its gradient, L1 to L4 and L8, for W units of a row in registers.
-// Those of rnnattn/recurrent/equations.py, in its letters: pre-activations a are halved where a
+// Those of rnnattn/recurrent/units/lstm.py, in its letters: pre-activations a are halved where a
 // sigmoid follows, σ(z) = ½ + ½ tanh ½z.
 
 #ifndef RNNATTN_LSTM_CELL_INL_H_

@@ -1,5 +1,5 @@
 // The LSTM: forward, backward, and a single step of few rows. The equations are those of
-// rnnattn/recurrent/equations.py, in its letters; arrays are time-major.
+// rnnattn/recurrent/units/lstm.py, in its letters; arrays are time-major.
 //
 // A register tile holds all four gates of W hidden units for a few rows of the batch, so that the
 // cell is computed where the product ends, and x w_x + h₋ w_h is one product. Rows of the batch

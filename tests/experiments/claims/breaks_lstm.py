@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import rnnattn
 from experiments.models.lstm_variants import run_steps
 from rnnattn import LSTMState
-from rnnattn.recurrent.equations import slopes_of
+from rnnattn.recurrent.units.lstm import slopes_of
 from tests.experiments.claims.breaks import Break
 
 lstm, lstm_step = rnnattn.lstm, rnnattn.lstm_step
@@ -34,8 +34,8 @@ def _lstm_without_the_last_tanh(params, x, state, **options):
 def _slopes(change):
     """The factors of the library's gradient, with a change."""
 
-    def changed(a, c_prev, c, variant):
-        slopes, m = slopes_of(a, c_prev, c, variant)
+    def changed(a, c_prev, c, unit):
+        slopes, m = slopes_of(a, c_prev, c, unit)
         return change(slopes, c_prev, c), m
 
     return changed
@@ -51,7 +51,7 @@ def _steps_with_i_and_g_exchanged(params, x, state):
     return steps._replace(i=steps.g, g=steps.i)
 
 
-SLOPES = "rnnattn.recurrent.chunked.slopes_of"
+SLOPES = "rnnattn.recurrent.units.lstm.slopes_of"
 
 BREAKS = (
     Break("L1", "rnnattn.lstm_step", _step_with_i_and_f_exchanged),

@@ -23,12 +23,15 @@ Schmidhuber 2000 (peepholes); Graves & Schmidhuber 2005 (the full gradient); Sak
 (projection); Greff et al. 2015 (coupled gates). L1–L8 are the claims of the notes, corrected.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from rnnattn.checks import Check
 from rnnattn.precision import accumulator
+from rnnattn.recurrent.unit import Unit, blocks_of, dot, joined, outer
 
 
 class LSTMParams(NamedTuple):
@@ -48,13 +51,6 @@ class LSTMState(NamedTuple):
     c: Float[Array, "B H"]
 
 
-class Variant(NamedTuple):
-    """What of the equations is fixed when a function is traced."""
-
-    clip: float | None = None
-    coupled: bool = False
-
-
 class Slopes(NamedTuple):
     """The local derivatives of a step: none depends on what comes back through time."""
 
@@ -66,24 +62,15 @@ class Slopes(NamedTuple):
     carry: Array  # ∂c/∂c₋ = f
 
 
-def dot(x, w):
-    return jnp.matmul(x, w, preferred_element_type=accumulator(x.dtype))
-
-
-def select(condition, a, b):
-    """`jnp.where` with a condition (…, B) on rows (…, B, width); no condition chooses `a`."""
-    return a if condition is None else jnp.where(condition[..., None], a, b)
-
-
 def _blocks(row):
     """The blocks i, f, g, o of a row (…, 4H)."""
-    return jnp.split(row, 4, axis=-1)
+    return blocks_of(row, 4)
 
 
 def _halve(row):
     """½ on the blocks i, f, o: σ(z) = ½ + ½ tanh(½z), so that one tanh makes all four gates."""
     i, f, g, o = _blocks(row)
-    return jnp.concatenate([0.5 * i, 0.5 * f, g, 0.5 * o], axis=-1)
+    return joined(0.5 * i, 0.5 * f, g, 0.5 * o)
 
 
 def _clip_bounds(clip):
@@ -94,23 +81,23 @@ def _clip_bounds(clip):
 def peephole_terms(peephole, c_prev, c):
     """What c adds to a halved row: the input and forget gate see c₋, the output gate c."""
     p_i, p_f, p_o = jnp.expand_dims(0.5 * peephole, range(1, c.ndim))
-    return jnp.concatenate([p_i * c_prev, p_f * c_prev, jnp.zeros_like(c), p_o * c], axis=-1)
+    return joined(p_i * c_prev, p_f * c_prev, jnp.zeros_like(c), p_o * c)
 
 
-def _gates(a, variant):
+def _gates(a, unit):
     """L1: i, f, g, o from the halved row a = (½z_i, ½z_f, z_g, ½z_o)."""
-    if variant.clip is not None:
-        bounds = _clip_bounds(variant.clip)
+    if unit.clip is not None:
+        bounds = _clip_bounds(unit.clip)
         clipped = [jnp.clip(z, -κ, κ) for z, κ in zip(_blocks(a), bounds, strict=True)]
-        a = jnp.concatenate(clipped, axis=-1)
-    return gates_of_tanh(_blocks(jnp.tanh(a)), variant)
+        a = joined(*clipped)
+    return gates_of_tanh(_blocks(jnp.tanh(a)), unit)
 
 
-def gates_of_tanh(blocks, variant):
+def gates_of_tanh(blocks, unit):
     """L1: i, f, g, o from the tanh of the blocks of a halved row."""
     i, f, g, o = blocks
     i = 0.5 + 0.5 * i
-    f = 1 - i if variant.coupled else 0.5 + 0.5 * f
+    f = 1 - i if unit.coupled else 0.5 + 0.5 * f
     o = 0.5 + 0.5 * o
     return i, f, g, o
 
@@ -122,52 +109,28 @@ def cell_of_gates(gates, c_prev):
     return o * jnp.tanh(c), c
 
 
-def cell(a, c_prev, peephole, variant):
+def cell(a, c_prev, peephole, unit):
     """L1, L2: m = o ⊙ tanh(c), which is h where nothing is projected; c; a with its peepholes."""
     if peephole is None:
-        return *cell_of_gates(_gates(a, variant), c_prev), a
+        return *cell_of_gates(_gates(a, unit), c_prev), a
     seen = a + peephole_terms(peephole, c_prev, jnp.zeros_like(c_prev))
-    i, f, g, _ = _gates(seen, variant)
+    i, f, g, _ = _gates(seen, unit)
     c = f * c_prev + i * g
     a = a + peephole_terms(peephole, c_prev, c)
-    *_, o = _gates(a, variant)
+    *_, o = _gates(a, unit)
     return o * jnp.tanh(c), c, a
 
 
-def halve_params(params):
-    """The weights as `cell` wants them; what is added to rows is in the accumulator's dtype."""
-    dtype = accumulator(params.b.dtype)
-    return params._replace(
-        w_x=_halve(params.w_x),
-        w_h=_halve(params.w_h),
-        b=_halve(params.b.astype(dtype)),
-        peephole=None if params.peephole is None else params.peephole.astype(dtype),
-    )
-
-
-def advance(halved, preactivate, state, valid, fresh, variant):
-    """The state after a step, and a; `preactivate` makes ½z of h₋, by halved weights.
-
-    valid, fresh: (B,) or None. A row that is not valid holds its state, a fresh one starts from 0.
-    """
-    h, c = state if fresh is None else (select(fresh, 0, s) for s in state)
-    m, c, a = cell(preactivate(h), c, halved.peephole, variant)
-    h = m.astype(h.dtype)
-    if halved.projection is not None:
-        h = dot(h, halved.projection).astype(h.dtype)
-    return LSTMState(select(valid, h, state.h), select(valid, c, state.c)), a
-
-
-def slopes_of(a, c_prev, c, variant):
+def slopes_of(a, c_prev, c, unit):
     """The factors of L3, L4 and L8, and m. A pre-activation beyond the clip moves nothing."""
-    i, f, g, o = _gates(a, variant)
+    i, f, g, o = _gates(a, unit)
     tanh_c = jnp.tanh(c)
-    d_i = (g - c_prev if variant.coupled else g) * i * (1 - i)
-    d_f = jnp.zeros_like(f) if variant.coupled else c_prev * f * (1 - f)
+    d_i = (g - c_prev if unit.coupled else g) * i * (1 - i)
+    d_f = jnp.zeros_like(f) if unit.coupled else c_prev * f * (1 - f)
     d_g = i * (1 - g * g)
     d_o = tanh_c * o * (1 - o)
-    if variant.clip is not None:
-        bounds = _clip_bounds(variant.clip)
+    if unit.clip is not None:
+        bounds = _clip_bounds(unit.clip)
         d_i, d_f, d_g, d_o = (
             jnp.where(jnp.abs(z) > κ, 0, d)
             for d, z, κ in zip((d_i, d_f, d_g, d_o), _blocks(a), bounds, strict=True)
@@ -178,7 +141,7 @@ def slopes_of(a, c_prev, c, variant):
 def cell_gradient(slopes, dm, dc, peephole):
     """L3, L4, L8: dz and dc₋ from the cotangents of m and c."""
     dz, dc_prev = gradient_of_gates(slopes, dm, dc, peephole)
-    return jnp.concatenate(dz, axis=-1), dc_prev
+    return joined(*dz), dc_prev
 
 
 def gradient_of_gates(slopes, dm, dc, peephole):
@@ -201,3 +164,107 @@ def peephole_gradient(dz, c_prev, c):
     """dp_i = Σ dz_i ⊙ c₋, dp_f = Σ dz_f ⊙ c₋, dp_o = Σ dz_o ⊙ c."""
     dz_i, dz_f, _, dz_o = _blocks(dz)
     return jnp.stack([jnp.sum(t, (0, 1)) for t in (dz_i * c_prev, dz_f * c_prev, dz_o * c)])
+
+
+def lstm_unit(function, clip, coupled):
+    """The unit of the options of `function`; `ValueError` if one is off."""
+    expected = "a positive number or None"
+    clip = None if clip is None else Check(function).number("clip", clip, 0, expected)
+    return LSTM(clip, bool(coupled))
+
+
+class Halved(NamedTuple):
+    """The weights as the steps read them: halved, and what is added to rows in the sums' dtype."""
+
+    w_x: Array
+    w_h: Array
+    b: Array
+    peephole: Array | None
+    projection: Array | None
+    w: Array | None = None  # [w_x; w_h], where x and h meet the weights in one product
+
+
+@dataclass(frozen=True)
+class LSTM(Unit):
+    """The LSTM; with a clip of its pre-activations, and coupled gates."""
+
+    clip: float | None = None
+    coupled: bool = False
+
+    def widths(self, params):
+        return LSTMState(params.w_h.shape[0], params.w_h.shape[1] // 4)
+
+    def kept_width(self, params):
+        return params.w_h.shape[1]
+
+    def verify(self, check, params, D):
+        whole = jnp.ndim(params.w_h) == 2 and params.w_h.shape[1] % 4 == 0 < params.w_h.shape[1]
+        check(whole, "params.w_h", "of shape (H, 4H)", jnp.shape(params.w_h))
+        R, H = params.w_h.shape[0], params.w_h.shape[1] // 4
+        check.shape("params.w_x", params.w_x, (D, 4 * H), "(D, 4H)")
+        check.shape("params.b", params.b, (4 * H,), "(4H,)")
+        if params.projection is None:
+            check.shape("params.w_h", params.w_h, (H, 4 * H), "(H, 4H)")
+        else:
+            check.shape("params.projection", params.projection, (H, R), "(H, R)")
+        if params.peephole is not None:
+            check.shape("params.peephole", params.peephole, (3, H), "(3, H)")
+
+    def prepare(self, params):
+        dtype = accumulator(params.b.dtype)
+        return Halved(
+            _halve(params.w_x),
+            _halve(params.w_h),
+            _halve(params.b.astype(dtype)),
+            None if params.peephole is None else params.peephole.astype(dtype),
+            params.projection,
+        )
+
+    def merged(self, weights):
+        return weights._replace(w=jnp.concatenate([weights.w_x, weights.w_h]))
+
+    def inputs(self, weights, x):
+        if weights.w is not None:
+            return x
+        b = jnp.expand_dims(weights.b, range(x.ndim - 1))
+        return dot(x, weights.w_x) + b
+
+    def step(self, weights, u, state):
+        h, c = state
+        if weights.w is None:
+            a = u + dot(h, weights.w_h)
+        else:
+            a = dot(joined(u, h), weights.w) + weights.b[None]
+        m, c, a = cell(a, c, weights.peephole, self)
+        h = m.astype(h.dtype)
+        if weights.projection is not None:
+            h = dot(h, weights.projection).astype(h.dtype)
+        return LSTMState(h, c), a
+
+    def slopes(self, weights, x, before, after, kept):
+        if kept is None:
+            kept = self.preactivations(weights, x, before, after)
+        return slopes_of(kept, before.c, after.c, self)
+
+    def preactivations(self, weights, x, before, after):
+        """a of every step, which needs no loop once the states are known."""
+        xh = joined(x, before.h)
+        a = dot(xh, jnp.concatenate([weights.w_x, weights.w_h])) + weights.b[None, None]
+        if weights.peephole is not None:
+            a = a + peephole_terms(weights.peephole, before.c, after.c)
+        return a
+
+    def step_gradient(self, params, slopes, after):
+        projection = params.projection
+        dm = after.h if projection is None else after.h @ projection.T
+        dz, dc = cell_gradient(slopes, dm, after.c, params.peephole)
+        return LSTMState(dz @ params.w_h.T, dc), (dz, None if projection is None else after.h)
+
+    def gradient(self, params, x, before, after, seen, dz):
+        dz, dh = dz
+        dw = outer(joined(x, before.h), dz)
+        D, projected = x.shape[-1], params.projection is not None
+        peephole = None if params.peephole is None else peephole_gradient(dz, before.c, after.c)
+        projection = outer(seen, dh) if projected else None
+        dparams = LSTMParams(dw[:D], dw[D:], jnp.sum(dz, (0, 1)), peephole, projection)
+        return dparams, (dz @ params.w_x.T).astype(x.dtype)
