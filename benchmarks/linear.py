@@ -3,7 +3,8 @@
     XLA_FLAGS=--xla_cpu_multi_thread_eigen=false python benchmarks/linear.py
     python benchmarks/linear.py --shapes 8,4096,256 --dtype bfloat16 --what linear_scan rglru
 
-Training, on one thread: value and gradient from a cotangent of y. "copies" are those of as many
+Training, on one thread: value and gradient from a cotangent of y, the least processor time of a few
+calls, which other jobs disturb little. "copies" are those of as many
 bytes by `numpy.copyto` between arrays that are there: half of what is read and written, h and its
 gradient forward and back. Of a unit they come beside the matrix products before the loop and in
 their gradient, "products". "scan" is the same by `jax.lax.associative_scan` under JAX's own
@@ -12,6 +13,7 @@ differentiation.
 
 import argparse
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,32 +65,43 @@ def associative(name, first, x):
     return jax.lax.associative_scan(of_pair, (a, b), axis=1)[1].astype(x.dtype)
 
 
-def training(function, *args):
+def training(function, dy, *args):
     y, pullback = jax.vjp(function, *args)
-    return y, pullback(jax.tree.map(jnp.ones_like, y))
+    return y, pullback(dy)
 
 
 def programs(name, B, T, H, dtype):
     args = arguments(name, B, T, H, dtype)
     run = getattr(rnnattn, name)
-    of = lambda f: timing.compiled(partial(training, f), *args)
-    arrays = [np.ones((B, T, H), dtype) for _ in range(ARRAYS[name])]
 
-    def copies():
-        for n in range(0, len(arrays) - 1, 2):
-            np.copyto(arrays[n], arrays[n + 1])
-        rest = arrays[-1].reshape(-1)
-        np.copyto(rest[: rest.size // 2], rest[rest.size // 2 :][: rest.size // 2])
+    def of(function):
+        like = jax.eval_shape(function, *args)
+        dy = jax.tree.map(lambda y: jnp.ones(y.shape, y.dtype), like)
+        return timing.compiled(partial(training, function), dy, *args)
 
+    source, target = (np.ones(ARRAYS[name] * B * T * H // 2, dtype) for _ in range(2))
     found = {
         "ours": of(lambda *args: run(*args)[0]),
         "ours, xla": of(lambda *args: run(*args, implementation="xla")[0]),
         "scan": of(partial(associative, name)),
-        "copies": timing.Program(copies, wait=lambda x: x),
+        "copies": timing.Program(lambda: np.copyto(target, source), wait=lambda _: None),
     }
     if name != "linear_scan":
         found["products"] = of(lambda *args: project(name, *args)[0])
     return found
+
+
+def processor_seconds(programs, rounds):
+    """The least of each program, in turns."""
+    times: dict[str, list[float]] = {name: [] for name in programs}
+    for program in programs.values():
+        program.call()
+    for _ in range(rounds):
+        for name, program in programs.items():
+            start = time.process_time()
+            program.call()
+            times[name].append(time.process_time() - start)
+    return {name: min(each) for name, each in times.items()}
 
 
 def main():
@@ -100,22 +113,15 @@ def main():
     parser.add_argument("--rounds", type=timing.count, default=9)
     args = parser.parse_args()
     calls.threads = 1
-    print("training: time over ours, and ours over what it must take (copies and products)")
+    print("training, ms of processor time; others over ours; ours over copies and products")
     for name in args.what:
         for B, T, H in args.shapes:
-            times = timing.measure(programs(name, B, T, H, args.dtype), args.rounds)
-            least = times["copies"]
-            if "products" in times:
-                least = [sum(each) for each in zip(least, times["products"], strict=True)]
-            over = timing.ratio(times["ours"], least)._asdict()
-            peers = "  ".join(
-                f"{peer} {timing.show_ratio(timing.ratio(times[peer], times['ours'])._asdict())}"
-                for peer in ("ours, xla", "scan")
-            )
-            ours = 1e3 * float(np.median(times["ours"]))
+            times = processor_seconds(programs(name, B, T, H, args.dtype), args.rounds)
+            ours, least = times["ours"], times["copies"] + times.get("products", 0)
+            others = "  ".join(f"{of} {times[of] / ours:5.2f}" for of in ("ours, xla", "scan"))
             print(
-                f"{name:<12} {(B, T, H)!s:<18} {ours:8.2f} ms  {peers}  "
-                f"over the least {timing.show_ratio(over)}",
+                f"{name:<12}{(B, T, H)!s:<18}{1e3 * ours:9.2f}  {others}  "
+                f"over the least {ours / least:.2f}",
                 flush=True,
             )
 
