@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from rnnattn.checks import Check
 from rnnattn.linear.equations import MinGRUParams, RGLRUParams
-from rnnattn.linear.problem import found
+from rnnattn.linear.problem import found, running
 from rnnattn.meshes import in_parts
 from rnnattn.precision import accumulator, varying_together
 
@@ -88,12 +88,12 @@ def fresh_steps(valid, resets, axis, reverse):
     """
     if reverse:  # the step run after an episode's first is the last of the episode before
         if valid is not None:
-            resets = resets & (lax.cummax(valid.astype(jnp.int32), axis, reverse=True) > 0)
+            resets = resets & running(jnp.logical_or, valid, False, axis, True)
         resets = found(resets, jnp.zeros_like(lax.index_in_dim(resets, 0, axis)), axis, True)
     if valid is None:
         return resets
-    marks = lax.cumsum(resets.astype(jnp.int32), axis, reverse=reverse)
-    seen = lax.cummax(jnp.where(valid, marks, 0), axis, reverse=reverse)
+    marks = running(jnp.add, resets.astype(jnp.int32), 0, axis, reverse)
+    seen = running(jnp.maximum, jnp.where(valid, marks, 0), 0, axis, reverse)
     none = jnp.zeros_like(lax.index_in_dim(seen, 0, axis))
     return valid & (marks > found(seen, none, axis, reverse))
 

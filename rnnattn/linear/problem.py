@@ -6,6 +6,7 @@ Axes: B batch, T time, H width; arrays of steps are (B, T, …), or (T, B, …) 
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
@@ -54,3 +55,22 @@ def found(x, start, axis, reverse):
     if reverse:
         return jnp.concatenate([lax.slice_in_dim(x, 1, T, axis=axis), start], axis)
     return jnp.concatenate([start, lax.slice_in_dim(x, 0, T - 1, axis=axis)], axis)
+
+
+def running(join, tree, nothing, axis, reverse):
+    """Of each step, all that a run has up to it joined, by an associative function of two trees.
+
+    Args:
+        nothing: numbers that, joined with a step of the arrays, leave it as it is.
+    """
+    if isinstance(jax.tree.leaves(tree)[0].shape[axis], int):
+        return lax.associative_scan(join, tree, axis=axis, reverse=reverse)
+
+    def step(before, x):
+        joined = join(before, x)
+        return joined, joined
+
+    steps = jax.tree.map(lambda x: jnp.moveaxis(x, axis, 0), tree)
+    start = jax.tree.map(lambda x, fill: jnp.full_like(x[0], fill), steps, nothing)
+    _, joined = lax.scan(step, start, steps, reverse=reverse)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, axis), joined)

@@ -4,10 +4,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from rnnattn.linear.equations import select
-from rnnattn.linear.problem import Steps, found
+from rnnattn.linear.problem import Steps, found, running
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -81,6 +80,6 @@ def steps_read(options, masks, cotangents):
     valid = jnp.ones_like(fresh) if valid is None else valid
     last = jnp.expand_dims(jnp.any(dlast != 0, -1), axis).astype(jnp.int32)
     own = (valid & jnp.any(dy != 0, -1)).astype(jnp.int32)
-    read = lax.cumsum(own, axis, reverse=back) + last
-    of_next = lax.cummax(jnp.where(fresh, read, 0), axis, reverse=back)
+    read = running(jnp.add, own, 0, axis, back) + last
+    of_next = running(jnp.maximum, jnp.where(fresh, read, 0), 0, axis, back)
     return valid & (read > found(of_next, jnp.zeros_like(last), axis, back))

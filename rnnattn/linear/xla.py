@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rnnattn.linear.equations import advance, blocks_of, inputs_of, select
-from rnnattn.linear.problem import Schedule, found
+from rnnattn.linear.problem import Schedule, found, running
 
 
 def _column(mask):
@@ -128,8 +128,8 @@ def _recurrence(axis, reverse, a, b, cut, start):
             return a, b
         return a, jnp.where(two[2], two[1], b), one[2] | two[2]
 
-    steps = (a, b) if cut is None else (a, b, cut[..., None])
-    a, b, *cut_off = lax.associative_scan(after, steps, axis=axis, reverse=reverse)
+    steps, nothing = ((a, b), (1, 0)) if cut is None else ((a, b, cut[..., None]), (1, 0, False))
+    a, b, *cut_off = running(after, steps, nothing, axis, reverse)
     h = advance(a, jnp.expand_dims(start, axis), b)
     return jnp.where(cut_off[0], b, h) if cut_off else h
 
