@@ -728,7 +728,10 @@ FACE = """
     lstm lstm_step bidirectional_lstm stacked_lstm init_lstm LSTMParams LSTMState
     linear_scan mingru mingru_step init_mingru MinGRUParams minlstm minlstm_step init_minlstm
     MinLSTMParams rglru rglru_step init_rglru RGLRUParams
-    gru gru_step init_gru GRUParams
+    gru gru_step init_gru GRUParams rnn rnn_step init_rnn RNNParams
+    layer_norm_lstm layer_norm_lstm_step init_layer_norm_lstm LayerNormLSTMParams
+    layer_norm_gru layer_norm_gru_step init_layer_norm_gru LayerNormGRUParams
+    slstm slstm_step init_slstm SLSTMParams SLSTMState
     dot_product_attention KVCache update_cache
     sinusoids shift_matrix rope rope_2d rope_mixed LinearScaling NTKScaling YaRNScaling
     Llama3Scaling
