@@ -8,6 +8,8 @@ plain way to say what the fast one computes.
 from collections.abc import Sequence
 from typing import Any, Literal, SupportsFloat, SupportsIndex, Unpack
 
+import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, Real
 
@@ -17,6 +19,27 @@ from rnnattn.attention.rule import plain
 from rnnattn.attention.signature import typed
 from rnnattn.attention.xla import DENSE
 from rnnattn.checks import Check
+from rnnattn.linear.arguments import (
+    at_start,
+    at_the_end,
+    checked_pair,
+    checked_sequence as checked_linear_sequence,
+    checked_step as checked_linear_step,
+    on_mesh as linear_on_mesh,
+)
+from rnnattn.linear.equations import (
+    LINEAR,
+    MINGRU,
+    MINLSTM,
+    RGLRU,
+    MinGRUParams,
+    MinLSTMParams,
+    RGLRUParams,
+    advance as advance_linear,
+    blocks_of,
+    select as select_steps,
+)
+from rnnattn.linear.problem import Options as LinearOptions
 from rnnattn.position import (
     RopeOptions,
     Scaling,
@@ -295,6 +318,172 @@ def stacked_lstm(
         time_major=time_major,
         **options,
     )
+
+
+def linear_scan(
+    a: Float[Array, "... H"],
+    b: Float[Array, "... H"],
+    h0: Float[Array, "*B H"] | None = None,
+    *,
+    lengths: Int[Array, "*B"] | None = None,
+    mask: Bool[Array, "..."] | None = None,
+    resets: Bool[Array, "..."] | None = None,
+    reverse: bool = False,
+    time_major: bool = False,
+    implementation: Literal["xla", "native"] | None = None,
+) -> tuple[Float[Array, "... H"], Float[Array, "*B H"]]:
+    """`rnnattn.linear_scan` as a scan over single steps.
+
+    Gradient: JAX's own, in every mode.
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> x = jnp.full((2, 7, 3), 0.5)
+        >>> (h, last), (dh, dlast) = jax.jvp(linear_scan, (x, x), (x, x))
+        >>> dh.shape, dlast.shape
+        ((2, 7, 3), (2, 3))
+    """
+    function = "reference.linear_scan"
+    arguments = checked_pair(function, a, b, h0, lengths, mask, resets, time_major)
+    return _run_linear(function, LINEAR, arguments, reverse, time_major, implementation)
+
+
+def mingru(
+    params: MinGRUParams,
+    x: Float[Array, "... D"],
+    h: Float[Array, "*B H"] | None = None,
+    *,
+    lengths: Int[Array, "*B"] | None = None,
+    mask: Bool[Array, "..."] | None = None,
+    resets: Bool[Array, "..."] | None = None,
+    reverse: bool = False,
+    time_major: bool = False,
+    implementation: Literal["xla", "native"] | None = None,
+) -> tuple[Float[Array, "... H"], Float[Array, "*B H"]]:
+    """`rnnattn.mingru` as a scan over single steps.
+
+    Gradient: JAX's own, in every mode.
+    """
+    function = "reference.mingru"
+    masks = lengths, mask, resets
+    arguments = checked_linear_sequence(function, params, x, h, *masks, time_major)
+    return _run_linear(function, MINGRU, arguments, reverse, time_major, implementation)
+
+
+def mingru_step(
+    params: MinGRUParams,
+    x: Float[Array, "*B D"],
+    h: Float[Array, "*B H"],
+    *,
+    implementation: Literal["xla", "native"] | None = None,
+) -> Float[Array, "*B H"]:
+    """`rnnattn.mingru_step` without its rule.
+
+    Gradient: JAX's own, in every mode.
+    """
+    arguments = checked_linear_step("reference.mingru_step", params, x, h)
+    return _run_linear("reference.mingru_step", MINGRU, arguments, False, True, implementation)[1]
+
+
+def minlstm(
+    params: MinLSTMParams,
+    x: Float[Array, "... D"],
+    h: Float[Array, "*B H"] | None = None,
+    *,
+    lengths: Int[Array, "*B"] | None = None,
+    mask: Bool[Array, "..."] | None = None,
+    resets: Bool[Array, "..."] | None = None,
+    reverse: bool = False,
+    time_major: bool = False,
+    implementation: Literal["xla", "native"] | None = None,
+) -> tuple[Float[Array, "... H"], Float[Array, "*B H"]]:
+    """`rnnattn.minlstm` as a scan over single steps.
+
+    Gradient: JAX's own, in every mode.
+    """
+    function = "reference.minlstm"
+    masks = lengths, mask, resets
+    arguments = checked_linear_sequence(function, params, x, h, *masks, time_major)
+    return _run_linear(function, MINLSTM, arguments, reverse, time_major, implementation)
+
+
+def minlstm_step(
+    params: MinLSTMParams,
+    x: Float[Array, "*B D"],
+    h: Float[Array, "*B H"],
+    *,
+    implementation: Literal["xla", "native"] | None = None,
+) -> Float[Array, "*B H"]:
+    """`rnnattn.minlstm_step` without its rule.
+
+    Gradient: JAX's own, in every mode.
+    """
+    arguments = checked_linear_step("reference.minlstm_step", params, x, h)
+    return _run_linear("reference.minlstm_step", MINLSTM, arguments, False, True, implementation)[1]
+
+
+def rglru(
+    params: RGLRUParams,
+    x: Float[Array, "... H"],
+    h: Float[Array, "*B H"] | None = None,
+    *,
+    lengths: Int[Array, "*B"] | None = None,
+    mask: Bool[Array, "..."] | None = None,
+    resets: Bool[Array, "..."] | None = None,
+    reverse: bool = False,
+    time_major: bool = False,
+    implementation: Literal["xla", "native"] | None = None,
+) -> tuple[Float[Array, "... H"], Float[Array, "*B H"]]:
+    """`rnnattn.rglru` as a scan over single steps.
+
+    Gradient: JAX's own, in every mode.
+    """
+    function = "reference.rglru"
+    masks = lengths, mask, resets
+    arguments = checked_linear_sequence(function, params, x, h, *masks, time_major)
+    return _run_linear(function, RGLRU, arguments, reverse, time_major, implementation)
+
+
+def rglru_step(
+    params: RGLRUParams,
+    x: Float[Array, "*B H"],
+    h: Float[Array, "*B H"],
+    *,
+    implementation: Literal["xla", "native"] | None = None,
+) -> Float[Array, "*B H"]:
+    """`rnnattn.rglru_step` without its rule.
+
+    Gradient: JAX's own, in every mode.
+    """
+    arguments = checked_linear_step("reference.rglru_step", params, x, h)
+    return _run_linear("reference.rglru_step", RGLRU, arguments, False, True, implementation)[1]
+
+
+def _run_linear(function, unit, arguments, reverse, time_major, implementation):
+    Check(function).one_of("implementation", implementation, (None, "xla", "native"))
+    options = LinearOptions(unit, bool(reverse), bool(time_major))
+
+    def run(**given):
+        params, x, start, (valid, fresh), batch = at_start(options, **given)
+        inputs, weights = unit.project(params, x, valid)
+        rows = [w[None] for w in weights]
+
+        def step(h, inputs):
+            inputs, valid, fresh = inputs
+            column = None if fresh is None else fresh[:, None]
+            p = [select_steps(valid, p, 0) for p in blocks_of(inputs, h.shape[-1])]
+            a, b = unit.coefficients(p, rows, column)
+            h_prev = h if fresh is None else select_steps(fresh, 0, h)
+            h = select_steps(valid, advance_linear(a, h_prev, b), h)
+            return h, select_steps(valid, h, 0).astype(inputs[0].dtype)
+
+        time_first = lambda x: jnp.moveaxis(x, options.time_axis, 0)
+        steps = jax.tree.map(time_first, (inputs, valid, fresh))
+        last, y = lax.scan(step, start, steps, reverse=options.reverse)
+        y = jnp.moveaxis(y, 0, options.time_axis)
+        return at_the_end(options, y, last, given["h0"], batch)
+
+    return linear_on_mesh(function, run, options.time_major, arguments)
 
 
 @typed

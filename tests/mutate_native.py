@@ -23,7 +23,12 @@ import jaxlib
 
 ROOT = Path(__file__).resolve().parent.parent
 NATIVE = Path("rnnattn/native/src")
-HANDLERS = "module", "attention_handlers", "lstm_handlers"  # no change touches these
+HANDLERS = (
+    "module",
+    "attention_handlers",
+    "linear_handlers",
+    "lstm_handlers",
+)  # no change touches these
 # Tests, and which of them compare.
 COMPARING = (
     "16_bits or twin or feature or sizes or several_blocks or window_and or bias_that_is or hidden"
@@ -31,6 +36,10 @@ COMPARING = (
 )
 LSTM = ("tests/test_native_lstm.py", COMPARING)
 ATTENTION = ("tests/test_native.py", COMPARING)
+LINEAR = (
+    "tests/test_linear.py",
+    "instruction_set or 16_bits or close_to or all_but or episodes_that",
+)
 HIDDEN = ("tests/test_hidden.py", "test_attention and native")
 # Functions by file, and the tests of each.
 FUNCTIONS = [
@@ -54,6 +63,22 @@ FUNCTIONS = [
         "lstm_gradient-inl.h",
         LSTM,
         ["cotangents(const Chunk", "add_peepholes(const Chunk", "add_projection(int64_t"],
+    ),
+    (
+        "linear_units-inl.h",
+        LINEAR,
+        [
+            "Gate gate(V x)",
+            "struct Linear {",
+            "struct MinGru {",
+            "struct MinLstm {",
+            "struct RgLru {",
+        ],
+    ),
+    (
+        "linear-inl.h",
+        LINEAR,
+        ["at(int64_t n)", "forward_item(const LinearScanForward", "backward_item(const LinearScan"],
     ),
     (
         "numbers-inl.h",
@@ -188,7 +213,11 @@ def mutants(part: str) -> Iterator[Mutant]:
                 if function in line and not line.rstrip().endswith(";")
             )
             indent = len(lines[first]) - len(lines[first].lstrip())
-            last = next(i for i in range(first, len(lines)) if lines[i] == " " * indent + "}")
+            last = next(
+                i
+                for i in range(first, len(lines))
+                if lines[i] in (" " * indent + "}", " " * indent + "};")
+            )
             body = next(i for i in range(first, last) if lines[i].rstrip().endswith("{")) + 1
             for i in range(body, last):
                 code = lines[i].split("//")[0]
@@ -256,7 +285,7 @@ def prepare(folder: Path) -> None:
 def main(part: str = "") -> int:
     folder = ROOT / "build/mutated"
     prepare(folder)
-    for tests in (LSTM, ATTENTION, HIDDEN):
+    for tests in (LSTM, LINEAR, ATTENTION, HIDDEN):
         if error := noticed(None, folder, tests):
             print(f"{tests[0]} fails as it is: {error}")
             return 1

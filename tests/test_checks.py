@@ -23,6 +23,7 @@ from rnnattn import dot_product_attention, init_lstm, interop, lstm, reference
 from rnnattn.parallel import ring_attention
 from tests import (
     test_attention,
+    test_linear,
     test_meshes,
     test_parallel,
     test_patches,
@@ -34,6 +35,7 @@ from tests.test_interop import timm_weights
 LIBRARY = Path(rnnattn.__file__).parent
 TABLES = [
     test_attention,
+    test_linear,
     test_meshes,
     test_parallel,
     test_patches,

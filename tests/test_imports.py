@@ -29,14 +29,22 @@ PARTS = {
     "rnnattn.dispatch": {"rnnattn.divided", "rnnattn.precision"},
     "rnnattn.native": set(),
     "rnnattn.attention": PRIMITIVE,
+    "rnnattn.linear": PRIMITIVE,
     "rnnattn.recurrent": PRIMITIVE,
     "rnnattn.position": PRIMITIVE,
     "rnnattn.patches": PRIMITIVE,
     "rnnattn.parallel": HELPERS | {"rnnattn.attention"},
-    "rnnattn.reference": HELPERS | {"rnnattn.attention", "rnnattn.position", "rnnattn.recurrent"},
+    "rnnattn.reference": HELPERS
+    | {"rnnattn.attention", "rnnattn.linear", "rnnattn.position", "rnnattn.recurrent"},
     "rnnattn.interop": HELPERS | {"rnnattn.recurrent"},
     "rnnattn.nn": HELPERS
-    | {"rnnattn.attention", "rnnattn.patches", "rnnattn.position", "rnnattn.recurrent"},
+    | {
+        "rnnattn.attention",
+        "rnnattn.linear",
+        "rnnattn.patches",
+        "rnnattn.position",
+        "rnnattn.recurrent",
+    },
     "rnnattn": {"rnnattn"},
 }
 
@@ -122,7 +130,7 @@ def test_the_library_imports_only_what_lies_below(name):
     assert not wrong
 
 
-@pytest.mark.parametrize("primitive", ["attention", "recurrent"])
+@pytest.mark.parametrize("primitive", ["attention", "linear", "recurrent"])
 def test_equations_lie_below_schedules_and_these_below_the_rule_and_the_arguments(primitive):
     floor = {file: n for n, files in enumerate(FLOORS) for file in files}
     prefix = f"rnnattn.{primitive}."

@@ -64,6 +64,23 @@ def test_the_cell_plugs_into_flax_rnn():
     assert_close(y_reversed, rnnattn.lstm(cell.params, x, reverse=True)[0], 1e-12)
 
 
+@pytest.mark.parametrize("name", ["MinGRU", "MinLSTM", "RGLRU"])
+def test_units_without_a_product_in_the_loop_are_those_of_their_weights(name):
+    make, run = getattr(rnnattn.nn, name), getattr(rnnattn, name.lower())
+    sizes = (4,) if name == "RGLRU" else (4, 5)
+    module = make(*sizes, rngs=nnx.Rngs(0), implementation="xla", **OPTIONS)
+    x = jax.random.normal(jax.random.key(0), (2, 7, 4))
+    masks = {
+        "lengths": jnp.array([7, 4]),
+        "mask": jnp.ones((2, 7), bool).at[0, 2].set(False),
+        "resets": jnp.zeros((2, 7), bool).at[1, 2].set(True),
+    }
+    y, h = module(x, **masks)
+    assert_close((y, h), run(module.params, x, **masks), 1e-12)
+    assert_close(module(x, h), run(module.params, x, h), 1e-12)
+    assert len(jax.tree.leaves(nnx.state(module, nnx.Param))) == len(module.params)
+
+
 def test_an_optimizer_moves_every_weight():
     module = LSTM(
         3, 5, num_layers=2, bidirectional=True, projection_size=2, peephole=True, rngs=nnx.Rngs(0)

@@ -731,6 +731,8 @@ def test_the_refusal_of_forward_mode_names_the_twin(name):
 FACE = """
     lstm lstm_step bidirectional_lstm stacked_lstm init_lstm LSTMParams LSTMState
     bidirectional stacked
+    linear_scan mingru mingru_step init_mingru MinGRUParams minlstm minlstm_step init_minlstm
+    MinLSTMParams rglru rglru_step init_rglru RGLRUParams
     gru gru_step init_gru GRUParams rnn rnn_step init_rnn RNNParams
     layer_norm_lstm layer_norm_lstm_step init_layer_norm_lstm LayerNormLSTMParams
     layer_norm_gru layer_norm_gru_step init_layer_norm_gru LayerNormGRUParams

@@ -101,6 +101,22 @@ def of_lstm(**options):
     return lambda p, x, state, **masks: rnnattn.lstm(p, x, state, **masks, **options)
 
 
+PAIR = {"a": draw(2, 3, 2), "b": draw(2, 3, 2), "h0": draw(2, 2)}
+
+
+def of_linear(function):
+    return lambda p, x, h, **masks: function(p, x, h, **masks)
+
+
+def of_min(params, n, *steps):
+    return {"p": params(draw(2, n * 3), draw(n * 3)), "x": draw(2, *steps, 2), "h": draw(2, 3)}
+
+
+def of_blocks(*steps):
+    gates = [draw(1, 2, 2), draw(1, 2, 2), draw(2), draw(2), draw(2)]
+    return {"p": rnnattn.RGLRUParams(*gates), "x": draw(2, *steps, 2), "h": draw(2, 2)}
+
+
 def update_cache(cache_key, cache_value, key, value, length):
     return rnnattn.update_cache(KVCache(cache_key, cache_value, length), key, value)
 
@@ -127,6 +143,15 @@ CASES = {
         {"layers": [params(2, 3), (params(3, 2), params(3, 2))], "x": SEQUENCE["x"]},
         {"seed": np.array([0, 1], np.uint32)},
     ),
+    "linear_scan": Case(rnnattn.linear_scan, PAIR, MASKS),
+    "mingru": Case(of_linear(rnnattn.mingru), of_min(rnnattn.MinGRUParams, 2, 3), MASKS),
+    "mingru_step": Case(of_linear(rnnattn.mingru_step), of_min(rnnattn.MinGRUParams, 2)),
+    "minlstm": Case(of_linear(rnnattn.minlstm), of_min(rnnattn.MinLSTMParams, 3, 3), MASKS),
+    "minlstm_step": Case(
+        of_linear(rnnattn.minlstm_step), of_min(rnnattn.MinLSTMParams, 3, steps=())
+    ),
+    "rglru": Case(of_linear(rnnattn.rglru), of_blocks(3), MASKS),
+    "rglru_step": Case(of_linear(rnnattn.rglru_step), of_blocks()),
     **{name: case for unit in UNITS for name, case in of_unit(unit).items()},
     "dot_product_attention": Case(attention(), ATTENTION, HIDDEN),
     "dot_product_attention, alone": Case(rnnattn.dot_product_attention, PLAIN),

@@ -1,7 +1,7 @@
 """Flax NNX modules over the functions of this library. They hold weights; the functions compute.
 
-Recurrent units, multi-head attention, and a vision transformer (ViT) for images of any size. A
-pre-norm block of the ViT is
+Recurrent units, with a product in the loop or without, multi-head attention, and a vision
+transformer (ViT) for images of any size. A pre-norm block of the ViT is
 
     x ← x + MHA(LN(x))        x ← x + W₂ gelu(W₁ LN(x) + b₁) + b₂
 
@@ -21,6 +21,7 @@ arXiv 1603.09382 (stochastic depth).
 
 from rnnattn.nn.attention import LayerNorm, MultiHeadAttention
 from rnnattn.nn.flax_attention import attention_fn
+from rnnattn.nn.linear import RGLRU, MinGRU, MinLSTM
 from rnnattn.nn.recurrent import (
     GRU,
     LSTM,
@@ -41,6 +42,7 @@ from rnnattn.nn.weights import load_weights
 __all__ = [
     "GRU",
     "LSTM",
+    "RGLRU",
     "RNN",
     "SLSTM",
     "Activations",
@@ -53,6 +55,8 @@ __all__ = [
     "LayerNormGRUCell",
     "LayerNormLSTM",
     "LayerNormLSTMCell",
+    "MinGRU",
+    "MinLSTM",
     "MultiHeadAttention",
     "PatchStem",
     "RNNCell",

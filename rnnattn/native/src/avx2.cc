@@ -8,6 +8,7 @@
 #include "attention_forward-inl.h"
 #include "attention_gradient-inl.h"
 #include "kernels.h"
+#include "linear-inl.h"
 #include "lstm_forward-inl.h"
 #include "lstm_gradient-inl.h"
 
@@ -20,7 +21,10 @@ const Kernels* avx2_kernels() {
                                    avx2::attention::kernels<Float16>,
                                    avx2::lstm::kernels<float>,
                                    avx2::lstm::kernels<Bfloat16>,
-                                   avx2::lstm::kernels<Float16>};
+                                   avx2::lstm::kernels<Float16>,
+                                   avx2::linear::kernels<float>,
+                                   avx2::linear::kernels<Bfloat16>,
+                                   avx2::linear::kernels<Float16>};
   const bool runs = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   return runs ? &kernels : nullptr;
 }

@@ -8,6 +8,7 @@
 #include "attention_forward-inl.h"
 #include "attention_gradient-inl.h"
 #include "kernels.h"
+#include "linear-inl.h"
 #include "lstm_forward-inl.h"
 #include "lstm_gradient-inl.h"
 
@@ -20,7 +21,10 @@ const Kernels* avx512_kernels() {
                                    avx512::attention::kernels<Float16>,
                                    avx512::lstm::kernels<float>,
                                    avx512::lstm::kernels<Bfloat16>,
-                                   avx512::lstm::kernels<Float16>};
+                                   avx512::lstm::kernels<Float16>,
+                                   avx512::linear::kernels<float>,
+                                   avx512::linear::kernels<Bfloat16>,
+                                   avx512::linear::kernels<Float16>};
   const bool runs = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                     __builtin_cpu_supports("fma");

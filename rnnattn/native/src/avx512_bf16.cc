@@ -21,7 +21,8 @@ const Kernels* avx512_bf16_kernels() {
   static const Kernels kernels{
       "avx512_bf16",         others->attention_f32, avx512_bf16::attention::kernels<Bfloat16>,
       others->attention_f16, others->lstm_f32,      avx512_bf16::lstm::kernels<Bfloat16>,
-      others->lstm_f16};
+      others->lstm_f16,      others->linear_f32,    others->linear_bf16,
+      others->linear_f16};
   return &kernels;
 }
 

@@ -5,6 +5,7 @@
 #include "attention_forward-inl.h"
 #include "attention_gradient-inl.h"
 #include "kernels.h"
+#include "linear-inl.h"
 #include "lstm_forward-inl.h"
 #include "lstm_gradient-inl.h"
 
@@ -17,7 +18,10 @@ const Kernels* baseline_kernels() {
                                    baseline::attention::kernels<Float16>,
                                    baseline::lstm::kernels<float>,
                                    baseline::lstm::kernels<Bfloat16>,
-                                   baseline::lstm::kernels<Float16>};
+                                   baseline::lstm::kernels<Float16>,
+                                   baseline::linear::kernels<float>,
+                                   baseline::linear::kernels<Bfloat16>,
+                                   baseline::linear::kernels<Float16>};
   return &kernels;
 }
 

@@ -22,7 +22,8 @@ const Kernels* neon_bf16_kernels() {
   static const Kernels kernels{
       "neon_bf16",           others->attention_f32, others->attention_bf16,
       others->attention_f16, others->lstm_f32,      neon_bf16::lstm::kernels<Bfloat16>,
-      others->lstm_f16};
+      others->lstm_f16,      others->linear_f32,    others->linear_bf16,
+      others->linear_f16};
   return &kernels;
 }
 
