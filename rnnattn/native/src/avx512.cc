@@ -7,9 +7,11 @@
 #define RNNATTN_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"
 #include "attention_forward-inl.h"
 #include "attention_gradient-inl.h"
+#include "gru_cell-inl.h"
 #include "kernels.h"
-#include "lstm_forward-inl.h"
-#include "lstm_gradient-inl.h"
+#include "lstm_cell-inl.h"
+#include "recurrent_forward-inl.h"
+#include "recurrent_gradient-inl.h"
 
 namespace rnnattn {
 
@@ -18,9 +20,12 @@ const Kernels* avx512_kernels() {
                                    avx512::attention::kernels<float>,
                                    avx512::attention::kernels<Bfloat16>,
                                    avx512::attention::kernels<Float16>,
-                                   avx512::lstm::kernels<float>,
-                                   avx512::lstm::kernels<Bfloat16>,
-                                   avx512::lstm::kernels<Float16>};
+                                   avx512::recurrent::kernels<avx512::lstm::Unit, float>,
+                                   avx512::recurrent::kernels<avx512::lstm::Unit, Bfloat16>,
+                                   avx512::recurrent::kernels<avx512::lstm::Unit, Float16>,
+                                   avx512::recurrent::kernels<avx512::gru::Unit, float>,
+                                   avx512::recurrent::kernels<avx512::gru::Unit, Bfloat16>,
+                                   avx512::recurrent::kernels<avx512::gru::Unit, Float16>};
   const bool runs = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                     __builtin_cpu_supports("fma");
