@@ -146,14 +146,19 @@ def cudnn(problem: Problem) -> timing.Programs:
 
 
 def torch(problem: Problem, lengths: np.ndarray | None = None) -> timing.Programs:
-    """With `lengths`, what goes in and comes out is packed, and stays so."""
+    return torch_programs("LSTM", interop.lstm_to_torch(problem.params), problem, lengths)
+
+
+def torch_programs(
+    name: str, weights: dict[str, Any], problem: Any, lengths: np.ndarray | None = None
+) -> timing.Programs:
+    """Of a module of `torch.nn`. With `lengths`, what goes in and out is packed, and stays so."""
     import torch
 
     wait = timing.prepare_torch(torch)
     x, dy = timing.to_torch(torch, problem.x), timing.to_torch(torch, problem.dy)
     options: dict[str, Any] = {"device": x.device, "dtype": x.dtype}
-    module = torch.nn.LSTM(problem.x.shape[-1], problem.dy.shape[-1], **options)
-    weights = interop.lstm_to_torch(problem.params)
+    module = getattr(torch.nn, name)(problem.x.shape[-1], problem.dy.shape[-1], **options)
     tensor = lambda array: torch.tensor(np.asarray(array, np.float32))
     module.load_state_dict({key: tensor(value) for key, value in weights.items()})
     run = module

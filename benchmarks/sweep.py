@@ -2,13 +2,13 @@
 
     python benchmarks/sweep.py --seed 1 --what attention
     python benchmarks/sweep.py --seed 1 --what inference --count 20
-    python benchmarks/sweep.py --seed 1 --what lstm --output benchmarks/results/NAME.json
+    python benchmarks/sweep.py --seed 1 --what lstm gru --output benchmarks/results/NAME.json
 
 Sizes are drawn from the ranges below, small ones as often as large ones, and drawn again where a
-problem would take too long. Programs, checks and timing are those of `lstm.py`, `attention.py` and
-`inference.py`; the peer is torch, and in inference, the LSTM forward, onnxruntime and OpenVINO. A
-seed says what is drawn: the same problems anywhere. The worst ten of the first two can be timed
-again there, by `--shapes`.
+problem would take too long. Programs, checks and timing are those of `lstm.py`, `gru.py`,
+`attention.py` and `inference.py`; the peer is torch, and in inference, the LSTM forward,
+onnxruntime and OpenVINO. A seed says what is drawn: the same problems anywhere. The worst ten of
+`lstm` and `attention` can be timed again there, by `--shapes`.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import attention, inference, lstm, timing
+from benchmarks import attention, gru, inference, lstm, timing
 
 LSTM_SIZES = {"T": (1, 2000), "B": (1, 512), "D": (1, 512), "H": (16, 1024)}
 ATTENTION_SIZES = {"B": (1, 64), "T": (1, 4096), "S": (1, 4096), "N": (1, 32), "K": (16, 256)}
@@ -83,6 +83,10 @@ def _make_lstm(shape, dtype):
     return lstm.make_problem(*shape, dtype=dtype)
 
 
+def _make_gru(shape, dtype):
+    return gru.make_problem(*shape, dtype=dtype)
+
+
 AXES = "(T, B, D, H)"
 BENCHMARKS = {
     "attention": Benchmark(
@@ -93,6 +97,7 @@ BENCHMARKS = {
         "B, T, N, K, sees",
     ),
     "lstm": Benchmark(draw_lstm, _make_lstm, lstm, {"torch": lstm.torch}, AXES),
+    "gru": Benchmark(draw_lstm, _make_gru, gru, {"torch": gru.torch}, AXES),
     "inference": Benchmark(draw_lstm, _make_lstm, inference, inference.PEERS, AXES),
 }
 

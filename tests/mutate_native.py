@@ -27,7 +27,7 @@ HANDLERS = (
     "module",
     "attention_handlers",
     "linear_handlers",
-    "lstm_handlers",
+    "recurrent_handlers",
 )  # no change touches these
 # Tests, and which of them compare.
 COMPARING = (
@@ -35,6 +35,7 @@ COMPARING = (
     " or streamed"
 )
 LSTM = ("tests/test_native_lstm.py", COMPARING)
+GRU = ("tests/test_native_gru.py", COMPARING)
 ATTENTION = ("tests/test_native.py", COMPARING)
 LINEAR = (
     "tests/test_linear.py",
@@ -47,20 +48,30 @@ FUNCTIONS = [
         "lstm_cell-inl.h",
         LSTM,
         [
-            "variant_of(const Lstm",
-            "see_before(const Variant",
-            "see_after(const Variant",
+            "Unit of(const Recurrent",
+            "see_before(const Unit",
+            "see_after(const Unit",
             "clipped(V a",
-            "V gate(const Variant",
-            "forget_gate(const Variant",
-            "cell(const Variant",
+            "V gate(const Unit",
+            "forget_gate(const Unit",
+            "cell(const Unit",
             "within(V slope",
-            "cell_gradient(const Variant",
+            "cell_gradient(const Unit",
         ],
     ),
-    ("lstm_forward-inl.h", LSTM, ["project_state(const Lstm", "project_step(const Lstm"]),
     (
-        "lstm_gradient-inl.h",
+        "gru_cell-inl.h",
+        GRU,
+        ["V gate(V a", "gate_slope(V g", "candidate(V a", "cell(const Unit", "cell_gradient(const"],
+    ),
+    ("recurrent_tiles-inl.h", GRU, ["bias_block(const Recurrent"]),
+    (
+        "recurrent_forward-inl.h",
+        LSTM,
+        ["project_state(const Recurrent", "project_step(const Recurrent"],
+    ),
+    (
+        "recurrent_gradient-inl.h",
         LSTM,
         ["cotangents(const Chunk", "add_peepholes(const Chunk", "add_projection(int64_t"],
     ),
@@ -148,7 +159,7 @@ CHANGES = [
     (r"if \(!", "if ("),
     (r"\bleast\(", "most("),
     (r"(?<![a-z_])most\(", "least("),
-    (r"\bfma\((half|dm|f|dz|dz_)\b", r"-fma(\1"),
+    (r"\bfma\((half|dm|f|dz|dz_|r|z)\b", r"-fma(\1"),
     (r" > (?=splat)", " < "),
     (r" < (?=splat)", " > "),
     (r" \| (?=\(a)", " & "),
@@ -212,14 +223,7 @@ def mutants(part: str) -> Iterator[Mutant]:
                 for i, line in enumerate(lines)
                 if function in line and not line.rstrip().endswith(";")
             )
-            indent = len(lines[first]) - len(lines[first].lstrip())
-            last = next(
-                i
-                for i in range(first, len(lines))
-                if lines[i] in (" " * indent + "}", " " * indent + "};")
-            )
-            body = next(i for i in range(first, last) if lines[i].rstrip().endswith("{")) + 1
-            for i in range(body, last):
+            for i in _body(lines, first):
                 code = lines[i].split("//")[0]
                 if any(text in code for text in SKIPPED):
                     continue
@@ -230,6 +234,16 @@ def mutants(part: str) -> Iterator[Mutant]:
                         if any(text in after for text in EQUIVALENT):
                             continue
                         yield Mutant(file, tests, i, code, after)
+
+
+def _body(lines: list[str], first: int) -> range:
+    """The lines of the function that begins on one of them."""
+    if lines[first].endswith("}"):
+        return range(first, first + 1)
+    indent = len(lines[first]) - len(lines[first].lstrip())
+    ends = (" " * indent + "}", " " * indent + "};")
+    last = next(i for i in range(first, len(lines)) if lines[i] in ends)
+    return range(next(i for i in range(first, last) if lines[i].endswith("{")) + 1, last)
 
 
 def noticed(mutant: Mutant | None, folder: Path, tests: tuple[str, str]) -> str | None:
@@ -285,7 +299,7 @@ def prepare(folder: Path) -> None:
 def main(part: str = "") -> int:
     folder = ROOT / "build/mutated"
     prepare(folder)
-    for tests in (LSTM, LINEAR, ATTENTION, HIDDEN):
+    for tests in (LSTM, GRU, LINEAR, ATTENTION, HIDDEN):
         if error := noticed(None, folder, tests):
             print(f"{tests[0]} fails as it is: {error}")
             return 1

@@ -196,6 +196,7 @@ def _of_units():
         run(gru, reset_after=False),
         run(gru, reset_after="after"),
         run(gru, implementation="cudnn"),
+        run(gru._replace(b_n=None), reset_after=False, implementation="native"),
         lambda: rnnattn.gru_step(gru, x[:, 0], gru.w_h[:1, :3], implementation="no"),  # type: ignore[arg-type]
         lambda: reference.gru(gru, x, implementation="no"),  # type: ignore[arg-type]
         lambda: init_lstm(jax.random.key(0), 2, 3, projection_size=0),

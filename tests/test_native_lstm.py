@@ -7,7 +7,7 @@ over these, and some chunks shorter than the sequence.
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,18 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from rnnattn import LSTMParams, LSTMState, init_lstm, lstm, lstm_step, native, reference
-from rnnattn.native import calls, load
-from rnnattn.recurrent import run
+from rnnattn.native import calls
 from tests.lstm_cases import Case, assert_close, make_case, relative_error, value_and_gradients
+from tests.native_cases import (
+    SETS,
+    masks,
+    narrow,
+    set_how,
+    set_instruction_set,
+    wide,
+    with_nan_in_padding,
+)
 
-SETS = list(load.found()[1])
 TOLERANCE = 1e-5
 
 pytestmark = pytest.mark.skipif(not SETS, reason=f"no kernels: {native.status().reason}")
@@ -28,25 +35,9 @@ pytestmark = pytest.mark.skipif(not SETS, reason=f"no kernels: {native.status().
 native_lstm = partial(lstm, implementation="native")
 
 
-def narrow(tree):
-    return jax.tree.map(lambda a: a.astype(jnp.float32), tree)
-
-
-def wide(tree):
-    return jax.tree.map(lambda a: a.astype(jnp.float64), tree)
-
-
-def set_how(monkeypatch, **how):
-    for name, value in how.items():
-        monkeypatch.setattr(calls, name, value)
-    cast(Any, run.run_sequence).clear_cache()
-
-
 @pytest.fixture(params=SETS)
 def instruction_set(request, monkeypatch):
-    set_how(monkeypatch, instruction_set=request.param)
-    yield request.param
-    cast(Any, run.run_sequence).clear_cache()
+    yield from set_instruction_set(monkeypatch, request.param)
 
 
 def in_dtype(case, dtype):
@@ -78,22 +69,6 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "coupled": ({}, {"coupled": True}),
     "all": ({"peephole": True}, {"clip": 0.9, "coupled": True}),
 }
-
-
-def masks(T, B, names):
-    """Lengths with 0 and T among them, and resets; in padding as well."""
-    rng = np.random.default_rng(1)
-    lengths = jnp.asarray([T, 0, *rng.integers(1, T + 1, size=max(B - 2, 0))][:B], jnp.int32)
-    marks = lambda share: jnp.asarray(rng.random((B, T)) < share)
-    all_masks = {"lengths": lengths, "resets": marks(0.3), "mask": marks(0.7)}
-    return {name: all_masks[name] for name in names}
-
-
-def with_nan_in_padding(case, lengths):
-    is_padding = (
-        jnp.arange(case.x.shape[1], dtype=jnp.int32)[None, :, None] >= lengths[:, None, None]
-    )
-    return case._replace(x=jnp.where(is_padding, jnp.nan, case.x))
 
 
 # ---- the numbers ------------------------------------------------------------------------------

@@ -147,9 +147,7 @@ CASES = {
     "mingru": Case(of_linear(rnnattn.mingru), of_min(rnnattn.MinGRUParams, 2, 3), MASKS),
     "mingru_step": Case(of_linear(rnnattn.mingru_step), of_min(rnnattn.MinGRUParams, 2)),
     "minlstm": Case(of_linear(rnnattn.minlstm), of_min(rnnattn.MinLSTMParams, 3, 3), MASKS),
-    "minlstm_step": Case(
-        of_linear(rnnattn.minlstm_step), of_min(rnnattn.MinLSTMParams, 3, steps=())
-    ),
+    "minlstm_step": Case(of_linear(rnnattn.minlstm_step), of_min(rnnattn.MinLSTMParams, 3)),
     "rglru": Case(of_linear(rnnattn.rglru), of_blocks(3), MASKS),
     "rglru_step": Case(of_linear(rnnattn.rglru_step), of_blocks()),
     **{name: case for unit in UNITS for name, case in of_unit(unit).items()},

@@ -7,6 +7,7 @@ from typing import Any, Literal, SupportsIndex, TypedDict, Unpack
 
 from jaxtyping import Array, Bool, Float, Int
 
+import rnnattn.recurrent.native as native
 from rnnattn.checks import Check, forward_mode
 from rnnattn.recurrent.arguments import (
     checked_residuals,
@@ -96,7 +97,9 @@ def gru(
         residuals: what is kept for the gradient beside y: "gates" (the pre-activations of each
             step), "states" (nothing) or n (h every n steps); None chooses by memory. All of these
             are as in `lstm`, which says more of each.
-        implementation: "xla", or None, which chooses.
+        implementation: "xla"; "native", the kernels of `rnnattn.native` on a CPU (and "xla"
+            elsewhere), for 32 and 16 bits and the reset after the product; or None, which is
+            "native" where these serve and "xla" elsewhere.
     Returns:
         y (B, T, H), or (T, B, H) with `time_major`, and the final h, in the dtype of x.
     Raises:
@@ -416,10 +419,10 @@ def slstm(
 def run_step(function, unit, params, x, state, implementation):
     """The state after a step."""
     x, state = checked_step(function, unit, params, x, state)
-    Check(function).one_of("implementation", implementation, (None, "xla"))
     options = Options(unit, residuals="gates")
+    schedule = _suited(function, implementation, params, x, options)
     with forward_mode(f"rnnattn.reference.{function}"):
-        return run_sequence(function, CHUNKED, options, True, params, x[None], state)[1]
+        return run_sequence(function, schedule, options, True, params, x[None], state)[1]
 
 
 def run_unit(
@@ -440,11 +443,21 @@ def run_unit(
     """h of every step, and the final state."""
     given = (lengths, mask, resets, time_major)
     arguments = checked_sequence(function, unit, params, x, state, *given)
-    Check(function).one_of("implementation", implementation, (None, "xla"))
     keeps = checked_residuals(function, residuals)
     if keeps is None:
         keeps = suited_residuals(unit, params, arguments.x, time_major)
     options = Options(unit, bool(reverse), keeps)
+    schedule = _suited(function, implementation, params, arguments.x, options)
     with forward_mode(f"rnnattn.reference.{function}"):
-        outputs, final = run_sequence(function, CHUNKED, options, time_major, params, *arguments)
+        outputs, final = run_sequence(function, schedule, options, time_major, params, *arguments)
     return outputs.y, final
+
+
+def _suited(function, implementation, params, x, options):
+    """The schedule that is asked for, or the kernels where they serve."""
+    check = Check(function)
+    check.one_of("implementation", implementation, (None, "xla", "native"))
+    unserved = [] if implementation == "xla" else native.unserved(params, x, options)
+    if implementation == "native":
+        check.served("native", unserved)
+    return CHUNKED if implementation == "xla" or unserved else native.NATIVE

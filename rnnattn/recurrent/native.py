@@ -1,4 +1,4 @@
-"""The native schedule of the LSTM on a CPU: the kernels of `rnnattn/native/src`."""
+"""The native schedule of the LSTM and the GRU on a CPU: the kernels of `rnnattn/native/src`."""
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,20 @@ from rnnattn.recurrent.placed import (
     unserved_by_kernels,
 )
 from rnnattn.recurrent.problem import Trace
-from rnnattn.recurrent.units.lstm import LSTMParams, LSTMState
+from rnnattn.recurrent.units.gru import ResetAfter
+from rnnattn.recurrent.units.lstm import LSTM
 
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+def _kernel(unit, half):
+    """The name of a unit's kernel, and what of the unit it takes; None if it has none."""
+    match unit:
+        case LSTM(clip, coupled):
+            return f"rnnattn.lstm_{half}.v2", {"clip": np.float32(clip or 0), "coupled": coupled}
+        case ResetAfter():
+            return f"rnnattn.gru_{half}.v1", {}
+    return None
 
 
 def unserved(params, x, options):
@@ -27,6 +38,10 @@ def unserved(params, x, options):
     dtype = jnp.result_type(x)
     reasons = {
         f"the dtype {dtype.name}": dtype not in _DTYPES,
+        "units but the LSTM and the GRU, its reset after the product": _kernel(
+            options.unit, "forward"
+        )
+        is None,
         "`return_cells`": options.every_state,
     }
     return those_that_hold(reasons | unserved_by_kernels(params, x))
@@ -35,48 +50,49 @@ def unserved(params, x, options):
 _ABSENT = (0,)  # the shape of what is not there
 
 
-def _call(name, options, results, arrays, n):
+def _call(half, options, results, arrays, n):
     """A kernel's results in the tree of their shapes, given the arguments; None where absent."""
     params, state, steps, *others = arrays
-    unit = options.unit
+    name, attributes = _kernel(options.unit, half)
+    results, tree = jax.tree.flatten(results, is_leaf=lambda x: x is None)
     given = lambda x, dtype: jnp.zeros(_ABSENT, dtype) if x is None else x
     shapes = [jax.ShapeDtypeStruct(_ABSENT, jnp.float32) if x is None else x for x in results]
     weights = [given(w, steps.x.dtype) for w in params]
     masks = [given(mask, jnp.bool) for mask in (steps.valid, steps.fresh)]
-    made = jax.ffi.ffi_call(f"rnnattn.lstm_{name}.v2", shapes)(
+    made = jax.ffi.ffi_call(name, shapes)(
         *(steps.x, *weights, *state, *masks),
         *(given(x, jnp.float32) for x in others),
         reverse=options.reverse,
-        clip=np.float32(unit.clip or 0),
-        coupled=unit.coupled,
         interval=np.int64(n),
+        **attributes,
         **call_attributes(),
     )
-    return [None if like is None else x for x, like in zip(made, results, strict=True)]
+    leaves = (None if like is None else x for x, like in zip(made, results, strict=True))
+    return jax.tree.unflatten(tree, leaves)
 
 
 def forward(static, *arrays):
     """The final state and the trace."""
     options, keeps = static
-    final, (y, rest, a, starts) = forward_results(static, *arrays)
-    results = [y, *final, *(rest or (None,)), a, *(starts or (None, None))]
-    n = interval(options, keeps, y.shape[0])
-    y, h_last, c_last, c, a, *states = _call("forward", options, results, arrays, n)
-    trace = Trace(y, rest and (c,), a, starts and LSTMState(*states))
-    return LSTMState(h_last, c_last), trace
+    final, trace = forward_results(static, *arrays)
+    absent = (None,) * len(final)
+    results = (trace.y, final, trace.rest or absent[1:], trace.kept, trace.starts or absent)
+    n = interval(options, keeps, trace.y.shape[0])
+    y, final, rest, kept, starts = _call("forward", options, results, arrays, n)
+    return final, Trace(y, trace.rest and rest, kept, trace.starts and starts)
 
 
 def backward(options, params, state, steps, trace, cotangents):
     """The gradients of params, state and x."""
     dparams, dstate, dx = backward_results(options, params, state, steps)
-    (dy, _), dlast = cotangents
-    (c,) = trace.rest or (None,)
-    others = (trace.y, c, trace.kept, *(trace.starts or (None, None)), dy, *dlast)
-    results, arrays = [dx, *dparams, *dstate], (params, state, steps, *others)
+    outputs, dlast = cotangents
+    absent = (None,) * len(state)
+    kept = (trace.y, *(trace.rest or absent[1:]), trace.kept, *(trace.starts or absent))
+    arrays = (params, state, steps, *kept, outputs.y, *dlast)
     n = interval(options, True, steps.x.shape[0])
-    dx, *dparams, dh, dc = _call("backward", options, results, arrays, n)
-    return LSTMParams(*dparams), LSTMState(dh, dc), dx
+    dx, dparams, dstate = _call("backward", options, (dx, dparams, dstate), arrays, n)
+    return dparams, dstate, dx
 
 
 HALVES = forward, backward
-NATIVE = placed("rnnattn_lstm", {"cpu": HALVES})
+NATIVE = placed("rnnattn_recurrent", {"cpu": HALVES})

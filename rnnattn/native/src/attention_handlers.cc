@@ -65,8 +65,8 @@ ffi::Error forward_of(ffi::ThreadPool pool, Buffer query, Buffer key, Buffer val
     p.narrow_o = checks.data<Number>("o", *o, {p.B, p.T, p.M, p.G, p.V});
   p.lse = checks.data<float>("lse", *lse, {p.B, p.M, p.G, p.T});
   return run(
-      "attention", [](const Kernels& of) { return of.attention(Number{}).forward; }, checks, pool,
-      options, p);
+      "an attention", [](const Kernels& of) { return of.attention(Number{}).forward; }, checks,
+      pool, options, p);
 }
 
 template <class Number>
@@ -89,8 +89,8 @@ ffi::Error backward_of(ffi::ThreadPool pool, Buffer query, Buffer key, Buffer va
   p.dbias = checks.of_logits<float>("dbias", *dbias, {p.B, p.M, p.G, p.T, p.S});
   p.dbias_size = dbias->element_count();
   return run(
-      "attention", [](const Kernels& of) { return of.attention(Number{}).backward; }, checks, pool,
-      options, p);
+      "an attention", [](const Kernels& of) { return of.attention(Number{}).backward; }, checks,
+      pool, options, p);
 }
 
 // By the dtype of the query, which all the other numbers are held against.

@@ -7,10 +7,12 @@
 #define RNNATTN_TARGET "avx2,fma"
 #include "attention_forward-inl.h"
 #include "attention_gradient-inl.h"
+#include "gru_cell-inl.h"
 #include "kernels.h"
 #include "linear-inl.h"
-#include "lstm_forward-inl.h"
-#include "lstm_gradient-inl.h"
+#include "lstm_cell-inl.h"
+#include "recurrent_forward-inl.h"
+#include "recurrent_gradient-inl.h"
 
 namespace rnnattn {
 
@@ -19,9 +21,12 @@ const Kernels* avx2_kernels() {
                                    avx2::attention::kernels<float>,
                                    avx2::attention::kernels<Bfloat16>,
                                    avx2::attention::kernels<Float16>,
-                                   avx2::lstm::kernels<float>,
-                                   avx2::lstm::kernels<Bfloat16>,
-                                   avx2::lstm::kernels<Float16>,
+                                   avx2::recurrent::kernels<avx2::lstm::Unit, float>,
+                                   avx2::recurrent::kernels<avx2::lstm::Unit, Bfloat16>,
+                                   avx2::recurrent::kernels<avx2::lstm::Unit, Float16>,
+                                   avx2::recurrent::kernels<avx2::gru::Unit, float>,
+                                   avx2::recurrent::kernels<avx2::gru::Unit, Bfloat16>,
+                                   avx2::recurrent::kernels<avx2::gru::Unit, Float16>,
                                    avx2::linear::kernels<float>,
                                    avx2::linear::kernels<Bfloat16>,
                                    avx2::linear::kernels<Float16>};

@@ -7,10 +7,12 @@
 #define RNNATTN_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"
 #include "attention_forward-inl.h"
 #include "attention_gradient-inl.h"
+#include "gru_cell-inl.h"
 #include "kernels.h"
 #include "linear-inl.h"
-#include "lstm_forward-inl.h"
-#include "lstm_gradient-inl.h"
+#include "lstm_cell-inl.h"
+#include "recurrent_forward-inl.h"
+#include "recurrent_gradient-inl.h"
 
 namespace rnnattn {
 
@@ -19,9 +21,12 @@ const Kernels* avx512_kernels() {
                                    avx512::attention::kernels<float>,
                                    avx512::attention::kernels<Bfloat16>,
                                    avx512::attention::kernels<Float16>,
-                                   avx512::lstm::kernels<float>,
-                                   avx512::lstm::kernels<Bfloat16>,
-                                   avx512::lstm::kernels<Float16>,
+                                   avx512::recurrent::kernels<avx512::lstm::Unit, float>,
+                                   avx512::recurrent::kernels<avx512::lstm::Unit, Bfloat16>,
+                                   avx512::recurrent::kernels<avx512::lstm::Unit, Float16>,
+                                   avx512::recurrent::kernels<avx512::gru::Unit, float>,
+                                   avx512::recurrent::kernels<avx512::gru::Unit, Bfloat16>,
+                                   avx512::recurrent::kernels<avx512::gru::Unit, Float16>,
                                    avx512::linear::kernels<float>,
                                    avx512::linear::kernels<Bfloat16>,
                                    avx512::linear::kernels<Float16>};

@@ -4,10 +4,12 @@
 #define RNNATTN_LANES 4
 #include "attention_forward-inl.h"
 #include "attention_gradient-inl.h"
+#include "gru_cell-inl.h"
 #include "kernels.h"
 #include "linear-inl.h"
-#include "lstm_forward-inl.h"
-#include "lstm_gradient-inl.h"
+#include "lstm_cell-inl.h"
+#include "recurrent_forward-inl.h"
+#include "recurrent_gradient-inl.h"
 
 namespace rnnattn {
 
@@ -16,9 +18,12 @@ const Kernels* baseline_kernels() {
                                    baseline::attention::kernels<float>,
                                    baseline::attention::kernels<Bfloat16>,
                                    baseline::attention::kernels<Float16>,
-                                   baseline::lstm::kernels<float>,
-                                   baseline::lstm::kernels<Bfloat16>,
-                                   baseline::lstm::kernels<Float16>,
+                                   baseline::recurrent::kernels<baseline::lstm::Unit, float>,
+                                   baseline::recurrent::kernels<baseline::lstm::Unit, Bfloat16>,
+                                   baseline::recurrent::kernels<baseline::lstm::Unit, Float16>,
+                                   baseline::recurrent::kernels<baseline::gru::Unit, float>,
+                                   baseline::recurrent::kernels<baseline::gru::Unit, Bfloat16>,
+                                   baseline::recurrent::kernels<baseline::gru::Unit, Float16>,
                                    baseline::linear::kernels<float>,
                                    baseline::linear::kernels<Bfloat16>,
                                    baseline::linear::kernels<Float16>};

@@ -105,7 +105,7 @@ ffi::Error run(const char* name, Kernel kernel, const Checks& checks, ffi::Threa
   PoolThreads threads(pool, options.threads);
   if (std::invoke(kernel, *kernels)(threads, p)) return ffi::Error::Success();
   return ffi::Error(ffi::ErrorCode::kResourceExhausted,
-                    std::string("rnnattn: no memory for an ") + name + " kernel");
+                    std::string("rnnattn: no memory for ") + name + " kernel");
 }
 
 }  // namespace rnnattn

@@ -71,16 +71,18 @@ struct AttentionKernels {
   bool (*backward)(Threads&, const AttentionBackward<Number>&);
 };
 
-// Axes and letters are those of rnnattn/recurrent/units/lstm.py; time-major. Pointers are null where
-// an argument is absent or a result not wanted. A `Number` is a float, a Bfloat16 or a Float16; c,
-// the gates and all sums are float32.
+// Axes and letters are those of rnnattn/recurrent/units; time-major. Pointers are null where an
+// argument is absent, as those of other units are, or a result not wanted. A `Number` is a float, a
+// Bfloat16 or a Float16; c, the gates and all sums are float32. G is 4 for the LSTM, 3 for the GRU.
 template <class Number>
-struct Lstm {
+struct Recurrent {
   int64_t T, B, D, H, R;  // R: the width of h, H where nothing is projected
+  int64_t G;              // blocks of H columns, of the weights
   int64_t threads;
   bool reverse;
   int64_t interval;  // the state is kept every so many steps; 0: never
   const Number *x, *w_x, *w_h, *b;
+  const Number* b_n;         // (H,)
   const Number* peephole;    // (3, H)
   const Number* projection;  // (H, R)
   float clip;                // 0: none
@@ -91,30 +93,30 @@ struct Lstm {
 };
 
 template <class Number>
-struct LstmForward : Lstm<Number> {
+struct RecurrentForward : Recurrent<Number> {
   Number *y, *h_last;
   float* c_last;
-  float *c_all, *a;  // (T, B, H), (T, B, 4H)
+  float *c_all, *a;  // (T, B, H); (T, B, 4H), the gates in the order of the unit
   Number* h_starts;  // (⌈T / interval⌉, B, R)
   float* c_starts;
 };
 
 template <class Number>
-struct LstmBackward : Lstm<Number> {
+struct RecurrentBackward : Recurrent<Number> {
   const Number* y;
   const float *c_all, *a;
   const Number* h_starts;
   const float* c_starts;
   const Number *dy, *dh_last;
   const float* dc_last;
-  Number *dx, *dw_x, *dw_h, *db, *dpeephole, *dprojection, *dh;
+  Number *dx, *dw_x, *dw_h, *db, *db_n, *dpeephole, *dprojection, *dh;
   float* dc;
 };
 
 template <class Number>
-struct LstmKernels {
-  bool (*forward)(Threads&, const LstmForward<Number>&);
-  bool (*backward)(Threads&, const LstmBackward<Number>&);
+struct RecurrentKernels {
+  bool (*forward)(Threads&, const RecurrentForward<Number>&);
+  bool (*backward)(Threads&, const RecurrentBackward<Number>&);
 };
 
 // Axes and letters are those of rnnattn/linear/equations.py; arrays of steps are (B, T, …), or
@@ -168,9 +170,12 @@ struct Kernels {
   AttentionKernels<float> attention_f32;
   AttentionKernels<Bfloat16> attention_bf16;
   AttentionKernels<Float16> attention_f16;
-  LstmKernels<float> lstm_f32;
-  LstmKernels<Bfloat16> lstm_bf16;
-  LstmKernels<Float16> lstm_f16;
+  RecurrentKernels<float> lstm_f32;
+  RecurrentKernels<Bfloat16> lstm_bf16;
+  RecurrentKernels<Float16> lstm_f16;
+  RecurrentKernels<float> gru_f32;
+  RecurrentKernels<Bfloat16> gru_bf16;
+  RecurrentKernels<Float16> gru_f16;
   LinearScanKernels<float> linear_f32;
   LinearScanKernels<Bfloat16> linear_bf16;
   LinearScanKernels<Float16> linear_f16;
@@ -178,9 +183,12 @@ struct Kernels {
   const AttentionKernels<float>& attention(float) const { return attention_f32; }
   const AttentionKernels<Bfloat16>& attention(Bfloat16) const { return attention_bf16; }
   const AttentionKernels<Float16>& attention(Float16) const { return attention_f16; }
-  const LstmKernels<float>& lstm(float) const { return lstm_f32; }
-  const LstmKernels<Bfloat16>& lstm(Bfloat16) const { return lstm_bf16; }
-  const LstmKernels<Float16>& lstm(Float16) const { return lstm_f16; }
+  const RecurrentKernels<float>& lstm(float) const { return lstm_f32; }
+  const RecurrentKernels<Bfloat16>& lstm(Bfloat16) const { return lstm_bf16; }
+  const RecurrentKernels<Float16>& lstm(Float16) const { return lstm_f16; }
+  const RecurrentKernels<float>& gru(float) const { return gru_f32; }
+  const RecurrentKernels<Bfloat16>& gru(Bfloat16) const { return gru_bf16; }
+  const RecurrentKernels<Float16>& gru(Float16) const { return gru_f16; }
   const LinearScanKernels<float>& linear(float) const { return linear_f32; }
   const LinearScanKernels<Bfloat16>& linear(Bfloat16) const { return linear_bf16; }
   const LinearScanKernels<Float16>& linear(Float16) const { return linear_f16; }

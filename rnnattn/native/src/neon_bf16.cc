@@ -9,9 +9,11 @@
 #define RNNATTN_TARGET "arch=armv8.2-a+bf16"
 #include <sys/auxv.h>
 
+#include "gru_cell-inl.h"
 #include "kernels.h"
-#include "lstm_forward-inl.h"
-#include "lstm_gradient-inl.h"
+#include "lstm_cell-inl.h"
+#include "recurrent_forward-inl.h"
+#include "recurrent_gradient-inl.h"
 
 namespace rnnattn {
 
@@ -19,11 +21,19 @@ const Kernels* neon_bf16_kernels() {
   constexpr unsigned long BF16 = 1 << 14;  // HWCAP2_BF16, which older headers do not name
   if (!(getauxval(AT_HWCAP2) & BF16)) return nullptr;
   static const Kernels* const others = baseline_kernels();
-  static const Kernels kernels{
-      "neon_bf16",           others->attention_f32, others->attention_bf16,
-      others->attention_f16, others->lstm_f32,      neon_bf16::lstm::kernels<Bfloat16>,
-      others->lstm_f16,      others->linear_f32,    others->linear_bf16,
-      others->linear_f16};
+  static const Kernels kernels{"neon_bf16",
+                               others->attention_f32,
+                               others->attention_bf16,
+                               others->attention_f16,
+                               others->lstm_f32,
+                               neon_bf16::recurrent::kernels<neon_bf16::lstm::Unit, Bfloat16>,
+                               others->lstm_f16,
+                               others->gru_f32,
+                               neon_bf16::recurrent::kernels<neon_bf16::gru::Unit, Bfloat16>,
+                               others->gru_f16,
+                               others->linear_f32,
+                               others->linear_bf16,
+                               others->linear_f16};
   return &kernels;
 }
 

@@ -129,12 +129,12 @@ class ResetAfter(_GRU):
         return 4 * params.w_h.shape[0]
 
     def preactivations(self, weights, u, h_prev):
-        """½a_r, ½a_z, a_n and s."""
+        """a_n, ½a_r, ½a_z and s: those of x are neighbours, and those of h₋."""
         x_r, x_z, a_n = blocks_of(u, 3)
         h_r, h_z, s = blocks_of(dot(h_prev, weights.w_h), 3)
         if weights.b_n is not None:
             s = s + jnp.expand_dims(weights.b_n, range(s.ndim - 1))
-        return joined(x_r + h_r, x_z + h_z, a_n, s)
+        return joined(a_n, x_r + h_r, x_z + h_z, s)
 
     def step(self, weights, u, state):
         a = self.preactivations(weights, u, state.h)
@@ -143,7 +143,7 @@ class ResetAfter(_GRU):
 
     def _gates(self, a):
         """G1, G2."""
-        a_r, a_z, a_n, s = blocks_of(a, 4)
+        a_n, a_r, a_z, s = blocks_of(a, 4)
         r, z = _gate(a_r), _gate(a_z)
         return r, z, jnp.tanh(a_n + r * s)
 

@@ -1,5 +1,5 @@
-// The LSTM: forward, backward, and a single step of few rows. The equations are those of
-// rnnattn/recurrent/units/lstm.py, in its letters; arrays are time-major.
+// Recurrent units: forward, backward, and a single step of few rows. The equations are those of
+// lstm_cell-inl.h and gru_cell-inl.h, see recurrent_unit-inl.h; arrays are time-major.
 //
 // A register tile holds all four gates of W hidden units for a few rows of the batch, so that the
 // cell is computed where the product ends, and x w_x + h₋ w_h is one product. Rows of the batch
@@ -9,15 +9,15 @@
 //
 // The gradient goes chunk by chunk of steps against the direction of running:
 //
-//     for each row        the steps: dz, then dh₋ = dz w_hᵀ                    (L3, L4, L7, L8)
-//     for each block      of dw_x, dw_h, db (one product, of dz with [x h₋ 1]), and of dx  (L5–L7)
+//     for each row        the steps: dz, then dh₋ = dz w_hᵀ
+//     for each block      of dw_x, dw_h, db (a product of dz with [x h₋ 1]), and of dx = dz w_xᵀ
 //
 // No row's result depends on which rows stand beside it, and no sum is split over threads.
 //
 // This file: tiles of registers, how gates and weights lie in memory, and products of these.
 
-#ifndef RNNATTN_LSTM_TILES_INL_H_
-#define RNNATTN_LSTM_TILES_INL_H_
+#ifndef RNNATTN_RECURRENT_TILES_INL_H_
+#define RNNATTN_RECURRENT_TILES_INL_H_
 
 #include <cstdint>
 
@@ -25,12 +25,13 @@
 #include "kernels.h"
 #include "numbers-inl.h"
 #include "product-inl.h"
+#include "recurrent_unit-inl.h"
 #include "simd-inl.h"
 #include "threads.h"
 #include "util-inl.h"
 
 RNNATTN_BEFORE_NAMESPACE();
-namespace rnnattn::RNNATTN_SET::lstm {
+namespace rnnattn::RNNATTN_SET::recurrent {
 
 // Rows of a register tile that is 4 vectors wide. It holds a number of each row, which is less than
 // the 4 vectors where registers are few: 3 × 4 sums, 3 numbers and a vector are 16 of AVX2. Those
@@ -43,7 +44,7 @@ constexpr int GATE_TILE_ROWS = 3;
 constexpr int GATE_TILE_ROWS = 2;
 #endif
 
-constexpr int PANEL = 4 * W;  // the width of a tile
+constexpr int PANEL = GATES * W;  // the width of a tile
 
 constexpr int64_t FEW_ROWS = 3;          // fewer for a thread do not pay
 constexpr int64_t ENOUGH_ROWS = 4;       // with fewer for each, the units are shared out instead
@@ -76,11 +77,11 @@ struct Gates {
   int64_t row, gate, unit;
   bool padded;  // the last units take a whole vector, too
 
-  // (rows, 4H), as in the arguments.
-  static Gates in_rows(float* data, int64_t H) { return {data, 4 * H, H, W, false}; }
+  // (rows, GATES H), as in the arguments.
+  static Gates in_rows(float* data, int64_t H) { return {data, GATES * H, H, W, false}; }
 
-  // Panels of W units each, (rows, 4, W), with a cache line between them: otherwise the same row
-  // of all panels may fall into a few sets of a cache.
+  // Panels of W units each, (rows, GATES, W), with a cache line between them: otherwise the same
+  // row of all panels may fall into a few sets of a cache.
   static Gates in_panels(float* data, int64_t rows) { return {data, PANEL, W, panel(rows), true}; }
   static int64_t panel(int64_t rows) { return rows * PANEL + LINE; }
 
@@ -95,51 +96,89 @@ struct Gates {
   }
 };
 
+// sums += a w of those of the gates that have a block in w; see `accumulate`.
+template <class Blocks, int R, class Operand>
+RNNATTN_INLINE void accumulate_gates(V (&sums)[R][GATES], int64_t steps, const Operand* a,
+                                     int64_t a_row, const Operand* w) {
+  constexpr int FIRST = Blocks::FIRST, COUNT = Blocks::COUNT;
+  if constexpr (COUNT == GATES) {
+    accumulate(sums, steps, a, a_row, w, PANEL);
+  } else {
+    V some[R][COUNT];
+    unrolled<R>([&](auto i) RNNATTN_LAMBDA {
+      unrolled<COUNT>([&](auto g) RNNATTN_LAMBDA { some[i][g] = sums[i][FIRST + g]; });
+    });
+    accumulate(some, steps, a, a_row, w, COUNT * W);
+    unrolled<R>([&](auto i) RNNATTN_LAMBDA {
+      unrolled<COUNT>([&](auto g) RNNATTN_LAMBDA { sums[i][FIRST + g] = some[i][g]; });
+    });
+  }
+}
+
 // ---- packed weights ---------------------------------------------------------------------------
 
-// For each W hidden units: b, the rows of w_x, those of w_h, each of the four gates, those of a
-// sigmoid halved (see `halve_params`); zero beyond H, and to whole steps of a product. b is
+// For each W hidden units: the biases, the rows of w_x, those of w_h, each of the gates that have a
+// block there, times `Unit::scale`; zero beyond H, and to whole steps of a product. The biases are
 // float32.
-template <class Operand>
+template <class Unit, class Operand>
 struct Cells {
   const Operand* packed;
   int64_t D, H, R;
   int64_t first = 0;  // the block of units that `packed` begins with
 
   static constexpr int64_t BIAS = PANEL * TOGETHER<Operand>;
-  static int64_t rows(int64_t K) { return whole_steps<Operand>(K) * PANEL; }
-  static int64_t stride(int64_t D, int64_t R) { return BIAS + rows(D) + rows(R); }
+  template <class Blocks>
+  static int64_t rows(int64_t K) {
+    return whole_steps<Operand>(K) * Blocks::COUNT * W;
+  }
+  static int64_t stride(int64_t D, int64_t R) {
+    return BIAS + rows<typename Unit::OfX>(D) + rows<typename Unit::OfH>(R);
+  }
   static int64_t size(int64_t D, int64_t H, int64_t R) { return ceil_div(H, W) * stride(D, R); }
   V bias(int64_t u, int g) const { return load(reinterpret_cast<const float*>(at(u)) + g * W); }
   const Operand* x(int64_t u) const { return at(u) + BIAS; }
-  const Operand* h(int64_t u) const { return x(u) + rows(D); }
+  const Operand* h(int64_t u) const { return x(u) + rows<typename Unit::OfX>(D); }
 
  private:
   const Operand* at(int64_t u) const { return packed + (u - first) * stride(D, R); }
 };
 
+// Block k of the biases, which are one behind the other [b b_n]; null if there is none.
 template <class Number>
-static void pack_cells(const Lstm<Number>& s, int64_t u, Operand<Number>* out) {
+RNNATTN_INLINE const Number* bias_block(const Recurrent<Number>& s, int k) {
+  return k < s.G ? s.b + k * s.H : s.b_n;
+}
+
+template <class Unit, class Number>
+static void pack_cells(const Recurrent<Number>& s, int64_t u, Operand<Number>* out) {
   const int64_t H = s.H, j = u * W;
   const int n = static_cast<int>(least(W, H - j));
-  const auto halved = [&](const Number* row, int64_t g) {
-    return load_units(row + g * H + j, n) * splat(g == 2 ? 1.0f : 0.5f);
+  const auto scaled = [&](const Number* block, int g) RNNATTN_LAMBDA {
+    return load_units(block + j, n) * splat(Unit::scale(g));
   };
-  float* bias = reinterpret_cast<float*>(out);
-  for (int64_t g = 0; g < 4; ++g) put_steps(bias, halved(s.b, g));
-  out += Cells<Operand<Number>>::BIAS;
-  const auto put = [&](const Number* w, int64_t K) {
-    for (int64_t k = 0; k < K; k += TOGETHER<Operand<Number>>)
-      for (int64_t g = 0; g < 4; ++g) {
-        const V row = halved(w + k * 4 * H, g);
+  float* biases = reinterpret_cast<float*>(out);
+  for (int g = 0; g < GATES; ++g) {
+    const Number* block = bias_block(s, Unit::OfBias::of(g));
+    put_steps(biases, block ? scaled(block, g) : V{});
+  }
+  out += Cells<Unit, Operand<Number>>::BIAS;
+  const auto put = [&](auto blocks, const Number* w, int64_t K) RNNATTN_LAMBDA {
+    using Blocks = decltype(blocks);
+    const int64_t width = Blocks::COUNT * H;
+    for (int64_t k = 0; k < K;
+         k += TOGETHER<Operand<Number>>, w += TOGETHER<Operand<Number>> * width)
+      unrolled<Blocks::COUNT>([&](auto i) RNNATTN_LAMBDA {
+        constexpr int g = Blocks::FIRST + i;
+        const Number* block = w + Blocks::of(g) * H;
+        const V row = scaled(block, g);
         if constexpr (TOGETHER<Operand<Number>> == 2)
-          put_pairs(out, row, k + 1 < K ? halved(w + (k + 1) * 4 * H, g) : V{});
+          put_pairs(out, row, k + 1 < K ? scaled(block + width, g) : V{});
         else
           put_steps(out, row);
-      }
+      });
   };
-  put(s.w_x, s.D);
-  put(s.w_h, s.R);
+  put(typename Unit::OfX{}, s.w_x, s.D);
+  put(typename Unit::OfH{}, s.w_h, s.R);
 }
 
 // P (H, R), or its transpose, as it is read by products: float32, in rows a cache line longer than
@@ -148,12 +187,12 @@ RNNATTN_INLINE int64_t padded(int64_t width) { return whole_vectors(width) + LIN
 
 // Rows [j, j + W) of P, and columns [j, j + W) of Pᵀ.
 template <class Number>
-static void pack_projection(const Lstm<Number>& s, int64_t j, float* packed) {
+static void pack_projection(const Recurrent<Number>& s, int64_t j, float* packed) {
   for (int64_t i = j; i < least(j + W, s.H); ++i)
     copy_numbers(s.projection + i * s.R, s.R, packed + i * padded(s.R), true);
 }
 template <class Number>
-static void pack_transposed_projection(const Lstm<Number>& s, int64_t j, float* packed) {
+static void pack_transposed_projection(const Recurrent<Number>& s, int64_t j, float* packed) {
   for (int64_t k = 0; k < s.R; k += W) {
     const int n = static_cast<int>(least(W, s.R - k));
     V block[W];
@@ -164,35 +203,39 @@ static void pack_transposed_projection(const Lstm<Number>& s, int64_t j, float* 
   }
 }
 
-// wᵀ of w (N, 4H) in panels of 4 vectors; the last may have 1 or 2. Its rows are in the order of
-// `Gates::in_panels`: for each W units their four gates, zero beyond H.
-template <class Operand>
+// wᵀ of a weight w of N rows in panels of TRANSPOSED_COLUMNS; the last may have 1 or 2 vectors. Its
+// rows are in the order of `Gates::in_panels`: for each W units their gates in w, zero beyond H.
+constexpr int TRANSPOSED_COLUMNS = 4 * W;
+
+template <class Blocks, class Operand>
 struct Transposed {
   const Operand* packed;
   int64_t N, H;
 
-  static int64_t panels(int64_t N) { return ceil_div(N, PANEL); }
-  static int64_t depth(int64_t H) { return ceil_div(H, W) * PANEL; }
-  static int64_t size(int64_t N, int64_t H) { return panels(N) * PANEL * depth(H); }
+  static int64_t panels(int64_t N) { return ceil_div(N, TRANSPOSED_COLUMNS); }
+  static int64_t depth(int64_t H) { return ceil_div(H, W) * Blocks::COUNT * W; }
+  static int64_t size(int64_t N, int64_t H) { return panels(N) * TRANSPOSED_COLUMNS * depth(H); }
   static int vectors(int64_t N, int64_t p) {
-    const int64_t n = ceil_div(N - p * PANEL, W);
+    const int64_t n = ceil_div(N - p * TRANSPOSED_COLUMNS, W);
     return n > 2 ? 4 : static_cast<int>(n);
   }
-  const Operand* panel(int64_t p) const { return packed + p * PANEL * depth(H); }
+  const Operand* panel(int64_t p) const { return packed + p * TRANSPOSED_COLUMNS * depth(H); }
 };
 
-template <class Number, class Operand>
+template <class Blocks, class Number, class Operand>
 static void pack_transposed(const Number* w, int64_t N, int64_t H, int64_t p, Operand* packed) {
-  const int64_t width = Transposed<Operand>::vectors(N, p) * W, first = p * PANEL;
-  Operand* out = packed + first * Transposed<Operand>::depth(H);
+  using Packed = Transposed<Blocks, Operand>;
+  const int64_t width = Packed::vectors(N, p) * W, first = p * TRANSPOSED_COLUMNS;
+  Operand* out = packed + first * Packed::depth(H);
   for (int64_t j = 0; j < H; j += W) {
     const int n = static_cast<int>(least(W, H - j));
-    for (int64_t g = 0; g < 4; ++g, out += W * width)
+    unrolled<Blocks::COUNT>([&](auto g) RNNATTN_LAMBDA {
+      const Number* of_gate = w + Blocks::of(Blocks::FIRST + g) * H + j;
       for (int64_t column = 0; column < width; column += W) {
         V block[W];
         for (int64_t i = 0; i < W; ++i) {
           const int64_t row = first + column + i;
-          block[i] = row < N ? load_units(w + row * 4 * H + g * H + j, n) : V{};
+          block[i] = row < N ? load_units(of_gate + row * Blocks::COUNT * H, n) : V{};
         }
         transpose(block);
         unrolled<W / TOGETHER<Operand>>([&](auto i) RNNATTN_LAMBDA {
@@ -203,6 +246,8 @@ static void pack_transposed(const Number* w, int64_t N, int64_t H, int64_t p, Op
             put_steps(to, block[i]);
         });
       }
+      out += W * width;
+    });
   }
 }
 
@@ -215,57 +260,62 @@ struct Panels {
   int64_t row, unit, rest;
 };
 
-// out = dz wᵀ for N vectors of a panel `width` wide. Rows that are not `written` stay as they are;
-// if that is null, all are written.
-template <int N, class Operand, class Number>
+// out = dz wᵀ for N vectors of a panel `width` wide, or out += dz wᵀ. Rows that are not `written`
+// stay as they are; if that is null, all are written.
+template <class Blocks, int N, class Operand, class Number>
 struct TransposedTile {
   Panels<Operand> dz;
   const Operand* w;
   int64_t width;
   int64_t panels;  // of dz
   Number* out;
+  bool adds;
   const uint8_t* written;
   int64_t stride, columns;
 
   template <int R>
   void run(int64_t r) const {
     V sum[R][N] = {};
-    const Operand *a = dz.data + r * dz.row, *b = w;
-    for (int64_t u = 0; u < panels; ++u, a += dz.unit, b += PANEL * width) {
-      accumulate(sum, PANEL, a, dz.row, b, width);
-      if constexpr (TOGETHER<Operand> == 2) accumulate(sum, PANEL, a + dz.rest, dz.row, b, width);
+    constexpr int64_t steps = Blocks::COUNT * W;
+    const Operand *a = dz.data + r * dz.row + Blocks::FIRST * W, *b = w;
+    for (int64_t u = 0; u < panels; ++u, a += dz.unit, b += steps * width) {
+      accumulate(sum, steps, a, dz.row, b, width);
+      if constexpr (TOGETHER<Operand> == 2) accumulate(sum, steps, a + dz.rest, dz.row, b, width);
     }
     unrolled<R>([&](auto i) RNNATTN_LAMBDA {
       if (written && !written[r + i]) return;
       Number* row = out + (r + i) * stride;
       unrolled<N>([&](auto n) RNNATTN_LAMBDA {
-        const int64_t left = columns - n * W;
-        if (left > 0) store_units(row + n * W, sum[i][n], static_cast<int>(least(W, left)));
+        const int count = static_cast<int>(least(W, columns - n * W));
+        if (count <= 0) return;
+        V v = sum[i][n];
+        if (adds) v += load_units(row + n * W, count);
+        store_units(row + n * W, v, count);
       });
     });
   }
 };
 
 // Columns [first, past) of dz wᵀ, in vectors, and rows [lo, hi).
-template <class Operand, class Number>
-static void times_transposed(const Panels<Operand>& dz, const Transposed<Operand>& w, Number* out,
-                             int64_t stride, const uint8_t* written, int64_t first, int64_t past,
-                             int64_t lo, int64_t hi) {
+template <class Blocks, class Operand, class Number>
+static void times_transposed(const Panels<Operand>& dz, const Transposed<Blocks, Operand>& w,
+                             Number* out, bool adds, int64_t stride, const uint8_t* written,
+                             int64_t first, int64_t past, int64_t lo, int64_t hi) {
   while (first < past) {
     const int64_t p = first / 4, within = first % 4;
-    const int64_t width = Transposed<Operand>::vectors(w.N, p) * W;
+    const int64_t width = w.vectors(w.N, p) * W;
     as_constant<4>(least(4 - within, past - first), [&](auto N) {
       const Operand* panel = w.panel(p) + within * W * TOGETHER<Operand>;
-      over_tiles<GATE_TILE_ROWS>(
-          lo, hi,
-          TransposedTile<N, Operand, Number>{dz, panel, width, ceil_div(w.H, W), out + first * W,
-                                             written, stride, w.N - first * W});
+      over_tiles<GATE_TILE_ROWS>(lo, hi,
+                                 TransposedTile<Blocks, N, Operand, Number>{
+                                     dz, panel, width, ceil_div(w.H, W), out + first * W, adds,
+                                     written, stride, w.N - first * W});
       first += N;
     });
   }
 }
 
-}  // namespace rnnattn::RNNATTN_SET::lstm
+}  // namespace rnnattn::RNNATTN_SET::recurrent
 RNNATTN_AFTER_NAMESPACE();
 
-#endif  // RNNATTN_LSTM_TILES_INL_H_
+#endif  // RNNATTN_RECURRENT_TILES_INL_H_

@@ -1,24 +1,24 @@
-// The LSTM's gradient, L3 to L8: against the direction of running, chunk by chunk.
+// The gradient of recurrent units: against the direction of running, chunk by chunk.
 
-#ifndef RNNATTN_LSTM_GRADIENT_INL_H_
-#define RNNATTN_LSTM_GRADIENT_INL_H_
+#ifndef RNNATTN_RECURRENT_GRADIENT_INL_H_
+#define RNNATTN_RECURRENT_GRADIENT_INL_H_
 
 #include <cstdint>
 
 #include "instruction_set.h"
 #include "kernels.h"
-#include "lstm_cell-inl.h"
-#include "lstm_forward-inl.h"
-#include "lstm_tiles-inl.h"
 #include "numbers-inl.h"
 #include "product-inl.h"
+#include "recurrent_forward-inl.h"
+#include "recurrent_tiles-inl.h"
+#include "recurrent_unit-inl.h"
 #include "simd-inl.h"
 #include "threads.h"
 #include "util-inl.h"
 #include "workspace-inl.h"
 
 RNNATTN_BEFORE_NAMESPACE();
-namespace rnnattn::RNNATTN_SET::lstm {
+namespace rnnattn::RNNATTN_SET::recurrent {
 
 // How far behind its first part the second part of dz lies, see `Panels`.
 RNNATTN_INLINE int64_t rest_of(int64_t H) { return ceil_div(H, W) * PANEL; }
@@ -29,11 +29,13 @@ RNNATTN_INLINE void put_parts(Operand* to, V v, int64_t H) {
   store_units(to + rest_of(H), v - rounded(Operand{}, v), W);
 }
 
-// A block of the weight gradient, rows [m, m + R) of [x h₋ 1]ᵀ dz and one panel of dz.
+// A block of the weight gradient, rows [m, m + R) of [x h₋ 1]ᵀ dz and one panel of dz, of those
+// gates that have a block in these rows.
+template <class Blocks>
 struct WeightTile {
-  int64_t D, K, H;  // K = D + R
-  float *dw_x, *dw_h, *db;
-  const float* a;  // [x h₋ 1] of the first row of dz
+  int64_t D, K, H;          // K = D + R
+  float *dw_x, *dw_h, *db;  // db of all gates
+  const float* a;           // [x h₋ 1] of the first row of dz
   int64_t stride;
   const float* panel;  // of dz
   int64_t depth, u;
@@ -41,21 +43,22 @@ struct WeightTile {
 
   template <int R>
   void run(int64_t m) const {
+    constexpr int COUNT = Blocks::COUNT;
     const int n = static_cast<int>(least(W, H - u * W));
     float* row[R];
     for (int i = 0; i < R; ++i) {
       const int64_t k = m + i;
-      float* of = k < D ? dw_x + k * 4 * H : k < K ? dw_h + (k - D) * 4 * H : db;
+      float* of = k < D ? dw_x + k * COUNT * H : k < K ? dw_h + (k - D) * COUNT * H : db;
       row[i] = of + u * W;
       // fetched while the product is computed, which is then added to them
       if (adds)
-        for (int g = 0; g < 4; ++g) __builtin_prefetch(row[i] + g * H, 1);
+        for (int g = 0; g < COUNT; ++g) __builtin_prefetch(row[i] + g * H, 1);
     }
-    V sum[R][4] = {};
-    multiply<Held::a>(sum, depth, a + m, 1, stride, panel, PANEL);
+    V sum[R][COUNT] = {};
+    multiply<Held::a>(sum, depth, a + m, 1, stride, panel + Blocks::FIRST * W, PANEL);
     unrolled<R>([&](auto i) RNNATTN_LAMBDA {
-      unrolled<4>([&](auto g) RNNATTN_LAMBDA {
-        float* to = row[i] + g * H;
+      unrolled<COUNT>([&](auto g) RNNATTN_LAMBDA {
+        float* to = row[i] + Blocks::of(Blocks::FIRST + g) * H;
         store_units(to, adds ? load_units(to, n) + sum[i][g] : sum[i][g], n);
       });
     });
@@ -73,28 +76,33 @@ struct Chunk {
   const float* c_start;
 };
 
-template <class Number>
+template <class Unit, class Number>
 class Backward {
+  using OfX = typename Unit::OfX;
+  using OfH = typename Unit::OfH;
   using Operand = rnnattn::RNNATTN_SET::Operand<Number>;
-  using Chunk = lstm::Chunk<Number>;
-  using State = lstm::State<Operand>;
-  using Step = lstm::Step<Number>;
+  using Cells = recurrent::Cells<Unit, Operand>;
+  using TransposedH = Transposed<OfH, Operand>;
+  using TransposedX = Transposed<OfX, float>;
+  using Chunk = recurrent::Chunk<Number>;
+  using State = recurrent::State<Operand>;
+  using Step = recurrent::Step<Number>;
   // Whether dz w_hᵀ and the gates that are computed again are products of pairs. Those that give
   // dx, dw and db are of float32: dz rounded for them would make their errors 1.4 times as large,
   // and two parts of it are no faster.
   static constexpr bool PAIRS = !std::is_same_v<Operand, float>;
 
  public:
-  Backward(Threads& threads, const LstmBackward<Number>& s) : threads_(threads), s_(s) {}
+  Backward(Threads& threads, const RecurrentBackward<Number>& s) : threads_(threads), s_(s) {}
 
   bool run() {
-    const int64_t T = s_.T, B = s_.B, D = s_.D, H = s_.H, R = s_.R, H4 = 4 * H;
+    const int64_t T = s_.T, B = s_.B, D = s_.D, H = s_.H, R = s_.R;
     const int64_t stride = whole_vectors(R), c_stride = whole_vectors(H);
     recomputes_steps_ = s_.interval > 0;
     recomputes_a_ = !recomputes_steps_ && !s_.a;
     length_ = recomputes_steps_
                   ? least(s_.interval, most(T, 1))
-                  : most(1, least(T, least(CHUNK_ROWS, CHUNK_FLOATS / H4) / most(B, 1)));
+                  : most(1, least(T, least(CHUNK_ROWS, CHUNK_FLOATS / (GATES * H)) / most(B, 1)));
     Memory size{nullptr};
     lay_out(size);
     const Allocation allocation(size.used);
@@ -104,21 +112,22 @@ class Backward {
     lay_out(memory);
 
     const int64_t blocks = packed_cells_ || s_.projection ? ceil_div(H, W) : 0,
-                  panels = Transposed<float>::panels(R);
-    bool ok = parallel_for(threads_, blocks + panels + Transposed<float>::panels(D), s_.threads, 0,
-                           [&](int64_t item, float*) {
-                             if (item < blocks)
-                               pack_units(item);
-                             else if (item < blocks + panels)
-                               pack_transposed(s_.w_h, R, H, item - blocks, packed_h_);
-                             else
-                               pack_transposed(s_.w_x, D, H, item - blocks - panels, packed_x_);
-                           });
+                  panels = TransposedH::panels(R);
+    bool ok =
+        parallel_for(threads_, blocks + panels + TransposedX::panels(D), s_.threads, 0,
+                     [&](int64_t item, float*) {
+                       if (item < blocks)
+                         pack_units(item);
+                       else if (item < blocks + panels)
+                         pack_transposed<OfH>(s_.w_h, R, H, item - blocks, packed_h_);
+                       else
+                         pack_transposed<OfX>(s_.w_x, D, H, item - blocks - panels, packed_x_);
+                     });
     advise_huge_pages(s_.dx, T * B * D);
-    advise_huge_pages(s_.dw_x, D * H4);
-    advise_huge_pages(s_.dw_h, R * H4);
+    advise_huge_pages(s_.dw_x, D * s_.G * H);
+    advise_huge_pages(s_.dw_h, R * s_.G * H);
     copy_rows(s_.dh_last, R, dh_, stride, R, 0, B);
-    copy_rows(s_.dc_last, H, dc_, c_stride, H, 0, B);
+    if (s_.c) copy_rows(s_.dc_last, H, dc_, c_stride, H, 0, B);
 
     bool is_first = true;
     over_steps(!s_.reverse, 0, ceil_div(T, length_), [&](int64_t k) {
@@ -132,7 +141,7 @@ class Backward {
       is_first = false;
     });
     copy_rows(dh_, stride, s_.dh, R, R, 0, B);
-    copy_rows(dc_, c_stride, s_.dc, H, H, 0, B);
+    if (s_.c) copy_rows(dc_, c_stride, s_.dc, H, H, 0, B);
     return ok && weight_gradients();
   }
 
@@ -140,14 +149,14 @@ class Backward {
   void lay_out(Memory& memory) {
     const int64_t D = s_.D, H = s_.H, R = s_.R, rows = length_ * s_.B;
     const bool recomputes = recomputes_steps_ || recomputes_a_;
-    packed_cells_ = recomputes ? memory.take<Operand>(Cells<Operand>::size(D, H, R)) : nullptr;
-    packed_h_ = memory.take<Operand>(Transposed<Operand>::size(R, H));
-    packed_x_ = memory.take(Transposed<float>::size(D, H));
+    packed_cells_ = recomputes ? memory.take<Operand>(Cells::size(D, H, R)) : nullptr;
+    packed_h_ = memory.take<Operand>(TransposedH::size(R, H));
+    packed_x_ = memory.take(TransposedX::size(D, H));
     dz_ = Gates::in_panels(memory.take(ceil_div(H, W) * Gates::panel(rows)), rows);
     width_ = ceil_div(D + R + 1, LINE) * LINE + LINE;
     xh_ = memory.take(rows * width_);
     dh_ = memory.take(s_.B * whole_vectors(R));
-    dc_ = memory.take(s_.B * whole_vectors(H));
+    if (s_.c) dc_ = memory.take(s_.B * whole_vectors(H));
     if (s_.projection) {
       packed_p_ = memory.take(R * padded(H));
       m_ = memory.take(rows * padded(H));
@@ -162,17 +171,17 @@ class Backward {
       if (recomputes_a_) xh_pairs_ = memory.take<Operand>(rows * xh_stride_);
     }
     if constexpr (std::is_same_v<Number, float>) {
-      dw_x_ = s_.dw_x, dw_h_ = s_.dw_h, db_ = s_.db, dpeephole_ = s_.dpeephole;
+      dw_x_ = s_.dw_x, dw_h_ = s_.dw_h, dpeephole_ = s_.dpeephole;
     } else {
-      dw_x_ = memory.take(D * 4 * H);
-      dw_h_ = memory.take(R * 4 * H);
-      db_ = memory.take(4 * H);
+      dw_x_ = memory.take(D * s_.G * H);
+      dw_h_ = memory.take(R * s_.G * H);
       dpeephole_ = s_.peephole ? memory.take(3 * H) : nullptr;
     }
+    db_ = memory.take(GATES * H);
     if (recomputes_steps_) {
       state_ = take_state<Number>(memory, s_);
       y_ = memory.take<Number>(rows * R);
-      c_ = memory.take(rows * H);
+      if (s_.c) c_ = memory.take(rows * H);
       inputs_.copied = memory.take<Operand>(inputs_.size(D, rows));
     }
     cells_ = {packed_cells_, D, H, R};
@@ -182,7 +191,8 @@ class Backward {
 
   // What is packed of W units.
   void pack_units(int64_t u) const {
-    if (packed_cells_) pack_cells<Number>(s_, u, packed_cells_ + u * cells_.stride(s_.D, s_.R));
+    if (packed_cells_)
+      pack_cells<Unit, Number>(s_, u, packed_cells_ + u * cells_.stride(s_.D, s_.R));
     if (!s_.projection) return;
     if (recomputes_steps_) pack_projection<Number>(s_, u * W, state_.projection.packed);
     pack_transposed_projection<Number>(s_, u * W, packed_p_);
@@ -192,7 +202,7 @@ class Backward {
     const int64_t BH = s_.B * s_.H, BR = s_.B * s_.R, from = k * length_,
                   to = least(from + length_, s_.T);
     if (recomputes_steps_)
-      return {from, to, y_, c_, dz_, s_.h_starts + k * BR, s_.c_starts + k * BH};
+      return {from, to, y_, c_, dz_, s_.h_starts + k * BR, at(s_.c_starts, k, BH)};
     const int64_t before = s_.reverse ? to : from - 1;
     const bool is_first = before < 0 || before >= s_.T;
     // only read from
@@ -200,10 +210,10 @@ class Backward {
     return {from,
             to,
             s_.y + from * BR,
-            s_.c_all + from * BH,
+            at(s_.c_all, from, BH),
             s_.a ? kept.from(from * s_.B) : dz_,
             s_.h,
-            is_first ? s_.c : s_.c_all + before * BH};
+            is_first ? s_.c : at(s_.c_all, before, BH)};
   }
 
   bool is_valid(int64_t t, int64_t b) const { return !s_.valid || s_.valid[t * s_.B + b]; }
@@ -276,10 +286,9 @@ class Backward {
         gather(chunk, chunk.from + r / s_.B, r % s_.B);
         make_operand(r);
       }
-      const int64_t K = whole_steps<Operand>(s_.D) + whole_steps<Operand>(s_.R);
       const Operand* first = rows_of_operands();
       for (int64_t u = 0; u * W < s_.H; ++u)
-        preactivate(cells_, first, PAIRS ? xh_stride_ : width_, K, dz_, u, lo, hi);
+        preactivate(cells_, first, PAIRS ? xh_stride_ : width_, true, dz_, u, lo, hi);
     });
   }
 
@@ -296,7 +305,7 @@ class Backward {
             from_x.from(row),
             mask_at(s_.valid, t, s_.B),
             y_ + row * s_.R,
-            c_ + row * s_.H,
+            at(c_, row, s_.H),
             dz_.from(row)};
   }
 
@@ -315,7 +324,8 @@ class Backward {
     }
   }
 
-  // A step of rows [lo, hi) and blocks of units [u, past): dz and dc₋ from dh and dc.
+  // A step of rows [lo, hi) and blocks of units [u, past): dz from dh and dc, and what of dh₋ and
+  // dc₋ comes past the products.
   void cells(const Chunk& chunk, int64_t t, int64_t u, int64_t past, int64_t lo, int64_t hi) const {
     const int64_t B = s_.B, H = s_.H;
     if (s_.projection)  // dm = dh Pᵀ
@@ -329,7 +339,7 @@ class Backward {
         cells_of_row(chunk, t, r, u, past);
       else
         for (int64_t i = u; i < past; ++i)
-          for (int g = 0; g < 4; ++g) {
+          for (int g = 0; g < GATES; ++g) {
             dz_.put(k, g, i, splat(0), W);
             if (PAIRS) put_parts(narrow(t, r) + i * PANEL + g * W, splat(0), H);
           }
@@ -341,26 +351,26 @@ class Backward {
   void cells_of_row(const Chunk& chunk, int64_t t, int64_t r, int64_t u, int64_t past) const {
     const int64_t H = s_.H, k = (t - chunk.from) * s_.B + r, stride = whole_vectors(H);
     const bool projects = s_.projection != nullptr;
-    const float *c = chunk.c + k * H, *c_prev = c_before(chunk, t, r);
+    // what the unit meets of the states around the step
+    const float* c = Unit::CARRIES_C ? chunk.c + k * H : nullptr;
+    const float* prev = Unit::CARRIES_C ? c_before(chunk, t, r) : xh_ + k * width_ + s_.D;
     const Number* dy = projects ? nullptr : s_.dy + (t * s_.B + r) * H;
     const float* dm = (projects ? dm_ : dh_) + r * stride;
-    float* dc = dc_ + r * stride;
+    float* dprev = (Unit::CARRIES_C ? dc_ : dh_) + r * stride;
     Operand* pairs = narrow(t, r);
     for (int64_t j = u * W; u < past; ++u, j += W) {
       const int n = static_cast<int>(least(W, H - j));
-      const Variant variant = variant_of<Number>(s_, j, n);
-      V a[4], dz[4], d = load(dc + j);
-      for (int g = 0; g < 4; ++g) a[g] = chunk.a.get(k, g, u, n);
-      const V after = load_units(c + j, n), before = c_prev ? load_units(c_prev + j, n) : splat(0);
-      if (recomputes_a_) {
-        see_before(variant, before, a);
-        see_after(variant, after, a);
-      }
+      const Unit unit = Unit::template of<Number>(s_, j, n);
+      V a[GATES], dz[GATES], d = load(dprev + j);
+      for (int g = 0; g < GATES; ++g) a[g] = chunk.a.get(k, g, u, n);
+      const V after = Unit::CARRIES_C ? load_units(c + j, n) : splat(0);
+      const V before = prev ? load_units(prev + j, n) : splat(0);
+      if (recomputes_a_) see(unit, before, after, a);
       const V back = dy ? load(dm + j) + load_units(dy + j, n) : load(dm + j);
-      const V m = cell_gradient(variant, a, before, after, back, d, dz);
-      store(dc + j, d);
+      const V m = cell_gradient(unit, a, before, after, back, d, dz);
+      store(dprev + j, d);
       if (projects) store(m_ + k * padded(H) + j, m);
-      for (int g = 0; g < 4; ++g) {
+      for (int g = 0; g < GATES; ++g) {
         dz_.put(k, g, u, dz[g], n);
         if (PAIRS) put_parts(pairs + u * PANEL + g * W, dz[g], H);
       }
@@ -381,14 +391,15 @@ class Backward {
 
   static Panels<float> panels_of(const Gates& dz) { return {dz.data, dz.row, dz.unit, 0}; }
 
-  // What goes back from it, from dz of all units: dh₋, and nothing where a row is fresh.
+  // What goes back from it, from dz of all units: dh₋, and nothing where a row is fresh. Where the
+  // unit carries no c, a part of dh₋ is there already.
   void back(const Chunk& chunk, int64_t t, const Share& share, int64_t lo, int64_t hi) const {
     const int64_t B = s_.B, stride = whole_vectors(s_.R);
     const uint8_t *valid = mask_at(s_.valid, t, B), *fresh = mask_at(s_.fresh, t, B);
-    times_transposed(operand_of_step(chunk, t), to_h_, dh_, stride, valid, share.v, share.v_past,
-                     lo, hi);
+    times_transposed(operand_of_step(chunk, t), to_h_, dh_, !Unit::CARRIES_C, stride, valid,
+                     share.v, share.v_past, lo, hi);
     zero_fresh(dh_, stride, fresh, valid, lo, hi, share.v, share.v_past);
-    zero_fresh(dc_, whole_vectors(s_.H), fresh, valid, lo, hi, share.u, share.past);
+    if (dc_) zero_fresh(dc_, whole_vectors(s_.H), fresh, valid, lo, hi, share.u, share.past);
   }
 
   // The steps of rows [lo, hi), against the direction of running: dz, dh and dc.
@@ -399,7 +410,7 @@ class Backward {
       State state = state_before(chunk, lo, hi);
       over_steps(s_.reverse, chunk.from, chunk.to, [&](int64_t t) {
         const Step step = step_again(chunk, t, inputs_.rows(t, lo, hi), Gates{});
-        advance_rows<Number>(s_, cells_, state, step, mask_at(s_.fresh, t, B), lo, hi);
+        advance_rows<Unit, Number>(s_, cells_, state, step, mask_at(s_.fresh, t, B), lo, hi);
       });
     }
     over_steps(!s_.reverse, chunk.from, chunk.to, [&](int64_t t) {
@@ -418,8 +429,8 @@ class Backward {
     bool ok = true;
     if (recomputes_steps_) {
       State state = state_before(chunk, 0, B);
-      ok = project<Number>(threads_, s_, cells_, inputs_, dz_, chunk.from, steps);
-      share_units(
+      ok = project<Unit, Number>(threads_, s_, cells_, inputs_, dz_, chunk.from, steps);
+      share_units<Unit, Number>(
           threads_, s_, cells_, state, chunk.from, chunk.to,
           [&](int64_t t) { return step_again(chunk, t, nullptr, dz_); },
           [](const State&, int64_t, const Share&) {});
@@ -446,20 +457,30 @@ class Backward {
 
   // What a chunk adds to rows [m, past) of the gradient of [w_x w_h b], of one panel of dz.
   void add_weights(int64_t rows, bool is_first, int64_t m, int64_t past, int64_t u) const {
+    const int64_t D = s_.D, K = D + s_.R;
     for (int64_t first = 0; first < rows; first += DEPTH) {
-      const WeightTile tile{s_.D,
-                            s_.D + s_.R,
-                            s_.H,
-                            dw_x_,
-                            dw_h_,
-                            db_,
-                            xh_ + first * width_,
-                            width_,
-                            dz_.data + u * dz_.unit + first * dz_.row,
-                            least(DEPTH, rows - first),
-                            u,
-                            !is_first || first > 0};
-      over_tiles<GATE_TILE_ROWS>(m, past, tile);
+      const auto add = [&](auto blocks, int64_t lo, int64_t hi) {
+        const WeightTile<decltype(blocks)> tile{D,
+                                                K,
+                                                s_.H,
+                                                dw_x_,
+                                                dw_h_,
+                                                db_,
+                                                xh_ + first * width_,
+                                                width_,
+                                                dz_.data + u * dz_.unit + first * dz_.row,
+                                                least(DEPTH, rows - first),
+                                                u,
+                                                !is_first || first > 0};
+        over_tiles<GATE_TILE_ROWS>(most(m, lo), least(past, hi), tile);
+      };
+      if constexpr (std::is_same_v<OfX, OfH>) {
+        add(OfX{}, 0, K + 1);
+      } else {
+        add(OfX{}, 0, D);
+        add(OfH{}, D, K);
+        add(typename Unit::OfBias{}, K, K + 1);
+      }
     }
   }
 
@@ -514,8 +535,8 @@ class Backward {
       }
       item -= blocks * panels;
       if (item < dx_items)
-        return times_transposed(panels_of(dz_), to_x_, s_.dx + chunk.from * s_.B * s_.D, s_.D,
-                                nullptr, 0, ceil_div(s_.D, W), rows * item / dx_items,
+        return times_transposed(panels_of(dz_), to_x_, s_.dx + chunk.from * s_.B * s_.D, false,
+                                s_.D, nullptr, 0, ceil_div(s_.D, W), rows * item / dx_items,
                                 rows * (item + 1) / dx_items);
       item -= dx_items;
       if (item < peepholes) return add_peepholes(chunk, is_first, item);
@@ -525,35 +546,35 @@ class Backward {
                         0, compute);
   }
 
-  // What was summed in float32, in the type of the weights.
+  // What was summed in float32, in the type of the weights; the biases in their arrays.
   bool weight_gradients() const {
     if (s_.projection)
       copy_rows(dprojection_, whole_vectors(s_.R), s_.dprojection, s_.R, s_.R, 0, s_.H);
+    const int64_t D = s_.D, width = s_.G * s_.H;
+    copy_numbers(db_, width, s_.db);
+    if (s_.db_n) copy_numbers(db_ + width, s_.H, s_.db_n);
     if constexpr (!std::is_same_v<Number, float>) {
-      const int64_t D = s_.D, H4 = 4 * s_.H;
-      return parallel_for(threads_, D + s_.R + 1, s_.threads, 0, [&](int64_t k, float*) {
+      if (dpeephole_) copy_numbers(dpeephole_, 3 * s_.H, s_.dpeephole);
+      return parallel_for(threads_, D + s_.R, s_.threads, 0, [&](int64_t k, float*) {
         if (k < D)
-          copy_numbers(dw_x_ + k * H4, H4, s_.dw_x + k * H4);
-        else if (k < D + s_.R)
-          copy_numbers(dw_h_ + (k - D) * H4, H4, s_.dw_h + (k - D) * H4);
+          copy_numbers(dw_x_ + k * width, width, s_.dw_x + k * width);
         else
-          copy_numbers(db_, H4, s_.db);
-        if (k == 0 && dpeephole_) copy_numbers(dpeephole_, 3 * s_.H, s_.dpeephole);
+          copy_numbers(dw_h_ + (k - D) * width, width, s_.dw_h + (k - D) * width);
       });
     }
     return true;
   }
 
   Threads& threads_;
-  const LstmBackward<Number>& s_;
+  const RecurrentBackward<Number>& s_;
   int64_t length_ = 0, width_ = 0;
   bool recomputes_steps_ = false, recomputes_a_ = false;
   int64_t narrow_stride_ = 0, xh_stride_ = 0;
   Operand *packed_cells_ = nullptr, *packed_h_ = nullptr;
   float* packed_x_ = nullptr;
-  Cells<Operand> cells_{};
-  Transposed<Operand> to_h_{};
-  Transposed<float> to_x_{};
+  Cells cells_{};
+  TransposedH to_h_{};
+  TransposedX to_x_{};
   Inputs<Number> inputs_{s_, nullptr};
   Gates dz_{};
   float *xh_ = nullptr, *dh_ = nullptr, *dc_ = nullptr;
@@ -566,15 +587,15 @@ class Backward {
   Number* y_ = nullptr;
 };
 
-template <class Number>
-static bool backward(Threads& threads, const LstmBackward<Number>& s) {
-  return Backward<Number>(threads, s).run();
+template <class Unit, class Number>
+static bool backward(Threads& threads, const RecurrentBackward<Number>& s) {
+  return Backward<Unit, Number>(threads, s).run();
 }
 
-template <class Number>
-static constexpr LstmKernels<Number> kernels{forward<Number>, backward<Number>};
+template <class Unit, class Number>
+static constexpr RecurrentKernels<Number> kernels{forward<Unit, Number>, backward<Unit, Number>};
 
-}  // namespace rnnattn::RNNATTN_SET::lstm
+}  // namespace rnnattn::RNNATTN_SET::recurrent
 RNNATTN_AFTER_NAMESPACE();
 
-#endif  // RNNATTN_LSTM_GRADIENT_INL_H_
+#endif  // RNNATTN_RECURRENT_GRADIENT_INL_H_

@@ -1,52 +1,60 @@
-// The LSTM forwards: L1 and L2 for all steps, or for a single one of few rows.
+// Recurrent units forwards: all steps, or a single one of few rows.
 
-#ifndef RNNATTN_LSTM_FORWARD_INL_H_
-#define RNNATTN_LSTM_FORWARD_INL_H_
+#ifndef RNNATTN_RECURRENT_FORWARD_INL_H_
+#define RNNATTN_RECURRENT_FORWARD_INL_H_
 
 #include <cstdint>
 
 #include "instruction_set.h"
 #include "kernels.h"
-#include "lstm_cell-inl.h"
-#include "lstm_tiles-inl.h"
 #include "numbers-inl.h"
 #include "product-inl.h"
+#include "recurrent_tiles-inl.h"
+#include "recurrent_unit-inl.h"
 #include "simd-inl.h"
 #include "threads.h"
 #include "util-inl.h"
 #include "workspace-inl.h"
 
 RNNATTN_BEFORE_NAMESPACE();
-namespace rnnattn::RNNATTN_SET::lstm {
+namespace rnnattn::RNNATTN_SET::recurrent {
 
-// The halved pre-activations of rows [lo, hi), b + a w: `a` is x alone, or [x h₋], in whole steps.
-template <class Operand>
+// The scaled pre-activations of rows [lo, hi), biases + x w_x + h₋ w_h: rows of `xh` are [x h₋],
+// each in whole steps, or x alone.
+template <class Unit, class Operand>
 struct PreactivationTile {
-  const Cells<Operand>& cells;
-  const Operand* a;
-  int64_t stride, K;
+  const Cells<Unit, Operand>& cells;
+  const Operand* xh;
+  int64_t stride;
+  bool has_h;
   const Gates& out;
   int64_t u;
   int n;
 
   template <int R>
   void run(int64_t r) const {
-    V z[R][4];
+    const int64_t D = whole_steps<Operand>(cells.D);
+    const Operand* x = xh + r * stride;
+    V z[R][GATES];
     unrolled<R>([&](auto i) RNNATTN_LAMBDA {
-      unrolled<4>([&](auto g) RNNATTN_LAMBDA { z[i][g] = cells.bias(u, g); });
+      unrolled<GATES>([&](auto g) RNNATTN_LAMBDA { z[i][g] = cells.bias(u, g); });
     });
-    accumulate(z, K, a + r * stride, stride, cells.x(u), PANEL);
+    accumulate_gates<typename Unit::OfX>(z, D, x, stride, cells.x(u));
+    if (has_h)
+      accumulate_gates<typename Unit::OfH>(z, whole_steps<Operand>(cells.R), x + D, stride,
+                                           cells.h(u));
     unrolled<R>([&](auto i) RNNATTN_LAMBDA {
-      unrolled<4>([&](auto g) RNNATTN_LAMBDA { out.put(r + i, g, u, z[i][g], n); });
+      unrolled<GATES>([&](auto g) RNNATTN_LAMBDA { out.put(r + i, g, u, z[i][g], n); });
     });
   }
 };
 
-template <class Operand>
-static void preactivate(const Cells<Operand>& cells, const Operand* a, int64_t stride, int64_t K,
-                        const Gates& out, int64_t u, int64_t lo, int64_t hi) {
+template <class Unit, class Operand>
+static void preactivate(const Cells<Unit, Operand>& cells, const Operand* xh, int64_t stride,
+                        bool has_h, const Gates& out, int64_t u, int64_t lo, int64_t hi) {
   const int n = static_cast<int>(least(W, cells.H - u * W));
-  over_tiles<GATE_TILE_ROWS>(lo, hi, PreactivationTile<Operand>{cells, a, stride, K, out, u, n});
+  over_tiles<GATE_TILE_ROWS>(lo, hi,
+                             PreactivationTile<Unit, Operand>{cells, xh, stride, has_h, out, u, n});
 }
 
 // Copies rows [lo, hi) of `width` between arrays of different strides, zero beyond the width.
@@ -61,7 +69,7 @@ static void copy_rows(const From* from, int64_t from_stride, To* to, int64_t to_
 // x as products read it: where that is not how it lies in memory, rows are copied first.
 template <class Number>
 struct Inputs {
-  const Lstm<Number>& s;
+  const Recurrent<Number>& s;
   Operand<Number>* copied;
   static constexpr bool ALIKE = std::is_same_v<Number, Operand<Number>>;
 
@@ -80,10 +88,11 @@ struct Inputs {
   }
 };
 
-// b + x w_x of all rows of `steps` from t on: the units and blocks of rows are shared out.
-template <class Number>
-static bool project(Threads& threads, const Lstm<Number>& s, const Cells<Operand<Number>>& cells,
-                    const Inputs<Number>& inputs, const Gates& out, int64_t t, int64_t steps) {
+// The biases + x w_x of all rows of `steps` from t on: the units and blocks of rows are shared out.
+template <class Unit, class Number>
+static bool project(Threads& threads, const Recurrent<Number>& s,
+                    const Cells<Unit, Operand<Number>>& cells, const Inputs<Number>& inputs,
+                    const Gates& out, int64_t t, int64_t steps) {
   const int64_t rows = steps * s.B, blocks = ceil_div(rows, PROJECTED_ROWS);
   const auto first_of = [&](int64_t block) { return rows * block / blocks; };
   const Operand<Number>* x = inputs.rows(t, 0, 0);
@@ -93,8 +102,8 @@ static bool project(Threads& threads, const Lstm<Number>& s, const Cells<Operand
                       }) &&
          parallel_for(threads, ceil_div(s.H, W) * blocks, s.threads, 0, [&](int64_t item, float*) {
            const int64_t u = item / blocks, block = item % blocks;
-           preactivate(cells, x, inputs.stride(s.D), whole_steps<Operand<Number>>(s.D), out, u,
-                       first_of(block), first_of(block + 1));
+           preactivate(cells, x, inputs.stride(s.D), false, out, u, first_of(block),
+                       first_of(block + 1));
          });
 }
 
@@ -104,8 +113,8 @@ struct Projection {
   float *packed, *m, *h;
 };
 
-// The state of all rows as the steps go: h before and after the step, c in place. Rows of h are
-// `stride` apart, those of c and m `c_stride`, whole vectors.
+// The state of all rows as the steps go: h before and after the step, c in place, null if the unit
+// has none. Rows of h are `stride` apart, those of c and m `c_stride`, whole vectors.
 template <class Operand>
 struct State {
   Operand *h, *h_next;
@@ -134,7 +143,7 @@ struct Share {
 // What one step reads and writes, (B, …) each; null where absent.
 template <class Number>
 struct Step {
-  const Operand<Number>* x;  // or null, and b + x w_x in `from_x`
+  const Operand<Number>* x;  // or null, and the biases + x w_x in `from_x`
   int64_t x_stride;
   Gates from_x;
   const uint8_t* valid;
@@ -154,10 +163,10 @@ RNNATTN_INLINE void put_h(const State<Operand<Number>>& state, const Step<Number
   store_units(step.y + r * R + v * W, y, static_cast<int>(least(W, R - v * W)));
 }
 
-template <class Number>
+template <class Unit, class Number>
 struct CellTile {
-  const Lstm<Number>& s;
-  const Cells<Operand<Number>>& cells;
+  const Recurrent<Number>& s;
+  const Cells<Unit, Operand<Number>>& cells;
   const State<Operand<Number>>& state;
   const Step<Number>& step;
   int64_t u;
@@ -167,43 +176,45 @@ struct CellTile {
   void run(int64_t r) const {
     const int64_t H = cells.H, j = u * W;
     float* const projected = state.projection.m;
-    V z[R][4];
+    V z[R][GATES];
     if (step.from_x) {
       unrolled<R>([&](auto i) RNNATTN_LAMBDA {
-        unrolled<4>([&](auto g) RNNATTN_LAMBDA { z[i][g] = step.from_x.get(r + i, g, u, n); });
+        unrolled<GATES>([&](auto g) RNNATTN_LAMBDA { z[i][g] = step.from_x.get(r + i, g, u, n); });
       });
     } else {
       unrolled<R>([&](auto i) RNNATTN_LAMBDA {
-        unrolled<4>([&](auto g) RNNATTN_LAMBDA { z[i][g] = cells.bias(u, g); });
+        unrolled<GATES>([&](auto g) RNNATTN_LAMBDA { z[i][g] = cells.bias(u, g); });
       });
-      accumulate(z, whole_steps<Operand<Number>>(cells.D), step.x + r * step.x_stride,
-                 step.x_stride, cells.x(u), PANEL);
+      accumulate_gates<typename Unit::OfX>(z, whole_steps<Operand<Number>>(cells.D),
+                                           step.x + r * step.x_stride, step.x_stride, cells.x(u));
     }
-    accumulate(z, whole_steps<Operand<Number>>(cells.R), state.h + r * state.stride, state.stride,
-               cells.h(u), PANEL);
+    accumulate_gates<typename Unit::OfH>(z, whole_steps<Operand<Number>>(cells.R),
+                                         state.h + r * state.stride, state.stride, cells.h(u));
     // in memory, so that one body does for all rows
-    V a[R][4];
+    V a[R][GATES];
     unrolled<R>([&](auto i) RNNATTN_LAMBDA {
-      unrolled<4>([&](auto g) RNNATTN_LAMBDA { a[i][g] = z[i][g]; });
+      unrolled<GATES>([&](auto g) RNNATTN_LAMBDA { a[i][g] = z[i][g]; });
     });
-    const Variant variant = variant_of(s, j, n);
+    const Unit unit = Unit::of(s, j, n);
     for (int i = 0; i < R; ++i) {
       const int64_t row = r + i, at = row * state.c_stride + j;
-      V c = load(state.c + at), m = splat(0);
+      const V before =
+          Unit::CARRIES_C ? load(state.c + at) : load_units(state.h + row * state.stride + j, W);
+      V c = before, m = splat(0);
       if (!step.valid || step.valid[row]) {
-        cell(variant, a[i], c, c, m);
+        cell(unit, a[i], before, c, m);
         m = rounded(Number{}, m);
       } else {
-        for (int g = 0; g < 4; ++g) a[i][g] = splat(0);
+        for (int g = 0; g < GATES; ++g) a[i][g] = splat(0);
       }
-      store(state.c + at, c);
+      if (Unit::CARRIES_C) store(state.c + at, c);
       if (projected)
         store(projected + at, m);
       else
         put_h(state, step, row, H, u, m);
       if (step.c) store_units(step.c + row * H + j, c, n);
       if (step.a)
-        for (int g = 0; g < 4; ++g) step.a.put(row, g, u, a[i][g], n);
+        for (int g = 0; g < GATES; ++g) step.a.put(row, g, u, a[i][g], n);
     }
   }
 };
@@ -222,24 +233,24 @@ template <class Operand>
 static void zero_fresh(const State<Operand>& state, const uint8_t* fresh, const uint8_t* valid,
                        int64_t lo, int64_t hi, const Share& share) {
   zero_fresh(state.h, state.stride, fresh, valid, lo, hi, share.v, share.v_past);
-  zero_fresh(state.c, state.c_stride, fresh, valid, lo, hi, share.u, share.past);
+  if (state.c) zero_fresh(state.c, state.c_stride, fresh, valid, lo, hi, share.u, share.past);
 }
 
 // One step of blocks of units [u, past) and rows [lo, hi), of a state that is not turned over yet.
-template <class Number>
-static void advance(const Lstm<Number>& s, const Cells<Operand<Number>>& cells,
+template <class Unit, class Number>
+static void advance(const Recurrent<Number>& s, const Cells<Unit, Operand<Number>>& cells,
                     const State<Operand<Number>>& state, const Step<Number>& step, int64_t u,
                     int64_t past, int64_t lo, int64_t hi) {
   // To and fro, so that a step begins with the weights that the one before left in the cache.
   over_steps(state.turned, u, past, [&](int64_t i) {
     const int n = static_cast<int>(least(W, cells.H - i * W));
-    over_tiles<GATE_TILE_ROWS>(lo, hi, CellTile<Number>{s, cells, state, step, i, n});
+    over_tiles<GATE_TILE_ROWS>(lo, hi, CellTile<Unit, Number>{s, cells, state, step, i, n});
   });
 }
 
 // The rest of the step where h is projected: h = m P of columns [v, past), in vectors.
 template <class Number>
-static void project_state(const Lstm<Number>& s, const State<Operand<Number>>& state,
+static void project_state(const Recurrent<Number>& s, const State<Operand<Number>>& state,
                           const Step<Number>& step, int64_t v, int64_t past, int64_t lo,
                           int64_t hi) {
   const Projection& p = state.projection;
@@ -252,8 +263,8 @@ static void project_state(const Lstm<Number>& s, const State<Operand<Number>>& s
 }
 
 // One step of rows [lo, hi).
-template <class Number>
-static void advance_rows(const Lstm<Number>& s, const Cells<Operand<Number>>& cells,
+template <class Unit, class Number>
+static void advance_rows(const Recurrent<Number>& s, const Cells<Unit, Operand<Number>>& cells,
                          State<Operand<Number>>& state, const Step<Number>& step,
                          const uint8_t* fresh, int64_t lo, int64_t hi) {
   const Share all = Share::of(s.H, s.R, 0, 1);
@@ -265,33 +276,33 @@ static void advance_rows(const Lstm<Number>& s, const Cells<Operand<Number>>& ce
 
 // Into how many groups the rows are split, of FEW_ROWS at least.
 template <class Number>
-static int64_t groups_of(const Lstm<Number>& s) {
+static int64_t groups_of(const Recurrent<Number>& s) {
   return most(1, least(s.threads, s.B / FEW_ROWS));
 }
 
 // How many threads can share out the units: none that has less to do than waiting takes.
 template <class Number>
-static int64_t members_of(const Lstm<Number>& s) {
-  const int64_t worth = s.B * s.R * 4 * s.H / SHARE;
+static int64_t members_of(const Recurrent<Number>& s) {
+  const int64_t worth = s.B * s.R * s.G * s.H / SHARE;
   return most(1, least(least(s.threads, ceil_div(s.H, W)), worth));
 }
 
 // Whether they do, there being too few rows to share out: each then reads a part of the weights
 // alone, and waits for the others after every step.
 template <class Number>
-static bool shares_units(const Lstm<Number>& s) {
+static bool shares_units(const Recurrent<Number>& s) {
   const int64_t with_enough = most(1, least(s.threads, s.B / ENOUGH_ROWS));
   return s.B < FEW_ROWS || members_of(s) > with_enough;
 }
 
-// The steps whose b + x w_x is computed at once.
+// The steps whose biases + x w_x are computed at once.
 template <class Number>
-static int64_t chunk_of(const Lstm<Number>& s) {
+static int64_t chunk_of(const Recurrent<Number>& s) {
   return most(1, least(s.T, CHUNK_ROWS / most(s.B, 1)));
 }
 
 template <class Number, class F>
-static bool over_groups(Threads& threads, const Lstm<Number>& s, F f) {
+static bool over_groups(Threads& threads, const Recurrent<Number>& s, F f) {
   const int64_t groups = groups_of(s);
   return parallel_for(threads, groups, s.threads, 0, [&](int64_t group, float*) {
     f(s.B * group / groups, s.B * (group + 1) / groups);
@@ -302,22 +313,23 @@ RNNATTN_INLINE const uint8_t* mask_at(const uint8_t* mask, int64_t t, int64_t B)
   return mask ? mask + t * B : nullptr;
 }
 
-RNNATTN_INLINE float* at(float* array, int64_t t, int64_t floats) {
+template <class Float>
+RNNATTN_INLINE Float* at(Float* array, int64_t t, int64_t floats) {
   return array ? array + t * floats : nullptr;
 }
 
 // The rounds of a step whose units are shared out: what is projected waits for all of m.
 template <class Number>
-static int64_t rounds_of_step(const Lstm<Number>& s) {
+static int64_t rounds_of_step(const Recurrent<Number>& s) {
   return s.projection ? 2 : 1;
 }
 
 // Steps [from, to) of all rows, the units shared out. `step_of(t)` is what step t reads and writes,
 // `before(state, t, share)` looks at a share of the state before it. Every member zeroes the fresh
 // part of its share before it ends the step before.
-template <class Number, class StepOf, class Before>
-static void share_units(Threads& threads, const Lstm<Number>& s,
-                        const Cells<Operand<Number>>& cells, State<Operand<Number>>& state,
+template <class Unit, class Number, class StepOf, class Before>
+static void share_units(Threads& threads, const Recurrent<Number>& s,
+                        const Cells<Unit, Operand<Number>>& cells, State<Operand<Number>>& state,
                         int64_t from, int64_t to, StepOf step_of, Before before) {
   const int64_t steps = to - from, rounds = rounds_of_step(s);
   const auto step_at = [&](int64_t step) { return s.reverse ? to - 1 - step : from + step; };
@@ -342,10 +354,11 @@ static void share_units(Threads& threads, const Lstm<Number>& s,
 }
 
 template <class Number>
-static State<Operand<Number>> take_state(Memory& memory, const Lstm<Number>& s) {
+static State<Operand<Number>> take_state(Memory& memory, const Recurrent<Number>& s) {
   using Operand = rnnattn::RNNATTN_SET::Operand<Number>;
   const int64_t h = s.B * whole_vectors(s.R), c = s.B * whole_vectors(s.H);
-  State<Operand> state{memory.take<Operand>(h), memory.take<Operand>(h), memory.take(c), {}, 0, 0};
+  State<Operand> state{memory.take<Operand>(h), memory.take<Operand>(h), nullptr, {}, 0, 0};
+  if (s.c) state.c = memory.take(c);
   if (s.projection)
     state.projection = {memory.take(s.H * padded(s.R)), memory.take(c), memory.take(h)};
   state.stride = whole_vectors(s.R);
@@ -355,25 +368,26 @@ static State<Operand<Number>> take_state(Memory& memory, const Lstm<Number>& s) 
 
 // The state of rows [lo, hi) from where it is kept.
 template <class Number>
-static void enter(const Lstm<Number>& s, const State<Operand<Number>>& state, const Number* h,
+static void enter(const Recurrent<Number>& s, const State<Operand<Number>>& state, const Number* h,
                   const float* c, int64_t lo, int64_t hi) {
   copy_rows(h, s.R, state.h, state.stride, s.R, lo, hi);
-  copy_rows(c, s.H, state.c, state.c_stride, s.H, lo, hi);
+  if (s.c) copy_rows(c, s.H, state.c, state.c_stride, s.H, lo, hi);
 }
 
 // All steps. The rows of the batch are shared out, or the units where rows are few; a single step
 // with large weights goes through these block by block.
-template <class Number>
+template <class Unit, class Number>
 class Forward {
   using Operand = rnnattn::RNNATTN_SET::Operand<Number>;
-  using State = lstm::State<Operand>;
-  using Step = lstm::Step<Number>;
+  using Cells = recurrent::Cells<Unit, Operand>;
+  using State = recurrent::State<Operand>;
+  using Step = recurrent::Step<Number>;
 
  public:
-  Forward(Threads& threads, const LstmForward<Number>& s) : threads_(threads), s_(s) {}
+  Forward(Threads& threads, const RecurrentForward<Number>& s) : threads_(threads), s_(s) {}
 
   bool run() {
-    const int64_t T = s_.T, B = s_.B, H = s_.H, weights = Cells<Operand>::size(s_.D, H, s_.R);
+    const int64_t T = s_.T, B = s_.B, H = s_.H, weights = Cells::size(s_.D, H, s_.R);
     const bool once = T == 1 && weights > CACHED, by_units = !once && shares_units(s_);
     length_ = by_units ? chunk_of(s_) : s_.interval ? s_.interval : most(T, 1);
     rows_of_x_ = by_units ? least(length_, T) * B : B;
@@ -388,7 +402,7 @@ class Forward {
     lay_out(memory, packed, projected);
     advise_huge_pages(s_.y, T * B * s_.R);
     advise_huge_pages(s_.c_all, T * B * H);
-    advise_huge_pages(s_.a, T * B * 4 * H);
+    advise_huge_pages(s_.a, T * B * GATES * H);
     if (once) return block_by_block();
     return pack() && (by_units ? units_shared_out() : rows_shared_out());
   }
@@ -404,14 +418,14 @@ class Forward {
 
   bool pack() const {
     return parallel_for(threads_, ceil_div(s_.H, W), s_.threads, 0, [&](int64_t u, float*) {
-      pack_cells(s_, u, packed_ + u * cells_.stride(s_.D, s_.R));
+      pack_cells<Unit, Number>(s_, u, packed_ + u * cells_.stride(s_.D, s_.R));
       if (s_.projection) pack_projection(s_, u * W, state_.projection.packed);
     });
   }
 
   Share all_of_it() const { return Share::of(s_.H, s_.R, 0, 1); }
 
-  // What step t reads and writes: x, or b + x w_x.
+  // What step t reads and writes: x, or the biases + x w_x.
   Step step_at(int64_t t, const Operand* x, const Gates& from_x) const {
     return {x,
             inputs_.stride(s_.D),
@@ -425,7 +439,7 @@ class Forward {
   void enter_rows(int64_t lo, int64_t hi) const { enter<Number>(s_, state_, s_.h, s_.c, lo, hi); }
   void leave_rows(const State& state, int64_t lo, int64_t hi) const {
     copy_rows(state.h, state.stride, s_.h_last, s_.R, s_.R, lo, hi);
-    copy_rows(state.c, state.c_stride, s_.c_last, s_.H, s_.H, lo, hi);
+    if (s_.c) copy_rows(state.c, state.c_stride, s_.c_last, s_.H, s_.H, lo, hi);
   }
 
   // The state before the steps of interval k: a share of rows [lo, hi).
@@ -434,8 +448,9 @@ class Forward {
     for (int64_t r = lo; r < hi; ++r) {
       copy_numbers(state.h + r * state.stride + i, least(share.v_past * W, s_.R) - i,
                    s_.h_starts + (k * s_.B + r) * s_.R + i);
-      copy_numbers(state.c + r * state.c_stride + j, least(share.past * W, s_.H) - j,
-                   s_.c_starts + (k * s_.B + r) * s_.H + j);
+      if (s_.c)
+        copy_numbers(state.c + r * state.c_stride + j, least(share.past * W, s_.H) - j,
+                     s_.c_starts + (k * s_.B + r) * s_.H + j);
     }
   }
 
@@ -455,10 +470,10 @@ class Forward {
            parallel_for(threads_, ceil_div(s_.H, W), s_.threads, floats,
                         [&](int64_t u, float* memory) {
                           Operand* block = reinterpret_cast<Operand*>(memory);
-                          pack_cells(s_, u, block);
+                          pack_cells<Unit, Number>(s_, u, block);
                           if (s_.projection) pack_projection(s_, u * W, state_.projection.packed);
-                          advance<Number>(s_, Cells<Operand>{block, s_.D, s_.H, s_.R, u}, state_,
-                                          step, u, u + 1, 0, s_.B);
+                          advance<Unit, Number>(s_, Cells{block, s_.D, s_.H, s_.R, u}, state_, step,
+                                                u, u + 1, 0, s_.B);
                         }) &&
            parallel_for(threads_, panels, s_.threads, 0,
                         [&](int64_t panel, float*) {
@@ -478,14 +493,14 @@ class Forward {
         if (s_.interval) keep(state, k, all_of_it(), lo, hi);
         over_steps(s_.reverse, k * length_, least((k + 1) * length_, s_.T), [&](int64_t t) {
           const Step step = step_at(t, inputs_.rows(t, lo, hi), Gates{});
-          advance_rows<Number>(s_, cells_, state, step, mask_at(s_.fresh, t, s_.B), lo, hi);
+          advance_rows<Unit, Number>(s_, cells_, state, step, mask_at(s_.fresh, t, s_.B), lo, hi);
         });
       });
       leave_rows(state, lo, hi);
     });
   }
 
-  // b + x w_x of many steps at once, then these.
+  // The biases + x w_x of many steps at once, then these.
   bool units_shared_out() const {
     const int64_t T = s_.T, B = s_.B, n = s_.interval;
     const Gates gates = Gates::in_rows(s_.a, s_.H);
@@ -495,8 +510,8 @@ class Forward {
     over_steps(s_.reverse, 0, ceil_div(T, length_), [&](int64_t k) {
       const int64_t from = k * length_, to = least(from + length_, T);
       const Gates out = gates ? gates.from(from * B) : Gates::in_panels(from_x_, rows_of_x_);
-      ok = ok && project(threads_, s_, cells_, inputs_, out, from, to - from);
-      share_units(
+      ok = ok && project<Unit, Number>(threads_, s_, cells_, inputs_, out, from, to - from);
+      share_units<Unit, Number>(
           threads_, s_, cells_, state, from, to,
           [&](int64_t t) { return step_at(t, nullptr, out.from((t - from) * B)); },
           [&](const State& before, int64_t t, const Share& share) {
@@ -509,11 +524,11 @@ class Forward {
   }
 
   Threads& threads_;
-  const LstmForward<Number>& s_;
+  const RecurrentForward<Number>& s_;
   int64_t length_ = 0, rows_of_x_ = 0;
   Operand* packed_ = nullptr;
   float* from_x_ = nullptr;
-  Cells<Operand> cells_{};
+  Cells cells_{};
   Inputs<Number> inputs_{s_, nullptr};
   State state_{};
 };
@@ -522,25 +537,26 @@ class Forward {
 
 // Weights that are hardly read again are not worth packing: they are read along their rows.
 
-// z += a w for R rows and G gates; z (R, G, `units`) of the units from `first` on, a (R, K),
-// w (K, G, H).
-template <int R, class Number>
-static void add_product(const float* a, const Number* w, int64_t K, int64_t G, int64_t H,
-                        int64_t first, int64_t units, float* z) {
+// z += a w for R rows and those of G gates that have a block in w; z (R, G, `units`) of the units
+// from `first` on, a (R, K), w (K, blocks, H).
+template <int R, int G, class Blocks, class Number>
+static void add_product(const float* a, const Number* w, int64_t K, int64_t H, int64_t first,
+                        int64_t units, float* z) {
   constexpr int AT_ONCE = 8 / R;
+  constexpr int64_t WIDTH = Blocks::COUNT;
   for (int64_t k = 0; k < K; k += AT_ONCE) {
     const int64_t depth = least(AT_ONCE, K - k);
     V e[R][AT_ONCE];
     for (int r = 0; r < R; ++r)
       for (int i = 0; i < AT_ONCE; ++i) e[r][i] = splat(i < depth ? a[r * K + k + i] : 0);
-    for (int64_t g = 0; g < G; ++g) {
-      const Number* block = w + k * G * H + g * H + first;
+    for (int g = Blocks::FIRST; g < Blocks::PAST; ++g) {
+      const Number* block = w + (k * WIDTH + Blocks::of(g)) * H + first;
       for (int64_t j = 0; j < units; j += W) {
         const int n = static_cast<int>(least(W, units - j));
         V sum[R];
         for (int r = 0; r < R; ++r) sum[r] = load_units(z + (r * G + g) * units + j, n);
         const auto add = [&](int i) {
-          const V v = load_units(block + i * G * H + j, n);
+          const V v = load_units(block + i * WIDTH * H + j, n);
           for (int r = 0; r < R; ++r) sum[r] = fma(e[r][i], v, sum[r]);
         };
         if (depth == AT_ONCE)
@@ -562,42 +578,52 @@ RNNATTN_INLINE const float* in_float(const Number* numbers, int64_t count, float
 }
 
 // `m` is what is projected, or null.
-template <int R, class Number>
-static void step_of_units(const LstmForward<Number>& s, float* m, int64_t first, int64_t units,
+template <int R, class Unit, class Number>
+static void step_of_units(const RecurrentForward<Number>& s, float* m, int64_t first, int64_t units,
                           float* z) {
   const int64_t H = s.H;
-  float* copied = z + R * 4 * STEP_UNITS;
+  float* copied = z + R * GATES * STEP_UNITS;
   for (int r = 0; r < R; ++r)
-    for (int g = 0; g < 4; ++g) copy_numbers(s.b + g * H + first, units, z + (r * 4 + g) * units);
-  add_product<R>(in_float(s.x, R * s.D, copied), s.w_x, s.D, 4, H, first, units, z);
-  add_product<R>(in_float(s.h, R * s.R, copied), s.w_h, s.R, 4, H, first, units, z);
+    for (int g = 0; g < GATES; ++g) {
+      const Number* bias = bias_block(s, Unit::OfBias::of(g));
+      float* of_gate = z + (r * GATES + g) * units;
+      if (bias)
+        copy_numbers(bias + first, units, of_gate);
+      else
+        zero(of_gate, units);
+    }
+  add_product<R, GATES, typename Unit::OfX>(in_float(s.x, R * s.D, copied), s.w_x, s.D, H, first,
+                                            units, z);
+  add_product<R, GATES, typename Unit::OfH>(in_float(s.h, R * s.R, copied), s.w_h, s.R, H, first,
+                                            units, z);
   for (int r = 0; r < R; ++r)
     for (int64_t j = 0; j < units; j += W) {
       const int n = static_cast<int>(least(W, units - j));
       const int64_t at = r * H + first + j;
-      V a[4], c = load_units(s.c + at, n), h;
-      for (int g = 0; g < 4; ++g)
-        a[g] = load_units(z + (r * 4 + g) * units + j, n) * splat(g == 2 ? 1.0f : 0.5f);
-      cell(variant_of(s, first + j, n), a, c, c, h);
+      const V before = Unit::CARRIES_C ? load_units(s.c + at, n) : load_units(s.h + at, n);
+      V a[GATES], c = before, h;
+      for (int g = 0; g < GATES; ++g)
+        a[g] = load_units(z + (r * GATES + g) * units + j, n) * splat(Unit::scale(g));
+      cell(Unit::of(s, first + j, n), a, before, c, h);
       if (m) {
         store_units(m + at, rounded(Number{}, h), n);
       } else {
         store_units(s.y + at, h, n);
         store_units(s.h_last + at, h, n);
       }
-      store_units(s.c_last + at, c, n);
+      if (Unit::CARRIES_C) store_units(s.c_last + at, c, n);
       if (s.c_all) store_units(s.c_all + at, c, n);
       if (s.a)
-        for (int g = 0; g < 4; ++g) store_units(s.a + (r * 4 + g) * H + first + j, a[g], n);
+        for (int g = 0; g < GATES; ++g) store_units(s.a + (r * GATES + g) * H + first + j, a[g], n);
     }
 }
 
 // h = m P of columns [first, first + columns).
 template <int R, class Number>
-static void project_step(const LstmForward<Number>& s, const float* m, int64_t first,
+static void project_step(const RecurrentForward<Number>& s, const float* m, int64_t first,
                          int64_t columns, float* z) {
   zero(z, R * columns);
-  add_product<R>(m, s.projection, s.H, 1, s.R, first, columns, z);
+  add_product<R, 1, Blocks<0, 0>>(m, s.projection, s.H, s.R, first, columns, z);
   for (int r = 0; r < R; ++r) {
     copy_numbers(z + r * columns, columns, s.y + r * s.R + first);
     copy_numbers(z + r * columns, columns, s.h_last + r * s.R + first);
@@ -605,17 +631,17 @@ static void project_step(const LstmForward<Number>& s, const float* m, int64_t f
 }
 
 template <class Number>
-static bool are_few_steps(const LstmForward<Number>& s) {
-  const int64_t few = (s.D + s.R) * 4 * s.H < SMALL_STEP ? 2 : 4;
+static bool are_few_steps(const RecurrentForward<Number>& s) {
+  const int64_t few = (s.D + s.R) * s.G * s.H < SMALL_STEP ? 2 : 4;
   return s.T <= few && s.B <= STEP_ROWS && !s.valid && !s.fresh && !s.interval;
 }
 
-template <class Number>
-static bool single_step(Threads& threads, const LstmForward<Number>& s) {
+template <class Unit, class Number>
+static bool single_step(Threads& threads, const RecurrentForward<Number>& s) {
   const Allocation m(s.projection ? ceil_div(s.B * s.H, LINE) * LINE : 0);
   if (s.projection && !m.data()) return false;
-  const int64_t limit = (s.D + s.R) * 4 * s.H < SMALL_STEP ? 1 : s.threads;
-  const int64_t floats = s.B * (4 * STEP_UNITS + most(s.D, s.R));
+  const int64_t limit = (s.D + s.R) * s.G * s.H < SMALL_STEP ? 1 : s.threads;
+  const int64_t floats = s.B * (GATES * STEP_UNITS + most(s.D, s.R));
   // f(rows, first, units, workspace) of `width` units in blocks
   const auto over_blocks = [&](int64_t width, auto f) {
     return parallel_for(
@@ -625,7 +651,7 @@ static bool single_step(Threads& threads, const LstmForward<Number>& s) {
         });
   };
   const auto cells = [&](auto rows, int64_t first, int64_t units, float* z) {
-    step_of_units<rows>(s, s.projection ? m.data() : nullptr, first, units, z);
+    step_of_units<rows, Unit>(s, s.projection ? m.data() : nullptr, first, units, z);
   };
   const auto projected = [&](auto rows, int64_t first, int64_t columns, float* z) {
     project_step<rows>(s, m.data(), first, columns, z);
@@ -633,17 +659,17 @@ static bool single_step(Threads& threads, const LstmForward<Number>& s) {
   return over_blocks(s.H, cells) && (!s.projection || over_blocks(s.R, projected));
 }
 
-template <class Number>
-static bool few_steps(Threads& threads, const LstmForward<Number>& s) {
-  LstmForward<Number> step = s;
+template <class Unit, class Number>
+static bool few_steps(Threads& threads, const RecurrentForward<Number>& s) {
+  RecurrentForward<Number> step = s;
   const int64_t BH = s.B * s.H, BR = s.B * s.R;
   bool ok = true;
   over_steps(s.reverse, 0, s.T, [&](int64_t t) {
     step.x = s.x + t * s.B * s.D;
     step.y = s.y + t * BR;
     step.c_all = at(s.c_all, t, BH);
-    step.a = at(s.a, t, 4 * BH);
-    ok = ok && single_step(threads, step);
+    step.a = at(s.a, t, GATES * BH);
+    ok = ok && single_step<Unit>(threads, step);
     // While one unit writes its y others still read h: it is y of the step before, not of this one.
     step.h = step.y;
     step.c = s.c_last;
@@ -651,12 +677,12 @@ static bool few_steps(Threads& threads, const LstmForward<Number>& s) {
   return ok;
 }
 
-template <class Number>
-static bool forward(Threads& threads, const LstmForward<Number>& s) {
-  return are_few_steps(s) ? few_steps(threads, s) : Forward<Number>(threads, s).run();
+template <class Unit, class Number>
+static bool forward(Threads& threads, const RecurrentForward<Number>& s) {
+  return are_few_steps(s) ? few_steps<Unit>(threads, s) : Forward<Unit, Number>(threads, s).run();
 }
 
-}  // namespace rnnattn::RNNATTN_SET::lstm
+}  // namespace rnnattn::RNNATTN_SET::recurrent
 RNNATTN_AFTER_NAMESPACE();
 
-#endif  // RNNATTN_LSTM_FORWARD_INL_H_
+#endif  // RNNATTN_RECURRENT_FORWARD_INL_H_

@@ -1,0 +1,313 @@
+// The handlers of the recurrent units.
+
+#include <algorithm>
+#include <cstdint>
+
+#include "checks.h"
+#include "handlers.h"
+#include "kernels.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace rnnattn {
+namespace {
+
+constexpr int64_t WORK_OF_A_THREAD = 1 << 18;  // multiply-adds that pay for waking another
+
+struct LstmOptions {
+  bool reverse;
+  float clip;
+  bool coupled;
+  int64_t interval, instruction_set, threads;
+};
+
+struct GruOptions {
+  bool reverse;
+  int64_t interval, instruction_set, threads;
+};
+
+// What all units have, but for the rest of the state; G blocks of columns in a weight.
+template <class Number, class Options>
+void fill(Checks& checks, Recurrent<Number>& p, ffi::ThreadPool pool, int64_t G, Buffer x,
+          Buffer w_x, Buffer w_h, Buffer b, Buffer h, Buffer valid, Buffer fresh,
+          const Options& options) {
+  checks.require(x.dimensions().size() == 3, "x", "another rank than 3");
+  checks.require(w_h.dimensions().size() == 2, "w_h", "another rank than 2");
+  checks.require(options.interval >= 0, "interval", "negative");
+  if (checks.error()) return;
+  p.T = x.dimensions()[0], p.B = x.dimensions()[1], p.D = x.dimensions()[2];
+  p.R = w_h.dimensions()[0], p.H = w_h.dimensions()[1] / G, p.G = G;
+  checks.require(x.element_count() > 0 && w_h.element_count() > 0, "x, w_h", "empty");
+  p.x = checks.data<const Number>("x", x, {p.T, p.B, p.D});
+  p.w_x = checks.data<const Number>("w_x", w_x, {p.D, G * p.H});
+  p.w_h = checks.data<const Number>("w_h", w_h, {p.R, G * p.H});
+  p.b = checks.data<const Number>("b", b, {G * p.H});
+  p.h = checks.data<const Number>("h", h, {p.B, p.R});
+  p.valid = checks.optional<const uint8_t>("valid", valid, {p.T, p.B});
+  p.fresh = checks.optional<const uint8_t>("fresh", fresh, {p.T, p.B});
+  p.reverse = options.reverse;
+  p.interval = options.interval;
+  p.threads = std::max<int64_t>(pool.num_threads(), 1);
+  if (options.threads > 0) p.threads = std::min(p.threads, options.threads);
+  p.threads = std::min(p.threads, 1 + p.T * p.B * (p.D + p.R) * G * p.H / WORK_OF_A_THREAD);
+}
+
+template <class Number>
+void fill_lstm(Checks& checks, Recurrent<Number>& p, ffi::ThreadPool pool, Buffer x, Buffer w_x,
+               Buffer w_h, Buffer b, Buffer peephole, Buffer projection, Buffer h, Buffer c,
+               Buffer valid, Buffer fresh, const LstmOptions& options) {
+  fill(checks, p, pool, 4, x, w_x, w_h, b, h, valid, fresh, options);
+  p.peephole = checks.optional<const Number>("peephole", peephole, {3, p.H});
+  p.projection = checks.optional<const Number>("projection", projection, {p.H, p.R});
+  checks.require(p.projection || p.R == p.H, "w_h", "another shape than expected");
+  p.c = checks.data<const float>("c", c, {p.B, p.H});
+  p.clip = options.clip;
+  p.coupled = options.coupled;
+}
+
+template <class Number>
+void fill_gru(Checks& checks, Recurrent<Number>& p, ffi::ThreadPool pool, Buffer x, Buffer w_x,
+              Buffer w_h, Buffer b, Buffer b_n, Buffer h, Buffer valid, Buffer fresh,
+              const GruOptions& options) {
+  fill(checks, p, pool, 3, x, w_x, w_h, b, h, valid, fresh, options);
+  p.b_n = checks.optional<const Number>("b_n", b_n, {p.H});
+  checks.require(p.R == p.H, "w_h", "another shape than expected");
+}
+
+template <class Number>
+int64_t starts_of(const Recurrent<Number>& p) {
+  return p.interval ? (p.T - 1) / p.interval + 1 : 0;
+}
+
+template <class Number>
+ffi::Error lstm_forward_of(ffi::ThreadPool pool, Buffer x, Buffer w_x, Buffer w_h, Buffer b,
+                           Buffer peephole, Buffer projection, Buffer h, Buffer c, Buffer valid,
+                           Buffer fresh, Result y, Result h_last, Result c_last, Result c_all,
+                           Result a, Result h_starts, Result c_starts, LstmOptions options) {
+  Checks checks;
+  RecurrentForward<Number> p{};
+  fill_lstm(checks, p, pool, x, w_x, w_h, b, peephole, projection, h, c, valid, fresh, options);
+  p.y = checks.data<Number>("y", *y, {p.T, p.B, p.R});
+  p.h_last = checks.data<Number>("h_last", *h_last, {p.B, p.R});
+  p.c_last = checks.data<float>("c_last", *c_last, {p.B, p.H});
+  p.c_all = checks.optional<float>("c_all", *c_all, {p.T, p.B, p.H});
+  p.a = checks.optional<float>("a", *a, {p.T, p.B, 4 * p.H});
+  if (p.interval) {
+    p.h_starts = checks.data<Number>("h_starts", *h_starts, {starts_of(p), p.B, p.R});
+    p.c_starts = checks.data<float>("c_starts", *c_starts, {starts_of(p), p.B, p.H});
+  }
+  return run(
+      "an LSTM", [](const Kernels& of) { return of.lstm(Number{}).forward; }, checks, pool, options,
+      p);
+}
+
+template <class Number>
+ffi::Error lstm_backward_of(ffi::ThreadPool pool, Buffer x, Buffer w_x, Buffer w_h, Buffer b,
+                            Buffer peephole, Buffer projection, Buffer h, Buffer c, Buffer valid,
+                            Buffer fresh, Buffer y, Buffer c_all, Buffer a, Buffer h_starts,
+                            Buffer c_starts, Buffer dy, Buffer dh_last, Buffer dc_last, Result dx,
+                            Result dw_x, Result dw_h, Result db, Result dpeephole,
+                            Result dprojection, Result dh, Result dc, LstmOptions options) {
+  Checks checks;
+  RecurrentBackward<Number> p{};
+  fill_lstm(checks, p, pool, x, w_x, w_h, b, peephole, projection, h, c, valid, fresh, options);
+  if (p.interval) {
+    p.h_starts = checks.data<const Number>("h_starts", h_starts, {starts_of(p), p.B, p.R});
+    p.c_starts = checks.data<const float>("c_starts", c_starts, {starts_of(p), p.B, p.H});
+  } else {
+    p.y = checks.data<const Number>("y", y, {p.T, p.B, p.R});
+    p.c_all = checks.data<const float>("c_all", c_all, {p.T, p.B, p.H});
+    p.a = checks.optional<const float>("a", a, {p.T, p.B, 4 * p.H});
+  }
+  p.dy = checks.data<const Number>("dy", dy, {p.T, p.B, p.R});
+  p.dh_last = checks.data<const Number>("dh_last", dh_last, {p.B, p.R});
+  p.dc_last = checks.data<const float>("dc_last", dc_last, {p.B, p.H});
+  p.dx = checks.data<Number>("dx", *dx, {p.T, p.B, p.D});
+  p.dw_x = checks.data<Number>("dw_x", *dw_x, {p.D, 4 * p.H});
+  p.dw_h = checks.data<Number>("dw_h", *dw_h, {p.R, 4 * p.H});
+  p.db = checks.data<Number>("db", *db, {4 * p.H});
+  if (p.peephole) p.dpeephole = checks.data<Number>("dpeephole", *dpeephole, {3, p.H});
+  if (p.projection) p.dprojection = checks.data<Number>("dprojection", *dprojection, {p.H, p.R});
+  p.dh = checks.data<Number>("dh", *dh, {p.B, p.R});
+  p.dc = checks.data<float>("dc", *dc, {p.B, p.H});
+  return run(
+      "an LSTM", [](const Kernels& of) { return of.lstm(Number{}).backward; }, checks, pool,
+      options, p);
+}
+
+template <class Number>
+ffi::Error gru_forward_of(ffi::ThreadPool pool, Buffer x, Buffer w_x, Buffer w_h, Buffer b,
+                          Buffer b_n, Buffer h, Buffer valid, Buffer fresh, Result y, Result h_last,
+                          Result a, Result h_starts, GruOptions options) {
+  Checks checks;
+  RecurrentForward<Number> p{};
+  fill_gru(checks, p, pool, x, w_x, w_h, b, b_n, h, valid, fresh, options);
+  p.y = checks.data<Number>("y", *y, {p.T, p.B, p.H});
+  p.h_last = checks.data<Number>("h_last", *h_last, {p.B, p.H});
+  p.a = checks.optional<float>("a", *a, {p.T, p.B, 4 * p.H});
+  if (p.interval) p.h_starts = checks.data<Number>("h_starts", *h_starts, {starts_of(p), p.B, p.H});
+  return run(
+      "a GRU", [](const Kernels& of) { return of.gru(Number{}).forward; }, checks, pool, options,
+      p);
+}
+
+template <class Number>
+ffi::Error gru_backward_of(ffi::ThreadPool pool, Buffer x, Buffer w_x, Buffer w_h, Buffer b,
+                           Buffer b_n, Buffer h, Buffer valid, Buffer fresh, Buffer y, Buffer a,
+                           Buffer h_starts, Buffer dy, Buffer dh_last, Result dx, Result dw_x,
+                           Result dw_h, Result db, Result db_n, Result dh, GruOptions options) {
+  Checks checks;
+  RecurrentBackward<Number> p{};
+  fill_gru(checks, p, pool, x, w_x, w_h, b, b_n, h, valid, fresh, options);
+  if (p.interval) {
+    p.h_starts = checks.data<const Number>("h_starts", h_starts, {starts_of(p), p.B, p.H});
+  } else {
+    p.y = checks.data<const Number>("y", y, {p.T, p.B, p.H});
+    p.a = checks.optional<const float>("a", a, {p.T, p.B, 4 * p.H});
+  }
+  p.dy = checks.data<const Number>("dy", dy, {p.T, p.B, p.H});
+  p.dh_last = checks.data<const Number>("dh_last", dh_last, {p.B, p.H});
+  p.dx = checks.data<Number>("dx", *dx, {p.T, p.B, p.D});
+  p.dw_x = checks.data<Number>("dw_x", *dw_x, {p.D, 3 * p.H});
+  p.dw_h = checks.data<Number>("dw_h", *dw_h, {p.H, 3 * p.H});
+  p.db = checks.data<Number>("db", *db, {3 * p.H});
+  if (p.b_n) p.db_n = checks.data<Number>("db_n", *db_n, {p.H});
+  p.dh = checks.data<Number>("dh", *dh, {p.B, p.H});
+  return run(
+      "a GRU", [](const Kernels& of) { return of.gru(Number{}).backward; }, checks, pool, options,
+      p);
+}
+
+// By the dtype of x, which all the other numbers are held against: of(number, pool, x, others...).
+template <class Of, class... Others>
+ffi::Error by_dtype(Of of, ffi::ThreadPool pool, Buffer x, Others... others) {
+  switch (x.element_type()) {
+    case ffi::BF16: return of(Bfloat16{}, pool, x, others...);
+    case ffi::F16: return of(Float16{}, pool, x, others...);
+    default: return of(0.0f, pool, x, others...);
+  }
+}
+
+constexpr auto lstm_forward = [](ffi::ThreadPool pool, Buffer x, auto... others) {
+  const auto of = [](auto number, auto... all) {
+    return lstm_forward_of<decltype(number)>(all...);
+  };
+  return by_dtype(of, pool, x, others...);
+};
+
+constexpr auto lstm_backward = [](ffi::ThreadPool pool, Buffer x, auto... others) {
+  const auto of = [](auto number, auto... all) {
+    return lstm_backward_of<decltype(number)>(all...);
+  };
+  return by_dtype(of, pool, x, others...);
+};
+
+constexpr auto gru_forward = [](ffi::ThreadPool pool, Buffer x, auto... others) {
+  const auto of = [](auto number, auto... all) { return gru_forward_of<decltype(number)>(all...); };
+  return by_dtype(of, pool, x, others...);
+};
+
+constexpr auto gru_backward = [](ffi::ThreadPool pool, Buffer x, auto... others) {
+  const auto of = [](auto number, auto... all) {
+    return gru_backward_of<decltype(number)>(all...);
+  };
+  return by_dtype(of, pool, x, others...);
+};
+
+}  // namespace
+}  // namespace rnnattn
+
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(rnnattn::LstmOptions, xla::ffi::StructMember<bool>("reverse"),
+                                      xla::ffi::StructMember<float>("clip"),
+                                      xla::ffi::StructMember<bool>("coupled"),
+                                      xla::ffi::StructMember<int64_t>("interval"),
+                                      xla::ffi::StructMember<int64_t>("instruction_set"),
+                                      xla::ffi::StructMember<int64_t>("threads"));
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(rnnattn::GruOptions, xla::ffi::StructMember<bool>("reverse"),
+                                      xla::ffi::StructMember<int64_t>("interval"),
+                                      xla::ffi::StructMember<int64_t>("instruction_set"),
+                                      xla::ffi::StructMember<int64_t>("threads"));
+
+namespace rnnattn {
+namespace {
+
+// The weights, the sequence and the initial state, in the order of `fill_lstm` and `fill_gru`.
+auto lstm_arguments() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<Buffer>()
+      .Arg<Buffer>()
+      .Arg<Buffer>()
+      .Arg<Buffer>()
+      .Arg<Buffer>()
+      .Arg<Buffer>()
+      .Arg<Buffer>()
+      .Arg<Buffer>()
+      .Arg<Buffer>()
+      .Arg<Buffer>();
+}
+auto gru_arguments() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<Buffer>()
+      .Arg<Buffer>()
+      .Arg<Buffer>()
+      .Arg<Buffer>()
+      .Arg<Buffer>()
+      .Arg<Buffer>()
+      .Arg<Buffer>()
+      .Arg<Buffer>();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(rnnattn_lstm_forward, lstm_forward,
+                              lstm_arguments()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Attrs<LstmOptions>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(rnnattn_lstm_backward, lstm_backward,
+                              lstm_arguments()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Attrs<LstmOptions>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    rnnattn_gru_forward, gru_forward,
+    gru_arguments().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>().Attrs<GruOptions>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(rnnattn_gru_backward, gru_backward,
+                              gru_arguments()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Attrs<GruOptions>());
+
+}  // namespace rnnattn
