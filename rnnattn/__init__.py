@@ -3,7 +3,14 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from rnnattn.attention import KVCache, dot_product_attention, update_cache
+from rnnattn.attention import KVCache, dot_product_attention, packed_attention, update_cache
+from rnnattn.packing import (
+    cu_seqlens_to_lengths,
+    cu_seqlens_to_segment_ids,
+    lengths_to_cu_seqlens,
+    packed_positions,
+    segment_ids_to_cu_seqlens,
+)
 from rnnattn.patches import (
     conv_stem,
     crop_and_pad,
@@ -51,14 +58,19 @@ __all__ = [
     "bidirectional_lstm",
     "conv_stem",
     "crop_and_pad",
+    "cu_seqlens_to_lengths",
+    "cu_seqlens_to_segment_ids",
     "dot_product_attention",
     "gru",
     "gru_step",
     "init_gru",
     "init_lstm",
     "interop",
+    "lengths_to_cu_seqlens",
     "lstm",
     "lstm_step",
+    "packed_attention",
+    "packed_positions",
     "patchify",
     "reference",
     "resample_grid",
@@ -66,6 +78,7 @@ __all__ = [
     "rope",
     "rope_2d",
     "rope_mixed",
+    "segment_ids_to_cu_seqlens",
     "shift_matrix",
     "sinusoids",
     "stacked_lstm",

@@ -13,6 +13,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, Real
 
 from rnnattn.attention.api import call
 from rnnattn.attention.arguments import sorted_arguments
+from rnnattn.attention.packed import call_packed
 from rnnattn.attention.rule import plain
 from rnnattn.attention.signature import typed
 from rnnattn.attention.xla import DENSE
@@ -237,6 +238,26 @@ def dot_product_attention(
     function = "reference.dot_product_attention"
     arguments = sorted_arguments(function, query, key, value, bias, mask, **options)
     return call(function, plain, arguments, DENSE)
+
+
+def packed_attention(
+    query: Float[Array, "T N K"],
+    key: Float[Array, "S M K"],
+    value: Float[Array, "S M V"],
+    cu_seqlens_query: Int[Array, " starts"],
+    cu_seqlens_key: Int[Array, " starts"] | None = None,
+    *,
+    query_offset: SupportsIndex | Int[Array, "..."] | None = None,
+    **options: Any,
+) -> Any:
+    """`rnnattn.packed_attention` with all logits at once and no rule of its own.
+
+    Gradient: JAX's own, in every mode.
+    """
+    function, starts = "reference.packed_attention", (cu_seqlens_query, cu_seqlens_key)
+    return call_packed(
+        function, plain, query, key, value, starts, query_offset, options, schedule=DENSE
+    )
 
 
 def rope(

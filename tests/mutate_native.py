@@ -65,6 +65,9 @@ FUNCTIONS = [
         ATTENTION,
         [
             "keys_of(const Attention",
+            "keys_of_block(const Attention",
+            "meet(Range of_row",
+            "rows_seeing(Range rows",
             "seen_by(const Range",
             "segments_meet(const Attention",
             "block_of(const Attention",

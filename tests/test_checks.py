@@ -24,6 +24,7 @@ from rnnattn.parallel import ring_attention
 from tests import (
     test_attention,
     test_meshes,
+    test_packed,
     test_parallel,
     test_patches,
     test_position,
@@ -35,6 +36,7 @@ LIBRARY = Path(rnnattn.__file__).parent
 TABLES = [
     test_attention,
     test_meshes,
+    test_packed,
     test_parallel,
     test_patches,
     test_position,

@@ -20,10 +20,16 @@ MORE["rnnattn.attention.peers"] = {"tokamax"}
 
 # What the parts may import of the library, besides themselves: primitives none of each other.
 HELPERS = {"rnnattn.checks", "rnnattn.meshes", "rnnattn.precision"}
-PRIMITIVE = HELPERS | {"rnnattn.dispatch", "rnnattn.divided", "rnnattn.native"}
+PRIMITIVE = HELPERS | {
+    "rnnattn.dispatch",
+    "rnnattn.divided",
+    "rnnattn.native",
+    "rnnattn.packing",
+}
 PARTS = {
     "rnnattn.checks": set(),
     "rnnattn.meshes": set(),
+    "rnnattn.packing": {"rnnattn.checks"},
     "rnnattn.precision": set(),
     "rnnattn.divided": {"rnnattn.precision"},
     "rnnattn.dispatch": {"rnnattn.divided", "rnnattn.precision"},
@@ -60,7 +66,7 @@ FLOORS = [
     {"arguments", "peers", "cache", "init"},
     {"run"},
     {"api", "family", "ring"},
-    {"stack"},
+    {"packed", "stack"},
     {"__init__"},
 ]
 

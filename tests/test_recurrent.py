@@ -728,6 +728,8 @@ FACE = """
     lstm lstm_step bidirectional_lstm stacked_lstm init_lstm LSTMParams LSTMState
     gru gru_step init_gru GRUParams
     dot_product_attention KVCache update_cache
+    packed_attention packed_positions lengths_to_cu_seqlens cu_seqlens_to_lengths
+    cu_seqlens_to_segment_ids segment_ids_to_cu_seqlens
     sinusoids shift_matrix rope rope_2d rope_mixed LinearScaling NTKScaling YaRNScaling
     Llama3Scaling
     patchify unpatchify resample_grid resize_patch_kernel crop_and_pad token_mask conv_stem

@@ -41,7 +41,8 @@ struct Attention {
   int64_t offset_stride;
   const int32_t *query_lengths, *key_lengths;
   const int32_t *query_segments, *key_segments;  // (B, T), (B, S)
-  const float* sinks;                            // (M, G)
+  const int32_t* key_ranges;  // (B, T, 2), the keys [first, past) of a query, whatever its position
+  const float* sinks;         // (M, G)
   bool is_causal;
   int64_t left, right;  // −1: open
   float soft_cap;       // 0: none
@@ -71,9 +72,9 @@ struct AttentionKernels {
   bool (*backward)(Threads&, const AttentionBackward<Number>&);
 };
 
-// Axes and letters are those of rnnattn/recurrent/units/lstm.py; time-major. Pointers are null where
-// an argument is absent or a result not wanted. A `Number` is a float, a Bfloat16 or a Float16; c,
-// the gates and all sums are float32.
+// Axes and letters are those of rnnattn/recurrent/units/lstm.py; time-major. Pointers are null
+// where an argument is absent or a result not wanted. A `Number` is a float, a Bfloat16 or a
+// Float16; c, the gates and all sums are float32.
 template <class Number>
 struct Lstm {
   int64_t T, B, D, H, R;  // R: the width of h, H where nothing is projected
