@@ -22,15 +22,20 @@ from rnnattn.patches import (
     unpatchify,
 )
 from rnnattn.position import (
+    DynamicNTKScaling,
     LinearScaling,
     Llama3Scaling,
+    LongRoPEScaling,
     NTKScaling,
+    PRoPEScaling,
     YaRNScaling,
+    mrope,
     rope,
     rope_2d,
     rope_mixed,
     shift_matrix,
     sinusoids,
+    xpos,
 )
 from rnnattn.recurrent import (
     GRUParams,
@@ -47,13 +52,16 @@ from rnnattn.recurrent import (
 )
 
 __all__ = [
+    "DynamicNTKScaling",
     "GRUParams",
     "KVCache",
     "LSTMParams",
     "LSTMState",
     "LinearScaling",
     "Llama3Scaling",
+    "LongRoPEScaling",
     "NTKScaling",
+    "PRoPEScaling",
     "YaRNScaling",
     "bidirectional_lstm",
     "conv_stem",
@@ -69,6 +77,7 @@ __all__ = [
     "lengths_to_cu_seqlens",
     "lstm",
     "lstm_step",
+    "mrope",
     "packed_attention",
     "packed_positions",
     "patchify",
@@ -86,6 +95,7 @@ __all__ = [
     "token_mask",
     "unpatchify",
     "update_cache",
+    "xpos",
 ]
 
 

@@ -21,9 +21,11 @@ from rnnattn.checks import Check
 from rnnattn.position import (
     RopeOptions,
     Scaling,
+    call_mrope,
     call_rope,
     call_rope_2d,
     call_rope_mixed,
+    call_xpos,
     rotate_plain,
 )
 from rnnattn.recurrent.arguments import (
@@ -312,3 +314,40 @@ def rope_mixed(
     return call_rope_mixed(
         "reference.rope_mixed", rotate_plain, x, rows, columns, frequencies, interleaved, inverse
     )
+
+
+def mrope(
+    x: Float[Array, "*batch T N K"],
+    positions: Real[ArrayLike, "..."],
+    sections: Sequence[int],
+    *,
+    base: SupportsFloat = 10_000.0,
+    interleaved: bool = False,
+    scaling: Scaling | None = None,
+    inverse: bool = False,
+) -> Float[Array, "*batch T N K"]:
+    """`rnnattn.mrope` without its rule.
+
+    Gradient: JAX's own, in every mode.
+    """
+    options = RopeOptions(base, None, interleaved, scaling, inverse)
+    return call_mrope("reference.mrope", rotate_plain, x, positions, sections, options)
+
+
+def xpos(
+    x: Float[Array, "*batch T N K"],
+    positions: Real[ArrayLike, "..."],
+    *,
+    downscale: bool = False,
+    scale_base: SupportsFloat = 512.0,
+    gamma: SupportsFloat = 0.4,
+    base: SupportsFloat = 10_000.0,
+    interleaved: bool = False,
+) -> Float[Array, "*batch T N K"]:
+    """`rnnattn.xpos` without its rule.
+
+    Gradient: JAX's own, in every mode.
+    """
+    options = RopeOptions(base, None, interleaved, None, False)
+    function, scales = "reference.xpos", (downscale, scale_base, gamma)
+    return call_xpos(function, rotate_plain, x, positions, options, *scales)

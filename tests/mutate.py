@@ -28,11 +28,12 @@ from jax.custom_derivatives import SymbolicZero
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run this file as a script
 
-from rnnattn import position, reference
+from rnnattn import reference
 from rnnattn.attention import blockwise, dense, equations as attention, rule
 from rnnattn.attention.arguments import Arrays, problem
 from rnnattn.attention.problem import Masking, Operands, Options, Schedule
 from rnnattn.attention.xla import heads_first
+from rnnattn.position import rotary
 from rnnattn.recurrent import chunked, rule as lstm_rule, unit
 from rnnattn.recurrent.arguments import time_major_steps
 from rnnattn.recurrent.problem import Options as LSTMOptions, Outputs
@@ -408,10 +409,10 @@ def _rotary_problem(interleaved):
     rng = np.random.default_rng(0)
     x, dy = (jnp.asarray(rng.normal(size=(2, 3, 4, 6))) for _ in range(2))
     angles, amplitude = jnp.asarray(rng.normal(size=(1, 3, 1, 2))), 1.3
-    twin = partial(position.rotate_plain, interleaved, amplitude)
+    twin = partial(rotary.rotate_plain, interleaved, amplitude)
     expected = jax.vjp(twin, x, angles)[1](dy)
     residuals = (x, amplitude * jnp.cos(angles), amplitude * jnp.sin(angles))
-    run = lambda: position._rotate_bwd(interleaved, amplitude, residuals, dy)
+    run = lambda: rotary._rotate_bwd(interleaved, amplitude, residuals, dy)
     return Problem(run, expected)
 
 
@@ -464,9 +465,9 @@ FUNCTIONS: dict[Callable, Callable[[], list[Problem]]] = {
     attention.block_tangent: tangent_problems,
     attention.finish_tangent: tangent_problems,
     blockwise._tangent: tangent_problems,
-    position._rotation: rotary_problems,
-    position._rotate_bwd: rotary_problems,
-    position._angle_gradient: rotary_problems,
+    rotary._rotation: rotary_problems,
+    rotary._rotate_bwd: rotary_problems,
+    rotary._angle_gradient: rotary_problems,
 }
 
 _BLOCK = "int((_TANGENT_LOGITS / heads) ** 0.5) if isinstance(heads, int) else"
@@ -498,7 +499,7 @@ EQUIVALENT = {
         "blockwise._tangent",
         "partial(jax.checkpoint, prevent_cse=False) → jax.checkpoint",
     ): "what is computed again, and how, not what comes out",
-    ("position._rotation", "_wide(x.dtype) → x.dtype"): "the problems are in float64",
+    ("rotary._rotation", "_wide(x.dtype) → x.dtype"): "the problems are in float64",
     (
         "rule._attend_bwd",
         "as_given(gradient, operands) → gradient",
@@ -509,7 +510,7 @@ EQUIVALENT = {
         "lse_gradient=isinstance(cotangents[1], SymbolicZero)",
     ): "only cuDNN's schedule reads it: tests/test_cudnn.py",
     (
-        "position._angle_gradient",
+        "rotary._angle_gradient",
         "tuple((axis for axis, size in enumerate(shape) if size != dθ.shape[axis])) → "
         "(axis for axis, size in enumerate(shape) if size != dθ.shape[axis])",
     ): "jnp.sum takes any iterable",

@@ -49,7 +49,7 @@ PARTS = {
 # The files of a primitive's folder, from the ground up: one imports those of its floor and below.
 FLOORS = [
     {"unit"},
-    {"problem", "units", "equations", "masking", "dropout", "signature"},
+    {"problem", "units", "equations", "scaling", "masking", "dropout", "signature"},
     {
         "dense",
         "blockwise",
@@ -65,7 +65,7 @@ FLOORS = [
     {"rule"},
     {"arguments", "peers", "cache", "init"},
     {"run"},
-    {"api", "family", "ring"},
+    {"api", "family", "ring", "rotary"},
     {"packed", "stack"},
     {"__init__"},
 ]

@@ -175,6 +175,10 @@ CASES = {
         {"x": draw(2, 3, 2, 4)},
         {"positions": np.array([0, 1, 2**20])},
     ),
+    "mrope": Case(
+        partial(rnnattn.mrope, sections=(1, 1)), {"x": draw(2, 3, 2, 4), "positions": draw(2, 3)}
+    ),
+    "xpos": Case(rnnattn.xpos, {"x": draw(2, 3, 2, 4), "positions": draw(3)}),
     "rope_2d": Case(rnnattn.rope_2d, {"x": draw(2, 3, 2, 4)}, TOKENS),
     "rope_mixed": Case(
         rnnattn.rope_mixed, {"x": draw(2, 3, 2, 4), "frequencies": draw(2, 2, 2)}, TOKENS
@@ -500,6 +504,9 @@ VALUES = {
     "NTKScaling": rnnattn.NTKScaling(2.0),
     "YaRNScaling": rnnattn.YaRNScaling(2.0, 16),
     "Llama3Scaling": rnnattn.Llama3Scaling(),
+    "DynamicNTKScaling": rnnattn.DynamicNTKScaling(2.0, 16, 32),
+    "LongRoPEScaling": rnnattn.LongRoPEScaling((1.0,), (2.0,), 16, 32),
+    "PRoPEScaling": rnnattn.PRoPEScaling(0.5),
 }
 MODULES: dict[str, Any] = {
     "LSTMCell": (
