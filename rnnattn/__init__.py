@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from rnnattn.attention import KVCache, dot_product_attention, update_cache
+from rnnattn.attention import KVCache, dot_product_attention, packed_attention, update_cache
 from rnnattn.linear import (
     MinGRUParams,
     MinLSTMParams,
@@ -19,6 +19,13 @@ from rnnattn.linear import (
     rglru,
     rglru_step,
 )
+from rnnattn.packing import (
+    cu_seqlens_to_lengths,
+    cu_seqlens_to_segment_ids,
+    lengths_to_cu_seqlens,
+    packed_positions,
+    segment_ids_to_cu_seqlens,
+)
 from rnnattn.patches import (
     conv_stem,
     crop_and_pad,
@@ -30,15 +37,20 @@ from rnnattn.patches import (
     unpatchify,
 )
 from rnnattn.position import (
+    DynamicNTKScaling,
     LinearScaling,
     Llama3Scaling,
+    LongRoPEScaling,
     NTKScaling,
+    PRoPEScaling,
     YaRNScaling,
+    mrope,
     rope,
     rope_2d,
     rope_mixed,
     shift_matrix,
     sinusoids,
+    xpos,
 )
 from rnnattn.recurrent import (
     GRUParams,
@@ -74,6 +86,7 @@ from rnnattn.recurrent import (
 )
 
 __all__ = [
+    "DynamicNTKScaling",
     "GRUParams",
     "KVCache",
     "LSTMParams",
@@ -82,9 +95,11 @@ __all__ = [
     "LayerNormLSTMParams",
     "LinearScaling",
     "Llama3Scaling",
+    "LongRoPEScaling",
     "MinGRUParams",
     "MinLSTMParams",
     "NTKScaling",
+    "PRoPEScaling",
     "RGLRUParams",
     "RNNParams",
     "SLSTMParams",
@@ -94,6 +109,8 @@ __all__ = [
     "bidirectional_lstm",
     "conv_stem",
     "crop_and_pad",
+    "cu_seqlens_to_lengths",
+    "cu_seqlens_to_segment_ids",
     "dot_product_attention",
     "gru",
     "gru_step",
@@ -111,6 +128,7 @@ __all__ = [
     "layer_norm_gru_step",
     "layer_norm_lstm",
     "layer_norm_lstm_step",
+    "lengths_to_cu_seqlens",
     "linear_scan",
     "lstm",
     "lstm_step",
@@ -118,6 +136,9 @@ __all__ = [
     "mingru_step",
     "minlstm",
     "minlstm_step",
+    "mrope",
+    "packed_attention",
+    "packed_positions",
     "patchify",
     "reference",
     "resample_grid",
@@ -129,6 +150,7 @@ __all__ = [
     "rope",
     "rope_2d",
     "rope_mixed",
+    "segment_ids_to_cu_seqlens",
     "shift_matrix",
     "sinusoids",
     "slstm",
@@ -139,6 +161,7 @@ __all__ = [
     "token_mask",
     "unpatchify",
     "update_cache",
+    "xpos",
 ]
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, Real
 
 from rnnattn.attention.api import call
 from rnnattn.attention.arguments import sorted_arguments
+from rnnattn.attention.packed import call_packed
 from rnnattn.attention.rule import plain
 from rnnattn.attention.signature import typed
 from rnnattn.attention.xla import DENSE
@@ -43,9 +44,11 @@ from rnnattn.linear.problem import Options as LinearOptions
 from rnnattn.position import (
     RopeOptions,
     Scaling,
+    call_mrope,
     call_rope,
     call_rope_2d,
     call_rope_mixed,
+    call_xpos,
     rotate_plain,
 )
 from rnnattn.recurrent.arguments import (
@@ -509,6 +512,26 @@ def dot_product_attention(
     return call(function, plain, arguments, DENSE)
 
 
+def packed_attention(
+    query: Float[Array, "T N K"],
+    key: Float[Array, "S M K"],
+    value: Float[Array, "S M V"],
+    cu_seqlens_query: Int[Array, " starts"],
+    cu_seqlens_key: Int[Array, " starts"] | None = None,
+    *,
+    query_offset: SupportsIndex | Int[Array, "..."] | None = None,
+    **options: Any,
+) -> Any:
+    """`rnnattn.packed_attention` with all logits at once and no rule of its own.
+
+    Gradient: JAX's own, in every mode.
+    """
+    function, starts = "reference.packed_attention", (cu_seqlens_query, cu_seqlens_key)
+    return call_packed(
+        function, plain, query, key, value, starts, query_offset, options, schedule=DENSE
+    )
+
+
 def rope(
     x: Float[Array, "*batch T N K"],
     positions: Real[ArrayLike, "..."],
@@ -561,3 +584,40 @@ def rope_mixed(
     return call_rope_mixed(
         "reference.rope_mixed", rotate_plain, x, rows, columns, frequencies, interleaved, inverse
     )
+
+
+def mrope(
+    x: Float[Array, "*batch T N K"],
+    positions: Real[ArrayLike, "..."],
+    sections: Sequence[int],
+    *,
+    base: SupportsFloat = 10_000.0,
+    interleaved: bool = False,
+    scaling: Scaling | None = None,
+    inverse: bool = False,
+) -> Float[Array, "*batch T N K"]:
+    """`rnnattn.mrope` without its rule.
+
+    Gradient: JAX's own, in every mode.
+    """
+    options = RopeOptions(base, None, interleaved, scaling, inverse)
+    return call_mrope("reference.mrope", rotate_plain, x, positions, sections, options)
+
+
+def xpos(
+    x: Float[Array, "*batch T N K"],
+    positions: Real[ArrayLike, "..."],
+    *,
+    downscale: bool = False,
+    scale_base: SupportsFloat = 512.0,
+    gamma: SupportsFloat = 0.4,
+    base: SupportsFloat = 10_000.0,
+    interleaved: bool = False,
+) -> Float[Array, "*batch T N K"]:
+    """`rnnattn.xpos` without its rule.
+
+    Gradient: JAX's own, in every mode.
+    """
+    options = RopeOptions(base, None, interleaved, None, False)
+    function, scales = "reference.xpos", (downscale, scale_base, gamma)
+    return call_xpos(function, rotate_plain, x, positions, options, *scales)

@@ -28,7 +28,7 @@ from jax.custom_derivatives import SymbolicZero
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run this file as a script
 
-from rnnattn import position, reference
+from rnnattn import reference
 from rnnattn.attention import blockwise, dense, equations as attention, rule
 from rnnattn.attention.arguments import Arrays, problem
 from rnnattn.attention.problem import Masking, Operands, Options, Schedule
@@ -36,6 +36,7 @@ from rnnattn.attention.xla import heads_first
 from rnnattn.linear import equations as linear, rule as linear_rule, xla as linear_xla
 from rnnattn.linear.arguments import masks_of
 from rnnattn.linear.problem import Options as LinearOptions, Schedule as LinearSchedule
+from rnnattn.position import rotary
 from rnnattn.recurrent import chunked, rule as lstm_rule, unit
 from rnnattn.recurrent.arguments import time_major_steps
 from rnnattn.recurrent.problem import Options as LSTMOptions, Outputs
@@ -503,10 +504,10 @@ def _rotary_problem(interleaved):
     rng = np.random.default_rng(0)
     x, dy = (jnp.asarray(rng.normal(size=(2, 3, 4, 6))) for _ in range(2))
     angles, amplitude = jnp.asarray(rng.normal(size=(1, 3, 1, 2))), 1.3
-    twin = partial(position.rotate_plain, interleaved, amplitude)
+    twin = partial(rotary.rotate_plain, interleaved, amplitude)
     expected = jax.vjp(twin, x, angles)[1](dy)
     residuals = (x, amplitude * jnp.cos(angles), amplitude * jnp.sin(angles))
-    run = lambda: position._rotate_bwd(interleaved, amplitude, residuals, dy)
+    run = lambda: rotary._rotate_bwd(interleaved, amplitude, residuals, dy)
     return Problem(run, expected)
 
 
@@ -588,9 +589,9 @@ FUNCTIONS: dict[Callable, Callable[[], list[Problem]]] = {
     attention.block_tangent: tangent_problems,
     attention.finish_tangent: tangent_problems,
     blockwise._tangent: tangent_problems,
-    position._rotation: rotary_problems,
-    position._rotate_bwd: rotary_problems,
-    position._angle_gradient: rotary_problems,
+    rotary._rotation: rotary_problems,
+    rotary._rotate_bwd: rotary_problems,
+    rotary._angle_gradient: rotary_problems,
 }
 
 _BLOCK = "int((_TANGENT_LOGITS / heads) ** 0.5) if isinstance(heads, int) else"
@@ -656,7 +657,7 @@ EQUIVALENT = {
         "slstm.SLSTM.slopes",
         "jnp.where(after.n == 0, 1, after.n) → jnp.where(after.n == 0, 2, after.n)",
     ): "any finite number would do: nothing comes back to steps that do not count",
-    ("position._rotation", "_wide(x.dtype) → x.dtype"): "the problems are in float64",
+    ("rotary._rotation", "_wide(x.dtype) → x.dtype"): "the problems are in float64",
     (
         "rule._attend_bwd",
         "as_given(gradient, operands) → gradient",
@@ -667,7 +668,7 @@ EQUIVALENT = {
         "lse_gradient=isinstance(cotangents[1], SymbolicZero)",
     ): "only cuDNN's schedule reads it: tests/test_cudnn.py",
     (
-        "position._angle_gradient",
+        "rotary._angle_gradient",
         "tuple((axis for axis, size in enumerate(shape) if size != dθ.shape[axis])) → "
         "(axis for axis, size in enumerate(shape) if size != dθ.shape[axis])",
     ): "jnp.sum takes any iterable",

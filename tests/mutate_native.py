@@ -101,6 +101,9 @@ FUNCTIONS = [
         ATTENTION,
         [
             "keys_of(const Attention",
+            "keys_of_block(const Attention",
+            "meet(Range of_row",
+            "rows_seeing(Range rows",
             "seen_by(const Range",
             "segments_meet(const Attention",
             "block_of(const Attention",
@@ -174,6 +177,8 @@ EQUIVALENT = [
     "(products[0] + products[1]) - (",
     "(products[2] - products[3])",
     # a block that could be left out, or left as it is, is looked at key by key
+    "keys.first) < most(of_row.past",
+    "least(of_row.first, keys.first)",
     "query_least != key_least",
     "key_most || key_least",
     "seen.all.first <= keys.first - block.from",

@@ -20,10 +20,16 @@ MORE["rnnattn.attention.peers"] = {"tokamax"}
 
 # What the parts may import of the library, besides themselves: primitives none of each other.
 HELPERS = {"rnnattn.checks", "rnnattn.meshes", "rnnattn.precision"}
-PRIMITIVE = HELPERS | {"rnnattn.dispatch", "rnnattn.divided", "rnnattn.native"}
+PRIMITIVE = HELPERS | {
+    "rnnattn.dispatch",
+    "rnnattn.divided",
+    "rnnattn.native",
+    "rnnattn.packing",
+}
 PARTS = {
     "rnnattn.checks": set(),
     "rnnattn.meshes": set(),
+    "rnnattn.packing": {"rnnattn.checks"},
     "rnnattn.precision": set(),
     "rnnattn.divided": {"rnnattn.precision"},
     "rnnattn.dispatch": {"rnnattn.divided", "rnnattn.precision"},
@@ -51,7 +57,7 @@ PARTS = {
 # The files of a primitive's folder, from the ground up: one imports those of its floor and below.
 FLOORS = [
     {"unit"},
-    {"problem", "units", "equations", "masking", "dropout", "signature"},
+    {"problem", "units", "equations", "scaling", "masking", "dropout", "signature"},
     {
         "dense",
         "blockwise",
@@ -67,8 +73,8 @@ FLOORS = [
     {"rule"},
     {"arguments", "peers", "cache", "init"},
     {"run"},
-    {"api", "family", "ring"},
-    {"stack"},
+    {"api", "family", "ring", "rotary"},
+    {"packed", "stack"},
     {"__init__"},
 ]
 

@@ -738,8 +738,10 @@ FACE = """
     layer_norm_gru layer_norm_gru_step init_layer_norm_gru LayerNormGRUParams
     slstm slstm_step init_slstm SLSTMParams SLSTMState
     dot_product_attention KVCache update_cache
-    sinusoids shift_matrix rope rope_2d rope_mixed LinearScaling NTKScaling YaRNScaling
-    Llama3Scaling
+    packed_attention packed_positions lengths_to_cu_seqlens cu_seqlens_to_lengths
+    cu_seqlens_to_segment_ids segment_ids_to_cu_seqlens
+    sinusoids shift_matrix rope rope_2d rope_mixed mrope xpos LinearScaling NTKScaling YaRNScaling
+    Llama3Scaling DynamicNTKScaling LongRoPEScaling PRoPEScaling
     patchify unpatchify resample_grid resize_patch_kernel crop_and_pad token_mask conv_stem
     stem_strides interop reference
 """

@@ -179,6 +179,30 @@ CASES = {
         {"key_value_seq_lengths": np.array([0, 2]), "query_seq_lengths": np.array([4, 1])},
     ),
     "dot_product_attention_jvp": Case(attention(dot_product_attention_jvp), ATTENTION, HIDDEN),
+    "packed_attention": Case(
+        partial(rnnattn.packed_attention, is_causal=True, return_residual=True),
+        {"query": draw(5, 2, 2), "key": draw(6, 1, 2), "value": draw(6, 1, 3), "sinks": draw(2)},
+        {"cu_seqlens_query": np.array([0, 2, 5]), "cu_seqlens_key": np.array([0, 1, 4])},
+    ),
+    "packed_positions": Case(
+        partial(rnnattn.packed_positions, tokens=4), {}, {"cu_seqlens": np.array([0, 1, 3])}
+    ),
+    "lengths_to_cu_seqlens": Case(
+        rnnattn.lengths_to_cu_seqlens, {}, {"lengths": np.array([3, 0, 1])}
+    ),
+    "cu_seqlens_to_lengths": Case(
+        rnnattn.cu_seqlens_to_lengths, {}, {"cu_seqlens": np.array([0, 1, 3])}
+    ),
+    "cu_seqlens_to_segment_ids": Case(
+        partial(rnnattn.cu_seqlens_to_segment_ids, tokens=4),
+        {},
+        {"cu_seqlens": np.array([0, 1, 3])},
+    ),
+    "segment_ids_to_cu_seqlens": Case(
+        partial(rnnattn.segment_ids_to_cu_seqlens, sequences=2),
+        {},
+        {"segment_ids": np.array([0, 0, 1, 2])},
+    ),
     "update_cache": Case(
         update_cache,
         {
@@ -195,6 +219,10 @@ CASES = {
         {"x": draw(2, 3, 2, 4)},
         {"positions": np.array([0, 1, 2**20])},
     ),
+    "mrope": Case(
+        partial(rnnattn.mrope, sections=(1, 1)), {"x": draw(2, 3, 2, 4), "positions": draw(2, 3)}
+    ),
+    "xpos": Case(rnnattn.xpos, {"x": draw(2, 3, 2, 4), "positions": draw(3)}),
     "rope_2d": Case(rnnattn.rope_2d, {"x": draw(2, 3, 2, 4)}, TOKENS),
     "rope_mixed": Case(
         rnnattn.rope_mixed, {"x": draw(2, 3, 2, 4), "frequencies": draw(2, 2, 2)}, TOKENS
@@ -527,6 +555,9 @@ VALUES = {
     "NTKScaling": rnnattn.NTKScaling(2.0),
     "YaRNScaling": rnnattn.YaRNScaling(2.0, 16),
     "Llama3Scaling": rnnattn.Llama3Scaling(),
+    "DynamicNTKScaling": rnnattn.DynamicNTKScaling(2.0, 16, 32),
+    "LongRoPEScaling": rnnattn.LongRoPEScaling((1.0,), (2.0,), 16, 32),
+    "PRoPEScaling": rnnattn.PRoPEScaling(0.5),
 }
 MODULES: dict[str, Any] = {
     "LSTMCell": (

@@ -41,7 +41,8 @@ struct Attention {
   int64_t offset_stride;
   const int32_t *query_lengths, *key_lengths;
   const int32_t *query_segments, *key_segments;  // (B, T), (B, S)
-  const float* sinks;                            // (M, G)
+  const int32_t* key_ranges;  // (B, T, 2), the keys [first, past) of a query, whatever its position
+  const float* sinks;         // (M, G)
   bool is_causal;
   int64_t left, right;  // −1: open
   float soft_cap;       // 0: none

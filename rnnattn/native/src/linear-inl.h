@@ -79,10 +79,10 @@ static void forward_item(const LinearScanForward<Number>& s, int64_t b, int64_t 
     over_vectors(first, past, [&](int64_t j, int count) RNNATTN_LAMBDA {
       V h = load(state + (j - first));
       if (valid) {
-        V p[Unit::BLOCKS], w[Unit::WEIGHTS + 1], a, b;
+        V p[Unit::BLOCKS], w[Unit::WEIGHTS + 1], a, added;
         row.read(step, j, count, p, w);
-        Unit::coefficients(p, w, fresh, a, b);
-        h = fresh ? b : fma(a, h, b);
+        Unit::coefficients(p, w, fresh, a, added);
+        h = fresh ? added : fma(a, h, added);
         store(state + (j - first), h);
       }
       store_units(s.h + step * s.H + j, h, count);
