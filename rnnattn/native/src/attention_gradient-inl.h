@@ -235,11 +235,11 @@ static void backward_keys(const AttentionBackward<Number>& p, const RowBlocks& b
       zero(my.dk, count * k_width);
       zero(my.dv, count * v_width);
     }
-    const int64_t from = block.from, seen = block.seen();
+    const int64_t from = block.from, met = block.seen();
     weights_and_gradient(p, block, rows, k_columns, v_columns, delta, finite, my);
-    product<Stored::by_step, From::c>(seen, v_width / W, block.rows, my.s + from, STRIDE, my.d_o,
+    product<Stored::by_step, From::c>(met, v_width / W, block.rows, my.s + from, STRIDE, my.d_o,
                                       v_width, TILE_COLUMNS, my.dv + from * v_width, v_width);
-    product<Stored::by_step, From::c>(seen, k_width / W, block.rows, my.dp + from, STRIDE, my.q,
+    product<Stored::by_step, From::c>(met, k_width / W, block.rows, my.dp + from, STRIDE, my.q,
                                       k_width, TILE_COLUMNS, my.dk + from * k_width, k_width);
     add_to_dq(p, block, rows, KeyRows<float>{my.k, k_width}, dq, my);
     if (!finite) pack_rows(p, p.key, p.K, b, m, keys, my.k);
