@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 import rnnattn
 from benchmarks import lstm, timing
+from rnnattn import interop
 
 KINDS = lstm.KINDS
 outputs = lstm.outputs
@@ -33,11 +34,4 @@ def ours(problem: Problem) -> timing.Programs:
 
 
 def torch(problem: Problem) -> timing.Programs:
-    w_x, w_h, b, b_n = problem.params
-    weights = {
-        "weight_ih_l0": w_x.T,
-        "weight_hh_l0": w_h.T,
-        "bias_ih_l0": b,
-        "bias_hh_l0": jnp.concatenate([jnp.zeros_like(b[: -len(b_n)]), b_n]),
-    }
-    return lstm.torch_programs("GRU", weights, problem)
+    return lstm.torch_programs("GRU", interop.gru_to_torch(problem.params), problem)

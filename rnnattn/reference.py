@@ -39,7 +39,15 @@ from rnnattn.recurrent.problem import Options, Outputs
 from rnnattn.recurrent.stack import Dropout, both_directions, stack
 from rnnattn.recurrent.unit import advance, select, select_each
 from rnnattn.recurrent.units.gru import GRUParams, gru_unit
+from rnnattn.recurrent.units.layer_norm import (
+    LayerNormGRU,
+    LayerNormGRUParams,
+    LayerNormLSTM,
+    LayerNormLSTMParams,
+)
 from rnnattn.recurrent.units.lstm import LSTMParams, LSTMState, lstm_unit
+from rnnattn.recurrent.units.rnn import RNNParams, rnn_unit
+from rnnattn.recurrent.units.slstm import SLSTMParams, SLSTMState, slstm_unit
 
 _IMPLEMENTATIONS = (None, "xla", "native", "pallas", "cudnn")  # which make no difference here
 
@@ -156,6 +164,70 @@ def gru_step(
     unit = gru_unit("reference.gru_step", reset_after)
     x, state = checked_step("reference.gru_step", unit, params, x, (h,))
     return gru(params, x[None], state[0], reset_after=reset_after, time_major=True)[1]
+
+
+def rnn(
+    params: RNNParams,
+    x: Float[Array, "... D"],
+    h: Float[Array, "*B H"] | None = None,
+    *,
+    activation: Literal["tanh", "relu"] = "tanh",
+    **options: Unpack[UnitOptions],
+) -> tuple[Float[Array, "... H"], Float[Array, "*B H"]]:
+    """`rnnattn.rnn` as a scan over single steps.
+
+    Gradient: JAX's own, in every mode.
+    """
+    state = None if h is None else (h,)
+    y, final = _run_unit(
+        "reference.rnn", rnn_unit("reference.rnn", activation), params, x, state, **options
+    )
+    return y, final[0]
+
+
+def layer_norm_lstm(
+    params: LayerNormLSTMParams,
+    x: Float[Array, "... D"],
+    state: LSTMState | None = None,
+    **options: Unpack[UnitOptions],
+) -> tuple[Float[Array, "... H"], LSTMState]:
+    """`rnnattn.layer_norm_lstm` as a scan over single steps.
+
+    Gradient: JAX's own, in every mode.
+    """
+    return _run_unit("reference.layer_norm_lstm", LayerNormLSTM(), params, x, state, **options)
+
+
+def layer_norm_gru(
+    params: LayerNormGRUParams,
+    x: Float[Array, "... D"],
+    h: Float[Array, "*B H"] | None = None,
+    **options: Unpack[UnitOptions],
+) -> tuple[Float[Array, "... H"], Float[Array, "*B H"]]:
+    """`rnnattn.layer_norm_gru` as a scan over single steps.
+
+    Gradient: JAX's own, in every mode.
+    """
+    state = None if h is None else (h,)
+    y, final = _run_unit("reference.layer_norm_gru", LayerNormGRU(), params, x, state, **options)
+    return y, final[0]
+
+
+def slstm(
+    params: SLSTMParams,
+    x: Float[Array, "... D"],
+    state: SLSTMState | None = None,
+    *,
+    forget_gate: Literal["sigmoid", "exponential"] = "sigmoid",
+    **options: Unpack[UnitOptions],
+) -> tuple[Float[Array, "... H"], SLSTMState]:
+    """`rnnattn.slstm` as a scan over single steps.
+
+    Gradient: JAX's own, in every mode.
+    """
+    return _run_unit(
+        "reference.slstm", slstm_unit("reference.slstm", forget_gate), params, x, state, **options
+    )
 
 
 def _run_unit(

@@ -37,7 +37,7 @@ from rnnattn.recurrent import chunked, rule as lstm_rule, unit
 from rnnattn.recurrent.arguments import time_major_steps
 from rnnattn.recurrent.problem import Options as LSTMOptions, Outputs
 from rnnattn.recurrent.unit import Unit
-from rnnattn.recurrent.units import gru, lstm
+from rnnattn.recurrent.units import gru, layer_norm, lstm, rnn, slstm
 from tests import units
 from tests.lstm_cases import assert_close, make_case, value_and_gradients
 
@@ -246,8 +246,16 @@ def _unit_problems(name) -> list[Problem]:
     with jax.disable_jit():
         return [
             _sequence_problem(family.unit, family.twin, case, "gates"),
-            _sequence_problem(family.unit, family.twin, case, "states", resets=resets),
+            _sequence_problem(
+                family.unit, family.twin, case, "states", lengths=jnp.array([T, 2]), resets=resets
+            ),
         ]
+
+
+def unit_problems():
+    """The other units."""
+    names = ("rnn", "rnn, relu", "layer-norm lstm", "layer-norm gru", "slstm", "slstm, exponential")
+    return [problem for name in names for problem in _unit_problems(name)]
 
 
 def gru_problems():
@@ -443,6 +451,23 @@ FUNCTIONS: dict[Callable, Callable[[], list[Problem]]] = {
     gru.ResetBefore.gradient: gru_problems,
     gru.slopes_of_gates: gru_problems,
     gru.of_inputs: gru_problems,
+    rnn.RNN.slopes: unit_problems,
+    rnn.RNN.slope: unit_problems,
+    rnn.RNN.step_gradient: unit_problems,
+    rnn.RNN.gradient: unit_problems,
+    layer_norm.norm_gradient: unit_problems,
+    layer_norm._Normed.h_gradient: unit_problems,
+    layer_norm._Normed.gradient_of_norms: unit_problems,
+    layer_norm.LayerNormLSTM.slopes: unit_problems,
+    layer_norm.LayerNormLSTM.step_gradient: unit_problems,
+    layer_norm.LayerNormLSTM.gradient: unit_problems,
+    layer_norm.LayerNormGRU.slopes: unit_problems,
+    layer_norm.LayerNormGRU.step_gradient: unit_problems,
+    layer_norm.LayerNormGRU.gradient: unit_problems,
+    slstm.SLSTM.slopes: unit_problems,
+    slstm.SLSTM.step_gradient: unit_problems,
+    slstm.SLSTM.gradient: unit_problems,
+    slstm.to_heads: unit_problems,
     chunked._chunk_backward: lstm_problems,
     chunked._with_outputs: lstm_problems,
     chunked.states_of_steps: lstm_problems,
@@ -498,6 +523,10 @@ EQUIVALENT = {
         "blockwise._tangent",
         "partial(jax.checkpoint, prevent_cse=False) → jax.checkpoint",
     ): "what is computed again, and how, not what comes out",
+    (
+        "slstm.SLSTM.slopes",
+        "jnp.where(after.n == 0, 1, after.n) → jnp.where(after.n == 0, 2, after.n)",
+    ): "any finite number would do: nothing comes back to steps that do not count",
     ("position._rotation", "_wide(x.dtype) → x.dtype"): "the problems are in float64",
     (
         "rule._attend_bwd",

@@ -179,7 +179,8 @@ def _of_modules():
 
 
 def _of_units():
-    gru = rnnattn.init_gru(jax.random.key(0), 2, 3)
+    key, init_rnn = jax.random.key(0), rnnattn.init_rnn
+    gru, slstm = rnnattn.init_gru(key, 2, 3), rnnattn.init_slstm(key, 2, 3)
     x = jnp.ones((1, 4, 2), jnp.float32)
     run = lambda params=gru, x=x, **options: lambda: rnnattn.gru(params, x, **options)
     yield from (
@@ -196,6 +197,30 @@ def _of_units():
         lambda: rnnattn.gru_step(gru, x[:, 0], gru.w_h[:1, :3], implementation="no"),  # type: ignore[arg-type]
         lambda: reference.gru(gru, x, implementation="no"),  # type: ignore[arg-type]
         lambda: init_lstm(jax.random.key(0), 2, 3, projection_size=0),
+        lambda: rnnattn.rnn(init_rnn(key, 2, 3), x, activation="sin"),  # type: ignore[arg-type]
+        lambda: rnnattn.slstm(slstm, x, forget_gate="none"),  # type: ignore[arg-type]
+        lambda: rnnattn.init_slstm(key, 2, 3, num_heads=0),
+        lambda: rnnattn.init_slstm(key, 2, 3, num_heads=2),
+    )
+    rnn, norm = init_rnn(key, 2, 3), rnnattn.init_layer_norm_gru(key, 2, 3)
+    of = lambda function, params, **change: lambda: function(params._replace(**change), x)
+    yield from (
+        of(rnnattn.rnn, rnn, w_h=rnn.b),
+        of(rnnattn.rnn, rnn, w_h=rnn.w_h[:0, :0]),
+        of(rnnattn.rnn, rnn, w_h=rnn.w_h[1:]),
+        of(rnnattn.rnn, rnn, w_x=rnn.w_x[1:]),
+        of(rnnattn.rnn, rnn, b=rnn.b[1:]),
+        of(rnnattn.layer_norm_gru, norm, w_h=norm.b),
+        of(rnnattn.layer_norm_gru, norm, w_h=norm.w_h[:0]),
+        of(rnnattn.layer_norm_gru, norm, w_h=norm.w_h[1:]),
+        of(rnnattn.layer_norm_gru, norm, w_x=norm.w_x[1:]),
+        of(rnnattn.layer_norm_gru, norm, k_x=norm.b[1:]),
+        of(rnnattn.layer_norm_gru, norm, b_n=norm.b),
+        of(rnnattn.slstm, slstm, w_h=slstm.b),
+        of(rnnattn.slstm, slstm, w_h=slstm.w_h[:, :0]),
+        of(rnnattn.slstm, slstm, w_h=slstm.w_h[..., 1:]),
+        of(rnnattn.slstm, slstm, w_x=slstm.w_x[1:]),
+        of(rnnattn.slstm, slstm, b=slstm.b[1:]),
         lambda: rnnattn.init_gru(jax.random.key(0), 0, 3),
     )
 

@@ -726,7 +726,10 @@ def test_the_refusal_of_forward_mode_names_the_twin(name):
 
 FACE = """
     lstm lstm_step bidirectional_lstm stacked_lstm init_lstm LSTMParams LSTMState
-    gru gru_step init_gru GRUParams
+    gru gru_step init_gru GRUParams rnn rnn_step init_rnn RNNParams
+    layer_norm_lstm layer_norm_lstm_step init_layer_norm_lstm LayerNormLSTMParams
+    layer_norm_gru layer_norm_gru_step init_layer_norm_gru LayerNormGRUParams
+    slstm slstm_step init_slstm SLSTMParams SLSTMState
     dot_product_attention KVCache update_cache
     sinusoids shift_matrix rope rope_2d rope_mixed LinearScaling NTKScaling YaRNScaling
     Llama3Scaling

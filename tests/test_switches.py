@@ -60,7 +60,36 @@ LENGTH: Any = np.array([0, 2])
 CACHE = KVCache(draw(2, 4, 1, 2), draw(2, 4, 1, 3), LENGTH)
 
 
-OF_GRU = {"p": rnnattn.GRUParams(draw(2, 9), draw(3, 9), draw(9), draw(3)), "h": draw(2, 3)}
+# Parameters of the other units, D 2 and H 3.
+GRU = rnnattn.GRUParams(draw(2, 9), draw(3, 9), draw(9), draw(3))
+UNITS = {
+    "gru": GRU,
+    "rnn": rnnattn.RNNParams(draw(2, 3), draw(3, 3), draw(3)),
+    "layer_norm_lstm": rnnattn.LayerNormLSTMParams(
+        draw(2, 12), draw(3, 12), draw(12), draw(12), draw(12), draw(3), draw(3)
+    ),
+    "layer_norm_gru": rnnattn.LayerNormGRUParams(
+        draw(2, 9), draw(3, 9), draw(9), draw(3), draw(9), draw(9)
+    ),
+    "slstm": rnnattn.SLSTMParams(draw(2, 12), draw(3, 1, 4), draw(12)),
+}
+FIELDS: dict[str, Any] = {"layer_norm_lstm": rnnattn.LSTMState, "slstm": rnnattn.SLSTMState}
+
+
+def of_unit(name):
+    """A unit over a sequence, and over one step."""
+    fields = FIELDS.get(name)
+    state = draw(2, 3) if fields is None else fields(*(draw(2, 3) for _ in fields._fields))
+    given = {"p": UNITS[name], "state": state}
+    run, step = (getattr(rnnattn, n) for n in (name, f"{name}_step"))
+    return {
+        name: Case(
+            lambda p, x, state, **masks: run(p, x, state, **masks),
+            {**given, "x": SEQUENCE["x"]},
+            MASKS,
+        ),
+        f"{name}_step": Case(lambda p, x, state: step(p, x, state), {**given, "x": draw(2, 2)}),
+    }
 
 
 def attention(function=rnnattn.dot_product_attention, **options):
@@ -98,15 +127,7 @@ CASES = {
         {"layers": [params(2, 3), (params(3, 2), params(3, 2))], "x": SEQUENCE["x"]},
         {"seed": np.array([0, 1], np.uint32)},
     ),
-    "gru": Case(
-        lambda p, x, h, **masks: rnnattn.gru(p, x, h, **masks),
-        {**OF_GRU, "x": SEQUENCE["x"]},
-        MASKS,
-    ),
-    "gru_step": Case(
-        lambda p, x, h: rnnattn.gru_step(p, x, h, reset_after=False),
-        {**OF_GRU, "p": OF_GRU["p"]._replace(b_n=None), "x": draw(2, 2)},
-    ),
+    **{name: case for unit in UNITS for name, case in of_unit(unit).items()},
     "dot_product_attention": Case(attention(), ATTENTION, HIDDEN),
     "dot_product_attention, alone": Case(rnnattn.dot_product_attention, PLAIN),
     "dot_product_attention, numbers": Case(
@@ -298,8 +319,14 @@ AROUND: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("switch", AROUND)
-@every
+# Operation by operation these take longer than all others together, and have none of their own:
+# others run the same blocks, draws and angles.
+LONG = ("dot_product_attention, blockwise", "dot_product_attention_jvp", "rope")
+
+
+@pytest.mark.parametrize(
+    "name, switch", [(n, s) for n in CASES for s in AROUND if s != "disable_jit" or n not in LONG]
+)
 def test_around_a_call(name, switch):
     problem(name)
     call, context = AROUND[switch]

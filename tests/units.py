@@ -9,9 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 
 import rnnattn
-from rnnattn import GRUParams, LSTMParams, reference
+from rnnattn import (
+    GRUParams,
+    LayerNormGRUParams,
+    LayerNormLSTMParams,
+    LSTMParams,
+    RNNParams,
+    SLSTMParams,
+    reference,
+)
 from rnnattn.recurrent.unit import Unit
-from rnnattn.recurrent.units import gru, lstm
+from rnnattn.recurrent.units import gru, layer_norm, lstm, rnn, slstm
 
 
 class Family(NamedTuple):
@@ -39,10 +47,43 @@ def _lstm(draw, D, H):
     return LSTMParams(draw(D, 4 * H), draw(H, 4 * H), draw(4 * H))
 
 
+def _rnn(draw, D, H):
+    return RNNParams(draw(D, H), draw(H, H), draw(H))
+
+
+def _layer_norm_lstm(draw, D, H):
+    b, k_x, k_h = (draw(4 * H) for _ in range(3))
+    return LayerNormLSTMParams(draw(D, 4 * H), draw(H, 4 * H), b, k_x, k_h, draw(H), draw(H))
+
+
+def _layer_norm_gru(draw, D, H):
+    w_x, w_h = draw(D, 3 * H), draw(H, 3 * H)
+    return LayerNormGRUParams(w_x, w_h, draw(3 * H), draw(H), draw(3 * H), draw(3 * H))
+
+
+def _slstm(draw, D, H, heads):
+    N = heads if H % heads == 0 else 1
+    return SLSTMParams(draw(D, 4 * H), draw(N, H // N, 4 * H // N), draw(4 * H))
+
+
 UNITS = {
     "lstm": _of("lstm", lstm.LSTM(), _lstm, fields=2),
     "gru": _of("gru", gru.ResetAfter(), partial(_gru, b_n=True)),
     "gru, reset before": _of("gru", gru.ResetBefore(), partial(_gru, b_n=False), reset_after=False),
+    "rnn": _of("rnn", rnn.RNN(), _rnn),
+    "rnn, relu": _of("rnn", rnn.RNN(relu=True), _rnn, activation="relu"),
+    "layer-norm lstm": _of(
+        "layer_norm_lstm", layer_norm.LayerNormLSTM(), _layer_norm_lstm, fields=2
+    ),
+    "layer-norm gru": _of("layer_norm_gru", layer_norm.LayerNormGRU(), _layer_norm_gru),
+    "slstm": _of("slstm", slstm.SLSTM(), partial(_slstm, heads=2), fields=4),
+    "slstm, exponential": _of(
+        "slstm",
+        slstm.SLSTM(exponential_forget=True),
+        partial(_slstm, heads=1),
+        fields=4,
+        forget_gate="exponential",
+    ),
 }
 
 

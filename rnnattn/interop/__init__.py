@@ -10,6 +10,15 @@ All LSTMs compute z = x w_x + h w_h + b, and lay it out in their own way:
     ONNX        gates i, o, f, g    transposed, a leading axis       two biases, joined; peepholes
                                     for the directions               in the order i, o, f
 
+GRUs have blocks r, z, n here, and b_n, a bias of h w_hn alone, where the reset is behind it:
+
+    torch       r, z, n    transposed; two biases; reset after
+    Keras       z, r, n    two biases (reset after), or one (before)
+    Flax        r, z, n    an array a gate, or one; nnx has no b_n; reset after
+    Haiku       z, r, n    one bias; its z is 1 − z; reset before
+    ONNX        z, r, n    transposed, a leading axis; two biases; reset after where it says
+                           `linear_before_reset`
+
 Each format is a plain mapping from names to arrays (anything `numpy.asarray` takes), so none of
 these packages is imported. What is read is copied, what is written is NumPy. The dtype is kept,
 but for float64 where `jax_enable_x64` is off: JAX then makes it float32. An import of an export
@@ -29,6 +38,18 @@ timm's `vision_transformer.py`, which names what google-research's `vision_trans
 """
 
 from rnnattn.interop.files import read_safetensors, write_safetensors
+from rnnattn.interop.gru import (
+    gru_from_flax,
+    gru_from_haiku,
+    gru_from_keras,
+    gru_from_onnx,
+    gru_from_torch,
+    gru_to_flax,
+    gru_to_haiku,
+    gru_to_keras,
+    gru_to_onnx,
+    gru_to_torch,
+)
 from rnnattn.interop.lstm import (
     lstm_from_flax,
     lstm_from_haiku,
@@ -44,6 +65,16 @@ from rnnattn.interop.lstm import (
 from rnnattn.interop.vit import vit_from_google, vit_from_timm, vit_to_google, vit_to_timm
 
 __all__ = [
+    "gru_from_flax",
+    "gru_from_haiku",
+    "gru_from_keras",
+    "gru_from_onnx",
+    "gru_from_torch",
+    "gru_to_flax",
+    "gru_to_haiku",
+    "gru_to_keras",
+    "gru_to_onnx",
+    "gru_to_torch",
     "lstm_from_flax",
     "lstm_from_haiku",
     "lstm_from_keras",

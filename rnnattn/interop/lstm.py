@@ -33,7 +33,7 @@ def lstm_from_torch(
         >>> params.w_x.shape, params.w_h.shape, float(params.b[0])
         ((3, 20), (5, 20), 2.0)
     """
-    suffix = _torch_suffix(layer, reverse)
+    suffix = torch_suffix(layer, reverse)
     if suffix == "_l0" and "weight_hh" in state_dict:  # a cell's
         suffix = ""
     of_layer = {key: value for key, value in state_dict.items() if key.endswith(suffix)}
@@ -67,7 +67,7 @@ def lstm_to_torch(
         {'weight_ih_l0': (20, 3), 'weight_hh_l0': (20, 5), 'bias_ih_l0': (20,),
          'bias_hh_l0': (20,)}
     """
-    suffix = _torch_suffix(layer, reverse)
+    suffix = torch_suffix(layer, reverse)
     w_x, w_h, b, _, projection = _arrays("lstm_to_torch", params, "projection")
     weights = {"weight_ih": w_x.T, "weight_hh": w_h.T, "bias_ih": b, "bias_hh": np.zeros_like(b)}
     if projection is not None:
@@ -185,9 +185,9 @@ def lstm_from_haiku(params: Mapping[str, Any]) -> LSTMParams:
         ((3, 20), (5, 20), 1.0)
     """
     read = Reader("lstm_from_haiku", params)
-    b = _reorder(read("b", "4H"), "igfo", "ifgo")
+    b = reordered(read("b", "4H"), "igfo", "ifgo")
     H = len(b) // 4
-    w = _reorder(read("w", "rows 4H"), "igfo", "ifgo")
+    w = reordered(read("w", "rows 4H"), "igfo", "ifgo")
     read.finish()
     read.check(len(w) > H, "w", f"of D + H rows, H = {H}", len(w))
     b[H : 2 * H] += 1
@@ -213,7 +213,7 @@ def lstm_to_haiku(params: LSTMParams) -> dict[str, np.ndarray]:
     b = b.copy()
     b[H : 2 * H] -= 1
     w = np.concatenate([w_x, w_h])
-    return {"w": _reorder(w, "ifgo", "igfo"), "b": _reorder(b, "ifgo", "igfo")}
+    return {"w": reordered(w, "ifgo", "igfo"), "b": reordered(b, "ifgo", "igfo")}
 
 
 def lstm_from_onnx(weights: Mapping[str, Any], direction: int = 0) -> LSTMParams:
@@ -242,9 +242,9 @@ def lstm_from_onnx(weights: Mapping[str, Any], direction: int = 0) -> LSTMParams
     read.finish()
     known = 0 <= direction < directions
     read.check(known, "direction", f"from 0 to {directions - 1}", direction)
-    gates = lambda array: _reorder(array, "iofg", "ifgo")
+    gates = lambda array: reordered(array, "iofg", "ifgo")
     if peephole is not None:
-        peephole = _reorder(peephole[direction], "iof", "ifo").reshape(3, -1)
+        peephole = reordered(peephole[direction], "iof", "ifo").reshape(3, -1)
     b_x, b_h = np.split(b[direction], 2)
     return _params(gates(w_x[direction].T), gates(w_h[direction].T), gates(b_x + b_h), peephole)
 
@@ -264,14 +264,14 @@ def lstm_to_onnx(params: LSTMParams) -> dict[str, np.ndarray]:
         {'W': (1, 20, 3), 'R': (1, 20, 5), 'B': (1, 40)}
     """
     w_x, w_h, b, peephole, _ = _arrays("lstm_to_onnx", params, "peephole")
-    gates = lambda array: _reorder(array, "ifgo", "iofg")
+    gates = lambda array: reordered(array, "ifgo", "iofg")
     weights = {
         "W": gates(w_x).T,
         "R": gates(w_h).T,
         "B": np.concatenate([gates(b), np.zeros_like(b)]),
     }
     if peephole is not None:
-        weights["P"] = _reorder(peephole.reshape(-1), "ifo", "iof")
+        weights["P"] = reordered(peephole.reshape(-1), "ifo", "iof")
     return {key: np.array(value, order="C")[None] for key, value in weights.items()}
 
 
@@ -295,11 +295,11 @@ def _params(w_x, w_h, b, peephole=None, projection=None):
     return jax.tree.map(jnp.array, LSTMParams(w_x, w_h, b, peephole, projection))
 
 
-def _reorder(array, source, target):
+def reordered(array, source, target):
     """The blocks of the last axis, one for each letter, from one order of gates to another."""
     blocks = dict(zip(source, np.split(array, len(source), axis=-1), strict=True))
     return np.ascontiguousarray(np.concatenate([blocks[gate] for gate in target], axis=-1))
 
 
-def _torch_suffix(layer, reverse):
+def torch_suffix(layer, reverse):
     return f"_l{layer}_reverse" if reverse else f"_l{layer}"

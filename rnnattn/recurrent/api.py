@@ -46,6 +46,7 @@ def lstm_step(
     Gradient:
         L3 to L8, with respect to `params`, `x` and `state`; keeps the pre-activations.
     Example:
+        >>> import jax
         >>> import jax.numpy as jnp
         >>> from rnnattn import init_lstm
         >>> params = init_lstm(jax.random.key(0), input_size=3, hidden_size=5)
@@ -136,6 +137,7 @@ def lstm(
         Under `jax.vmap` over x with shared weights, the weight gradient is one product for each
         example: let B be the batch instead.
     Example:
+        >>> import jax
         >>> import jax.numpy as jnp
         >>> from rnnattn import init_lstm
         >>> params = init_lstm(jax.random.key(0), input_size=3, hidden_size=5)

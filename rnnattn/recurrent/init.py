@@ -9,7 +9,10 @@ from jaxtyping import PRNGKeyArray
 from rnnattn.checks import Check
 from rnnattn.precision import accumulator
 from rnnattn.recurrent.units.gru import GRUParams
+from rnnattn.recurrent.units.layer_norm import LayerNormGRUParams, LayerNormLSTMParams
 from rnnattn.recurrent.units.lstm import LSTMParams
+from rnnattn.recurrent.units.rnn import RNNParams
+from rnnattn.recurrent.units.slstm import SLSTMParams
 
 
 def init_lstm(
@@ -80,6 +83,120 @@ def init_gru(
     w_x, w_h = _weights(check, key, input_size, H, H, 3, recurrent_init, dtype)
     b_n = jnp.zeros(H, dtype) if reset_after else None
     return GRUParams(w_x, w_h, jnp.zeros(3 * H, dtype), b_n)
+
+
+def init_rnn(
+    key: PRNGKeyArray,
+    input_size: int,
+    hidden_size: int,
+    *,
+    recurrent_init: Literal["orthogonal", "uniform"] = "orthogonal",
+    dtype: Any = jnp.float32,
+) -> RNNParams:
+    """Weights for `rnn`: as those of `init_lstm`, biases zero.
+
+    Args:
+        recurrent_init, dtype: as in `init_lstm`.
+    Raises:
+        ValueError: a size is below 1, `recurrent_init` is unknown or `dtype` not a float.
+    Example:
+        >>> params = init_rnn(jax.random.key(0), input_size=3, hidden_size=4)
+        >>> params.w_x.shape, params.w_h.shape
+        ((3, 4), (4, 4))
+    """
+    H, check = hidden_size, Check("init_rnn")
+    w_x, w_h = _weights(check, key, input_size, H, H, 1, recurrent_init, dtype)
+    return RNNParams(w_x, w_h, jnp.zeros(H, dtype))
+
+
+def init_layer_norm_lstm(
+    key: PRNGKeyArray,
+    input_size: int,
+    hidden_size: int,
+    *,
+    forget_bias: float = 1.0,
+    recurrent_init: Literal["orthogonal", "uniform"] = "orthogonal",
+    dtype: Any = jnp.float32,
+) -> LayerNormLSTMParams:
+    """Weights for `layer_norm_lstm`: as those of `init_lstm`, gains 1.
+
+    Args:
+        forget_bias: as in `init_lstm`.
+        recurrent_init, dtype: as in `init_lstm`.
+    Raises:
+        ValueError: a size is below 1, `recurrent_init` is unknown or `dtype` not a float.
+    Example:
+        >>> params = init_layer_norm_lstm(jax.random.key(0), input_size=3, hidden_size=4)
+        >>> params.w_x.shape, params.w_h.shape
+        ((3, 16), (4, 16))
+    """
+    H, check = hidden_size, Check("init_layer_norm_lstm")
+    w_x, w_h = _weights(check, key, input_size, H, H, 4, recurrent_init, dtype)
+    ones, zeros = jnp.ones(4 * H, dtype), jnp.zeros(H, dtype)
+    b = jnp.zeros(4 * H, dtype).at[H : 2 * H].set(forget_bias)
+    return LayerNormLSTMParams(w_x, w_h, b, ones, ones, ones[:H], zeros)
+
+
+def init_layer_norm_gru(
+    key: PRNGKeyArray,
+    input_size: int,
+    hidden_size: int,
+    *,
+    recurrent_init: Literal["orthogonal", "uniform"] = "orthogonal",
+    dtype: Any = jnp.float32,
+) -> LayerNormGRUParams:
+    """Weights for `layer_norm_gru`: as those of `init_lstm`, biases zero, gains 1.
+
+    Args:
+        recurrent_init, dtype: as in `init_lstm`.
+    Raises:
+        ValueError: a size is below 1, `recurrent_init` is unknown or `dtype` not a float.
+    Example:
+        >>> params = init_layer_norm_gru(jax.random.key(0), input_size=3, hidden_size=4)
+        >>> params.w_x.shape, params.w_h.shape
+        ((3, 12), (4, 12))
+    """
+    H, check = hidden_size, Check("init_layer_norm_gru")
+    w_x, w_h = _weights(check, key, input_size, H, H, 3, recurrent_init, dtype)
+    ones, zeros = jnp.ones(3 * H, dtype), jnp.zeros(3 * H, dtype)
+    return LayerNormGRUParams(w_x, w_h, zeros, zeros[:H], ones, ones)
+
+
+def init_slstm(
+    key: PRNGKeyArray,
+    input_size: int,
+    hidden_size: int,
+    *,
+    num_heads: int = 1,
+    forget_bias: float = 1.0,
+    recurrent_init: Literal["orthogonal", "uniform"] = "orthogonal",
+    dtype: Any = jnp.float32,
+) -> SLSTMParams:
+    """Weights for `slstm`: as those of `init_lstm`, those of h by heads.
+
+    Args:
+        num_heads: N, which divides the hidden size.
+        forget_bias: as in `init_lstm`.
+        recurrent_init, dtype: as in `init_lstm`.
+    Raises:
+        ValueError: a size is below 1, `num_heads` does not divide the hidden size,
+            `recurrent_init` is unknown or `dtype` not a float.
+    Example:
+        >>> params = init_slstm(jax.random.key(0), input_size=3, hidden_size=4)
+        >>> params.w_x.shape, params.w_h.shape
+        ((3, 16), (1, 4, 16))
+    """
+    H, N, check = hidden_size, num_heads, Check("init_slstm")
+    check(N >= 1, "num_heads", "at least 1", N)
+    check.multiple("hidden_size", H, N, f"{N} heads")
+    w_x, _ = _weights(check, key, input_size, H, 1, 4, recurrent_init, dtype)
+    width = H // N
+    of_heads = [
+        _weights(check, k, 1, width, width, 4, recurrent_init, dtype)[1]
+        for k in jax.random.split(jax.random.fold_in(key, 1), N)
+    ]
+    b = jnp.zeros(4 * H, dtype).at[H : 2 * H].set(forget_bias)
+    return SLSTMParams(w_x, jnp.stack(of_heads), b)
 
 
 def _weights(check, key, D, H, width, blocks, recurrent_init, dtype):

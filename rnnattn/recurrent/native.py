@@ -15,20 +15,18 @@ from rnnattn.recurrent.placed import (
     unserved_by_kernels,
 )
 from rnnattn.recurrent.problem import Trace
-from rnnattn.recurrent.units.gru import ResetAfter
+from rnnattn.recurrent.units.gru import ResetAfter, ResetBefore
 from rnnattn.recurrent.units.lstm import LSTM
 
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 def _kernel(unit, half):
-    """The name of a unit's kernel, and what of the unit it takes; None if it has none."""
-    match unit:
-        case LSTM(clip, coupled):
-            return f"rnnattn.lstm_{half}.v2", {"clip": np.float32(clip or 0), "coupled": coupled}
-        case ResetAfter():
-            return f"rnnattn.gru_{half}.v1", {}
-    return None
+    """The name of a unit's kernel, and what of the unit it takes."""
+    if isinstance(unit, LSTM):
+        options = {"clip": np.float32(unit.clip or 0), "coupled": unit.coupled}
+        return f"rnnattn.lstm_{half}.v2", options
+    return f"rnnattn.gru_{half}.v1", {}
 
 
 def unserved(params, x, options):
@@ -38,7 +36,8 @@ def unserved(params, x, options):
     dtype = jnp.result_type(x)
     reasons = {
         f"the dtype {dtype.name}": dtype not in _DTYPES,
-        "`reset_after=False`": _kernel(options.unit, "forward") is None,
+        "`reset_after=False`": isinstance(options.unit, ResetBefore),
+        "this unit": not isinstance(options.unit, (LSTM, ResetAfter, ResetBefore)),
         "`return_cells`": options.every_state,
     }
     return those_that_hold(reasons | unserved_by_kernels(params, x))
