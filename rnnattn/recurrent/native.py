@@ -63,8 +63,8 @@ def _call(half, options, results, arrays, n):
         **attributes,
         **call_attributes(),
     )
-    made = [None if like is None else x for x, like in zip(made, results, strict=True)]
-    return jax.tree.unflatten(tree, made)
+    present = (None if like is None else x for x, like in zip(made, results, strict=True))
+    return jax.tree.unflatten(tree, present)
 
 
 def forward(static, *arrays):
