@@ -8,21 +8,47 @@ plain way to say what the fast one computes.
 from collections.abc import Sequence
 from typing import Any, Literal, SupportsFloat, SupportsIndex, Unpack
 
+import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, Real
 
 from rnnattn.attention.api import call
 from rnnattn.attention.arguments import sorted_arguments
+from rnnattn.attention.packed import call_packed
 from rnnattn.attention.rule import plain
 from rnnattn.attention.signature import typed
 from rnnattn.attention.xla import DENSE
 from rnnattn.checks import Check
+from rnnattn.linear.arguments import (
+    at_start,
+    at_the_end,
+    checked_pair,
+    checked_sequence as checked_linear_sequence,
+    checked_step as checked_linear_step,
+    on_mesh as linear_on_mesh,
+)
+from rnnattn.linear.equations import (
+    LINEAR,
+    MINGRU,
+    MINLSTM,
+    RGLRU,
+    MinGRUParams,
+    MinLSTMParams,
+    RGLRUParams,
+    advance as advance_linear,
+    blocks_of,
+    select as select_steps,
+)
+from rnnattn.linear.problem import Options as LinearOptions
 from rnnattn.position import (
     RopeOptions,
     Scaling,
+    call_mrope,
     call_rope,
     call_rope_2d,
     call_rope_mixed,
+    call_xpos,
     rotate_plain,
 )
 from rnnattn.recurrent.arguments import (
@@ -36,7 +62,7 @@ from rnnattn.recurrent.arguments import (
 )
 from rnnattn.recurrent.family import UnitOptions
 from rnnattn.recurrent.problem import Options, Outputs
-from rnnattn.recurrent.stack import Dropout, both_directions, stack
+from rnnattn.recurrent.stack import bidirectional, stacked
 from rnnattn.recurrent.unit import advance, select, select_each
 from rnnattn.recurrent.units.gru import GRUParams, gru_unit
 from rnnattn.recurrent.units.layer_norm import (
@@ -266,7 +292,7 @@ def bidirectional_lstm(
 
     Gradient: JAX's own, in every mode.
     """
-    return both_directions(lstm, (forward, backward), x, states, options)
+    return bidirectional(lstm, forward, backward, x, states, **options)
 
 
 def stacked_lstm(
@@ -284,8 +310,183 @@ def stacked_lstm(
 
     Gradient: JAX's own, in every mode.
     """
-    dropout = Dropout(dropout_rate, dropout_key, variational)
-    return stack(lstm, layers, x, states, dropout, {"time_major": time_major, **options})
+    return stacked(
+        lstm,
+        layers,
+        x,
+        states,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
+        variational=variational,
+        time_major=time_major,
+        **options,
+    )
+
+
+def linear_scan(
+    a: Float[Array, "... H"],
+    b: Float[Array, "... H"],
+    h0: Float[Array, "*B H"] | None = None,
+    *,
+    lengths: Int[Array, "*B"] | None = None,
+    mask: Bool[Array, "..."] | None = None,
+    resets: Bool[Array, "..."] | None = None,
+    reverse: bool = False,
+    time_major: bool = False,
+    implementation: Literal["xla", "native"] | None = None,
+) -> tuple[Float[Array, "... H"], Float[Array, "*B H"]]:
+    """`rnnattn.linear_scan` as a scan over single steps.
+
+    Gradient: JAX's own, in every mode.
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> x = jnp.full((2, 7, 3), 0.5)
+        >>> (h, last), (dh, dlast) = jax.jvp(linear_scan, (x, x), (x, x))
+        >>> dh.shape, dlast.shape
+        ((2, 7, 3), (2, 3))
+    """
+    function = "reference.linear_scan"
+    arguments = checked_pair(function, a, b, h0, lengths, mask, resets, time_major)
+    return _run_linear(function, LINEAR, arguments, reverse, time_major, implementation)
+
+
+def mingru(
+    params: MinGRUParams,
+    x: Float[Array, "... D"],
+    h: Float[Array, "*B H"] | None = None,
+    *,
+    lengths: Int[Array, "*B"] | None = None,
+    mask: Bool[Array, "..."] | None = None,
+    resets: Bool[Array, "..."] | None = None,
+    reverse: bool = False,
+    time_major: bool = False,
+    implementation: Literal["xla", "native"] | None = None,
+) -> tuple[Float[Array, "... H"], Float[Array, "*B H"]]:
+    """`rnnattn.mingru` as a scan over single steps.
+
+    Gradient: JAX's own, in every mode.
+    """
+    function = "reference.mingru"
+    masks = lengths, mask, resets
+    arguments = checked_linear_sequence(function, params, x, h, *masks, time_major)
+    return _run_linear(function, MINGRU, arguments, reverse, time_major, implementation)
+
+
+def mingru_step(
+    params: MinGRUParams,
+    x: Float[Array, "*B D"],
+    h: Float[Array, "*B H"],
+    *,
+    implementation: Literal["xla", "native"] | None = None,
+) -> Float[Array, "*B H"]:
+    """`rnnattn.mingru_step` without its rule.
+
+    Gradient: JAX's own, in every mode.
+    """
+    arguments = checked_linear_step("reference.mingru_step", params, x, h)
+    return _run_linear("reference.mingru_step", MINGRU, arguments, False, True, implementation)[1]
+
+
+def minlstm(
+    params: MinLSTMParams,
+    x: Float[Array, "... D"],
+    h: Float[Array, "*B H"] | None = None,
+    *,
+    lengths: Int[Array, "*B"] | None = None,
+    mask: Bool[Array, "..."] | None = None,
+    resets: Bool[Array, "..."] | None = None,
+    reverse: bool = False,
+    time_major: bool = False,
+    implementation: Literal["xla", "native"] | None = None,
+) -> tuple[Float[Array, "... H"], Float[Array, "*B H"]]:
+    """`rnnattn.minlstm` as a scan over single steps.
+
+    Gradient: JAX's own, in every mode.
+    """
+    function = "reference.minlstm"
+    masks = lengths, mask, resets
+    arguments = checked_linear_sequence(function, params, x, h, *masks, time_major)
+    return _run_linear(function, MINLSTM, arguments, reverse, time_major, implementation)
+
+
+def minlstm_step(
+    params: MinLSTMParams,
+    x: Float[Array, "*B D"],
+    h: Float[Array, "*B H"],
+    *,
+    implementation: Literal["xla", "native"] | None = None,
+) -> Float[Array, "*B H"]:
+    """`rnnattn.minlstm_step` without its rule.
+
+    Gradient: JAX's own, in every mode.
+    """
+    arguments = checked_linear_step("reference.minlstm_step", params, x, h)
+    return _run_linear("reference.minlstm_step", MINLSTM, arguments, False, True, implementation)[1]
+
+
+def rglru(
+    params: RGLRUParams,
+    x: Float[Array, "... H"],
+    h: Float[Array, "*B H"] | None = None,
+    *,
+    lengths: Int[Array, "*B"] | None = None,
+    mask: Bool[Array, "..."] | None = None,
+    resets: Bool[Array, "..."] | None = None,
+    reverse: bool = False,
+    time_major: bool = False,
+    implementation: Literal["xla", "native"] | None = None,
+) -> tuple[Float[Array, "... H"], Float[Array, "*B H"]]:
+    """`rnnattn.rglru` as a scan over single steps.
+
+    Gradient: JAX's own, in every mode.
+    """
+    function = "reference.rglru"
+    masks = lengths, mask, resets
+    arguments = checked_linear_sequence(function, params, x, h, *masks, time_major)
+    return _run_linear(function, RGLRU, arguments, reverse, time_major, implementation)
+
+
+def rglru_step(
+    params: RGLRUParams,
+    x: Float[Array, "*B H"],
+    h: Float[Array, "*B H"],
+    *,
+    implementation: Literal["xla", "native"] | None = None,
+) -> Float[Array, "*B H"]:
+    """`rnnattn.rglru_step` without its rule.
+
+    Gradient: JAX's own, in every mode.
+    """
+    arguments = checked_linear_step("reference.rglru_step", params, x, h)
+    return _run_linear("reference.rglru_step", RGLRU, arguments, False, True, implementation)[1]
+
+
+def _run_linear(function, unit, arguments, reverse, time_major, implementation):
+    Check(function).one_of("implementation", implementation, (None, "xla", "native"))
+    options = LinearOptions(unit, bool(reverse), bool(time_major))
+
+    def run(**given):
+        params, x, start, (valid, fresh), batch = at_start(options, **given)
+        inputs, weights = unit.project(params, x, valid)
+        rows = [w[None] for w in weights]
+
+        def step(h, inputs):
+            inputs, valid, fresh = inputs
+            column = None if fresh is None else fresh[:, None]
+            p = [select_steps(valid, p, 0) for p in blocks_of(inputs, h.shape[-1])]
+            a, b = unit.coefficients(p, rows, column)
+            h_prev = h if fresh is None else select_steps(fresh, 0, h)
+            h = select_steps(valid, advance_linear(a, h_prev, b), h)
+            return h, select_steps(valid, h, 0).astype(inputs[0].dtype)
+
+        time_first = lambda x: jnp.moveaxis(x, options.time_axis, 0)
+        steps = jax.tree.map(time_first, (inputs, valid, fresh))
+        last, y = lax.scan(step, start, steps, reverse=options.reverse)
+        y = jnp.moveaxis(y, 0, options.time_axis)
+        return at_the_end(options, y, last, given["h0"], batch)
+
+    return linear_on_mesh(function, run, options.time_major, arguments)
 
 
 @typed
@@ -309,6 +510,26 @@ def dot_product_attention(
     function = "reference.dot_product_attention"
     arguments = sorted_arguments(function, query, key, value, bias, mask, **options)
     return call(function, plain, arguments, DENSE)
+
+
+def packed_attention(
+    query: Float[Array, "T N K"],
+    key: Float[Array, "S M K"],
+    value: Float[Array, "S M V"],
+    cu_seqlens_query: Int[Array, " starts"],
+    cu_seqlens_key: Int[Array, " starts"] | None = None,
+    *,
+    query_offset: SupportsIndex | Int[Array, "..."] | None = None,
+    **options: Any,
+) -> Any:
+    """`rnnattn.packed_attention` with all logits at once and no rule of its own.
+
+    Gradient: JAX's own, in every mode.
+    """
+    function, starts = "reference.packed_attention", (cu_seqlens_query, cu_seqlens_key)
+    return call_packed(
+        function, plain, query, key, value, starts, query_offset, options, schedule=DENSE
+    )
 
 
 def rope(
@@ -363,3 +584,40 @@ def rope_mixed(
     return call_rope_mixed(
         "reference.rope_mixed", rotate_plain, x, rows, columns, frequencies, interleaved, inverse
     )
+
+
+def mrope(
+    x: Float[Array, "*batch T N K"],
+    positions: Real[ArrayLike, "..."],
+    sections: Sequence[int],
+    *,
+    base: SupportsFloat = 10_000.0,
+    interleaved: bool = False,
+    scaling: Scaling | None = None,
+    inverse: bool = False,
+) -> Float[Array, "*batch T N K"]:
+    """`rnnattn.mrope` without its rule.
+
+    Gradient: JAX's own, in every mode.
+    """
+    options = RopeOptions(base, None, interleaved, scaling, inverse)
+    return call_mrope("reference.mrope", rotate_plain, x, positions, sections, options)
+
+
+def xpos(
+    x: Float[Array, "*batch T N K"],
+    positions: Real[ArrayLike, "..."],
+    *,
+    downscale: bool = False,
+    scale_base: SupportsFloat = 512.0,
+    gamma: SupportsFloat = 0.4,
+    base: SupportsFloat = 10_000.0,
+    interleaved: bool = False,
+) -> Float[Array, "*batch T N K"]:
+    """`rnnattn.xpos` without its rule.
+
+    Gradient: JAX's own, in every mode.
+    """
+    options = RopeOptions(base, None, interleaved, None, False)
+    function, scales = "reference.xpos", (downscale, scale_base, gamma)
+    return call_xpos(function, rotate_plain, x, positions, options, *scales)

@@ -159,6 +159,7 @@ def small_blocks(monkeypatch):
     """Several blocks in a problem of a few rows; nothing traced with other sizes is used again."""
     monkeypatch.setattr(blockwise, "FORWARD_BLOCK", (4, 4))
     monkeypatch.setattr(blockwise, "BACKWARD_BLOCK", (4, 3))
+    monkeypatch.setattr(blockwise, "RANGES_BLOCK", (4, 3))
     monkeypatch.setattr(blockwise, "_TANGENT_LOGITS", 96)
     monkeypatch.setattr(blockwise, "_LEAST_TANGENT_BLOCK", 3)
     monkeypatch.setattr(dropout, "_TILE", 4)

@@ -28,11 +28,15 @@ from jax.custom_derivatives import SymbolicZero
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run this file as a script
 
-from rnnattn import position, reference
+from rnnattn import reference
 from rnnattn.attention import blockwise, dense, equations as attention, rule
 from rnnattn.attention.arguments import Arrays, problem
 from rnnattn.attention.problem import Masking, Operands, Options, Schedule
 from rnnattn.attention.xla import heads_first
+from rnnattn.linear import equations as linear, rule as linear_rule, xla as linear_xla
+from rnnattn.linear.arguments import masks_of
+from rnnattn.linear.problem import Options as LinearOptions, Schedule as LinearSchedule
+from rnnattn.position import rotary
 from rnnattn.recurrent import chunked, rule as lstm_rule, unit
 from rnnattn.recurrent.arguments import time_major_steps
 from rnnattn.recurrent.problem import Options as LSTMOptions, Outputs
@@ -40,6 +44,10 @@ from rnnattn.recurrent.unit import Unit
 from rnnattn.recurrent.units import gru, layer_norm, lstm, rnn, slstm
 from tests import units
 from tests.lstm_cases import assert_close, make_case, value_and_gradients
+from tests.test_linear import (
+    make_case as make_linear_case,
+    value_and_gradients as linear_value_and_gradients,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -262,6 +270,86 @@ def gru_problems():
     return _unit_problems("gru") + _unit_problems("gru, reset before")
 
 
+# ---- problems: linear units ---------------------------------------------------------------------
+
+
+def _linear_problem(name, unit, by_steps, *, reverse, T=5, time_major=False, unread=None):
+    """A masked case, or one with `unread` steps: for the rule alone, what these hold is NaN."""
+    B, H = 3, 2
+    names: tuple[str, ...] = ("mask", "resets") if T > 1 else ()
+    case = make_linear_case(name, B, T, H, names=names, seed=3)
+    if time_major:
+        swap = lambda x: jnp.swapaxes(x, 0, 1)
+        first, x, h = case.arrays
+        case = case._replace(arrays=(swap(first) if name == "linear_scan" else first, swap(x), h))
+        case = case._replace(cotangents=(swap(case.cotangents[0]), case.cotangents[1]))
+        case = case._replace(masks={n: swap(mask) for n, mask in case.masks.items()})
+    if name == "rglru":  # λ is 0 in a channel
+        params = case.arrays[0]
+        params = params._replace(decay=params.decay.at[0].set(-800))
+        case = case._replace(arrays=(params, *case.arrays[1:]))
+    if unread is not None:
+        dy, dlast = case.cotangents
+        dy, dlast = jnp.where(unread[..., None], 0, dy), jnp.where(unread[:, -1:], 0, dlast)
+        begins = jnp.diff(unread.astype(jnp.int32), axis=1, prepend=unread[:, :1].astype(jnp.int32))
+        case = case._replace(cotangents=(dy, dlast), masks={"resets": begins != 0})
+    twin = partial(getattr(reference, name), reverse=reverse, time_major=time_major)
+    _, expected = linear_value_and_gradients(twin, case)
+    options = LinearOptions(unit(), reverse, time_major)
+    first, x, h0 = case.arrays
+    params, x = ((), (first, x)) if name == "linear_scan" else (first, x)
+    leaf = jax.tree.leaves(x)[0]
+    masks = masks_of(options, leaf, None, case.masks.get("mask"), case.masks.get("resets"))
+    hidden = jnp.zeros(leaf.shape[:2], bool) if masks[0] is None else ~masks[0]
+    hidden = hidden if unread is None else hidden | unread
+    x = jax.tree.map(lambda x: jnp.where(hidden[..., None], jnp.nan, x), x)
+    halves = (
+        (linear_xla.forward_by_steps, lambda *args: linear_xla.backward_by_steps(*args))
+        if by_steps
+        else (linear_xla.forward_at_once, lambda *args: linear_xla.backward_at_once(*args))
+    )
+    schedule = LinearSchedule(*halves)
+    _, kept = linear_rule._sequence_fwd(schedule, options, params, x, h0, masks)
+
+    def run():
+        with jax.disable_jit():
+            dparams, dx, dh0, _ = linear_rule._sequence_bwd(
+                schedule, options, kept, case.cotangents
+            )
+        return (*dx, dh0) if name == "linear_scan" else (dparams, dx, dh0)
+
+    return Problem(run, expected)
+
+
+# Units of which the gradient is looked up when it is called, as it may be a changed one.
+_UNITS = {
+    "linear_scan": lambda: linear.LINEAR._replace(
+        gradient=lambda *args: linear.linear_gradient(*args)
+    ),
+    "mingru": lambda: linear.MINGRU._replace(gradient=lambda *args: linear.mingru_gradient(*args)),
+    "minlstm": lambda: linear.MINLSTM._replace(
+        gradient=lambda *args: linear.minlstm_gradient(*args)
+    ),
+    "rglru": lambda: linear.RGLRU._replace(gradient=lambda *args: linear.rglru_gradient(*args)),
+}
+
+
+@cache
+def linear_problems() -> list[Problem]:
+    """Each unit, each schedule, both directions, both layouts; a loss that reads some episodes."""
+    unread = jnp.asarray([[1, 1, 0, 0], [0, 0, 1, 1], [1, 0, 1, 1]], bool)
+    with jax.disable_jit():
+        return [
+            _linear_problem("rglru", _UNITS["rglru"], True, reverse=False),
+            _linear_problem("minlstm", _UNITS["minlstm"], True, reverse=True, time_major=True),
+            _linear_problem("mingru", _UNITS["mingru"], False, reverse=True, time_major=True),
+            _linear_problem("linear_scan", _UNITS["linear_scan"], True, reverse=False),
+            _linear_problem("rglru", _UNITS["rglru"], False, reverse=False),
+            _linear_problem("rglru", _UNITS["rglru"], False, reverse=False, T=1),
+            _linear_problem("mingru", _UNITS["mingru"], True, reverse=False, T=4, unread=unread),
+        ]
+
+
 # ---- problems: attention ----------------------------------------------------------------------
 
 
@@ -416,10 +504,10 @@ def _rotary_problem(interleaved):
     rng = np.random.default_rng(0)
     x, dy = (jnp.asarray(rng.normal(size=(2, 3, 4, 6))) for _ in range(2))
     angles, amplitude = jnp.asarray(rng.normal(size=(1, 3, 1, 2))), 1.3
-    twin = partial(position.rotate_plain, interleaved, amplitude)
+    twin = partial(rotary.rotate_plain, interleaved, amplitude)
     expected = jax.vjp(twin, x, angles)[1](dy)
     residuals = (x, amplitude * jnp.cos(angles), amplitude * jnp.sin(angles))
-    run = lambda: position._rotate_bwd(interleaved, amplitude, residuals, dy)
+    run = lambda: rotary._rotate_bwd(interleaved, amplitude, residuals, dy)
     return Problem(run, expected)
 
 
@@ -473,6 +561,18 @@ FUNCTIONS: dict[Callable, Callable[[], list[Problem]]] = {
     chunked.states_of_steps: lstm_problems,
     chunked.kept_of_steps: lstm_problems,
     lstm_rule.steps_read: lstm_problems,
+    linear.linear_gradient: linear_problems,
+    linear.mingru_gradient: linear_problems,
+    linear.minlstm_gradient: linear_problems,
+    linear.rglru_gradient: linear_problems,
+    linear._shares: linear_problems,
+    linear._decay: linear_problems,
+    linear.blocks_of: linear_problems,
+    linear.inputs_of: linear_problems,
+    linear_xla.backward_by_steps: linear_problems,
+    linear_xla.backward_at_once: linear_problems,
+    linear_rule._gradient: linear_problems,
+    linear_rule.steps_read: linear_problems,
     attention.weights: dense_problems,
     attention.logits_gradient: dense_problems,
     attention.cap_gradient: dense_problems,
@@ -489,15 +589,45 @@ FUNCTIONS: dict[Callable, Callable[[], list[Problem]]] = {
     attention.block_tangent: tangent_problems,
     attention.finish_tangent: tangent_problems,
     blockwise._tangent: tangent_problems,
-    position._rotation: rotary_problems,
-    position._rotate_bwd: rotary_problems,
-    position._angle_gradient: rotary_problems,
+    rotary._rotation: rotary_problems,
+    rotary._rotate_bwd: rotary_problems,
+    rotary._angle_gradient: rotary_problems,
 }
 
 _BLOCK = "int((_TANGENT_LOGITS / heads) ** 0.5) if isinstance(heads, int) else"
 
 # Changes that change no gradient, and why.
 EQUIVALENT = {
+    (
+        "equations.rglru_gradient",
+        "jnp.where(vanishes, 1, β) → jnp.where(vanishes, 2, β)",
+    ): "any divisor would do where the quotient is not used",
+    (
+        "equations._decay",
+        "jnp.where(vanishes, 1, square) → jnp.where(vanishes, 2, square)",
+    ): "any positive number would do where the root is not used",
+    (
+        "equations._decay",
+        "square == 0 → square == 1",
+    ): "the root of 0 is 0: its slope, which is not, is asked for by the twin alone",
+    ("equations.blocks_of", "accumulator(x.dtype) → x.dtype"): "the problems are in float64",
+    ("equations.inputs_of", "blocks[0] → blocks[1]"): "all blocks are of one width",
+    (
+        "xla.backward_by_steps",
+        "_as_bits(jnp.zeros_like(x)) → jnp.zeros_like(x)",
+    ): "the problems are in float64",
+    (
+        "xla.backward_by_steps",
+        "select(valid, x, 0) → select(valid, x, 1)",
+    ): "any finite number would do: dh is zero at steps that do not count",
+    (
+        "xla.backward_by_steps",
+        "select(valid, h_prev, 0) → select(valid, h_prev, 1)",
+    ): "any finite number would do: dh is zero at steps that do not count",
+    (
+        "rule.steps_read",
+        "jnp.any(dlast != 0, -1) → jnp.any(dlast != 0, 1)",
+    ): "the last h has two axes",
     (
         "chunked.states_of_steps",
         "select_each(steps.valid, s, 0) → select_each(steps.valid, s, 1)",
@@ -527,7 +657,7 @@ EQUIVALENT = {
         "slstm.SLSTM.slopes",
         "jnp.where(after.n == 0, 1, after.n) → jnp.where(after.n == 0, 2, after.n)",
     ): "any finite number would do: nothing comes back to steps that do not count",
-    ("position._rotation", "_wide(x.dtype) → x.dtype"): "the problems are in float64",
+    ("rotary._rotation", "_wide(x.dtype) → x.dtype"): "the problems are in float64",
     (
         "rule._attend_bwd",
         "as_given(gradient, operands) → gradient",
@@ -538,7 +668,7 @@ EQUIVALENT = {
         "lse_gradient=isinstance(cotangents[1], SymbolicZero)",
     ): "only cuDNN's schedule reads it: tests/test_cudnn.py",
     (
-        "position._angle_gradient",
+        "rotary._angle_gradient",
         "tuple((axis for axis, size in enumerate(shape) if size != dθ.shape[axis])) → "
         "(axis for axis, size in enumerate(shape) if size != dθ.shape[axis])",
     ): "jnp.sum takes any iterable",

@@ -23,7 +23,12 @@ import jaxlib
 
 ROOT = Path(__file__).resolve().parent.parent
 NATIVE = Path("rnnattn/native/src")
-HANDLERS = "module", "attention_handlers", "recurrent_handlers"  # no change touches these
+HANDLERS = (
+    "module",
+    "attention_handlers",
+    "linear_handlers",
+    "recurrent_handlers",
+)  # no change touches these
 # Tests, and which of them compare.
 COMPARING = (
     "16_bits or twin or feature or sizes or several_blocks or window_and or bias_that_is or hidden"
@@ -32,6 +37,10 @@ COMPARING = (
 LSTM = ("tests/test_native_lstm.py", COMPARING)
 GRU = ("tests/test_native_gru.py", COMPARING)
 ATTENTION = ("tests/test_native.py", COMPARING)
+LINEAR = (
+    "tests/test_linear.py",
+    "instruction_set or 16_bits or close_to or all_but or episodes_that",
+)
 HIDDEN = ("tests/test_hidden.py", "test_attention and native")
 # Functions by file, and the tests of each.
 FUNCTIONS = [
@@ -67,6 +76,22 @@ FUNCTIONS = [
         ["cotangents(const Chunk", "add_peepholes(const Chunk", "add_projection(int64_t"],
     ),
     (
+        "linear_units-inl.h",
+        LINEAR,
+        [
+            "Gate gate(V x)",
+            "struct Linear {",
+            "struct MinGru {",
+            "struct MinLstm {",
+            "struct RgLru {",
+        ],
+    ),
+    (
+        "linear-inl.h",
+        LINEAR,
+        ["at(int64_t n)", "forward_item(const LinearScanForward", "backward_item(const LinearScan"],
+    ),
+    (
         "numbers-inl.h",
         LSTM,
         ["narrowed(Bfloat16", "widened(Float16", "narrowed(Float16"],
@@ -76,6 +101,9 @@ FUNCTIONS = [
         ATTENTION,
         [
             "keys_of(const Attention",
+            "keys_of_block(const Attention",
+            "meet(Range of_row",
+            "rows_seeing(Range rows",
             "seen_by(const Range",
             "segments_meet(const Attention",
             "block_of(const Attention",
@@ -149,6 +177,8 @@ EQUIVALENT = [
     "(products[0] + products[1]) - (",
     "(products[2] - products[3])",
     # a block that could be left out, or left as it is, is looked at key by key
+    "keys.first) < most(of_row.past",
+    "least(of_row.first, keys.first)",
     "query_least != key_least",
     "key_most || key_least",
     "seen.all.first <= keys.first - block.from",
@@ -216,7 +246,8 @@ def _body(lines: list[str], first: int) -> range:
     if lines[first].endswith("}"):
         return range(first, first + 1)
     indent = len(lines[first]) - len(lines[first].lstrip())
-    last = next(i for i in range(first, len(lines)) if lines[i] == " " * indent + "}")
+    ends = (" " * indent + "}", " " * indent + "};")
+    last = next(i for i in range(first, len(lines)) if lines[i] in ends)
     return range(next(i for i in range(first, last) if lines[i].endswith("{")) + 1, last)
 
 
@@ -273,7 +304,7 @@ def prepare(folder: Path) -> None:
 def main(part: str = "") -> int:
     folder = ROOT / "build/mutated"
     prepare(folder)
-    for tests in (LSTM, GRU, ATTENTION, HIDDEN):
+    for tests in (LSTM, GRU, LINEAR, ATTENTION, HIDDEN):
         if error := noticed(None, folder, tests):
             print(f"{tests[0]} fails as it is: {error}")
             return 1

@@ -23,7 +23,9 @@ from rnnattn import dot_product_attention, init_lstm, interop, lstm, reference
 from rnnattn.parallel import ring_attention
 from tests import (
     test_attention,
+    test_linear,
     test_meshes,
+    test_packed,
     test_parallel,
     test_patches,
     test_position,
@@ -34,7 +36,9 @@ from tests.test_interop import timm_weights
 LIBRARY = Path(rnnattn.__file__).parent
 TABLES = [
     test_attention,
+    test_linear,
     test_meshes,
+    test_packed,
     test_parallel,
     test_patches,
     test_position,
@@ -125,6 +129,7 @@ def wrong_calls():
         ),
     )
     yield from _of_modules()
+    yield from _of_gru_formats()
     yield from _of_units()
     yield from _of_formats()
     yield from _of_files()
@@ -222,6 +227,17 @@ def _of_units():
         of(rnnattn.slstm, slstm, w_x=slstm.w_x[1:]),
         of(rnnattn.slstm, slstm, b=slstm.b[1:]),
         lambda: rnnattn.init_gru(jax.random.key(0), 0, 3),
+    )
+
+
+def _of_gru_formats():
+    gru = rnnattn.init_gru(jax.random.key(0), 2, 3)
+    onnx = interop.gru_to_onnx(gru, linear_before_reset=True)
+    yield from (
+        lambda: interop.gru_to_haiku(gru),
+        lambda: interop.gru_to_flax(gru, form="haiku"),  # type: ignore[arg-type]
+        lambda: interop.gru_to_flax(gru._replace(b_n=jnp.ones(3, jnp.float32)), form="nnx"),
+        lambda: interop.gru_from_onnx(onnx, direction=1),
     )
 
 

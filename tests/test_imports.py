@@ -20,30 +20,44 @@ MORE["rnnattn.attention.peers"] = {"tokamax"}
 
 # What the parts may import of the library, besides themselves: primitives none of each other.
 HELPERS = {"rnnattn.checks", "rnnattn.meshes", "rnnattn.precision"}
-PRIMITIVE = HELPERS | {"rnnattn.dispatch", "rnnattn.divided", "rnnattn.native"}
+PRIMITIVE = HELPERS | {
+    "rnnattn.dispatch",
+    "rnnattn.divided",
+    "rnnattn.native",
+    "rnnattn.packing",
+}
 PARTS = {
     "rnnattn.checks": set(),
     "rnnattn.meshes": set(),
+    "rnnattn.packing": {"rnnattn.checks"},
     "rnnattn.precision": set(),
     "rnnattn.divided": {"rnnattn.precision"},
     "rnnattn.dispatch": {"rnnattn.divided", "rnnattn.precision"},
     "rnnattn.native": set(),
     "rnnattn.attention": PRIMITIVE,
+    "rnnattn.linear": PRIMITIVE,
     "rnnattn.recurrent": PRIMITIVE,
     "rnnattn.position": PRIMITIVE,
     "rnnattn.patches": PRIMITIVE,
     "rnnattn.parallel": HELPERS | {"rnnattn.attention"},
-    "rnnattn.reference": HELPERS | {"rnnattn.attention", "rnnattn.position", "rnnattn.recurrent"},
+    "rnnattn.reference": HELPERS
+    | {"rnnattn.attention", "rnnattn.linear", "rnnattn.position", "rnnattn.recurrent"},
     "rnnattn.interop": HELPERS | {"rnnattn.recurrent"},
     "rnnattn.nn": HELPERS
-    | {"rnnattn.attention", "rnnattn.patches", "rnnattn.position", "rnnattn.recurrent"},
+    | {
+        "rnnattn.attention",
+        "rnnattn.linear",
+        "rnnattn.patches",
+        "rnnattn.position",
+        "rnnattn.recurrent",
+    },
     "rnnattn": {"rnnattn"},
 }
 
 # The files of a primitive's folder, from the ground up: one imports those of its floor and below.
 FLOORS = [
     {"unit"},
-    {"problem", "units", "equations", "masking", "dropout", "signature"},
+    {"problem", "units", "equations", "scaling", "masking", "dropout", "signature"},
     {
         "dense",
         "blockwise",
@@ -59,8 +73,8 @@ FLOORS = [
     {"rule"},
     {"arguments", "peers", "cache", "init"},
     {"run"},
-    {"api", "family", "ring"},
-    {"stack"},
+    {"api", "family", "ring", "rotary"},
+    {"packed", "stack"},
     {"__init__"},
 ]
 
@@ -122,7 +136,7 @@ def test_the_library_imports_only_what_lies_below(name):
     assert not wrong
 
 
-@pytest.mark.parametrize("primitive", ["attention", "recurrent"])
+@pytest.mark.parametrize("primitive", ["attention", "linear", "recurrent"])
 def test_equations_lie_below_schedules_and_these_below_the_rule_and_the_arguments(primitive):
     floor = {file: n for n, files in enumerate(FLOORS) for file in files}
     prefix = f"rnnattn.{primitive}."

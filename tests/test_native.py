@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from rnnattn import dot_product_attention, native, reference
+from rnnattn import dot_product_attention, native, packed_attention, reference
 from rnnattn.attention import api, dot_product_attention_jvp
 from rnnattn.native import calls, load
 from tests.attention_cases import (
@@ -30,6 +30,7 @@ from tests.attention_cases import (
     value_and_gradients,
 )
 from tests.test_attention import VARIANTS, _filled, drawn
+from tests.test_packed import cotangents as packed_cotangents, make_packed, masked, without_nan
 
 examples = partial(settings, deadline=None, derandomize=True)
 SETS = list(load.found()[1])
@@ -126,6 +127,27 @@ def test_sizes(name, instruction_set):
     assert_native_is_right(
         make_case(SIZES[name], is_causal=name == "some blocks", query_offset=9, **cap)
     )
+
+
+PACKED = {
+    "few rows": ([3, 0, 5], [40, 9, 130]),
+    "short ones": ([20, 1, 0, 49, 30, 7], [20, 1, 0, 49, 30, 7]),
+    "long ones": ([60, 300, 5], [270, 280, 20]),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_sizes_of_packed_sequences(name, instruction_set):
+    of_each = PACKED[name]
+    heads = (2, 2) if name == "long ones" else (4, 2)
+    sizes = (sum(of_each[0]) + 9, sum(of_each[1]) + 3, *heads, 16, 20)
+    case = make_packed(*of_each, sizes=sizes, dtype=jnp.float32)
+    options: dict[str, Any] = {"is_causal": True, "local_window_size": (250, None)}
+    truth = without_nan(case, **options)
+    given_back, plain = packed_cotangents(case)
+    expected = first_order(masked)(wide(truth.floats), truth.others, wide(plain))
+    run = first_order(packed_attention, **options, **NATIVE)
+    assert_same(run(case.floats, case.others, given_back), expected, TOLERANCE)
 
 
 STREAMED = Sizes(2, 3, 530, 4, 2, 16, 20)
@@ -422,7 +444,7 @@ def test_a_bias_of_another_dtype_is_served():
 def test_wrong_shapes_are_errors_of_the_call():
     f32, shape = np.float32, jax.ShapeDtypeStruct
     absent = [np.zeros(0, t) for t in (f32, np.bool_)]
-    integers = [np.zeros(0, np.int32)] * 4
+    integers = [np.zeros(0, np.int32)] * 5
     q, k, v = np.ones((1, 4, 1, 1, 3), f32), np.ones((1, 5, 1, 3), f32), np.ones((1, 5, 1, 2), f32)
     scale = np.ones((1,) * 5, f32)
     results = [shape((1, 4, 1, 1, 2), f32), shape((1, 1, 1, 4), f32)]
@@ -446,7 +468,7 @@ def test_wrong_shapes_are_errors_of_the_call():
             **calls.call_attributes(),
             **attributes,
         }
-        return jax.ffi.ffi_call("rnnattn.attention_forward.v2", results)(*arguments, **options)
+        return jax.ffi.ffi_call("rnnattn.attention_forward.v3", results)(*arguments, **options)
 
     np.testing.assert_allclose(call()[0], np.ones((1, 4, 1, 1, 2)))
     for wrong, name in (

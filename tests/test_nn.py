@@ -11,6 +11,7 @@ import pytest
 from flax import linen, nnx
 
 import rnnattn
+from rnnattn import nn, stacked
 from rnnattn.nn import LSTM, LSTMCell, MultiHeadAttention, attention_fn, load_weights
 from tests.lstm_cases import assert_close, make_case
 
@@ -61,6 +62,23 @@ def test_the_cell_plugs_into_flax_rnn():
     assert_close((y, carry), expected, 1e-12)
     y_reversed = nnx.RNN(cell, reverse=True, keep_order=True)(x)
     assert_close(y_reversed, rnnattn.lstm(cell.params, x, reverse=True)[0], 1e-12)
+
+
+@pytest.mark.parametrize("name", ["MinGRU", "MinLSTM", "RGLRU"])
+def test_units_without_a_product_in_the_loop_are_those_of_their_weights(name):
+    make, run = getattr(rnnattn.nn, name), getattr(rnnattn, name.lower())
+    sizes = (4,) if name == "RGLRU" else (4, 5)
+    module = make(*sizes, rngs=nnx.Rngs(0), implementation="xla", **OPTIONS)
+    x = jax.random.normal(jax.random.key(0), (2, 7, 4))
+    masks = {
+        "lengths": jnp.array([7, 4]),
+        "mask": jnp.ones((2, 7), bool).at[0, 2].set(False),
+        "resets": jnp.zeros((2, 7), bool).at[1, 2].set(True),
+    }
+    y, h = module(x, **masks)
+    assert_close((y, h), run(module.params, x, **masks), 1e-12)
+    assert_close(module(x, h), run(module.params, x, h), 1e-12)
+    assert len(jax.tree.leaves(nnx.state(module, nnx.Param))) == len(module.params)
 
 
 def test_an_optimizer_moves_every_weight():
@@ -409,3 +427,17 @@ def test_what_flax_asks_for_and_we_do_not_have_is_an_error():
             attention_fn(q, q, q, **{name: value})
     narrow, exact = attention_fn(q, q, q, dtype=jnp.float32), attention_fn(q, q, q)
     assert narrow.dtype == jnp.float32 and exact.dtype == jnp.float64
+
+
+@pytest.mark.parametrize("name", ["GRU", "RNN", "LayerNormLSTM", "LayerNormGRU", "SLSTM"])
+def test_a_stack_of_any_unit_is_its_functions(name):
+    module = getattr(nn, name)(3, 4, num_layers=2, bidirectional=True, rngs=nnx.Rngs(0), **OPTIONS)
+    x, lengths = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 3))), jnp.array([5, 2])
+    cell = module.forward[0]
+    y, states = module(x, lengths=lengths)
+    expected = stacked(cell.run, module.layers, x, lengths=lengths)
+    jax.tree.map(np.testing.assert_array_equal, (y, states), expected)
+    carry = cell.initialize_carry((2, 3))
+    _, h = cell(carry, x[:, 0])
+    np.testing.assert_allclose(h, cell.run(cell.params, x)[0][:, 0], atol=1e-14)
+    assert jax.tree.map(jnp.shape, carry) == jax.tree.map(jnp.shape, states[0][0])

@@ -14,17 +14,23 @@ from hypothesis import given, settings, strategies as st
 from jax.test_util import check_grads
 
 import rnnattn
-from rnnattn import position, reference
+from rnnattn import reference
 from rnnattn.position import (
+    DynamicNTKScaling,
     LinearScaling,
     Llama3Scaling,
+    LongRoPEScaling,
     NTKScaling,
+    PRoPEScaling,
     YaRNScaling,
+    mrope,
     rope,
     rope_2d,
     rope_mixed,
+    rotary,
     shift_matrix,
     sinusoids,
+    xpos,
 )
 from tests.lstm_cases import assert_close
 
@@ -387,6 +393,9 @@ def test_mixed_rope_has_an_inverse():
 # ---- published numbers ------------------------------------------------------------------------
 
 # Inverse frequencies and attention factors by transformers 5.24.0, ROPE_INIT_FUNCTIONS (float32).
+# The rows of LongRoPE and of dynamic NTK are by transformers 4.57.1.
+SHORT = (1.0, 1.1, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0)
+LONG = (1.0, 2.0, 4.0, 8.0, 16.0, 24.0, 30.0, 32.0)
 PUBLISHED = {
     "linear": (
         LinearScaling(4.0),
@@ -494,6 +503,57 @@ PUBLISHED = {
         ],
         1.0,
     ),
+    "LongRoPE, short": (
+        LongRoPEScaling(SHORT, LONG, 4096, 131_072, length=4096),
+        (16, 10_000.0),
+        [
+            1.0,
+            0.28747976,
+            0.06666667,
+            0.015811389,
+            0.0033333334,
+            0.00079056947,
+            0.00019999999,
+            5.2704629e-05,
+        ],
+        1.1902380714238083,
+    ),
+    "LongRoPE, long": (
+        LongRoPEScaling(SHORT, LONG, 4096, 131_072),
+        (16, 10_000.0),
+        [
+            1.0,
+            0.15811388,
+            0.025,
+            0.0039528473,
+            0.00062499999,
+            0.00013176158,
+            3.3333334e-05,
+            9.8821183e-06,
+        ],
+        1.1902380714238083,
+    ),
+    "dynamic NTK, within": (
+        DynamicNTKScaling(2.0, 2048, length=1024),
+        (16, 10_000.0),
+        [1.0, 0.31622776, 0.1, 0.031622779, 0.0099999998, 0.0031622779, 0.001, 0.00031622779],
+        1.0,
+    ),
+    "dynamic NTK, beyond": (
+        DynamicNTKScaling(2.0, 2048, length=8192),
+        (16, 10_000.0),
+        [
+            1.0,
+            0.23948137,
+            0.057351321,
+            0.013734572,
+            0.0032891738,
+            0.00078769587,
+            0.00018863847,
+            4.5175395e-05,
+        ],
+        1.0,
+    ),
 }
 
 
@@ -502,6 +562,115 @@ def test_scalings_give_the_published_numbers(name):
     scaling, (d, base), expected, amplitude = PUBLISHED[name]
     np.testing.assert_allclose(scaling.frequencies(d, base), expected, rtol=3e-7)
     assert math.isclose(scaling.amplitude, amplitude, rel_tol=1e-12)
+
+
+def test_several_axes_are_those_of_qwen():
+    """By transformers 4.57.1, apply_multimodal_rotary_pos_emb, sections (2, 3, 3), in float32."""
+    x = (jnp.arange(64) % 7 - 3).reshape(1, 4, 1, 16).astype(jnp.float32)
+    positions = jnp.array([[0, 3, 3, 7], [0, 4, 5, 7], [0, 1, 9, 7]])
+    expected = [
+        [-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, -3.0, -2.0],
+        [
+            0.989992,
+            -0.812649,
+            0.142224,
+            1.605559,
+            3.117568,
+            -2.99366,
+            -1.998999,
+            -1.0,
+            -0.14112,
+            0.582754,
+            2.23154,
+            3.22834,
+            -2.877632,
+            -2.009477,
+            -1.001999,
+            -0.000316,
+        ],
+        [
+            -1.272233,
+            -1.272439,
+            4.071024,
+            -2.647666,
+            -1.947521,
+            -0.999595,
+            -0.009,
+            0.994304,
+            -1.838865,
+            3.373559,
+            -1.194471,
+            -2.44742,
+            -1.098709,
+            -0.028457,
+            0.99996,
+            2.002838,
+        ],
+        [
+            4.232666,
+            3.399156,
+            -0.885467,
+            -0.9756,
+            -0.069943,
+            0.955487,
+            1.978951,
+            3.006633,
+            -0.290747,
+            -1.20239,
+            -2.053277,
+            -0.219556,
+            0.997551,
+            2.021644,
+            3.013927,
+            -2.993352,
+        ],
+    ]
+    np.testing.assert_allclose(mrope(x, positions, (2, 3, 3))[0, :, 0], expected, atol=2e-6)
+    same = mrope(x, positions[:, 3:], (2, 3, 3))  # text
+    np.testing.assert_allclose(same, rope(x, positions[0, 3:]), atol=1e-6)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_products_of_xpos_fade_with_the_distance(interleaved):
+    q, k, d = _draw(1, 1, 1, 6), _draw(1, 1, 1, 6, seed=1), 6
+    t, s = 9, 2
+    turn = partial(xpos, interleaved=interleaved, scale_base=16.0)
+    product = jnp.sum(turn(q, jnp.array([t])) * turn(k, jnp.array([s]), downscale=True))
+    pairs = lambda x: x.reshape(3, 2) if interleaved else x.reshape(2, 3).T
+    expected = 0.0
+    for m, (a, b) in enumerate(zip(pairs(q), pairs(k), strict=True)):
+        θ = 10_000.0 ** (-2 * m / d) * (t - s)
+        zeta = ((2 * m / d + 0.4) / 1.4) ** ((t - s) / 16)
+        dot, cross = a @ b, a[0] * b[1] - a[1] * b[0]
+        expected += zeta * (dot * math.cos(θ) + cross * math.sin(θ))
+    np.testing.assert_allclose(product, expected, rtol=1e-6)
+
+
+def test_the_highest_frequencies_alone_turn():
+    x = _draw(1, 5, 2, 8)
+    scaling = PRoPEScaling(0.75)
+    np.testing.assert_array_equal(scaling.frequencies(8, 100.0)[3:], 0)
+    np.testing.assert_allclose(scaling.frequencies(8, 100.0)[:3], 100.0 ** (-np.arange(3) / 4))
+    y = rope(x, jnp.arange(5), scaling=scaling)
+    np.testing.assert_array_equal(y[..., [3, 7]], x[..., [3, 7]])
+
+
+@pytest.mark.parametrize("name", ["mrope", "xpos"])
+def test_gradients_of_several_axes_and_of_fading(name):
+    x, t = _draw(2, 3, 2, 8), jnp.array([0.5, 3.0, 7.25])
+    arguments = (x, jnp.stack([t, 2 * t]), (3, 1)) if name == "mrope" else (x, t)
+    at, fixed = arguments[:2], arguments[2:]
+    weights = _draw(*x.shape, seed=1)
+    loss = lambda f, *at: jnp.sum(weights * f(*at, *fixed) ** 2)
+    rule, twin = partial(loss, getattr(rnnattn, name)), partial(loss, getattr(reference, name))
+    gradients = [jax.jit(jax.grad(f, argnums=(0, 1)))(*at) for f in (rule, twin)]
+    assert_close(*gradients)
+    along = (weights, jnp.ones_like(at[1]))
+    tangents = [
+        jax.jit(lambda *at, f=f: jax.jvp(jax.grad(f), at, along)[1])(*at) for f in (rule, twin)
+    ]
+    assert_close(*tangents)
+    check_grads(jax.jit(twin), at, order=1, modes=["fwd"], rtol=1e-5, atol=1e-5)
 
 
 def test_rotations_match_the_onnx_cases():
@@ -525,7 +694,7 @@ def test_rotations_match_the_onnx_cases():
         if ids:
             cos, sin = cos[ids[0]], sin[ids[0]]
         interleaved = bool(options.get("interleaved", 0))
-        y = position._rotation(interleaved, x, cos[:, :, None], sin[:, :, None])
+        y = rotary._rotation(interleaved, x, cos[:, :, None], sin[:, :, None])
         y = jnp.swapaxes(y, 1, 2) if heads_first else y.reshape(expected.shape)
         np.testing.assert_allclose(y, expected, rtol=1e-3, atol=1e-7, err_msg=case.name)
 
@@ -575,8 +744,9 @@ def test_everything_exports_for_gpu_and_tpu(x64):
         def loss(x, t, f):
             waves = sinusoids(t, 8) @ shift_matrix(t[0], 8)
             turned = rope(x, t, scaling=YARN), rope_2d(x, t, t), rope_mixed(x, t, t, f)
+            more = mrope(x, jnp.stack([t, t]), (1, 3)), xpos(x, t)
             whole = rope(x, jnp.arange(3), interleaved=True)
-            return sum(map(total, (waves, *turned, whole)))
+            return sum(map(total, (waves, *turned, *more, whole)))
 
         for function in (loss, jax.grad(loss, argnums=(0, 1, 2))):
             jax.export.export(jax.jit(function), platforms=("cpu", "cuda", "tpu"))(x, t, f)
@@ -628,6 +798,30 @@ def _bad_calls() -> dict[str, Any]:
             x, t, t, f.astype(jnp.int32)
         ),
         "LinearScaling: `factor` must be positive, got 0": lambda: LinearScaling(0),
+        "PRoPEScaling: `p` must be at most 1, got 2": lambda: PRoPEScaling(2),
+        "LongRoPEScaling: `short_factor` must be positive, got (1.0, 0)": lambda: LongRoPEScaling(
+            (1.0, 0), (1.0, 1.0), 4, 8
+        ),
+        "LongRoPEScaling: `long_factor` must be of 4 factors, one for each pair, got 2": lambda: (
+            rope(x, t, scaling=LongRoPEScaling((1.0, 1.0), (1.0, 1.0), 4, 8))
+        ),
+        "mrope: `x.shape[-1]` must be a positive multiple of 2, got 7": lambda: mrope(
+            x[..., :7], t[None], (4,)
+        ),
+        "mrope: `positions` must be of shape (A, …, T), got ()": lambda: mrope(x, 1, (4,)),
+        "mrope: `sections` must be an integer of at least 0, got 2.0": lambda: mrope(
+            x,
+            t[None],
+            (2.0,),  # type: ignore[arg-type]
+        ),
+        "mrope: `sections` must be 1 integers, one for each axis, whose sum is K/2 = 4, got (3,)": (
+            lambda: mrope(x, t[None], (3,))
+        ),
+        f"mrope: `positions` {before} (4,)": lambda: mrope(x, t[None, :4], (4,)),
+        "xpos: `x.shape[-1]` must be a positive multiple of 2, got 7": lambda: xpos(x[..., :7], t),
+        f"xpos: `positions` {before} (4,)": lambda: xpos(x, t[:4]),
+        "xpos: `scale_base` must be a positive number, got 0": lambda: xpos(x, t, scale_base=0),
+        "xpos: `gamma` must be a positive number, got 0": lambda: xpos(x, t, gamma=0),
         "YaRNScaling: `factor` must be positive, got None": lambda: YaRNScaling(
             None,  # type: ignore[arg-type]
             64,

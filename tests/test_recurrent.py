@@ -474,10 +474,14 @@ def test_dropout_between_layers_drops_its_share_and_keeps_the_mean(time_major):
 def test_every_layer_of_a_stack_drops_for_itself(time_major, variational):
     """Layers that hand on what they read: what is left of ones tells what was dropped."""
     layers = [make_case(1, 1, 1, 1).params] * 3
-    dropout = stack.Dropout(0.5, jax.random.key(0), variational)
-    ones, options = jnp.ones((40, 50, 30)), {"time_major": time_major}
-    left, _ = stack.stack(
-        lambda _, x, state, **options: (x, state), layers, ones, None, dropout, options
+    left, _ = stack.stacked(
+        lambda _, x, state, **options: (x, state),
+        layers,
+        jnp.ones((40, 50, 30)),
+        dropout_rate=0.5,
+        dropout_key=jax.random.key(0),
+        variational=variational,
+        time_major=time_major,
     )
     assert set(np.unique(left)) == {0.0, 4.0}  # twice 1 / (1 − ½)
     draws = left.size / (left.shape[1 - time_major] if variational else 1)
@@ -726,13 +730,18 @@ def test_the_refusal_of_forward_mode_names_the_twin(name):
 
 FACE = """
     lstm lstm_step bidirectional_lstm stacked_lstm init_lstm LSTMParams LSTMState
+    bidirectional stacked
+    linear_scan mingru mingru_step init_mingru MinGRUParams minlstm minlstm_step init_minlstm
+    MinLSTMParams rglru rglru_step init_rglru RGLRUParams
     gru gru_step init_gru GRUParams rnn rnn_step init_rnn RNNParams
     layer_norm_lstm layer_norm_lstm_step init_layer_norm_lstm LayerNormLSTMParams
     layer_norm_gru layer_norm_gru_step init_layer_norm_gru LayerNormGRUParams
     slstm slstm_step init_slstm SLSTMParams SLSTMState
     dot_product_attention KVCache update_cache
-    sinusoids shift_matrix rope rope_2d rope_mixed LinearScaling NTKScaling YaRNScaling
-    Llama3Scaling
+    packed_attention packed_positions lengths_to_cu_seqlens cu_seqlens_to_lengths
+    cu_seqlens_to_segment_ids segment_ids_to_cu_seqlens
+    sinusoids shift_matrix rope rope_2d rope_mixed mrope xpos LinearScaling NTKScaling YaRNScaling
+    Llama3Scaling DynamicNTKScaling LongRoPEScaling PRoPEScaling
     patchify unpatchify resample_grid resize_patch_kernel crop_and_pad token_mask conv_stem
     stem_strides interop reference
 """

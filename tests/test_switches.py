@@ -101,6 +101,22 @@ def of_lstm(**options):
     return lambda p, x, state, **masks: rnnattn.lstm(p, x, state, **masks, **options)
 
 
+PAIR = {"a": draw(2, 3, 2), "b": draw(2, 3, 2), "h0": draw(2, 2)}
+
+
+def of_linear(function):
+    return lambda p, x, h, **masks: function(p, x, h, **masks)
+
+
+def of_min(params, n, *steps):
+    return {"p": params(draw(2, n * 3), draw(n * 3)), "x": draw(2, *steps, 2), "h": draw(2, 3)}
+
+
+def of_blocks(*steps):
+    gates = [draw(1, 2, 2), draw(1, 2, 2), draw(2), draw(2), draw(2)]
+    return {"p": rnnattn.RGLRUParams(*gates), "x": draw(2, *steps, 2), "h": draw(2, 2)}
+
+
 def update_cache(cache_key, cache_value, key, value, length):
     return rnnattn.update_cache(KVCache(cache_key, cache_value, length), key, value)
 
@@ -127,6 +143,13 @@ CASES = {
         {"layers": [params(2, 3), (params(3, 2), params(3, 2))], "x": SEQUENCE["x"]},
         {"seed": np.array([0, 1], np.uint32)},
     ),
+    "linear_scan": Case(rnnattn.linear_scan, PAIR, MASKS),
+    "mingru": Case(of_linear(rnnattn.mingru), of_min(rnnattn.MinGRUParams, 2, 3), MASKS),
+    "mingru_step": Case(of_linear(rnnattn.mingru_step), of_min(rnnattn.MinGRUParams, 2)),
+    "minlstm": Case(of_linear(rnnattn.minlstm), of_min(rnnattn.MinLSTMParams, 3, 3), MASKS),
+    "minlstm_step": Case(of_linear(rnnattn.minlstm_step), of_min(rnnattn.MinLSTMParams, 3)),
+    "rglru": Case(of_linear(rnnattn.rglru), of_blocks(3), MASKS),
+    "rglru_step": Case(of_linear(rnnattn.rglru_step), of_blocks()),
     **{name: case for unit in UNITS for name, case in of_unit(unit).items()},
     "dot_product_attention": Case(attention(), ATTENTION, HIDDEN),
     "dot_product_attention, alone": Case(rnnattn.dot_product_attention, PLAIN),
@@ -156,6 +179,30 @@ CASES = {
         {"key_value_seq_lengths": np.array([0, 2]), "query_seq_lengths": np.array([4, 1])},
     ),
     "dot_product_attention_jvp": Case(attention(dot_product_attention_jvp), ATTENTION, HIDDEN),
+    "packed_attention": Case(
+        partial(rnnattn.packed_attention, is_causal=True, return_residual=True),
+        {"query": draw(5, 2, 2), "key": draw(6, 1, 2), "value": draw(6, 1, 3), "sinks": draw(2)},
+        {"cu_seqlens_query": np.array([0, 2, 5]), "cu_seqlens_key": np.array([0, 1, 4])},
+    ),
+    "packed_positions": Case(
+        partial(rnnattn.packed_positions, tokens=4), {}, {"cu_seqlens": np.array([0, 1, 3])}
+    ),
+    "lengths_to_cu_seqlens": Case(
+        rnnattn.lengths_to_cu_seqlens, {}, {"lengths": np.array([3, 0, 1])}
+    ),
+    "cu_seqlens_to_lengths": Case(
+        rnnattn.cu_seqlens_to_lengths, {}, {"cu_seqlens": np.array([0, 1, 3])}
+    ),
+    "cu_seqlens_to_segment_ids": Case(
+        partial(rnnattn.cu_seqlens_to_segment_ids, tokens=4),
+        {},
+        {"cu_seqlens": np.array([0, 1, 3])},
+    ),
+    "segment_ids_to_cu_seqlens": Case(
+        partial(rnnattn.segment_ids_to_cu_seqlens, sequences=2),
+        {},
+        {"segment_ids": np.array([0, 0, 1, 2])},
+    ),
     "update_cache": Case(
         update_cache,
         {
@@ -172,6 +219,10 @@ CASES = {
         {"x": draw(2, 3, 2, 4)},
         {"positions": np.array([0, 1, 2**20])},
     ),
+    "mrope": Case(
+        partial(rnnattn.mrope, sections=(1, 1)), {"x": draw(2, 3, 2, 4), "positions": draw(2, 3)}
+    ),
+    "xpos": Case(rnnattn.xpos, {"x": draw(2, 3, 2, 4), "positions": draw(3)}),
     "rope_2d": Case(rnnattn.rope_2d, {"x": draw(2, 3, 2, 4)}, TOKENS),
     "rope_mixed": Case(
         rnnattn.rope_mixed, {"x": draw(2, 3, 2, 4), "frequencies": draw(2, 2, 2)}, TOKENS
@@ -221,6 +272,7 @@ def test_the_table_is_complete():
     """Each public function of arrays is in it."""
     without = {"stem_strides"}  # of sizes
     without |= {name for name in rnnattn.__all__ if name.startswith("init_")}
+    without |= {"bidirectional", "stacked"}  # what those of the LSTM call
     public = {n for n in rnnattn.__all__ if n[0].islower() and callable(getattr(rnnattn, n))}
     assert public - without == {name.split(",")[0].split(" ")[0] for name in CASES} - {
         "dot_product_attention_jvp"
@@ -503,6 +555,9 @@ VALUES = {
     "NTKScaling": rnnattn.NTKScaling(2.0),
     "YaRNScaling": rnnattn.YaRNScaling(2.0, 16),
     "Llama3Scaling": rnnattn.Llama3Scaling(),
+    "DynamicNTKScaling": rnnattn.DynamicNTKScaling(2.0, 16, 32),
+    "LongRoPEScaling": rnnattn.LongRoPEScaling((1.0,), (2.0,), 16, 32),
+    "PRoPEScaling": rnnattn.PRoPEScaling(0.5),
 }
 MODULES: dict[str, Any] = {
     "LSTMCell": (

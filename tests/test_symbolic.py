@@ -15,8 +15,10 @@ from rnnattn import (
     LSTMState,
     dot_product_attention,
     init_lstm,
+    init_mingru,
     lstm,
     lstm_step,
+    mingru,
     patchify,
     rope,
     stacked_lstm,
@@ -78,6 +80,19 @@ def test_lstm_with_lengths_and_resets():
         call(x, lengths, resets),
         run(x, lengths, resets),
     )
+
+
+def test_a_linear_unit_with_lengths_and_resets():
+    params = init_mingru(jax.random.key(0), D, H)
+
+    def both(x, lengths, resets):
+        run = lambda x: mingru(params, x, lengths=lengths, resets=resets, reverse=True)
+        results, pullback = jax.vjp(run, x)
+        return results, pullback(results)
+
+    call = exported(both, f"b, t, {D}", "b", "b, t", dtypes=[jnp.float32, jnp.int32, bool])
+    arrays = draw(0, (3, 5, D)), jnp.array([0, 3, 5], jnp.int32), jnp.eye(3, 5, 1, bool)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), call(*arrays), both(*arrays))
 
 
 def test_a_step_and_a_stack():

@@ -198,7 +198,7 @@ def call(function, rule, arguments, schedule=None):
     if isinstance(arrays.query_offset, int) and arrays.query_offset == 0:
         arrays = arrays._replace(query_offset=None)  # a constant, which nobody has to send
     wanted = (True, request.return_residual, request.return_weights)
-    with forward_mode("rnnattn.attention.dot_product_attention_jvp"):
+    with forward_mode(f"rnnattn.attention.{function}_jvp"):
         results = _run_attention(function, rule, schedule, options, wanted, arrays)
     return results[0] if len(results) == 1 else results
 

@@ -19,7 +19,7 @@ from rnnattn.precision import accumulator
 # What has the leading axes of the query.
 _PER_ROW = (
     *("query", "key", "value", "query_seq_lengths", "key_value_seq_lengths"),
-    *("query_offset", "query_segment_ids", "key_value_segment_ids"),
+    *("query_offset", "query_segment_ids", "key_value_segment_ids", "key_ranges"),
 )
 
 _FAR = 2**30  # a window's side of this many keys is open: sums of positions stay in int32
@@ -41,6 +41,7 @@ class Arrays(NamedTuple):
     key_value_segment_ids: Any = None
     sinks: Any = None
     dropout_key: Any = None
+    key_ranges: Any = None  # no argument of anybody: see `rnnattn.attention.packed`
 
 
 class Request(NamedTuple):
@@ -69,7 +70,7 @@ def sorted_arguments(
     **arrays,
 ):
     """The arguments of a call by what becomes of them."""
-    for name in arrays.keys() - set(Arrays._fields):
+    for name in arrays.keys() - (set(Arrays._fields) - {"key_ranges"}):
         raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
     return (
         Arrays(query, key, value, bias, mask, **arrays),
@@ -147,6 +148,7 @@ def problem(options, arrays):
         query_segments=ids(arrays.query_segment_ids),
         key_segments=ids(arrays.key_value_segment_ids),
         dropout_keys=keys,
+        key_ranges=arrays.key_ranges,
     )
     return operands, masking
 
@@ -166,7 +168,9 @@ def on_mesh(function, run, options, arrays, results):
         arrays = arrays._replace(dropout_key=keys)
     given = {name: x for name, x in arrays._asdict().items() if x is not None}
     last = lambda letters, x: letters[len(letters) - jnp.ndim(x) :]
-    axes = Arrays("BTNK", "BSNK", "BSNV", "BNTS", "BNTS", "N", "B", "B", "B", "BT", "BS", "N", "BN")
+    axes = Arrays(
+        "BTNK", "BSNK", "BSNV", "BNTS", "BNTS", "N", "B", "B", "B", "BT", "BS", "N", "BN", "BTR"
+    )
     letters = {name: last(getattr(axes, name), x) for name, x in given.items()}
     return in_parts(
         Check(function),

@@ -36,14 +36,16 @@ from rnnattn.attention.equations import (
     sinks_gradient,
     sum_to,
 )
-from rnnattn.attention.masking import key_range, visible
+from rnnattn.attention.masking import key_range, ranges_within, visible
 from rnnattn.attention.problem import Operands
 
 # Measured: benchmarks/README.md, "How attention's schedule is chosen".
 FORWARD_BLOCK = (512, 512)  # on a CPU: queries of all heads of a group, keys
 BACKWARD_BLOCK = (512, 256)
+RANGES_BLOCK = (128, 128)  # where queries have ranges of keys: these may end in any block
 BLOCK_LOGITS = 2**26  # elsewhere, of all rows and heads together: 256 MiB in float32
 _LEAST_BLOCK = 128  # queries of a head, and keys
+_LONGEST_RANGES_BLOCK = 512  # the same, where queries have ranges of keys
 _TANGENT_LOGITS = 2**18  # of a block, all heads together, in the rule for tangents
 _LEAST_TANGENT_BLOCK = 64
 
@@ -122,11 +124,13 @@ class _Grid(NamedTuple):
         return lax.dynamic_update_slice(x, band, corner)
 
     def cut_queries(self, operands, masking, i):
-        segments = masking.query_segments
-        if segments is not None:
-            segments = self.queries.cut(segments, i, 1)
+        cut = lambda x: None if x is None else self.queries.cut(x, i, 1)
         query, bias = self.queries.cut(operands.query, i, 3), self.band(operands.bias, i)
-        masking = masking._replace(mask=self.band(masking.mask, i), query_segments=segments)
+        masking = masking._replace(
+            mask=self.band(masking.mask, i),
+            query_segments=cut(masking.query_segments),
+            key_ranges=cut(masking.key_ranges),
+        )
         return operands._replace(query=query, bias=bias), masking
 
     def cut_keys(self, operands, masking, j):
@@ -150,6 +154,17 @@ def _grid(operands, longest, head=None):
     _, _, G, T, _ = operands.query.shape
     queries, keys = longest
     return _Grid(_axis(T, max(queries // G, 1)), _axis(operands.key.shape[2], keys), head)
+
+
+def _longest_block(in_cache, operands, masking, head):
+    """Queries of a group's heads and keys of a block; `in_cache` suits a CPU and one head."""
+    if head:
+        return in_cache if masking.key_ranges is None else RANGES_BLOCK
+    queries, keys = _large_block(operands)
+    if masking.key_ranges is None:
+        return queries, keys
+    G = operands.query.shape[2]
+    return min(queries, G * _LONGEST_RANGES_BLOCK), min(keys, _LONGEST_RANGES_BLOCK)
 
 
 def _large_block(operands):
@@ -187,11 +202,13 @@ def _scores(options, grid, operands, masking, i, j):
 def _key_blocks(options, grid, masking):
     """A function from a block of queries to the blocks [first, past) of keys it has to visit."""
     queries, keys = grid.queries, grid.keys
-    segments = _segment_bounds(grid, masking)
+    segments, ranges = _segment_bounds(grid, masking), _range_bounds(grid, masking)
 
     def of(i):
         first_row = queries.start(i)
         first, past = key_range(options, masking, first_row, first_row + queries.block - 1)
+        if ranges is not None:
+            first, past = (bound[i] for bound in ranges)
         first = jnp.clip(jnp.min(first), 0, keys.size) // keys.block
         past = -(-jnp.clip(jnp.max(past), 0, keys.size) // keys.block)
         if segments is not None:
@@ -219,11 +236,23 @@ def _segment_bounds(grid, masking):
     return bounds(grid.queries, masking.query_segments), bounds(grid.keys, masking.key_segments)
 
 
+def _range_bounds(grid, masking):
+    """The least first and the largest past key that queries of a block see, (blocks,)."""
+    if masking.key_ranges is None:
+        return None
+    S = grid.keys.size
+    first, past = ranges_within(masking.key_ranges, S)
+    first = jnp.where(first < past, first, S)
+    blocks = jnp.arange(grid.queries.count, dtype=jnp.int32)
+    of_block = lambda x, reduce: jax.vmap(lambda i: reduce(grid.queries.cut(x, i, 1)))(blocks)
+    return of_block(first, jnp.min), of_block(past, jnp.max)
+
+
 # ------------------------------------------------------------------------- forward and backward
 
 
 def _forward_blocks(options, operands, masking, head=None):
-    grid = _grid(operands, FORWARD_BLOCK if head else _large_block(operands), head)
+    grid = _grid(operands, _longest_block(FORWARD_BLOCK, operands, masking, head), head)
     key_blocks = _key_blocks(options, grid, masking)
 
     def query_block(results, i):
@@ -246,7 +275,7 @@ def _forward_blocks(options, operands, masking, head=None):
 
 def _backward_blocks(options, operands, masking, kept, cotangents, dbias, head=None):
     """dq, dk, dv, dscale, and `dbias` grown by its part, in the accumulator's dtype."""
-    grid = _grid(operands, BACKWARD_BLOCK if head else _large_block(operands), head)
+    grid = _grid(operands, _longest_block(BACKWARD_BLOCK, operands, masking, head), head)
     key_blocks = _key_blocks(options, grid, masking)
     per_row = (*kept, *cotangents)
 

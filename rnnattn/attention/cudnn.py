@@ -46,6 +46,7 @@ def unserved(arrays, options):
         "a single query or key": min(T, S) < 2,
         "`mask`": arrays.mask is not None,
         "segment ids": arrays.query_segment_ids is not None,
+        "packed sequences": arrays.key_ranges is not None,
         "`query_offset`": not (offset is None or (isinstance(offset, int) and offset == 0)),
         "`logits_soft_cap`": options.soft_cap is not None,
         "dropout": options.dropout_rate > 0,

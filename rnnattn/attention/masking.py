@@ -34,6 +34,9 @@ def visible(options, masking, rows, columns):
         conditions.append(columns < masking.key_lengths[:, None, None])
     if masking.query_segments is not None:
         conditions.append(masking.query_segments[:, :, None] == masking.key_segments[:, None, :])
+    if masking.key_ranges is not None:
+        first, past = jnp.split(masking.key_ranges, 2, axis=2)
+        conditions.append((columns >= first) & (columns < past))
     conditions = [condition[:, None, None] for condition in conditions]
     if masking.mask is not None:
         conditions.append(masking.mask)
@@ -69,6 +72,9 @@ def any_in_reach(options, masking, first_row, last_row, S):
 
 def rows_in_reach(options, masking, T, S):
     """Whether positions and lengths leave a query a key, (B, 1, 1, T); None if surely all."""
+    if masking.key_ranges is not None:
+        first, past = ranges_within(masking.key_ranges, S)
+        return (first < past)[:, None, None]
     if _unbounded(options, masking):
         return None
     rows = jnp.arange(T, dtype=jnp.int32)
@@ -78,6 +84,8 @@ def rows_in_reach(options, masking, T, S):
 
 def keys_in_reach(options, masking, T, S):
     """Whether positions and lengths leave a key to a query, (#B, S); None if surely all."""
+    if masking.key_ranges is not None:
+        return _in_some_range(ranges_within(masking.key_ranges, S), S)
     if _unbounded(options, masking):
         return None
     first, past = key_range(options, masking, 0, T - 1)
@@ -86,8 +94,23 @@ def keys_in_reach(options, masking, T, S):
 
 
 def _unbounded(options, masking):
-    lengths = (masking.query_lengths, masking.key_lengths)
-    return not options.is_causal and options.window is None and lengths == (None, None)
+    given = (masking.query_lengths, masking.key_lengths, masking.key_ranges)
+    return not options.is_causal and options.window is None and given == (None, None, None)
+
+
+def ranges_within(key_ranges, S):
+    """The first of S keys that each query sees, and the one past the last, (B, T)."""
+    first, past = jnp.moveaxis(jnp.clip(key_ranges, 0, S), 2, 0)
+    return first, jnp.maximum(first, past)
+
+
+def _in_some_range(ranges, S):
+    """Whether a range holds a key, (B, S): more have begun by then than have ended."""
+    first, past = ranges
+    rows = jnp.arange(first.shape[0], dtype=jnp.int32)[:, None]
+    changes = jnp.zeros((first.shape[0], S + 1), jnp.int32)
+    changes = changes.at[rows, first].add(1).at[rows, past].add(-1)
+    return jnp.cumsum(changes, 1)[:, :S] > 0
 
 
 def zero_unreachable(options, operands, masking):

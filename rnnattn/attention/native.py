@@ -41,11 +41,11 @@ def _call(name, options, operands, masking, others, results):
     q, k, v, scale, bias, _ = operands
     arguments = [q, k, v, scale, _given(bias), _given(masking.mask, jnp.bool), masking.offset]
     integers = [masking.query_lengths, masking.key_lengths]
-    integers += [masking.query_segments, masking.key_segments]
+    integers += [masking.query_segments, masking.key_segments, masking.key_ranges]
     arguments += [_given(x, jnp.int32) for x in integers]
     left, right = options.window or (None, None)
     side = lambda x: np.int64(-1 if x is None else x)
-    return jax.ffi.ffi_call(f"rnnattn.attention_{name}.v2", results)(
+    return jax.ffi.ffi_call(f"rnnattn.attention_{name}.v3", results)(
         *arguments,
         *others,
         is_causal=options.is_causal,

@@ -45,6 +45,7 @@ class Masking(NamedTuple):
     query_segments: Int[Array, "B T"] | None = None
     key_segments: Int[Array, "B S"] | None = None
     dropout_keys: PRNGKeyArray | None = None  # (B, M, G)
+    key_ranges: Int[Array, "B T 2"] | None = None  # [first, past), in place of position and lengths
 
 
 class Schedule(NamedTuple):

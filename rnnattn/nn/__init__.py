@@ -1,7 +1,7 @@
 """Flax NNX modules over the functions of this library. They hold weights; the functions compute.
 
-The LSTM, multi-head attention, and a vision transformer (ViT) for images of any size. A pre-norm
-block of the ViT is
+Recurrent units, with a product in the loop or without, multi-head attention, and a vision
+transformer (ViT) for images of any size. A pre-norm block of the ViT is
 
     x ← x + MHA(LN(x))        x ← x + W₂ gelu(W₁ LN(x) + b₁) + b₂
 
@@ -21,19 +21,46 @@ arXiv 1603.09382 (stochastic depth).
 
 from rnnattn.nn.attention import LayerNorm, MultiHeadAttention
 from rnnattn.nn.flax_attention import attention_fn
-from rnnattn.nn.lstm import LSTM, LSTMCell
+from rnnattn.nn.linear import RGLRU, MinGRU, MinLSTM
+from rnnattn.nn.recurrent import (
+    GRU,
+    LSTM,
+    RNN,
+    SLSTM,
+    GRUCell,
+    LayerNormGRU,
+    LayerNormGRUCell,
+    LayerNormLSTM,
+    LayerNormLSTMCell,
+    LSTMCell,
+    RNNCell,
+    SLSTMCell,
+)
 from rnnattn.nn.vit import Activations, Block, ConvStem, PatchStem, ViT
 from rnnattn.nn.weights import load_weights
 
 __all__ = [
+    "GRU",
     "LSTM",
+    "RGLRU",
+    "RNN",
+    "SLSTM",
     "Activations",
     "Block",
     "ConvStem",
+    "GRUCell",
     "LSTMCell",
     "LayerNorm",
+    "LayerNormGRU",
+    "LayerNormGRUCell",
+    "LayerNormLSTM",
+    "LayerNormLSTMCell",
+    "MinGRU",
+    "MinLSTM",
     "MultiHeadAttention",
     "PatchStem",
+    "RNNCell",
+    "SLSTMCell",
     "ViT",
     "attention_fn",
     "load_weights",

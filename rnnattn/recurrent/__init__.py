@@ -26,7 +26,7 @@ from rnnattn.recurrent.init import (
     init_rnn,
     init_slstm,
 )
-from rnnattn.recurrent.stack import bidirectional_lstm, stacked_lstm
+from rnnattn.recurrent.stack import bidirectional, bidirectional_lstm, stacked, stacked_lstm
 from rnnattn.recurrent.units.gru import GRUParams
 from rnnattn.recurrent.units.layer_norm import LayerNormGRUParams, LayerNormLSTMParams
 from rnnattn.recurrent.units.lstm import LSTMParams, LSTMState
@@ -42,6 +42,7 @@ __all__ = [
     "RNNParams",
     "SLSTMParams",
     "SLSTMState",
+    "bidirectional",
     "bidirectional_lstm",
     "gru",
     "gru_step",
@@ -61,5 +62,6 @@ __all__ = [
     "rnn_step",
     "slstm",
     "slstm_step",
+    "stacked",
     "stacked_lstm",
 ]

@@ -15,29 +15,30 @@ from rnnattn.recurrent.placed import (
     unserved_by_kernels,
 )
 from rnnattn.recurrent.problem import Trace
-from rnnattn.recurrent.units.gru import ResetAfter, ResetBefore
+from rnnattn.recurrent.units.gru import ResetAfter
 from rnnattn.recurrent.units.lstm import LSTM
 
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 def _kernel(unit, half):
-    """The name of a unit's kernel, and what of the unit it takes."""
-    if isinstance(unit, LSTM):
-        options = {"clip": np.float32(unit.clip or 0), "coupled": unit.coupled}
-        return f"rnnattn.lstm_{half}.v2", options
-    return f"rnnattn.gru_{half}.v1", {}
+    """The name of a unit's kernel, and what of the unit it takes; None if it has none."""
+    match unit:
+        case LSTM(clip, coupled):
+            return f"rnnattn.lstm_{half}.v2", {"clip": np.float32(clip or 0), "coupled": coupled}
+        case ResetAfter():
+            return f"rnnattn.gru_{half}.v1", {}
+    return None
 
 
 def unserved(params, x, options):
     """What of a call the kernels cannot serve."""
     if not native.status().available:
         return [f"this installation ({native.status().reason})"]
-    dtype = jnp.result_type(x)
+    dtype, kernel = jnp.result_type(x), _kernel(options.unit, "forward")
     reasons = {
         f"the dtype {dtype.name}": dtype not in _DTYPES,
-        "`reset_after=False`": isinstance(options.unit, ResetBefore),
-        "this unit": not isinstance(options.unit, (LSTM, ResetAfter, ResetBefore)),
+        "units but the LSTM and the GRU, its reset after the product": kernel is None,
         "`return_cells`": options.every_state,
     }
     return those_that_hold(reasons | unserved_by_kernels(params, x))
@@ -63,8 +64,8 @@ def _call(half, options, results, arrays, n):
         **attributes,
         **call_attributes(),
     )
-    present = (None if like is None else x for x, like in zip(made, results, strict=True))
-    return jax.tree.unflatten(tree, present)
+    leaves = (None if like is None else x for x, like in zip(made, results, strict=True))
+    return jax.tree.unflatten(tree, leaves)
 
 
 def forward(static, *arrays):

@@ -3,9 +3,9 @@
 Axes: B batch, T time, D input width, H hidden width, R width of h (H without a projection).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, SupportsFloat, Unpack
+from typing import Any, SupportsFloat, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ def bidirectional_lstm(
         >>> y.shape
         (2, 7, 10)
     """
-    return both_directions(lstm, (forward, backward), x, states, options)
+    return bidirectional(lstm, forward, backward, x, states, **options)
 
 
 def stacked_lstm(
@@ -87,42 +87,108 @@ def stacked_lstm(
         >>> for window in jnp.split(jnp.ones((2, 12, 3)), 3, axis=1):
         ...     gradient, states = jax.grad(loss, has_aux=True)(layers, window, states)
     """
-    dropout = Dropout(dropout_rate, dropout_key, variational)
-    return stack(lstm, layers, x, states, dropout, {"time_major": time_major, **options})
+    return stacked(
+        lstm,
+        layers,
+        x,
+        states,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
+        variational=variational,
+        time_major=time_major,
+        **options,
+    )
 
 
-class Dropout(NamedTuple):
-    rate: Any
-    key: PRNGKeyArray | None
-    variational: bool
+def bidirectional(
+    run: Callable[..., Any],
+    forward: Any,
+    backward: Any,
+    x: Float[Array, "... D"],
+    states: Any = None,
+    **options: Any,
+) -> tuple[Float[Array, "... width"], tuple[Any, Any]]:
+    """Any unit in both directions over the same `x`, side by side.
+
+    Args:
+        run: the unit over a sequence, such as `rnnattn.gru`.
+        forward, backward: its parameters, and `states` its initial states, as in
+            `bidirectional_lstm`.
+        options: those of `run`, `reverse` apart.
+    Returns:
+        As `bidirectional_lstm`.
+    Raises:
+        ValueError: as `run` does.
+    Gradient:
+        That of `run`, with respect to the parameters, `x` and `states`.
+    Example:
+        >>> from rnnattn import gru, init_gru
+        >>> ahead, back = (init_gru(jax.random.key(k), 3, 5) for k in (0, 1))
+        >>> y, (last, first) = bidirectional(gru, ahead, back, jnp.ones((2, 7, 3)))
+        >>> y.shape
+        (2, 7, 10)
+    """
+    return _both_directions("bidirectional", run, (forward, backward), x, states, options)
 
 
-def both_directions(run, pair, x, states, options):
-    forward, backward = pair
-    given = "reverse" in options
-    Check("bidirectional_lstm")(not given, "reverse", "left out: both directions are run", "it")
-    state_ahead, state_back = states or (None, None)
-    ahead, last = run(forward, x, state_ahead, **options)
-    back, first = run(backward, x, state_back, reverse=True, **options)
-    return jnp.concatenate([ahead, back], axis=-1), (last, first)
+def stacked(
+    run: Callable[..., Any],
+    layers: Sequence[Any],
+    x: Float[Array, "... D"],
+    states: Sequence[Any] | None = None,
+    *,
+    dropout_rate: SupportsFloat = 0.0,
+    dropout_key: PRNGKeyArray | None = None,
+    variational: bool = False,
+    time_major: bool = False,
+    **options: Any,
+) -> tuple[Float[Array, "... width"], tuple[Any, ...]]:
+    """Layers of any unit one above the other, each reading the outputs of the one below.
 
-
-def stack(run, layers, x, states, dropout, options):
-    """`stacked_lstm` with `run` as its sequence."""
-    dropout = _checked_dropout(layers, states, dropout)
-    keys = _keys(dropout.key, len(layers)) if dropout.rate > 0 else ()
+    Args:
+        run: the unit over a sequence, such as `rnnattn.gru`.
+        layers: from the bottom up; its parameters, or a (forward, backward) pair of them.
+        states, dropout_rate, dropout_key, variational: as in `stacked_lstm`.
+        time_major, options: those of `run`.
+    Returns:
+        y, the outputs of the top layer, and the final states of all layers.
+    Raises:
+        ValueError: as `run` does and `stacked_lstm`.
+    Gradient:
+        That of `run`, with respect to `layers`, `x` and `states`; what is dropped is a constant.
+    Example:
+        >>> from rnnattn import gru, init_gru
+        >>> layers = [init_gru(jax.random.key(0), 3, 5), init_gru(jax.random.key(1), 5, 5)]
+        >>> y, states = stacked(gru, layers, jnp.ones((2, 7, 3)))
+        >>> y.shape, len(states)
+        ((2, 7, 5), 2)
+    """
+    function = "stacked"
+    dropout = _checked_dropout(function, layers, states, dropout_rate, dropout_key)
+    options["time_major"] = time_major
+    keys = _keys(dropout_key, len(layers)) if dropout > 0 else ()
     x, finals = jnp.asarray(x), []
     for n, layer in enumerate(layers):
-        if n > 0 and dropout.rate > 0:
-            time_axis = 0 if options["time_major"] else x.ndim - 2
-            x = _drop(keys[n], x, dropout.rate, time_axis if dropout.variational else None)
+        if n > 0 and dropout > 0:
+            time_axis = 0 if time_major else x.ndim - 2
+            x = _drop(keys[n], x, dropout, time_axis if variational else None)
         state = None if states is None else states[n]
         if hasattr(layer, "_fields"):  # parameters, and no pair of them
             x, final = run(layer, x, state, **options)
         else:
-            x, final = both_directions(run, layer, x, state, options)
+            x, final = _both_directions(function, run, layer, x, state, options)
         finals.append(final)
     return x, tuple(finals)
+
+
+def _both_directions(function, run, pair, x, states, options):
+    forward, backward = pair
+    given = "reverse" in options
+    Check(function)(not given, "reverse", "left out: both directions are run", "it")
+    state_ahead, state_back = states or (None, None)
+    ahead, last = run(forward, x, state_ahead, **options)
+    back, first = run(backward, x, state_back, reverse=True, **options)
+    return jnp.concatenate([ahead, back], axis=-1), (last, first)
 
 
 @partial(jax.jit, static_argnames="count")
@@ -140,13 +206,13 @@ def _drop(key, x, rate, shared_axis):
     return jnp.where(keep, x / (1 - rate), 0)
 
 
-def _checked_dropout(layers, states, dropout):
-    check = Check("stacked_lstm")
+def _checked_dropout(function, layers, states, rate, key):
+    check = Check(function)
     check(layers, "layers", "at least one layer", "none")
     if states is not None:
         expected = f"one for each of the {len(layers)} layers"
         check(len(states) == len(layers), "states", expected, len(states))
-    rate = check.share("dropout_rate", dropout.rate)
-    needed = rate > 0 and dropout.key is None
+    rate = check.share("dropout_rate", rate)
+    needed = rate > 0 and key is None
     check(not needed, "dropout_key", "given where `dropout_rate` is above 0", None)
-    return dropout._replace(rate=rate)
+    return rate

@@ -155,8 +155,11 @@ static void see_keys(const AttentionForward<Number>& p, const Rows& rows, Range 
     prefetch_share(p, p.key, p.K, rows.b, rows.m, keys.past, keys.past - keys.first);
     prefetch_share(p, p.value, p.V, rows.b, rows.m, keys.past, keys.past - keys.first);
   }
-  for (int64_t r = 0; r < count; r += ROWS) {
-    const Block block = block_of(p, rows, keys, my.ranges + r, least(ROWS, count - r));
+  for (int64_t first = 0; first < count; first += ROWS) {
+    const Range seeing = rows_seeing({first, least(first + ROWS, count)}, keys,
+                                     [&](int64_t r) { return my.ranges[r]; });
+    const int64_t r = seeing.first;
+    const Block block = block_of(p, rows, keys, my.ranges + r, seeing.past - r);
     if (block.empty()) continue;
     if (!packed) {
       packed = true;

@@ -46,6 +46,9 @@ struct BackwardPlan {
     key_blocks = ceil_div(p.S, keys);
     parts = keys_shared ? 1 : least(key_blocks, ceil_div(LEAST_ITEMS, groups));
   }
+  Range keys_of_part(const Attention& p, int64_t part) const {
+    return {key_blocks * part / parts * keys, least(key_blocks * (part + 1) / parts * keys, p.S)};
+  }
 };
 
 template <class Number>
@@ -200,17 +203,25 @@ static void add_to_dq(const AttentionBackward<Number>& p, const Block& block, co
     add_row(my.dq + r * k_width, scale_of(p, rows, r), p.K, dq + query_at(p, p.K, rows, r));
 }
 
-// dk and dv of a block of keys of a key/value head, and what they add to dq and dbias.
+// dk and dv of a block of keys of a key/value head, and what they add to dq and dbias; `seen` are
+// the keys that each block of queries sees.
 template <class Number>
-static void backward_keys(const AttentionBackward<Number>& p, const RowBlocks& blocks, int64_t b,
-                          int64_t m, Range keys, const float* delta, float* dq,
-                          const BackwardMemory<Number>& my) {
+static void backward_keys(const AttentionBackward<Number>& p, const RowBlocks& blocks,
+                          const Range* seen, int64_t b, int64_t m, Range keys, const float* delta,
+                          float* dq, const BackwardMemory<Number>& my) {
   const int64_t k_width = whole_vectors(p.K), v_width = whole_vectors(p.V);
   const int64_t count = keys.past - keys.first;
   bool packed = false, finite = true;
   const Against<Operand<Number>> k_columns{my.k_columns, {}}, v_columns{my.v_columns, {}};
   for (int64_t i = 0; i < blocks.count(); ++i) {
-    const Rows rows = blocks.rows(b, m, i);
+    if (!meet(seen[i % blocks.times.count], keys)) continue;
+    Rows rows = blocks.rows(b, m, i);
+    if (rows.heads == 1) {
+      const Range times = rows_seeing({rows.t, rows.t + rows.times}, keys,
+                                      [&](int64_t t) { return keys_of(p, b, t); });
+      rows.t = times.first;
+      rows.times = times.past - times.first;
+    }
     for (int64_t r = 0; r < rows.count(); ++r) my.ranges[r] = keys_of(p, b, rows.time(r));
     const Block block = block_of(p, rows, keys, my.ranges, rows.count());
     if (block.empty()) continue;
@@ -303,14 +314,17 @@ static void stream_backward_keys(const AttentionBackward<Number>& p, const Rows&
 struct SharedMemory {
   Memory memory;
   float *delta, *parts_of_dq;  // null where there is one part, in float32
+  Range* seen;                 // the keys that some query of a block sees, (B, blocks of times)
 
   template <class Number>
-  SharedMemory(const AttentionBackward<Number>& p, const BackwardPlan& plan, float* base)
+  SharedMemory(const AttentionBackward<Number>& p, const BackwardPlan& plan,
+               const RowBlocks& blocks, float* base)
       : memory{base} {
     const int64_t rows = p.B * p.M * p.G * p.T;
     delta = memory.take(rows);
     const bool apart = plan.parts > 1 || !IS_WIDE<Number>;
     parts_of_dq = apart ? memory.take(plan.parts * rows * p.K) : nullptr;
+    seen = memory.take<Range>(p.B * blocks.times.count);
   }
 };
 
@@ -323,37 +337,43 @@ static bool backward(Threads& threads, const AttentionBackward<Number>& p) {
   advise_huge_pages(p.dk, p.B * p.S * p.M * p.K);
   advise_huge_pages(p.dv, p.B * p.S * p.M * p.V);
   advise_huge_pages(p.dbias.data, p.dbias_size);
-  const SharedMemory size(p, plan, nullptr);
+  const SharedMemory size(p, plan, blocks, nullptr);
   const Allocation allocation(size.memory.used);
   if (!allocation.data()) return false;
   advise_huge_pages(allocation.data(), size.memory.used);
-  const SharedMemory shared(p, plan, allocation.data());
+  const SharedMemory shared(p, plan, blocks, allocation.data());
 
   bool done = parallel_for(
       threads, heads, heads * p.T * p.V / WORK_OF_A_THREAD + 1, 0,
       [&](int64_t i, float*) { row_sums(p, i / (p.M * p.G), i % (p.M * p.G), shared.delta); });
   if (p.dbias.data) zero(p.dbias.data, p.dbias_size);
+  for (int64_t i = 0; i < p.B * blocks.times.count; ++i)
+    shared.seen[i] = keys_of_block(p, blocks, i / blocks.times.count, i % blocks.times.count);
 
   const auto gradient_of_part = [&](int64_t item, float* memory) {
     const BackwardMemory<Number> my(p, plan, memory);
     const int64_t group = item % plan.groups, part = item / plan.groups;
     const int64_t m_groups = p.M / plan.m_shared;
     const int64_t m_first = group % m_groups * plan.m_shared, m_past = m_first + plan.m_shared;
+    const Range of_part = plan.keys_of_part(p, part);
     float* dq = shared.parts_of_dq + part * dq_size;
     if constexpr (IS_WIDE<Number>)
       if (plan.parts == 1) dq = p.dq;
     for (int64_t ib = 0; ib < plan.b_shared; ++ib) {
       const int64_t b = group / m_groups * plan.b_shared + ib;
-      for (int64_t t = 0; t < p.T; ++t)
+      const Range* seen = shared.seen + b * blocks.times.count;
+      Range begun{0, blocks.times.count};
+      if (plan.parts > 1) begun = rows_seeing(begun, of_part, [&](int64_t i) { return seen[i]; });
+      const int64_t past_t = blocks.times.start(begun.past);
+      for (int64_t t = blocks.times.start(begun.first); t < past_t; ++t)
         zero(dq + ((b * p.T + t) * p.M + m_first) * p.G * p.K, plan.m_shared * p.G * p.K);
-      const int64_t past = plan.key_blocks * (part + 1) / plan.parts;
-      for (int64_t j = plan.key_blocks * part / plan.parts; j < past; ++j) {
-        const Range keys{j * plan.keys, least((j + 1) * plan.keys, p.S)};
+      for (int64_t key = of_part.first; key < of_part.past; key += plan.keys) {
+        const Range keys{key, least(key + plan.keys, p.S)};
         for (int64_t m = m_first; m < m_past; ++m)
           if (plan.streamed)
             stream_backward_keys(p, blocks.rows(b, m, 0), keys, shared.delta, dq, my);
           else
-            backward_keys(p, blocks, b, m, keys, shared.delta, dq, my);
+            backward_keys(p, blocks, seen, b, m, keys, shared.delta, dq, my);
       }
     }
   };
@@ -363,18 +383,25 @@ static bool backward(Threads& threads, const AttentionBackward<Number>& p) {
                            BackwardMemory<Number>(p, plan, nullptr).memory.used, gradient_of_part);
   if (IS_WIDE<Number> && plan.parts == 1) return done;
 
-  constexpr int64_t chunk = 1 << 14;
+  // Of a block of queries, the parts whose keys it sees.
   const auto sum_of_parts = [&](int64_t item, float*) {
-    const int64_t past = least((item + 1) * chunk, dq_size);
-    for (int64_t i = item * chunk; i < past; i += W) {
-      const int width = static_cast<int>(least(W, past - i));
-      V sums = load(shared.parts_of_dq + i, width);
-      for (int64_t part = 1; part < plan.parts; ++part)
-        sums += load(shared.parts_of_dq + part * dq_size + i, width);
-      store_units(p.dq + i, sums, width);
+    const int64_t b = item / blocks.times.count, i = item % blocks.times.count;
+    const int64_t width = p.M * p.G * p.K;
+    const int64_t first = (b * p.T + blocks.times.start(i)) * width;
+    const int64_t past = (b * p.T + blocks.times.start(i + 1)) * width;
+    const float* parts[LEAST_ITEMS];
+    int64_t count = 0;
+    for (int64_t part = 0; part < plan.parts; ++part)
+      if (meet(shared.seen[item], plan.keys_of_part(p, part)))
+        parts[count++] = shared.parts_of_dq + part * dq_size;
+    for (int64_t at = first; at < past; at += W) {
+      const int lanes = static_cast<int>(least(W, past - at));
+      V sums{};
+      for (int64_t n = 0; n < count; ++n) sums += load(parts[n] + at, lanes);
+      store_units(p.dq + at, sums, lanes);
     }
   };
-  return done && parallel_for(threads, ceil_div(dq_size, chunk),
+  return done && parallel_for(threads, p.B * blocks.times.count,
                               dq_size * plan.parts / WORK_OF_A_THREAD + 1, 0, sum_of_parts);
 }
 

@@ -20,7 +20,8 @@ struct AttentionOptions {
 template <class Number, class Arguments>
 void fill(Checks& checks, Arguments& p, Buffer query, Buffer key, Buffer value, Buffer scale,
           Buffer bias, Buffer mask, Buffer offset, Buffer query_lengths, Buffer key_lengths,
-          Buffer query_segments, Buffer key_segments, const AttentionOptions& options) {
+          Buffer query_segments, Buffer key_segments, Buffer key_ranges,
+          const AttentionOptions& options) {
   checks.require(query.dimensions().size() == 5, "query", "another rank than 5");
   checks.require(key.dimensions().size() == 4, "key", "another rank than 4");
   checks.require(value.dimensions().size() == 4, "value", "another rank than 4");
@@ -44,6 +45,7 @@ void fill(Checks& checks, Arguments& p, Buffer query, Buffer key, Buffer value, 
   p.query_segments = checks.optional<const int32_t>("query_segments", query_segments, {p.B, p.T});
   p.key_segments = checks.optional<const int32_t>("key_segments", key_segments, {p.B, p.S});
   checks.require(!p.query_segments == !p.key_segments, "segments", "one without the other");
+  p.key_ranges = checks.optional<const int32_t>("key_ranges", key_ranges, {p.B, p.T, 2});
   p.is_causal = options.is_causal;
   p.left = options.left, p.right = options.right;
   p.soft_cap = options.soft_cap;
@@ -52,12 +54,13 @@ void fill(Checks& checks, Arguments& p, Buffer query, Buffer key, Buffer value, 
 template <class Number>
 ffi::Error forward_of(ffi::ThreadPool pool, Buffer query, Buffer key, Buffer value, Buffer scale,
                       Buffer bias, Buffer mask, Buffer offset, Buffer query_lengths,
-                      Buffer key_lengths, Buffer query_segments, Buffer key_segments, Buffer sinks,
-                      Result o, Result lse, AttentionOptions options) {
+                      Buffer key_lengths, Buffer query_segments, Buffer key_segments,
+                      Buffer key_ranges, Buffer sinks, Result o, Result lse,
+                      AttentionOptions options) {
   Checks checks;
   AttentionForward<Number> p{};
   fill<Number>(checks, p, query, key, value, scale, bias, mask, offset, query_lengths, key_lengths,
-               query_segments, key_segments, options);
+               query_segments, key_segments, key_ranges, options);
   p.sinks = checks.optional<const float>("sinks", sinks, {1, p.M, p.G, 1});
   if (o->element_type() == ffi::F32)
     p.o = checks.data<float>("o", *o, {p.B, p.T, p.M, p.G, p.V});
@@ -72,13 +75,13 @@ ffi::Error forward_of(ffi::ThreadPool pool, Buffer query, Buffer key, Buffer val
 template <class Number>
 ffi::Error backward_of(ffi::ThreadPool pool, Buffer query, Buffer key, Buffer value, Buffer scale,
                        Buffer bias, Buffer mask, Buffer offset, Buffer query_lengths,
-                       Buffer key_lengths, Buffer query_segments, Buffer key_segments, Buffer o,
-                       Buffer lse, Buffer d_o, Buffer dlse, Result dq, Result dk, Result dv,
-                       Result dbias, AttentionOptions options) {
+                       Buffer key_lengths, Buffer query_segments, Buffer key_segments,
+                       Buffer key_ranges, Buffer o, Buffer lse, Buffer d_o, Buffer dlse, Result dq,
+                       Result dk, Result dv, Result dbias, AttentionOptions options) {
   Checks checks;
   AttentionBackward<Number> p{};
   fill<Number>(checks, p, query, key, value, scale, bias, mask, offset, query_lengths, key_lengths,
-               query_segments, key_segments, options);
+               query_segments, key_segments, key_ranges, options);
   p.o = checks.data<const float>("o", o, {p.B, p.T, p.M, p.G, p.V});
   p.lse = checks.data<const float>("lse", lse, {p.B, p.M, p.G, p.T});
   p.d_o = checks.data<const Number>("do", d_o, {p.B, p.T, p.M, p.G, p.V});
@@ -128,6 +131,7 @@ namespace {
 auto attention_arguments() {
   return ffi::Ffi::Bind()
       .Ctx<ffi::ThreadPool>()
+      .Arg<Buffer>()
       .Arg<Buffer>()
       .Arg<Buffer>()
       .Arg<Buffer>()

@@ -48,8 +48,13 @@ struct Range {
   int64_t first, past;
 };
 
-// The keys that positions and lengths leave to a query.
+// The keys that positions and lengths leave to a query, or that it is given.
 static Range keys_of(const Attention& p, int64_t b, int64_t t) {
+  if (p.key_ranges) {
+    const int32_t* range = p.key_ranges + (b * p.T + t) * 2;
+    const int64_t first = least(most(range[0], 0), p.S);
+    return {first, most(first, least(range[1], p.S))};
+  }
   if (p.query_lengths && t >= p.query_lengths[b]) return {0, 0};
   const int64_t at = t + p.offset[b * p.offset_stride];
   int64_t first = 0, past = p.key_lengths ? least(p.key_lengths[b], p.S) : p.S;
@@ -128,6 +133,29 @@ static Seen seen_by(const Range* ranges, int64_t rows) {
       seen.any = {least(seen.any.first, range.first), most(seen.any.past, range.past)};
   }
   return seen;
+}
+
+// The keys that some query of a block sees.
+static Range keys_of_block(const Attention& p, const RowBlocks& blocks, int64_t b, int64_t i) {
+  Range any{INT64_MAX, 0};
+  for (int64_t t = blocks.times.start(i); t < blocks.times.start(i + 1); ++t) {
+    const Range keys = keys_of(p, b, t);
+    if (keys.first < keys.past) any = {least(any.first, keys.first), most(any.past, keys.past)};
+  }
+  return any;
+}
+
+// Whether any of the keys of a row are among these.
+static bool meet(Range of_row, Range keys) {
+  return most(of_row.first, keys.first) < least(of_row.past, keys.past);
+}
+
+// Of the rows [first, past), those from the first to the last that see any of these keys.
+template <class KeysOfRow>
+static Range rows_seeing(Range rows, Range keys, const KeysOfRow& keys_of_row) {
+  while (rows.first < rows.past && !meet(keys_of_row(rows.first), keys)) ++rows.first;
+  while (rows.first < rows.past && !meet(keys_of_row(rows.past - 1), keys)) --rows.past;
+  return rows;
 }
 
 // Whether segments leave any of the keys [first, past) to some row; `same`: if all to every row.

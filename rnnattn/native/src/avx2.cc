@@ -9,6 +9,7 @@
 #include "attention_gradient-inl.h"
 #include "gru_cell-inl.h"
 #include "kernels.h"
+#include "linear-inl.h"
 #include "lstm_cell-inl.h"
 #include "recurrent_forward-inl.h"
 #include "recurrent_gradient-inl.h"
@@ -25,7 +26,10 @@ const Kernels* avx2_kernels() {
                                    avx2::recurrent::kernels<avx2::lstm::Unit, Float16>,
                                    avx2::recurrent::kernels<avx2::gru::Unit, float>,
                                    avx2::recurrent::kernels<avx2::gru::Unit, Bfloat16>,
-                                   avx2::recurrent::kernels<avx2::gru::Unit, Float16>};
+                                   avx2::recurrent::kernels<avx2::gru::Unit, Float16>,
+                                   avx2::linear::kernels<float>,
+                                   avx2::linear::kernels<Bfloat16>,
+                                   avx2::linear::kernels<Float16>};
   const bool runs = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   return runs ? &kernels : nullptr;
 }

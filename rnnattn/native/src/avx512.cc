@@ -9,6 +9,7 @@
 #include "attention_gradient-inl.h"
 #include "gru_cell-inl.h"
 #include "kernels.h"
+#include "linear-inl.h"
 #include "lstm_cell-inl.h"
 #include "recurrent_forward-inl.h"
 #include "recurrent_gradient-inl.h"
@@ -25,7 +26,10 @@ const Kernels* avx512_kernels() {
                                    avx512::recurrent::kernels<avx512::lstm::Unit, Float16>,
                                    avx512::recurrent::kernels<avx512::gru::Unit, float>,
                                    avx512::recurrent::kernels<avx512::gru::Unit, Bfloat16>,
-                                   avx512::recurrent::kernels<avx512::gru::Unit, Float16>};
+                                   avx512::recurrent::kernels<avx512::gru::Unit, Float16>,
+                                   avx512::linear::kernels<float>,
+                                   avx512::linear::kernels<Bfloat16>,
+                                   avx512::linear::kernels<Float16>};
   const bool runs = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                     __builtin_cpu_supports("fma");

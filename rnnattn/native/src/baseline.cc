@@ -6,6 +6,7 @@
 #include "attention_gradient-inl.h"
 #include "gru_cell-inl.h"
 #include "kernels.h"
+#include "linear-inl.h"
 #include "lstm_cell-inl.h"
 #include "recurrent_forward-inl.h"
 #include "recurrent_gradient-inl.h"
@@ -22,7 +23,10 @@ const Kernels* baseline_kernels() {
                                    baseline::recurrent::kernels<baseline::lstm::Unit, Float16>,
                                    baseline::recurrent::kernels<baseline::gru::Unit, float>,
                                    baseline::recurrent::kernels<baseline::gru::Unit, Bfloat16>,
-                                   baseline::recurrent::kernels<baseline::gru::Unit, Float16>};
+                                   baseline::recurrent::kernels<baseline::gru::Unit, Float16>,
+                                   baseline::linear::kernels<float>,
+                                   baseline::linear::kernels<Bfloat16>,
+                                   baseline::linear::kernels<Float16>};
   return &kernels;
 }
 

@@ -41,7 +41,8 @@ struct Attention {
   int64_t offset_stride;
   const int32_t *query_lengths, *key_lengths;
   const int32_t *query_segments, *key_segments;  // (B, T), (B, S)
-  const float* sinks;                            // (M, G)
+  const int32_t* key_ranges;  // (B, T, 2), the keys [first, past) of a query, whatever its position
+  const float* sinks;         // (M, G)
   bool is_causal;
   int64_t left, right;  // −1: open
   float soft_cap;       // 0: none
@@ -119,6 +120,52 @@ struct RecurrentKernels {
   bool (*backward)(Threads&, const RecurrentBackward<Number>&);
 };
 
+// Axes and letters are those of rnnattn/linear/equations.py; arrays of steps are (B, T, …), or
+// (T, B, …) if time_major. Pointers are null where an argument is absent. A `Number` is a float, a
+// Bfloat16 or a Float16; the state is float32.
+enum class LinearUnit : int64_t { linear, mingru, minlstm, rglru };
+constexpr int64_t LINEAR_BLOCKS = 3;  // of what a step reads, at most
+
+// Of a step's numbers: where they are in the first step, and how far apart those of two steps.
+template <class Number>
+struct Block {
+  Number* data;
+  int64_t stride;
+};
+
+template <class Number>
+struct LinearScan {
+  LinearUnit unit;
+  int64_t B, T, H;
+  int64_t threads;
+  bool reverse, time_major;
+  Block<const Number> p[LINEAR_BLOCKS];
+  const float* w;   // (n, H)
+  const float* h0;  // (B, H)
+  const uint8_t *valid, *fresh;
+};
+
+template <class Number>
+struct LinearScanForward : LinearScan<Number> {
+  Number* h;
+  float* h_last;
+};
+
+template <class Number>
+struct LinearScanBackward : LinearScan<Number> {
+  const Number *h, *dh;
+  const float* dh_last;
+  Block<Number> dp[LINEAR_BLOCKS];
+  float* dw;  // (B, n, H)
+  float* dh0;
+};
+
+template <class Number>
+struct LinearScanKernels {
+  bool (*forward)(Threads&, const LinearScanForward<Number>&);
+  bool (*backward)(Threads&, const LinearScanBackward<Number>&);
+};
+
 struct Kernels {
   const char* name;
   AttentionKernels<float> attention_f32;
@@ -130,6 +177,9 @@ struct Kernels {
   RecurrentKernels<float> gru_f32;
   RecurrentKernels<Bfloat16> gru_bf16;
   RecurrentKernels<Float16> gru_f16;
+  LinearScanKernels<float> linear_f32;
+  LinearScanKernels<Bfloat16> linear_bf16;
+  LinearScanKernels<Float16> linear_f16;
 
   const AttentionKernels<float>& attention(float) const { return attention_f32; }
   const AttentionKernels<Bfloat16>& attention(Bfloat16) const { return attention_bf16; }
@@ -140,6 +190,9 @@ struct Kernels {
   const RecurrentKernels<float>& gru(float) const { return gru_f32; }
   const RecurrentKernels<Bfloat16>& gru(Bfloat16) const { return gru_bf16; }
   const RecurrentKernels<Float16>& gru(Float16) const { return gru_f16; }
+  const LinearScanKernels<float>& linear(float) const { return linear_f32; }
+  const LinearScanKernels<Bfloat16>& linear(Bfloat16) const { return linear_bf16; }
+  const LinearScanKernels<Float16>& linear(Float16) const { return linear_f16; }
 };
 
 // Null where this machine or this build has none.

@@ -31,12 +31,14 @@ PyObject* targets(PyObject*, PyObject*) {
     const char* name;
     XLA_FFI_Handler* handler;
   } all[] = {
-      {"rnnattn.attention_forward.v2", rnnattn_attention_forward},
-      {"rnnattn.attention_backward.v2", rnnattn_attention_backward},
+      {"rnnattn.attention_forward.v3", rnnattn_attention_forward},
+      {"rnnattn.attention_backward.v3", rnnattn_attention_backward},
       {"rnnattn.lstm_forward.v2", rnnattn_lstm_forward},
       {"rnnattn.lstm_backward.v2", rnnattn_lstm_backward},
       {"rnnattn.gru_forward.v1", rnnattn_gru_forward},
       {"rnnattn.gru_backward.v1", rnnattn_gru_backward},
+      {"rnnattn.linear_forward.v1", rnnattn_linear_forward},
+      {"rnnattn.linear_backward.v1", rnnattn_linear_backward},
   };
   PyObject* targets = PyDict_New();
   for (const auto& [name, handler] : all) {

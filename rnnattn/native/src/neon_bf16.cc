@@ -30,7 +30,10 @@ const Kernels* neon_bf16_kernels() {
                                others->lstm_f16,
                                others->gru_f32,
                                neon_bf16::recurrent::kernels<neon_bf16::gru::Unit, Bfloat16>,
-                               others->gru_f16};
+                               others->gru_f16,
+                               others->linear_f32,
+                               others->linear_bf16,
+                               others->linear_f16};
   return &kernels;
 }
 

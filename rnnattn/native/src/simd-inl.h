@@ -45,6 +45,7 @@ RNNATTN_INLINE V fma(V a, V b, V c) { return a * b + c; }
 // The larger and the smaller; b where either is NaN.
 RNNATTN_INLINE V max(V a, V b) { return _mm512_maskz_max_ps(0xffff, a, b); }
 RNNATTN_INLINE V min(V a, V b) { return _mm512_maskz_min_ps(0xffff, a, b); }
+RNNATTN_INLINE V sqrt(V x) { return _mm512_maskz_sqrt_ps(0xffff, x); }
 
 // The first n lanes, zero behind them; and to the first n places only.
 RNNATTN_INLINE V load(const float* p, int n) {
@@ -76,6 +77,7 @@ RNNATTN_INLINE Lanes equal(const int32_t* p, int n, int32_t x) {
 
 RNNATTN_INLINE V max(V a, V b) { return _mm256_max_ps(a, b); }
 RNNATTN_INLINE V min(V a, V b) { return _mm256_min_ps(a, b); }
+RNNATTN_INLINE V sqrt(V x) { return _mm256_sqrt_ps(x); }
 
 RNNATTN_INLINE __m256i first_lanes(int n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -87,6 +89,10 @@ RNNATTN_INLINE void store(float* p, V v, int n) { _mm256_maskstore_ps(p, first_l
 
 RNNATTN_INLINE V max(V a, V b) { return a > b ? a : b; }
 RNNATTN_INLINE V min(V a, V b) { return a < b ? a : b; }
+RNNATTN_INLINE V sqrt(V x) {
+  for (int i = 0; i < W; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+}
 
 RNNATTN_INLINE V load(const float* p, int n) {
   V v{};

@@ -26,9 +26,8 @@ al. 2024, arXiv 2403.13298 (two axes); for the scalings see each. P1–P4 are th
 corrected.
 """
 
-import dataclasses
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple, SupportsFloat, SupportsIndex
 
@@ -40,6 +39,7 @@ from jaxtyping import Array, ArrayLike, Float, Real
 
 from rnnattn.checks import Check, forward_mode
 from rnnattn.meshes import in_parts
+from rnnattn.position.scaling import Scaling, geometric
 from rnnattn.precision import varying_together
 
 
@@ -108,167 +108,6 @@ def shift_matrix(
     k = _as_positions(check, "offset", offset)
     check(k.ndim == 0, "offset", "a scalar", f"shape {k.shape}")
     return _run_shift_matrix(dim, base, first, jax.dtypes.canonicalize_dtype(dtype), k)
-
-
-# ---- frequencies ------------------------------------------------------------------------------
-
-
-def _geometric(dim, base, first=0):
-    """ω_m = base^(−2m/d) in float64."""
-    m = np.arange(first, first + dim // 2)
-    return float(base) ** (-2 * m / dim)
-
-
-class Scaling:
-    """What changes the frequencies of `rope`, so that it reaches beyond its training length.
-
-    The fields of a scaling are named as in the `rope_scaling` of a checkpoint's `config.json`;
-    where one has a default, None stands for it, as it does there.
-    """
-
-    def __post_init__(self):
-        check = Check(type(self).__name__)
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
-            if value is None and field.default is not dataclasses.MISSING:
-                object.__setattr__(self, field.name, field.default)  # the class is frozen
-            elif not isinstance(value, bool):
-                positive = value is not None and value > 0
-                check(positive, field.name, "positive", repr(value))
-
-    def frequencies(self, dim: int, base: float | int) -> np.ndarray:
-        """The frequencies of the `dim` / 2 pairs, in radians per step."""
-        raise NotImplementedError
-
-    @property
-    def amplitude(self) -> float:
-        """a, the length that a rotated pair of length 1 gets."""
-        return 1.0
-
-    def _check_below(self, low, high):
-        below, above = getattr(self, low), getattr(self, high)
-        got = f"{below!r} and {above!r}"
-        Check(type(self).__name__)(below < above, low, f"below `{high}`", got)
-
-
-@dataclass(frozen=True)
-class LinearScaling(Scaling):
-    """Position interpolation: ω_m / factor (Chen et al. 2023, arXiv 2306.15595).
-
-    Example:
-        >>> LinearScaling(4.0).frequencies(4, 10_000.0).tolist()
-        [0.25, 0.0025]
-    """
-
-    factor: float | int
-
-    def frequencies(self, dim: int, base: float | int) -> np.ndarray:
-        return _geometric(dim, base) / self.factor
-
-
-@dataclass(frozen=True)
-class NTKScaling(Scaling):
-    """A larger base, base · factor^(d/(d−2)): ω_0 stays, the last is divided by factor.
-
-    Peng et al. 2023, arXiv 2309.00071, §3.1. "Dynamic" NTK scaling by s at length L, of a model
-    trained at length L₀, is this one with factor = s L / L₀ − (s − 1).
-
-    Example:
-        >>> NTKScaling(4.0).frequencies(4, 10_000.0).tolist()
-        [1.0, 0.0025]
-    """
-
-    factor: float | int
-
-    def frequencies(self, dim: int, base: float | int) -> np.ndarray:
-        if dim == 2:  # ω_0 alone
-            return _geometric(dim, base)
-        return _geometric(dim, base * self.factor ** (dim / (dim - 2)))
-
-
-@dataclass(frozen=True)
-class YaRNScaling(Scaling):
-    """Fast pairs stay, slow ones are interpolated, those between are mixed; y grows by a.
-
-        ω'_m = (1 − r_m) ω_m + r_m ω_m / factor,      a = 0.1 ln(factor) + 1
-
-    r_m rises from 0 to 1, linearly in m, between the pair that turns `beta_fast` times within the
-    original length and the one that turns `beta_slow` times: as in the code of Peng et al. 2023,
-    arXiv 2309.00071, and in the models trained with it. (In its text r is linear in the turns.)
-
-    Args:
-        original_max_position_embeddings: the length of training, in steps.
-        attention_factor: a; None computes it. DeepSeek's `mscale` s and `mscale_all_dim` t mean
-            (0.1 s ln(factor) + 1) / (0.1 t ln(factor) + 1).
-        truncate: let r begin and end at whole m.
-    Example:
-        >>> scaling = YaRNScaling(4.0, original_max_position_embeddings=2048)
-        >>> (scaling.frequencies(16, 10_000.0) * 10_000.0 ** (np.arange(8) / 8)).round(4).tolist()
-        [1.0, 1.0, 1.0, 0.8125, 0.625, 0.4375, 0.25, 0.25]
-    """
-
-    factor: float | int
-    original_max_position_embeddings: int
-    beta_fast: float | int | None = 32.0
-    beta_slow: float | int | None = 1.0
-    attention_factor: float | int | None = None
-    truncate: bool | None = True
-
-    def __post_init__(self):
-        super().__post_init__()
-        self._check_below("beta_slow", "beta_fast")
-
-    def frequencies(self, dim: int, base: float | int) -> np.ndarray:
-        ω = _geometric(dim, base)
-        slowed = lambda turns: self.original_max_position_embeddings / (2 * math.pi * turns)
-        start, end = (
-            dim * math.log(slowed(turns)) / (2 * math.log(base))
-            for turns in (self.beta_fast, self.beta_slow)
-        )
-        if self.truncate:
-            start, end = math.floor(start), math.ceil(end)
-        start, end = max(start, 0), min(end, dim - 1)
-        r = np.clip((np.arange(dim // 2) - start) / max(end - start, 1e-3), 0, 1)
-        return (1 - r) * ω + r * ω / self.factor
-
-    @property
-    def amplitude(self) -> float:
-        if self.attention_factor is not None:
-            return float(self.attention_factor)
-        return max(0.1 * math.log(self.factor) + 1, 1.0)
-
-
-@dataclass(frozen=True)
-class Llama3Scaling(Scaling):
-    """Fast pairs stay, slow ones are interpolated, those between are mixed by how often they turn.
-
-        ω'_m = s_m ω_m + (1 − s_m) ω_m / factor,      s_m = (n_m − low) / (high − low) in [0, 1]
-
-    n_m is how often the pair turns within the original length, low and high are
-    `low_freq_factor` and `high_freq_factor`. The defaults are those of Llama 3.1 (Llama team 2024,
-    arXiv 2407.21783; formula from the code published with it).
-
-    Example:
-        >>> scaled = Llama3Scaling().frequencies(128, 500_000.0)
-        >>> scaled[0].item(), round(500_000.0 ** (-126 / 128) / scaled[-1].item(), 6)
-        (1.0, 8.0)
-    """
-
-    factor: float | int = 8.0
-    low_freq_factor: float | int = 1.0
-    high_freq_factor: float | int = 4.0
-    original_max_position_embeddings: int = 8192
-
-    def __post_init__(self):
-        super().__post_init__()
-        self._check_below("low_freq_factor", "high_freq_factor")
-
-    def frequencies(self, dim: int, base: float | int) -> np.ndarray:
-        ω = _geometric(dim, base)
-        turns = self.original_max_position_embeddings * ω / (2 * math.pi)
-        span = self.high_freq_factor - self.low_freq_factor
-        s = np.clip((turns - self.low_freq_factor) / span, 0, 1)
-        return s * ω + (1 - s) * ω / self.factor
 
 
 # ---- rotary embeddings ------------------------------------------------------------------------
@@ -388,6 +227,80 @@ def rope_mixed(
     )
 
 
+def mrope(
+    x: Float[Array, "*batch T N K"],
+    positions: Real[ArrayLike, "..."],
+    sections: Sequence[int],
+    *,
+    base: SupportsFloat = 10_000.0,
+    interleaved: bool = False,
+    scaling: Scaling | None = None,
+    inverse: bool = False,
+) -> Float[Array, "*batch T N K"]:
+    """`rope` in several axes: of the pairs of a head, each section is turned by one of them.
+
+    The multimodal form of Qwen2-VL (Wang et al. 2024, arXiv 2409.12191, §2.1), with time, rows and
+    columns as axes. A token at the same position of every axis, as those of text, is turned as by
+    `rope`.
+
+    Args:
+        positions: (A, T), (A, B, T), or what broadcasts: of each of the A axes, as in `rope`.
+        sections: how many of the K/2 pairs follow each axis, from the fastest pair on; Qwen2-VL
+            has (16, 24, 24) at K = 128.
+        base, interleaved, scaling, inverse: as in `rope`; Qwen2-VL has a base of 10⁶.
+    Raises:
+        ValueError: as `rope` does; `sections` are not A integers whose sum is K/2.
+    Gradient:
+        That of `rope`, with respect to `x`, and to `positions` where they are floats.
+    Example:
+        >>> time, rows, columns = jnp.zeros(6, int), *jnp.divmod(jnp.arange(6), 3)
+        >>> mrope(jnp.ones((1, 6, 2, 16)), jnp.stack([time, rows, columns]), (2, 3, 3)).shape
+        (1, 6, 2, 16)
+    """
+    options = RopeOptions(base, None, interleaved, scaling, inverse)
+    return call_mrope("mrope", _rotate, x, positions, sections, options)
+
+
+def xpos(
+    x: Float[Array, "*batch T N K"],
+    positions: Real[ArrayLike, "..."],
+    *,
+    downscale: bool = False,
+    scale_base: SupportsFloat = 512.0,
+    gamma: SupportsFloat = 0.4,
+    base: SupportsFloat = 10_000.0,
+    interleaved: bool = False,
+) -> Float[Array, "*batch T N K"]:
+    """`rope`, and pair m times ζ_m^(t / scale_base): products of far tokens fade (Sun et al. 2022).
+
+        ζ_m = (2m/d + γ) / (1 + γ)
+
+    Queries grow by what keys shrink, so that their product has ζ_m^((t − s) / scale_base): for
+    causal attention. arXiv 2212.10554, §3.1.
+
+    Args:
+        positions: as in `rope`. Differences alone count: of long sequences, subtract the middle
+            from both, for the factors to stay within what the dtype can represent.
+        downscale: for keys: ζ_m^(−t / scale_base).
+        scale_base: in steps, positive.
+        gamma: γ, positive; 0.4 as published.
+        base, interleaved: as in `rope`.
+    Raises:
+        ValueError: as `rope` does; `scale_base` or `gamma` is not positive.
+    Gradient:
+        That of `rope` times the factor, with respect to `x`, and to `positions` where they are
+        floats. Twice differentiable; for `jax.jvp` use `rnnattn.reference.xpos`.
+    Example:
+        >>> q = k = jnp.ones((1, 3, 1, 4))
+        >>> t = jnp.arange(3)
+        >>> q, k = xpos(q, t), xpos(k, t, downscale=True)
+        >>> bool(jnp.isclose((q[0, 2] * k[0, 1]).sum(), (q[0, 1] * k[0, 0]).sum()))
+        True
+    """
+    options = RopeOptions(base, None, interleaved, None, False)
+    return call_xpos("xpos", _rotate, x, positions, options, downscale, scale_base, gamma)
+
+
 # ---- the equations ----------------------------------------------------------------------------
 
 
@@ -413,6 +326,13 @@ def _whole_turns(t, per_step):
     total = t.astype(np.uint32) * (known % 2.0**32).astype(np.uint32)  # both wrap, as angles do
     total = total + rest.astype(np.int32).astype(np.uint32)
     return lax.bitcast_convert_type(total, np.int32).astype(np.float32) * 2.0**-32
+
+
+def _fading(positions, dim, scale_base, gamma):
+    """ζ_m^(t / scale_base), (…, J), in at least float32."""
+    ζ = (2 * np.arange(dim // 2) / dim + gamma) / (1 + gamma)
+    t = positions.astype(_wide(positions.dtype))[..., None] / scale_base
+    return jnp.exp(t * np.log(ζ).astype(t.dtype).reshape([1] * positions.ndim + [-1]))
 
 
 def _rotation(interleaved, x, cos, sin):
@@ -501,10 +421,13 @@ class RopeOptions(NamedTuple):
     scaling: Scaling | None
     inverse: bool
 
-    def angles(self, positions, dim, dtype):
+    def frequencies(self, dim):
         if self.scaling is None:
-            return _angles(positions, _geometric(dim, self.base), dtype)
-        return _angles(positions, self.scaling.frequencies(dim, self.base), dtype)
+            return geometric(dim, self.base)
+        return self.scaling.frequencies(dim, self.base)
+
+    def angles(self, positions, dim, dtype):
+        return _angles(positions, self.frequencies(dim), dtype)
 
     def rotate(self, rotate, x, angles):
         amplitude = 1.0 if self.scaling is None else self.scaling.amplitude
@@ -515,14 +438,14 @@ class RopeOptions(NamedTuple):
 
 @partial(jax.jit, static_argnames=("dim", "base", "first", "dtype"))
 def _run_sinusoids(dim, base, first, dtype, positions):
-    angles = _angles(positions, _geometric(dim, base, first), dtype)
+    angles = _angles(positions, geometric(dim, base, first), dtype)
     cos, sin = _circle(angles)
     return _join(True, sin, cos).astype(dtype)
 
 
 @partial(jax.jit, static_argnames=("dim", "base", "first", "dtype"))
 def _run_shift_matrix(dim, base, first, dtype, offset):
-    angles = _angles(offset, _geometric(dim, base, first), dtype)
+    angles = _angles(offset, geometric(dim, base, first), dtype)
     cos, sin = map(jnp.diag, _circle(angles))
     blocks = jnp.stack([_join(True, cos, sin), _join(True, -sin, cos)], axis=1)
     return blocks.reshape(dim, dim).astype(dtype)
@@ -606,6 +529,66 @@ def _run_rope_mixed(function, rotate, interleaved, inverse, x, rows, columns, fr
 
     given = {"x": x, "rows": rows, "columns": columns, "frequencies": frequencies}
     return _on_mesh(function, run, given)
+
+
+def call_mrope(function, rotate, x, positions, sections, options):
+    """`mrope` by `_rotate` or `rotate_plain`."""
+    check = Check(function)
+    x, options = _checked_x(check, x), _checked_options(check, options)
+    K, positions = x.shape[-1], _as_positions(check, "positions", positions)
+    check.multiple("x.shape[-1]", K, 2)
+    check(positions.ndim > 0, "positions", "of shape (A, …, T)", positions.shape)
+    sections = tuple(check.integer("sections", n, 0) for n in sections)
+    fits = len(sections) == positions.shape[0] and sum(sections) == K // 2
+    expected = f"{positions.shape[0]} integers, one for each axis, whose sum is K/2 = {K // 2}"
+    check(fits, "sections", expected, sections)
+    by_axis = [_positions_of(check, "positions", t, x) for t in positions]
+    with forward_mode("rnnattn.reference.mrope"):
+        return _run_mrope(function, rotate, options, sections, x, by_axis)
+
+
+@partial(jax.jit, static_argnames=("function", "rotate", "options", "sections"))
+def _run_mrope(function, rotate, options, sections, x, by_axis):
+    names = [f"positions[{n}]" for n in range(len(sections))]
+
+    def run(x, **by_axis):
+        frequencies = options.frequencies(x.shape[-1])
+        parts, first = [], 0
+        for name, pairs in zip(names, sections, strict=True):
+            ω = frequencies[first : first + pairs]
+            parts.append(_angles(_align(by_axis[name], x), ω, x.dtype))
+            first += pairs
+        shape = jnp.broadcast_shapes(*(part.shape[:-1] for part in parts))
+        parts = [jnp.broadcast_to(part, (*shape, part.shape[-1])) for part in parts]
+        return options.rotate(rotate, x, jnp.concatenate(parts, axis=-1))
+
+    return _on_mesh(function, run, {"x": x, **dict(zip(names, by_axis, strict=True))})
+
+
+def call_xpos(function, rotate, x, positions, options, downscale, scale_base, gamma):
+    """`xpos` by `_rotate` or `rotate_plain`."""
+    check = Check(function)
+    x, options = _checked_x(check, x), _checked_options(check, options)
+    check.multiple("x.shape[-1]", x.shape[-1], 2)
+    t = _positions_of(check, "positions", positions, x)
+    scale_base = check.number("scale_base", scale_base, 0, "a positive number")
+    gamma = check.number("gamma", gamma, 0, "a positive number")
+    scale_base = -scale_base if downscale else scale_base
+    with forward_mode("rnnattn.reference.xpos"):
+        return _run_xpos(function, rotate, options, scale_base, gamma, x, t)
+
+
+@partial(jax.jit, static_argnames=("function", "rotate", "options", "scale_base", "gamma"))
+def _run_xpos(function, rotate, options, scale_base, gamma, x, t):
+    def run(x, positions):
+        K, t = x.shape[-1], _align(positions, x)
+        fading = _fading(t, K, scale_base, gamma)
+        wide = _wide(x.dtype, fading.dtype)
+        turned = options.rotate(rotate, x.astype(wide), options.angles(t, K, x.dtype))
+        factors = _join(options.interleaved, fading, fading)
+        return (factors.astype(wide) * turned).astype(x.dtype)
+
+    return _on_mesh(function, run, {"x": x, "positions": t})
 
 
 def _on_mesh(function, run, given):

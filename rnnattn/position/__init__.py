@@ -1,0 +1,53 @@
+"""Positions: their frequencies (`scaling`), and what is done with these (`rotary`)."""
+
+from rnnattn.position.rotary import (
+    RopeOptions,
+    call_mrope,
+    call_rope,
+    call_rope_2d,
+    call_rope_mixed,
+    call_xpos,
+    mrope,
+    rope,
+    rope_2d,
+    rope_mixed,
+    rotate_plain,
+    shift_matrix,
+    sinusoids,
+    xpos,
+)
+from rnnattn.position.scaling import (
+    DynamicNTKScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRoPEScaling,
+    NTKScaling,
+    PRoPEScaling,
+    Scaling,
+    YaRNScaling,
+)
+
+__all__ = [
+    "DynamicNTKScaling",
+    "LinearScaling",
+    "Llama3Scaling",
+    "LongRoPEScaling",
+    "NTKScaling",
+    "PRoPEScaling",
+    "RopeOptions",
+    "Scaling",
+    "YaRNScaling",
+    "call_mrope",
+    "call_rope",
+    "call_rope_2d",
+    "call_rope_mixed",
+    "call_xpos",
+    "mrope",
+    "rope",
+    "rope_2d",
+    "rope_mixed",
+    "rotate_plain",
+    "shift_matrix",
+    "sinusoids",
+    "xpos",
+]
