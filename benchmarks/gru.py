@@ -1,12 +1,13 @@
 """rnnattn.gru and torch.nn.GRU, for `sweep.py`: the programs of a problem, as in `lstm.py`."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 import rnnattn
 from benchmarks import lstm, timing
+from rnnattn import interop
 
 KINDS = lstm.KINDS
 outputs = lstm.outputs
@@ -33,12 +34,4 @@ def ours(problem: Problem) -> timing.Programs:
 
 
 def torch(problem: Problem) -> timing.Programs:
-    params: Any = problem.params
-    w_x, w_h, b, b_n = params
-    weights = {
-        "weight_ih_l0": w_x.T,
-        "weight_hh_l0": w_h.T,
-        "bias_ih_l0": b,
-        "bias_hh_l0": jnp.concatenate([jnp.zeros_like(b[: -len(b_n)]), b_n]),
-    }
-    return lstm.torch_programs("GRU", weights, problem)
+    return lstm.torch_programs("GRU", interop.gru_to_torch(problem.params), problem)

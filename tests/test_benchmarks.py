@@ -81,9 +81,10 @@ def test_a_small_sweep(monkeypatch, capsys, tmp_path):
     pytest.importorskip("torch")
     monkeypatch.setattr(sweep, "MOST_WORK", 2**16)
     file = tmp_path / "sweep.json"
-    sweep.main(["--seed", "1", "--count", "2", "--rounds", "1", "--output", str(file)])
+    what = ["--what", "attention", "lstm", "gru"]
+    sweep.main([*what, "--seed", "1", "--count", "2", "--rounds", "1", "--output", str(file)])
     printed = capsys.readouterr().out
-    for kind in ("attention, gradient", "lstm, training"):
+    for kind in ("attention, gradient", "lstm, training", "gru, training"):
         assert f"{kind}: time of torch / ours over 2 problems" in printed
     assert '"seed": 1' in file.read_text()
 

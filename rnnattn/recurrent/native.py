@@ -35,13 +35,10 @@ def unserved(params, x, options):
     """What of a call the kernels cannot serve."""
     if not native.status().available:
         return [f"this installation ({native.status().reason})"]
-    dtype = jnp.result_type(x)
+    dtype, kernel = jnp.result_type(x), _kernel(options.unit, "forward")
     reasons = {
         f"the dtype {dtype.name}": dtype not in _DTYPES,
-        "units but the LSTM and the GRU, its reset after the product": _kernel(
-            options.unit, "forward"
-        )
-        is None,
+        "units but the LSTM and the GRU, its reset after the product": kernel is None,
         "`return_cells`": options.every_state,
     }
     return those_that_hold(reasons | unserved_by_kernels(params, x))
