@@ -38,7 +38,6 @@ from rnnattn.linear.equations import (
     RGLRUParams,
     advance as advance_linear,
     blocks_of,
-    select as select_steps,
 )
 from rnnattn.linear.problem import Options as LinearOptions
 from rnnattn.position import (
@@ -63,7 +62,7 @@ from rnnattn.recurrent.arguments import (
 from rnnattn.recurrent.family import UnitOptions
 from rnnattn.recurrent.problem import Options, Outputs
 from rnnattn.recurrent.stack import bidirectional, stacked
-from rnnattn.recurrent.unit import advance, select, select_each
+from rnnattn.recurrent.unit import advance, select_each
 from rnnattn.recurrent.units.gru import GRUParams, gru_unit
 from rnnattn.recurrent.units.layer_norm import (
     LayerNormGRU,
@@ -74,6 +73,7 @@ from rnnattn.recurrent.units.layer_norm import (
 from rnnattn.recurrent.units.lstm import LSTMParams, LSTMState, lstm_unit
 from rnnattn.recurrent.units.rnn import RNNParams, rnn_unit
 from rnnattn.recurrent.units.slstm import SLSTMParams, SLSTMState, slstm_unit
+from rnnattn.steps import select
 
 _IMPLEMENTATIONS = (None, "xla", "native", "pallas", "cudnn")  # which make no difference here
 
@@ -106,21 +106,46 @@ def lstm(
         >>> dy.shape
         (2, 7, 5)
     """
-    function = "reference.lstm"
-    unit = lstm_unit(function, clip, coupled)
-    arguments = checked_sequence(
-        function, unit, params, x, state, lengths, mask, resets, time_major
+    outputs, final = _run_plainly(
+        "reference.lstm",
+        lstm_unit("reference.lstm", clip, coupled),
+        params,
+        x,
+        state,
+        lengths=lengths,
+        mask=mask,
+        resets=resets,
+        reverse=reverse,
+        time_major=time_major,
+        residuals=residuals,
+        implementation=implementation,
+        every_state=return_cells,
     )
-    checked_residuals(function, residuals)
-    Check(function).one_of("implementation", implementation, _IMPLEMENTATIONS)
-    options = Options(unit, reverse, every_state=return_cells)
-    outputs, final = _run_plainly(function, options, time_major, params, arguments)
     return (outputs.y, *(outputs.rest or ()), final)
 
 
-def _run_plainly(function, options, time_major, params, arguments):
-    """The steps of a unit, one after another."""
-    unit = options.unit
+def _run_plainly(
+    function,
+    unit,
+    params,
+    x,
+    state,
+    *,
+    lengths=None,
+    mask=None,
+    resets=None,
+    reverse=False,
+    time_major=False,
+    residuals=None,
+    implementation=None,
+    every_state=False,
+):
+    """The outputs and the final state of a unit, whose steps run one after another."""
+    given = (lengths, mask, resets, time_major)
+    arguments = checked_sequence(function, unit, params, x, state, *given)
+    checked_residuals(function, residuals)
+    Check(function).one_of("implementation", implementation, _IMPLEMENTATIONS)
+    options = Options(unit, reverse, every_state=every_state)
 
     def run(params, state, steps):
         weights = unit.prepare(params)
@@ -130,14 +155,13 @@ def _run_plainly(function, options, time_major, params, arguments):
             u = unit.inputs(weights, select(valid, x, 0))
             state, _ = advance(unit, weights, u, state, valid, fresh)
             h, *rest = select_each(valid, tuple(state), 0)
-            return state, Outputs(h, (*rest,) if options.every_state else None)
+            return state, Outputs(h, (*rest,) if every_state else None)
 
-        final, outputs = lax.scan(step, state, steps, reverse=options.reverse)
+        final, outputs = lax.scan(step, state, steps, reverse=reverse)
         return outputs, final
 
-    over = lambda given: over_steps(run, unit, time_major, options.reverse, **given)
-    given = {"params": params, **arguments._asdict()}
-    return on_mesh(function, over, options, time_major, given)
+    over = lambda given: over_steps(run, unit, time_major, reverse, **given)
+    return on_mesh(function, over, options, time_major, {"params": params, **arguments._asdict()})
 
 
 def lstm_step(
@@ -256,28 +280,9 @@ def slstm(
     )
 
 
-def _run_unit(
-    function,
-    unit,
-    params,
-    x,
-    state,
-    *,
-    lengths=None,
-    mask=None,
-    resets=None,
-    reverse=False,
-    time_major=False,
-    residuals=None,
-    implementation=None,
-):
-    """h of every step, and the final state, of a unit that has no other options."""
-    given = (lengths, mask, resets, time_major)
-    arguments = checked_sequence(function, unit, params, x, state, *given)
-    checked_residuals(function, residuals)
-    Check(function).one_of("implementation", implementation, _IMPLEMENTATIONS)
-    options = Options(unit, reverse)
-    outputs, final = _run_plainly(function, options, time_major, params, arguments)
+def _run_unit(function, unit, params, x, state, **options):
+    """h of every step, and the final state."""
+    outputs, final = _run_plainly(function, unit, params, x, state, **options)
     return outputs.y, final
 
 
@@ -474,11 +479,11 @@ def _run_linear(function, unit, arguments, reverse, time_major, implementation):
         def step(h, inputs):
             inputs, valid, fresh = inputs
             column = None if fresh is None else fresh[:, None]
-            p = [select_steps(valid, p, 0) for p in blocks_of(inputs, h.shape[-1])]
+            p = [select(valid, p, 0) for p in blocks_of(inputs, h.shape[-1])]
             a, b = unit.coefficients(p, rows, column)
-            h_prev = h if fresh is None else select_steps(fresh, 0, h)
-            h = select_steps(valid, advance_linear(a, h_prev, b), h)
-            return h, select_steps(valid, h, 0).astype(inputs[0].dtype)
+            h_prev = h if fresh is None else select(fresh, 0, h)
+            h = select(valid, advance_linear(a, h_prev, b), h)
+            return h, select(valid, h, 0).astype(inputs[0].dtype)
 
         time_first = lambda x: jnp.moveaxis(x, options.time_axis, 0)
         steps = jax.tree.map(time_first, (inputs, valid, fresh))

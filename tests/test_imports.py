@@ -19,7 +19,7 @@ MORE = {"rnnattn.nn": {"flax"}, "rnnattn.interop": {"safetensors"}}
 MORE["rnnattn.attention.peers"] = {"tokamax"}
 
 # What the parts may import of the library, besides themselves: primitives none of each other.
-HELPERS = {"rnnattn.checks", "rnnattn.meshes", "rnnattn.precision"}
+HELPERS = {"rnnattn.checks", "rnnattn.meshes", "rnnattn.precision", "rnnattn.steps"}
 PRIMITIVE = HELPERS | {
     "rnnattn.dispatch",
     "rnnattn.divided",
@@ -31,6 +31,7 @@ PARTS = {
     "rnnattn.meshes": set(),
     "rnnattn.packing": {"rnnattn.checks"},
     "rnnattn.precision": set(),
+    "rnnattn.steps": {"rnnattn.checks", "rnnattn.precision"},
     "rnnattn.divided": {"rnnattn.precision"},
     "rnnattn.dispatch": {"rnnattn.divided", "rnnattn.precision"},
     "rnnattn.native": set(),

@@ -12,7 +12,8 @@ from rnnattn import lstm, reference
 from rnnattn.attention import api as attention, equations, masking, problem, rule, xla
 from rnnattn.attention.arguments import sorted_arguments
 from rnnattn.recurrent import api, problem as sequences
-from rnnattn.recurrent.unit import advance, select
+from rnnattn.recurrent.unit import advance
+from rnnattn.steps import select
 from tests.attention_cases import assert_same, make_case, value_and_gradients
 from tests.lstm_cases import assert_close, make_case as lstm_case, value_and_gradients as of_lstm
 

@@ -13,6 +13,7 @@ from rnnattn.linear.equations import MinGRUParams, RGLRUParams
 from rnnattn.linear.problem import found, running
 from rnnattn.meshes import in_parts
 from rnnattn.precision import accumulator, varying_together
+from rnnattn.steps import batch_of, check_rows, check_step, check_steps, checked_masks
 
 
 class Arguments(NamedTuple):
@@ -24,11 +25,6 @@ class Arguments(NamedTuple):
     lengths: Array | None
     mask: Array | None
     resets: Array | None
-
-
-def batch_of(x, time_major):
-    """The sizes of the axes of x (*B, T, D), or (T, *B, D), besides time and width."""
-    return x.shape[1:-1] if time_major else x.shape[:-2]
 
 
 def width_of(params, x):
@@ -117,39 +113,32 @@ def on_mesh(function, run, time_major, arguments):
 def checked_pair(function, a, b, h0, lengths, mask, resets, time_major):
     """The arguments of `linear_scan` as arrays; `ValueError` for the first that is off."""
     check, a, b = Check(function), jnp.asarray(a), jnp.asarray(b)
-    _check_steps(check, "a", a, time_major, "H")
+    check_steps(check, "a", a, time_major, "H")
     shape = "(T, *B, H)" if time_major else "(*B, T, H)"
     check.shape("b", b, a.shape, shape)
     check.dtype_of("b", b, "a", a)
     batch = batch_of(a, time_major)
     h0 = _checked_state(check, "h0", h0, batch, a.shape[-1], a)
-    masks = _checked_masks(check, a, lengths, mask, resets, time_major)
+    masks = checked_masks(check, a, lengths, mask, resets, time_major)
     return Arguments((), (a, b), h0, *masks)
 
 
 def checked_sequence(function, params, x, h, lengths, mask, resets, time_major):
     """The arguments of a unit as arrays; `ValueError` for the first that is off."""
     check, x = Check(function), jnp.asarray(x)
-    _check_steps(check, "x", x, time_major, "D")
+    check_steps(check, "x", x, time_major)
     _check_params(check, params, x)
     h = _checked_state(check, "h", h, batch_of(x, time_major), params.hidden_size, x)
-    return Arguments(params, x, h, *_checked_masks(check, x, lengths, mask, resets, time_major))
+    return Arguments(params, x, h, *checked_masks(check, x, lengths, mask, resets, time_major))
 
 
 def checked_step(function, params, x, h):
     """The arguments of a single step as those of a sequence of one, time-major."""
     check, x = Check(function), jnp.asarray(x)
-    check(x.ndim >= 1, "x", "of shape (*B, D)", x.shape)
-    check.floating("x", x)
+    check_step(check, "x", x)
     _check_params(check, params, x)
     h = _checked_state(check, "h", h, x.shape[:-1], params.hidden_size, x)
     return Arguments(params, x[None], h, None, None, None)
-
-
-def _check_steps(check, name, x, time_major, width):
-    expected = f"of shape (T, *B, {width})" if time_major else f"of shape (*B, T, {width})"
-    check(x.ndim >= 2, name, expected, x.shape)
-    check.floating(name, x)
 
 
 def _check_params(check, params, x):
@@ -173,26 +162,6 @@ def _check_params(check, params, x):
 def _checked_state(check, name, h, batch, H, like):
     if h is None:
         return None
-    h, dtype = jnp.asarray(h), jnp.result_type(like)
-    B = ("", "B, ", "*B, ")[min(len(batch), 2)]
-    check.shape(name, h, (*batch, H), f"({B}H)")
-    wide = accumulator(dtype)
-    check(h.dtype in (dtype, wide), name, f"of dtype {wide.name}", h.dtype.name)
+    h = jnp.asarray(h)
+    check_rows(check, name, h, (*batch, H), like)
     return h
-
-
-def _checked_masks(check, x, lengths, mask, resets, time_major):
-    array = lambda x: None if x is None else jnp.asarray(x)
-    lengths, mask, resets = map(array, (lengths, mask, resets))
-    batch = batch_of(x, time_major)
-    axes = ("", "B", "*B")[min(len(batch), 2)]
-    if lengths is not None:
-        check.shape("lengths", lengths, batch, f"({axes},)" if batch else "()")
-        check.integers("lengths", lengths)
-    inner = ("T", axes) if time_major else (axes, "T")
-    named = ", ".join(name for name in inner if name)
-    for name, of_steps in {"mask": mask, "resets": resets}.items():
-        if of_steps is not None:
-            check.shape(name, of_steps, x.shape[:-1], f"({named})" if batch else "(T,)")
-            check.booleans(name, of_steps)
-    return lengths, mask, resets

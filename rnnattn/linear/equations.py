@@ -45,6 +45,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rnnattn.precision import accumulator
+from rnnattn.steps import select
 
 RATE = 8.0  # c of the RG-LRU
 
@@ -102,11 +103,6 @@ class Unit(NamedTuple):
     project: Callable
     coefficients: Callable
     gradient: Callable
-
-
-def select(condition, a, b):
-    """`jnp.where` with a condition (…) on arrays (…, width); no condition chooses `a`."""
-    return a if condition is None else jnp.where(condition[..., None], a, b)
 
 
 def blocks_of(inputs, H):

@@ -5,8 +5,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from rnnattn.linear.equations import select
 from rnnattn.linear.problem import Steps, found, running
+from rnnattn.steps import select
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rnnattn.linear.equations import advance, blocks_of, inputs_of, select
+from rnnattn.linear.equations import advance, blocks_of, inputs_of
 from rnnattn.linear.problem import Schedule, found, running
+from rnnattn.steps import select
 
 
 def _column(mask):

@@ -5,20 +5,36 @@ from typing import Any, Literal
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from rnnattn.linear import (
-    MinGRUParams,
-    MinLSTMParams,
-    RGLRUParams,
-    init_mingru,
-    init_minlstm,
-    init_rglru,
-    mingru,
-    minlstm,
-    rglru,
-)
+import rnnattn.linear as linear
+from rnnattn.nn.weights import Held
 
 
-class MinGRU(nnx.Module):
+class _Layer(Held):
+    """The weights of a unit, and its sequence."""
+
+    def _begin(self, params, implementation):
+        self.hold(params)
+        self.implementation = implementation
+
+    def _run(self) -> Any:
+        """The unit over a sequence."""
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        x: Float[Array, "*B T D"],
+        h: Float[Array, "*B H"] | None = None,
+        *,
+        lengths: Int[Array, "*B"] | None = None,
+        mask: Bool[Array, "*B T"] | None = None,
+        resets: Bool[Array, "*B T"] | None = None,
+    ) -> tuple[Float[Array, "*B T H"], Float[Array, "*B H"]]:
+        """The outputs of all steps, and the last h; see the unit's function."""
+        masks: dict[str, Any] = {"lengths": lengths, "mask": mask, "resets": resets}
+        return self._run()(self.params, x, h, implementation=self.implementation, **masks)
+
+
+class MinGRU(_Layer):
     """A minGRU over sequences: `rnnattn.mingru` with weights of its own.
 
     Args:
@@ -41,31 +57,14 @@ class MinGRU(nnx.Module):
         rngs: nnx.Rngs,
         **options: Any,
     ):
-        params = init_mingru(rngs.params(), input_size, hidden_size, **options)
-        self.implementation = implementation
-        self.w_x = nnx.Param(params.w_x)
-        self.b = nnx.Param(params.b)
+        params = linear.init_mingru(rngs.params(), input_size, hidden_size, **options)
+        self._begin(params, implementation)
 
-    @property
-    def params(self) -> MinGRUParams:
-        """The weights as the functions take them."""
-        return MinGRUParams(self.w_x[...], self.b[...])
-
-    def __call__(
-        self,
-        x: Float[Array, "*B T D"],
-        h: Float[Array, "*B H"] | None = None,
-        *,
-        lengths: Int[Array, "*B"] | None = None,
-        mask: Bool[Array, "*B T"] | None = None,
-        resets: Bool[Array, "*B T"] | None = None,
-    ) -> tuple[Float[Array, "*B T H"], Float[Array, "*B H"]]:
-        """The outputs of all steps, and the last h; see `rnnattn.mingru`."""
-        masks: dict[str, Any] = {"lengths": lengths, "mask": mask, "resets": resets}
-        return mingru(self.params, x, h, implementation=self.implementation, **masks)
+    def _run(self):
+        return linear.mingru
 
 
-class MinLSTM(nnx.Module):
+class MinLSTM(_Layer):
     """A minLSTM over sequences: `rnnattn.minlstm` with weights of its own.
 
     Args:
@@ -88,31 +87,14 @@ class MinLSTM(nnx.Module):
         rngs: nnx.Rngs,
         **options: Any,
     ):
-        params = init_minlstm(rngs.params(), input_size, hidden_size, **options)
-        self.implementation = implementation
-        self.w_x = nnx.Param(params.w_x)
-        self.b = nnx.Param(params.b)
+        params = linear.init_minlstm(rngs.params(), input_size, hidden_size, **options)
+        self._begin(params, implementation)
 
-    @property
-    def params(self) -> MinLSTMParams:
-        """The weights as the functions take them."""
-        return MinLSTMParams(self.w_x[...], self.b[...])
-
-    def __call__(
-        self,
-        x: Float[Array, "*B T D"],
-        h: Float[Array, "*B H"] | None = None,
-        *,
-        lengths: Int[Array, "*B"] | None = None,
-        mask: Bool[Array, "*B T"] | None = None,
-        resets: Bool[Array, "*B T"] | None = None,
-    ) -> tuple[Float[Array, "*B T H"], Float[Array, "*B H"]]:
-        """The outputs of all steps, and the last h; see `rnnattn.minlstm`."""
-        masks: dict[str, Any] = {"lengths": lengths, "mask": mask, "resets": resets}
-        return minlstm(self.params, x, h, implementation=self.implementation, **masks)
+    def _run(self):
+        return linear.minlstm
 
 
-class RGLRU(nnx.Module):
+class RGLRU(_Layer):
     """An RG-LRU over sequences: `rnnattn.rglru` with weights of its own, without Griffin's block.
 
     Args:
@@ -134,29 +116,7 @@ class RGLRU(nnx.Module):
         rngs: nnx.Rngs,
         **options: Any,
     ):
-        params = init_rglru(rngs.params(), hidden_size, **options)
-        self.implementation = implementation
-        self.w_r = nnx.Param(params.w_r)
-        self.w_i = nnx.Param(params.w_i)
-        self.b_r = nnx.Param(params.b_r)
-        self.b_i = nnx.Param(params.b_i)
-        self.decay = nnx.Param(params.decay)
+        self._begin(linear.init_rglru(rngs.params(), hidden_size, **options), implementation)
 
-    @property
-    def params(self) -> RGLRUParams:
-        """The weights as the functions take them."""
-        weights = self.w_r, self.w_i, self.b_r, self.b_i, self.decay
-        return RGLRUParams(*(weight[...] for weight in weights))
-
-    def __call__(
-        self,
-        x: Float[Array, "*B T H"],
-        h: Float[Array, "*B H"] | None = None,
-        *,
-        lengths: Int[Array, "*B"] | None = None,
-        mask: Bool[Array, "*B T"] | None = None,
-        resets: Bool[Array, "*B T"] | None = None,
-    ) -> tuple[Float[Array, "*B T H"], Float[Array, "*B H"]]:
-        """The outputs of all steps, and the last h; see `rnnattn.rglru`."""
-        masks: dict[str, Any] = {"lengths": lengths, "mask": mask, "resets": resets}
-        return rglru(self.params, x, h, implementation=self.implementation, **masks)
+    def _run(self):
+        return linear.rglru

@@ -14,23 +14,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 import rnnattn.recurrent as recurrent
 from rnnattn.checks import Check
+from rnnattn.nn.weights import Held
 from rnnattn.precision import accumulator
 from rnnattn.recurrent import LSTMState, SLSTMState
 
 
-class _Cell(nnx.RNNCellBase):
-    """Weights, each an `nnx.Param` by the name that it has in `params`."""
+class _Cell(Held, nnx.RNNCellBase):
+    """The weights of one layer and direction, and what of the unit is fixed."""
 
-    def _hold(self, params, **options):
-        self.kind, self.options = type(params), tuple(options.items())
-        for name, weight in params._asdict().items():
-            setattr(self, name, nnx.data(None if weight is None else nnx.Param(weight)))
-
-    @property
-    def params(self) -> Any:
-        """The weights as the functions take them."""
-        read = lambda weight: None if weight is None else weight[...]
-        return self.kind(*(read(getattr(self, name)) for name in self.kind._fields))
+    def _begin(self, params, **options):
+        self.hold(params)
+        self.options = tuple(options.items())
 
     def _functions(self) -> tuple[Any, Any]:
         """The unit over a sequence and over one step."""
@@ -39,6 +33,11 @@ class _Cell(nnx.RNNCellBase):
     def _widths(self) -> Any:
         """The width of the state, or of each of its fields."""
         return self.w_h.shape[0]
+
+    @property
+    def output_size(self) -> int:
+        """The width of h."""
+        return jax.tree.leaves(self._widths())[0]
 
     @property
     def run(self) -> Any:
@@ -90,7 +89,7 @@ class LSTMCell(_Cell):
         **options: Any,
     ):
         params = recurrent.init_lstm(rngs.params(), input_size, hidden_size, **options)
-        self._hold(params, clip=clip, coupled=coupled)
+        self._begin(params, clip=clip, coupled=coupled)
 
     def _functions(self):
         return recurrent.lstm, recurrent.lstm_step
@@ -123,7 +122,7 @@ class GRUCell(_Cell):
     ):
         options |= {"reset_after": reset_after}
         params = recurrent.init_gru(rngs.params(), input_size, hidden_size, **options)
-        self._hold(params, reset_after=reset_after)
+        self._begin(params, reset_after=reset_after)
 
     def _functions(self):
         return recurrent.gru, recurrent.gru_step
@@ -151,7 +150,7 @@ class RNNCell(_Cell):
         **options: Any,
     ):
         params = recurrent.init_rnn(rngs.params(), input_size, hidden_size, **options)
-        self._hold(params, activation=activation)
+        self._begin(params, activation=activation)
 
     def _functions(self):
         return recurrent.rnn, recurrent.rnn_step
@@ -170,7 +169,7 @@ class LayerNormLSTMCell(_Cell):
 
     def __init__(self, input_size: int, hidden_size: int, *, rngs: nnx.Rngs, **options: Any):
         init = recurrent.init_layer_norm_lstm
-        self._hold(init(rngs.params(), input_size, hidden_size, **options))
+        self._begin(init(rngs.params(), input_size, hidden_size, **options))
 
     def _functions(self):
         return recurrent.layer_norm_lstm, recurrent.layer_norm_lstm_step
@@ -193,7 +192,7 @@ class LayerNormGRUCell(_Cell):
 
     def __init__(self, input_size: int, hidden_size: int, *, rngs: nnx.Rngs, **options: Any):
         init = recurrent.init_layer_norm_gru
-        self._hold(init(rngs.params(), input_size, hidden_size, **options))
+        self._begin(init(rngs.params(), input_size, hidden_size, **options))
 
     def _functions(self):
         return recurrent.layer_norm_gru, recurrent.layer_norm_gru_step
@@ -221,7 +220,7 @@ class SLSTMCell(_Cell):
         **options: Any,
     ):
         params = recurrent.init_slstm(rngs.params(), input_size, hidden_size, **options)
-        self._hold(params, forget_gate=forget_gate)
+        self._begin(params, forget_gate=forget_gate)
 
     def _functions(self):
         return recurrent.slstm, recurrent.slstm_step
@@ -253,13 +252,12 @@ class _Stack(nnx.Module):
         make = partial(self.cell, hidden_size=hidden_size, rngs=rngs, **options)
         self.forward = nnx.List()
         self.backward = nnx.List()
-        projected = options.get("projection_size")
-        width = hidden_size if projected is None else projected
-        for n in range(num_layers):
-            size = input_size if n == 0 else width * (2 if bidirectional else 1)
+        size = input_size
+        for _ in range(num_layers):
             self.forward.append(make(size))
             if bidirectional:
                 self.backward.append(make(size))
+            size = self.forward[0].output_size * (2 if bidirectional else 1)
         self.residuals, self.implementation = residuals, implementation
         self.dropout_rate = dropout_rate
         self.deterministic = False

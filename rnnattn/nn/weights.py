@@ -47,3 +47,18 @@ def load_weights(module: nnx.Module, weights: Mapping[Any, Any]) -> None:
     if wrong:
         raise ValueError(f"load_weights: {'; '.join(wrong)}")
     nnx.update(module, jax.tree.map(jnp.array, dict(weights)))
+
+
+class Held(nnx.Module):
+    """A module that holds the parameters of a function, each by its name as an `nnx.Param`."""
+
+    def hold(self, params: Any) -> None:
+        self.kind = type(params)
+        for name, weight in params._asdict().items():
+            setattr(self, name, nnx.data(None if weight is None else nnx.Param(weight)))
+
+    @property
+    def params(self) -> Any:
+        """The weights as the functions take them."""
+        read = lambda weight: None if weight is None else weight[...]
+        return self.kind(*(read(getattr(self, name)) for name in self.kind._fields))

@@ -9,9 +9,10 @@ from jaxtyping import Array, Bool, Int
 
 from rnnattn.checks import Check
 from rnnattn.meshes import in_parts
-from rnnattn.precision import accumulator, varying_together
+from rnnattn.precision import varying_together
 from rnnattn.recurrent.problem import Outputs, Steps
 from rnnattn.recurrent.unit import full_state, types_of_step
+from rnnattn.steps import batch_of, check_rows, check_step, check_steps, checked_masks
 
 # What `residuals=None` may keep of all steps for the gradient.
 _GATES_BYTES = 256 * 2**20  # the states and what the unit's steps give to keep
@@ -38,11 +39,6 @@ class SequenceOptions(_SharedOptions, total=False):
     """Options of `rnnattn.lstm` that both directions have in common."""
 
     time_major: bool
-
-
-def batch_of(x, time_major):
-    """The sizes of the axes of x (*B, T, D), or (T, *B, D), besides time and width."""
-    return x.shape[1:-1] if time_major else x.shape[:-2]
 
 
 def time_first(x, batch, time_major):
@@ -172,33 +168,18 @@ class Arguments(NamedTuple):
 
 def checked_sequence(function, unit, params, x, state, lengths, mask, resets, time_major):
     """The arguments as arrays; `ValueError` for the first that is off."""
-    check = Check(function)
-    array = lambda x: None if x is None else jnp.asarray(x)
-    x, lengths, mask, resets = map(array, (x, lengths, mask, resets))
-    expected = "of shape (T, *B, D)" if time_major else "of shape (*B, T, D)"
-    check(x.ndim >= 2, "x", expected, x.shape)
-    check.floating("x", x)
+    check, x = Check(function), jnp.asarray(x)
+    check_steps(check, "x", x, time_major)
     _check_params(check, unit, params, x)
-    batch = batch_of(x, time_major)
-    state = None if state is None else _checked_state(check, unit, params, state, batch, x)
-    axes = ("", "B", "*B")[min(len(batch), 2)]
-    if lengths is not None:
-        check.shape("lengths", lengths, batch, f"({axes},)" if batch else "()")
-        check.integers("lengths", lengths)
-    inner = ("T", axes) if time_major else (axes, "T")
-    named = ", ".join(name for name in inner if name)
-    for name, marks in {"mask": mask, "resets": resets}.items():
-        if marks is not None:
-            check.shape(name, marks, x.shape[:-1], f"({named})" if batch else "(T,)")
-            check.booleans(name, marks)
-    return Arguments(x, state, lengths, mask, resets)
+    if state is not None:
+        state = _checked_state(check, unit, params, state, batch_of(x, time_major), x)
+    return Arguments(x, state, *checked_masks(check, x, lengths, mask, resets, time_major))
 
 
 def checked_step(function, unit, params, x, state):
     """x and the state of a step as arrays; `ValueError` for the first that is off."""
     check, x = Check(function), jnp.asarray(x)
-    check(x.ndim >= 1, "x", "of shape (*B, D)", x.shape)
-    check.floating("x", x)
+    check_step(check, "x", x)
     _check_params(check, unit, params, x)
     return x, _checked_state(check, unit, params, state, x.shape[:-1], x)
 
@@ -235,15 +216,12 @@ def _check_params(check, unit, params, x):
 
 def _checked_state(check, unit, params, state, batch, x):
     widths = unit.widths(params)
-    axes = ("", "B, ", "*B, ")[min(len(batch), 2)]
     fields = dict(zip(widths._fields, map(jnp.asarray, state), strict=True))
     alone = len(fields) == 1  # then the state is called h, and is no tuple
     for n, ((field, s), width) in enumerate(zip(fields.items(), widths, strict=True)):
         name = field if alone else f"state.{field}"
-        letter = "H" if width == widths[-1] else "R"
-        check.shape(name, s, (*batch, width), f"({axes}{letter})")
         if n == 0:
             check.dtype_of(name, s, "x", x)
-        wide = accumulator(x.dtype)
-        check(s.dtype in (x.dtype, wide), name, f"of dtype {wide.name}", s.dtype.name)
+        letter = "H" if width == widths[-1] else "R"
+        check_rows(check, name, s, (*batch, width), x, letter)
     return type(widths)(*fields.values())

@@ -24,7 +24,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from rnnattn.recurrent.problem import Schedule, Trace
-from rnnattn.recurrent.unit import advance, select, select_each, types_of_step, widened
+from rnnattn.recurrent.unit import advance, select_each, types_of_step, widened
+from rnnattn.steps import select
 
 _FEW_ROWS = 8  # on a CPU, a step of fewer rows costs no more than the loop around it
 

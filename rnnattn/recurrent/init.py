@@ -53,8 +53,7 @@ def init_lstm(
     projection = None
     if R is not None:
         _, _, key = jax.random.split(key, 3)
-        draw = accumulator(dtype)
-        projection = jax.random.uniform(key, (H, R), draw, -(H**-0.5), H**-0.5).astype(dtype)
+        projection = _uniform(key, (H, R), H**-0.5, dtype)
     return LSTMParams(w_x, w_h, b, jnp.zeros((3, H), dtype) if peephole else None, projection)
 
 
@@ -189,11 +188,12 @@ def init_slstm(
     H, N, check = hidden_size, num_heads, Check("init_slstm")
     check(N >= 1, "num_heads", "at least 1", N)
     check.multiple("hidden_size", H, N, f"{N} heads")
-    w_x, _ = _weights(check, key, input_size, H, 1, 4, recurrent_init, dtype)
+    key_x, key_h = jax.random.split(key)
+    w_x = _input_weights(check, key_x, input_size, H, 4, recurrent_init, dtype)
     width = H // N
     of_heads = [
-        _weights(check, k, 1, width, width, 4, recurrent_init, dtype)[1]
-        for k in jax.random.split(jax.random.fold_in(key, 1), N)
+        _recurrent_weights(k, width, width, 4, recurrent_init, dtype)
+        for k in jax.random.split(key_h, N)
     ]
     b = jnp.zeros(4 * H, dtype).at[H : 2 * H].set(forget_bias)
     return SLSTMParams(w_x, jnp.stack(of_heads), b)
@@ -201,19 +201,28 @@ def init_slstm(
 
 def _weights(check, key, D, H, width, blocks, recurrent_init, dtype):
     """w_x (D, blocks H) and w_h (width, blocks H)."""
+    key_x, key_h, _ = jax.random.split(key, 3)
+    w_x = _input_weights(check, key_x, D, H, blocks, recurrent_init, dtype)
+    return w_x, _recurrent_weights(key_h, width, H, blocks, recurrent_init, dtype)
+
+
+def _input_weights(check, key, D, H, blocks, recurrent_init, dtype):
     for name, size in {"input_size": D, "hidden_size": H}.items():
         check(size >= 1, name, "at least 1", size)
     check.one_of("recurrent_init", recurrent_init, ("orthogonal", "uniform"))
     check.float_dtype("dtype", dtype)
-    draw = accumulator(dtype)  # QR has no 16-bit version
-    uniform = lambda key, shape, bound: jax.random.uniform(key, shape, draw, -bound, bound)
-    orthogonal = jax.nn.initializers.orthogonal(dtype=draw)
-    key_x, key_h, _ = jax.random.split(key, 3)
+    bound = H**-0.5 if recurrent_init == "uniform" else (3 / D) ** 0.5
+    return _uniform(key, (D, blocks * H), bound, dtype)
+
+
+def _recurrent_weights(key, width, H, blocks, recurrent_init, dtype):
     if recurrent_init == "uniform":
-        w_x = uniform(key_x, (D, blocks * H), H**-0.5)
-        w_h = uniform(key_h, (width, blocks * H), H**-0.5)
-    else:
-        w_x = uniform(key_x, (D, blocks * H), (3 / D) ** 0.5)
-        of_blocks = [orthogonal(k, (width, H), draw) for k in jax.random.split(key_h, blocks)]
-        w_h = jnp.concatenate(of_blocks, axis=-1)
-    return w_x.astype(dtype), w_h.astype(dtype)
+        return _uniform(key, (width, blocks * H), H**-0.5, dtype)
+    draw = accumulator(dtype)  # QR has no 16-bit version
+    orthogonal = jax.nn.initializers.orthogonal(dtype=draw)
+    of_blocks = [orthogonal(k, (width, H), draw) for k in jax.random.split(key, blocks)]
+    return jnp.concatenate(of_blocks, axis=-1).astype(dtype)
+
+
+def _uniform(key, shape, bound, dtype):
+    return jax.random.uniform(key, shape, accumulator(dtype), -bound, bound).astype(dtype)

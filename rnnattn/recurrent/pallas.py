@@ -18,8 +18,9 @@ from rnnattn.dispatch import gpu_capability
 from rnnattn.precision import accumulator
 from rnnattn.recurrent.placed import forward_on_xla, interval, placed, unserved_by_kernels
 from rnnattn.recurrent.problem import Trace
-from rnnattn.recurrent.unit import dot, select
+from rnnattn.recurrent.unit import dot
 from rnnattn.recurrent.units.lstm import LSTM, LSTMParams, LSTMState, Slopes
+from rnnattn.steps import select
 
 _WIDTHS = (64, 128, 256)
 _HOPPER = (9, 0)

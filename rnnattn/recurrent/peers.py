@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from rnnattn.checks import those_that_hold
-from rnnattn.recurrent.arguments import as_given, batch_of, time_back, time_first
+from rnnattn.recurrent.arguments import as_given, time_back, time_first
 from rnnattn.recurrent.unit import full_state
 from rnnattn.recurrent.units.lstm import LSTM, LSTMState
+from rnnattn.steps import batch_of
 
 
 def unserved_by_cudnn(params, x, options, mask, resets):

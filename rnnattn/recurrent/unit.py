@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from rnnattn.precision import accumulator
+from rnnattn.steps import select
 
 
 class Unit(ABC):
@@ -45,7 +46,7 @@ class Unit(ABC):
         """Whether the parameters fit one another and inputs of width D; `ValueError` if not."""
 
     def prepare(self, params: Any) -> Any:
-        """The weights as `inputs`, `step` and `slopes` read them; added once, before the loop."""
+        """The weights as `inputs`, `step` and `slopes` read them; made once, before the loop."""
         return params
 
     def merged(self, weights: Any) -> Any:
@@ -94,6 +95,21 @@ def dot(x, w):
     return jnp.matmul(x, w, preferred_element_type=accumulator(x.dtype))
 
 
+def along(row, x):
+    """A row, (H,), with as many axes as x has."""
+    return jnp.expand_dims(row, range(x.ndim - 1))
+
+
+def affine(x, w, b):
+    """x w + b, summed in the dtype of sums."""
+    return dot(x, w) + along(b.astype(accumulator(x.dtype)), x)
+
+
+def sigmoid(a):
+    """σ(a), by one tanh."""
+    return 0.5 + 0.5 * jnp.tanh(0.5 * a)
+
+
 def blocks_of(row, count):
     """The blocks of a row, (…, count · H)."""
     return jnp.split(row, count, axis=-1)
@@ -107,11 +123,6 @@ def joined(*blocks):
 def outer(x, dz):
     """Σ xᵀ dz over time and batch, without one axis made of both: B may lie on several devices."""
     return jnp.tensordot(x.astype(dz.dtype), dz, ((0, 1), (0, 1)))
-
-
-def select(condition, a, b):
-    """`jnp.where` with a condition (…, B) on rows (…, B, width); no condition chooses `a`."""
-    return a if condition is None else jnp.where(condition[..., None], a, b)
 
 
 def select_each(condition, a, b):

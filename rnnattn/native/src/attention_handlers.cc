@@ -96,21 +96,14 @@ ffi::Error backward_of(ffi::ThreadPool pool, Buffer query, Buffer key, Buffer va
       pool, options, p);
 }
 
-// By the dtype of the query, which all the other numbers are held against.
 constexpr auto attention_forward = [](ffi::ThreadPool pool, Buffer query, auto... others) {
-  switch (query.element_type()) {
-    case ffi::BF16: return forward_of<Bfloat16>(pool, query, others...);
-    case ffi::F16: return forward_of<Float16>(pool, query, others...);
-    default: return forward_of<float>(pool, query, others...);
-  }
+  const auto of = [](auto number, auto... all) { return forward_of<decltype(number)>(all...); };
+  return by_dtype(of, pool, query, others...);
 };
 
 constexpr auto attention_backward = [](ffi::ThreadPool pool, Buffer query, auto... others) {
-  switch (query.element_type()) {
-    case ffi::BF16: return backward_of<Bfloat16>(pool, query, others...);
-    case ffi::F16: return backward_of<Float16>(pool, query, others...);
-    default: return backward_of<float>(pool, query, others...);
-  }
+  const auto of = [](auto number, auto... all) { return backward_of<decltype(number)>(all...); };
+  return by_dtype(of, pool, query, others...);
 };
 
 }  // namespace

@@ -6,6 +6,7 @@
 #ifndef RNNATTN_CHECKS_H_
 #define RNNATTN_CHECKS_H_
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -106,6 +107,24 @@ ffi::Error run(const char* name, Kernel kernel, const Checks& checks, ffi::Threa
   if (std::invoke(kernel, *kernels)(threads, p)) return ffi::Error::Success();
   return ffi::Error(ffi::ErrorCode::kResourceExhausted,
                     std::string("rnnattn: no memory for ") + name + " kernel");
+}
+
+// By the dtype of the first buffer, which all the other numbers are held against:
+// of(number, pool, first, others...).
+template <class Of, class... Others>
+ffi::Error by_dtype(Of of, ffi::ThreadPool pool, Buffer first, Others... others) {
+  switch (first.element_type()) {
+    case ffi::BF16: return of(Bfloat16{}, pool, first, others...);
+    case ffi::F16: return of(Float16{}, pool, first, others...);
+    default: return of(0.0f, pool, first, others...);
+  }
+}
+
+// The threads of a kernel of so much work, of which `share` pays for waking one.
+inline int64_t threads_for(ffi::ThreadPool pool, int64_t asked_for, int64_t work, int64_t share) {
+  int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
+  if (asked_for > 0) threads = std::min(threads, asked_for);
+  return std::min(threads, 1 + work / share);
 }
 
 }  // namespace rnnattn

@@ -1,6 +1,5 @@
 // The handlers of linear recurrences.
 
-#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <type_traits>
@@ -65,9 +64,7 @@ void fill(Checks& checks, LinearScan<Number>& p, ffi::ThreadPool pool, Buffer fi
   const int64_t outer = p.time_major ? p.T : p.B, inner = p.time_major ? p.B : p.T;
   p.valid = checks.optional<const uint8_t>("valid", valid, {outer, inner});
   p.fresh = checks.optional<const uint8_t>("fresh", fresh, {outer, inner});
-  p.threads = std::max<int64_t>(pool.num_threads(), 1);
-  if (options.threads > 0) p.threads = std::min(p.threads, options.threads);
-  p.threads = std::min(p.threads, 1 + p.B * p.T * p.H / WORK_OF_A_THREAD);
+  p.threads = threads_for(pool, options.threads, p.B * p.T * p.H, WORK_OF_A_THREAD);
 }
 
 template <class Number>
@@ -105,21 +102,14 @@ ffi::Error backward_of(ffi::ThreadPool pool, Buffer first, Buffer second, Buffer
       pool, options, p);
 }
 
-// By the dtype of what the steps read, which all the other numbers are held against.
 constexpr auto linear_forward = [](ffi::ThreadPool pool, Buffer first, auto... others) {
-  switch (first.element_type()) {
-    case ffi::BF16: return forward_of<Bfloat16>(pool, first, others...);
-    case ffi::F16: return forward_of<Float16>(pool, first, others...);
-    default: return forward_of<float>(pool, first, others...);
-  }
+  const auto of = [](auto number, auto... all) { return forward_of<decltype(number)>(all...); };
+  return by_dtype(of, pool, first, others...);
 };
 
 constexpr auto linear_backward = [](ffi::ThreadPool pool, Buffer first, auto... others) {
-  switch (first.element_type()) {
-    case ffi::BF16: return backward_of<Bfloat16>(pool, first, others...);
-    case ffi::F16: return backward_of<Float16>(pool, first, others...);
-    default: return backward_of<float>(pool, first, others...);
-  }
+  const auto of = [](auto number, auto... all) { return backward_of<decltype(number)>(all...); };
+  return by_dtype(of, pool, first, others...);
 };
 
 }  // namespace

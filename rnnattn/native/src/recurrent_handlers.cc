@@ -1,6 +1,5 @@
 // The handlers of the recurrent units.
 
-#include <algorithm>
 #include <cstdint>
 
 #include "checks.h"
@@ -46,9 +45,8 @@ void fill(Checks& checks, Recurrent<Number>& p, ffi::ThreadPool pool, int64_t G,
   p.fresh = checks.optional<const uint8_t>("fresh", fresh, {p.T, p.B});
   p.reverse = options.reverse;
   p.interval = options.interval;
-  p.threads = std::max<int64_t>(pool.num_threads(), 1);
-  if (options.threads > 0) p.threads = std::min(p.threads, options.threads);
-  p.threads = std::min(p.threads, 1 + p.T * p.B * (p.D + p.R) * G * p.H / WORK_OF_A_THREAD);
+  const int64_t work = p.T * p.B * (p.D + p.R) * G * p.H;
+  p.threads = threads_for(pool, options.threads, work, WORK_OF_A_THREAD);
 }
 
 template <class Number>
@@ -175,16 +173,6 @@ ffi::Error gru_backward_of(ffi::ThreadPool pool, Buffer x, Buffer w_x, Buffer w_
   return run(
       "a GRU", [](const Kernels& of) { return of.gru(Number{}).backward; }, checks, pool, options,
       p);
-}
-
-// By the dtype of x, which all the other numbers are held against: of(number, pool, x, others...).
-template <class Of, class... Others>
-ffi::Error by_dtype(Of of, ffi::ThreadPool pool, Buffer x, Others... others) {
-  switch (x.element_type()) {
-    case ffi::BF16: return of(Bfloat16{}, pool, x, others...);
-    case ffi::F16: return of(Float16{}, pool, x, others...);
-    default: return of(0.0f, pool, x, others...);
-  }
 }
 
 constexpr auto lstm_forward = [](ffi::ThreadPool pool, Buffer x, auto... others) {

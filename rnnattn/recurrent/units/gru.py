@@ -31,7 +31,7 @@ from jaxtyping import Array, Float
 
 from rnnattn.checks import Check
 from rnnattn.precision import accumulator
-from rnnattn.recurrent.unit import Unit, blocks_of, dot, joined, outer
+from rnnattn.recurrent.unit import Unit, affine, along, blocks_of, dot, joined, outer
 
 
 class GRUParams(NamedTuple):
@@ -103,7 +103,7 @@ class _GRU(Unit):
         )
 
     def inputs(self, weights, x):
-        return dot(x, weights.w_x) + jnp.expand_dims(weights.b, range(x.ndim - 1))
+        return affine(x, weights.w_x, weights.b)
 
     def slopes(self, weights, x, before, after, kept):
         if kept is None:
@@ -111,7 +111,7 @@ class _GRU(Unit):
         return self.slopes_of(kept, before.h.astype(kept.dtype))
 
 
-def _interpolated(z, n, state):
+def interpolated(z, n, state):
     """G3."""
     h = (1 - z) * n + z * state.h.astype(z.dtype)
     return GRUState(h.astype(state.h.dtype))
@@ -119,6 +119,12 @@ def _interpolated(z, n, state):
 
 def slopes_of_gates(r, z, n, h_prev, of_r):
     return Slopes((1 - z) * (1 - n * n), (h_prev - n) * z * (1 - z), of_r * r * (1 - r), r, z)
+
+
+def gradient_of_gates(slopes, dh):
+    """G4, G5 with the reset after the product: d_r, d_z, d_n, ds."""
+    d_n = dh * slopes.n
+    return d_n * slopes.r, dh * slopes.z, d_n, d_n * slopes.inner
 
 
 @dataclass(frozen=True)
@@ -133,13 +139,13 @@ class ResetAfter(_GRU):
         x_r, x_z, a_n = blocks_of(u, 3)
         h_r, h_z, s = blocks_of(dot(h_prev, weights.w_h), 3)
         if weights.b_n is not None:
-            s = s + jnp.expand_dims(weights.b_n, range(s.ndim - 1))
+            s = s + along(weights.b_n, s)
         return joined(a_n, x_r + h_r, x_z + h_z, s)
 
     def step(self, weights, u, state):
         a = self.preactivations(weights, u, state.h)
         _, z, n = self._gates(a)
-        return _interpolated(z, n, state), a
+        return interpolated(z, n, state), a
 
     def _gates(self, a):
         """G1, G2."""
@@ -153,8 +159,7 @@ class ResetAfter(_GRU):
         return slopes_of_gates(r, z, n, h_prev, s), None
 
     def step_gradient(self, params, slopes, after):
-        d_n, d_z = after.h * slopes.n, after.h * slopes.z
-        d_r, d_s = d_n * slopes.r, d_n * slopes.inner
+        d_r, d_z, d_n, d_s = gradient_of_gates(slopes, after.h)
         dh = after.h * slopes.carry
         dh = dh + joined(d_r, d_z, d_s) @ params.w_h.T
         return GRUState(dh), joined(d_r, d_z, d_n, d_s)
@@ -190,7 +195,7 @@ class ResetBefore(_GRU):
     def step(self, weights, u, state):
         a = self.preactivations(weights, u, state.h)
         _, z, n = self._gates(a)
-        return _interpolated(z, n, state), a
+        return interpolated(z, n, state), a
 
     def _gates(self, a):
         a_r, a_z, a_n = blocks_of(a, 3)

@@ -33,9 +33,14 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rnnattn.recurrent.unit import Unit, blocks_of, dot, joined, outer, widened
-from rnnattn.recurrent.units.gru import GRUState, slopes_of_gates
-from rnnattn.recurrent.units.lstm import LSTMState
+from rnnattn.recurrent.unit import Unit, along, blocks_of, dot, joined, outer, sigmoid, widened
+from rnnattn.recurrent.units.gru import (
+    GRUState,
+    gradient_of_gates,
+    interpolated,
+    slopes_of_gates,
+)
+from rnnattn.recurrent.units.lstm import LSTMState, memory, memory_slopes
 
 _EPSILON = 1e-5
 
@@ -76,15 +81,6 @@ def norm_gradient(dv, v, inverse):
     return (dv - mean(dv) - v * mean(dv * v)) * inverse
 
 
-def _sigmoid(a):
-    return 0.5 + 0.5 * jnp.tanh(0.5 * a)
-
-
-def _along(row, x):
-    """A row with as many axes as x."""
-    return jnp.expand_dims(row, range(x.ndim - 1))
-
-
 class _Normed(Unit):
     """What both have in common: norms of both products, apart."""
 
@@ -95,11 +91,11 @@ class _Normed(Unit):
 
     def inputs(self, weights, x):
         v, _ = norm(dot(x, weights.w_x))
-        return _along(weights.k_x, v) * v + _along(weights.b, v)
+        return along(weights.k_x, v) * v + along(weights.b, v)
 
     def from_h(self, params, v):
         """k_h ⊙ norm(h₋ w_h), from the norm."""
-        return _along(params.k_h, v) * v
+        return along(params.k_h, v) * v
 
     def h_gradient(self, params, d, v, inverse):
         """What comes back to h₋ w_h and to h₋: N6."""
@@ -109,7 +105,7 @@ class _Normed(Unit):
     def gradient_of_norms(self, params, x, h_prev, v, d, dr, d_inputs):
         """N6: of w_x, w_h, b, k_x, k_h, and of x."""
         v_x, inverse = norm(dot(x, params.w_x.astype(x.dtype)))
-        dr_x = norm_gradient(d_inputs * _along(params.k_x, v_x), v_x, inverse)
+        dr_x = norm_gradient(d_inputs * along(params.k_x, v_x), v_x, inverse)
         summed = lambda row: jnp.sum(row, (0, 1))
         made = {
             "w_x": outer(x, dr_x),
@@ -166,18 +162,18 @@ class LayerNormLSTM(_Normed):
     def step(self, weights, u, state):
         r = dot(state.h, weights.w_h)
         z = u + self.from_h(weights, norm(r)[0])
-        i, f, g, o = self.gates(z)
-        c = f * state.c + i * g
-        h = o * self.seen(weights, norm(c)[0])
+        gates = self.gates(z)
+        c = memory(gates, state.c)
+        h = gates[-1] * self.seen(weights, norm(c)[0])
         return LSTMState(h.astype(state.h.dtype), c), joined(z, r)
 
     def gates(self, z):
         z_i, z_f, z_g, z_o = blocks_of(z, 4)
-        return _sigmoid(z_i), _sigmoid(z_f), jnp.tanh(z_g), _sigmoid(z_o)
+        return sigmoid(z_i), sigmoid(z_f), jnp.tanh(z_g), sigmoid(z_o)
 
     def seen(self, weights, v):
         """t, from norm(c)."""
-        return jnp.tanh(_along(weights.k_c, v) * v + _along(weights.b_c, v))
+        return jnp.tanh(along(weights.k_c, v) * v + along(weights.b_c, v))
 
     def slopes(self, weights, x, before, after, kept):
         if kept is None:
@@ -187,11 +183,12 @@ class LayerNormLSTM(_Normed):
         else:
             z, r = blocks_of(kept, 2)
             v, v_inverse = norm(r)
-        i, f, g, o = self.gates(z)
+        gates = self.gates(z)
+        _, f, _, o = gates
         c, c_inverse = norm(after.c)
         t = self.seen(weights, c)
-        d_i, d_f, d_g = g * i * (1 - i), before.c * f * (1 - f), i * (1 - g * g)
         d_o, d_q = t * o * (1 - o), o * (1 - t * t)
+        d_i, d_f, d_g = memory_slopes(gates, before.c)
         slopes = LSTMSlopes(d_i, d_f, d_g, d_o, d_q, f, c, c_inverse, v, v_inverse)
         return slopes, (c, v)
 
@@ -233,15 +230,14 @@ class LayerNormGRU(_Normed):
     def step(self, weights, u, state):
         r = dot(state.h, weights.w_h)
         _, z, n, _ = self.gates(weights, u, norm(r)[0])
-        h = (1 - z) * n + z * state.h.astype(z.dtype)
-        return GRUState(h.astype(state.h.dtype)), joined(u, r)
+        return interpolated(z, n, state), joined(u, r)
 
     def gates(self, weights, u, v):
         """r, z, n and s_n + b_n."""
         a_r, a_z, a_n = blocks_of(u, 3)
         s_r, s_z, s_n = blocks_of(self.from_h(weights, v), 3)
-        s_n = s_n + _along(weights.b_n, s_n)
-        r, z = _sigmoid(a_r + s_r), _sigmoid(a_z + s_z)
+        s_n = s_n + along(weights.b_n, s_n)
+        r, z = sigmoid(a_r + s_r), sigmoid(a_z + s_z)
         return r, z, jnp.tanh(a_n + r * s_n), s_n
 
     def slopes(self, weights, x, before, after, kept):
@@ -256,8 +252,7 @@ class LayerNormGRU(_Normed):
 
     def step_gradient(self, params, slopes, after):
         gates, v, v_inverse = slopes
-        d_n, d_z = after.h * gates.n, after.h * gates.z
-        d_r, ds_n = d_n * gates.r, d_n * gates.inner
+        d_r, d_z, d_n, ds_n = gradient_of_gates(gates, after.h)
         ds = joined(d_r, d_z, ds_n)
         dr, dh = self.h_gradient(params, ds, v, v_inverse)
         return GRUState(after.h * gates.carry + dh), (ds, dr, joined(d_r, d_z, d_n))

@@ -31,7 +31,7 @@ from jaxtyping import Array, Float
 
 from rnnattn.checks import Check
 from rnnattn.precision import accumulator
-from rnnattn.recurrent.unit import Unit, blocks_of, dot, joined, outer
+from rnnattn.recurrent.unit import Unit, affine, blocks_of, dot, joined, outer
 
 
 class LSTMParams(NamedTuple):
@@ -102,10 +102,16 @@ def gates_of_tanh(blocks, unit):
     return i, f, g, o
 
 
+def memory(gates, c_prev):
+    """L2: c."""
+    i, f, g, _ = gates
+    return f * c_prev + i * g
+
+
 def cell_of_gates(gates, c_prev):
     """L2: m = o ⊙ tanh(c), and c."""
-    i, f, g, o = gates
-    c = f * c_prev + i * g
+    *_, o = gates
+    c = memory(gates, c_prev)
     return o * jnp.tanh(c), c
 
 
@@ -114,20 +120,26 @@ def cell(a, c_prev, peephole, unit):
     if peephole is None:
         return *cell_of_gates(_gates(a, unit), c_prev), a
     seen = a + peephole_terms(peephole, c_prev, jnp.zeros_like(c_prev))
-    i, f, g, _ = _gates(seen, unit)
-    c = f * c_prev + i * g
+    c = memory(_gates(seen, unit), c_prev)
     a = a + peephole_terms(peephole, c_prev, c)
     *_, o = _gates(a, unit)
     return o * jnp.tanh(c), c, a
 
 
+def memory_slopes(gates, c_prev):
+    """L4: ∂c/∂z of the gates i, f and g."""
+    i, f, g, _ = gates
+    return g * i * (1 - i), c_prev * f * (1 - f), i * (1 - g * g)
+
+
 def slopes_of(a, c_prev, c, unit):
     """The factors of L3, L4 and L8, and m. A pre-activation beyond the clip moves nothing."""
-    i, f, g, o = _gates(a, unit)
+    gates = _gates(a, unit)
+    i, f, g, o = gates
     tanh_c = jnp.tanh(c)
-    d_i = (g - c_prev if unit.coupled else g) * i * (1 - i)
-    d_f = jnp.zeros_like(f) if unit.coupled else c_prev * f * (1 - f)
-    d_g = i * (1 - g * g)
+    d_i, d_f, d_g = memory_slopes(gates, c_prev)
+    if unit.coupled:
+        d_i, d_f = (g - c_prev) * i * (1 - i), jnp.zeros_like(f)
     d_o = tanh_c * o * (1 - o)
     if unit.clip is not None:
         bounds = _clip_bounds(unit.clip)
@@ -226,8 +238,7 @@ class LSTM(Unit):
     def inputs(self, weights, x):
         if weights.w is not None:
             return x
-        b = jnp.expand_dims(weights.b, range(x.ndim - 1))
-        return dot(x, weights.w_x) + b
+        return affine(x, weights.w_x, weights.b)
 
     def step(self, weights, u, state):
         h, c = state

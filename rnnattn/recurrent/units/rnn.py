@@ -19,8 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rnnattn.checks import Check
-from rnnattn.precision import accumulator
-from rnnattn.recurrent.unit import Unit, dot, joined, outer
+from rnnattn.recurrent.unit import Unit, affine, dot, joined, outer
 
 
 class RNNParams(NamedTuple):
@@ -58,8 +57,7 @@ class RNN(Unit):
         check.shape("params.b", params.b, (H,), "(H,)")
 
     def inputs(self, weights, x):
-        b = weights.b.astype(accumulator(x.dtype))
-        return dot(x, weights.w_x) + jnp.expand_dims(b, range(x.ndim - 1))
+        return affine(x, weights.w_x, weights.b)
 
     def step(self, weights, u, state):
         a = u + dot(state.h, weights.w_h)

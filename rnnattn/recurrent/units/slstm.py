@@ -32,7 +32,7 @@ from jaxtyping import Array, Float
 
 from rnnattn.checks import Check
 from rnnattn.precision import accumulator
-from rnnattn.recurrent.unit import Unit, blocks_of, dot, joined, outer
+from rnnattn.recurrent.unit import Unit, affine, blocks_of, joined, outer, sigmoid
 
 
 class SLSTMParams(NamedTuple):
@@ -68,10 +68,6 @@ class Slopes(NamedTuple):
     carry: Array  # f'
 
 
-def _sigmoid(a):
-    return 0.5 + 0.5 * jnp.tanh(0.5 * a)
-
-
 @dataclass(frozen=True)
 class SLSTM(Unit):
     """The sLSTM; its forget gate a sigmoid or an exponential."""
@@ -95,8 +91,7 @@ class SLSTM(Unit):
         check.shape("params.b", params.b, (4 * H,), "(4H,)")
 
     def inputs(self, weights, x):
-        b = weights.b.astype(accumulator(x.dtype))
-        return dot(x, weights.w_x) + jnp.expand_dims(b, range(x.ndim - 1))
+        return affine(x, weights.w_x, weights.b)
 
     def step(self, weights, u, state):
         z = u + from_heads(weights.w_h, state.h)
@@ -110,7 +105,7 @@ class SLSTM(Unit):
         z_i, z_f, z_g, z_o = blocks_of(z, 4)
         log_f = z_f if self.exponential_forget else jax.nn.log_sigmoid(z_f)
         p = log_f + jnp.where(n_prev == 0, -jnp.inf, m_prev)
-        return p, z_i, jnp.tanh(z_g), _sigmoid(z_o)
+        return p, z_i, jnp.tanh(z_g), sigmoid(z_o)
 
     def slopes(self, weights, x, before, after, kept):
         z = kept
@@ -132,7 +127,7 @@ class SLSTM(Unit):
             i_n=i,
             g=i * (1 - g * g),
             w=(p > z_i).astype(z.dtype),
-            f=jnp.ones_like(z_f) if self.exponential_forget else 1 - _sigmoid(z_f),
+            f=jnp.ones_like(z_f) if self.exponential_forget else 1 - sigmoid(z_f),
             carry=f,
         )
         return slopes, None
