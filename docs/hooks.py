@@ -14,7 +14,6 @@ from html import escape
 from pathlib import Path
 
 from latex2mathml.converter import convert
-from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parent.parent
 ELSEWHERE = {
@@ -58,6 +57,8 @@ def sources(markdown):
 
 
 def on_files(files, config):
+    from mkdocs.structure.files import File  # the tests of this file do without
+
     for name, path in ELSEWHERE.items():
         files.append(File.generated(config, name, abs_src_path=str(ROOT / path)))
     return files

@@ -296,7 +296,7 @@ def test_pages_are_changed_between_their_markers_alone_and_the_notes_are_written
     assert text.startswith(f"before\n{documents.START}\n|")
     assert text.endswith(f"{documents.END}\nafter\n")
     assert "stale" not in text and "| A1 | a1 |" in text and "| L2 | l2 |" in text
-    assert "Of 3 claims: " in readme.read_text() and "1 *holds*" in readme.read_text()
+    assert "Of 3 claims: 2 *holds*, 1 *missing in the notes*." in readme.read_text()
     section = {part[:2]: part for part in notes.read_text().split("\n### ")[1:]}
     assert "As printed and as tested" in section["A1"] and "*Holds.* Mind this." in section["A1"]
     assert section["L2"].index("x = 2") < section["L2"].index("As tested") < len(section["L2"])
