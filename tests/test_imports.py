@@ -58,7 +58,7 @@ PARTS = {
 # The files of a primitive's folder, from the ground up: one imports those of its floor and below.
 FLOORS = [
     {"unit"},
-    {"problem", "units", "equations", "scaling", "masking", "dropout", "signature"},
+    {"problem", "units", "equations", "scaling", "masking", "dropout", "signature", "quantised"},
     {
         "dense",
         "blockwise",
@@ -70,12 +70,13 @@ FLOORS = [
         "hopper",
         "pallas",
         "cudnn",
+        "pages",
     },  # the schedules
     {"rule"},
     {"arguments", "peers", "cache", "init"},
     {"run"},
     {"api", "family", "ring", "rotary"},
-    {"packed", "stack"},
+    {"packed", "paged", "rotating", "stack"},
     {"__init__"},
 ]
 

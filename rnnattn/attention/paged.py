@@ -290,25 +290,25 @@ def _append(cache, key, value, counts):
         pages = pages.at[plan.copied_to].set(pages[plan.copied_from], mode="drop")
         return pages.at[page, at % page_size].set(tokens.astype(pages.dtype), mode="drop")
 
-    scales = None, None
+    key_scale = value_scale = None
     if cache.key_scale is not None:
-        (key, value), scales = zip(quantise(key), quantise(value), strict=True)
+        (key, key_scale), (value, value_scale) = quantise(key), quantise(value)
     return PagedCache(
         grown(cache.key, key),
         grown(cache.value, value),
         plan.table,
         cache.lengths + jnp.where(plan.served, counts, 0),
         cache.overflowed | plan.overflowed,
-        grown(cache.key_scale, scales[0]),
-        grown(cache.value_scale, scales[1]),
+        grown(cache.key_scale, key_scale),
+        grown(cache.value_scale, value_scale),
     )
 
 
 def fork(cache: PagedCache, source_rows: Int[Array, " rows"]) -> PagedCache:
-    """Rows that are copies of rows, and share their pages: row b becomes what row source_rows[b] is.
+    """Rows that are copies of rows, with the same pages: row b becomes what row source_rows[b] is.
 
-    A beam search keeps the rows that it goes on with; a pages's memory is not copied before a row
-    writes to it. What no row has any more is free.
+    So a beam search keeps the rows that it goes on with. What is in a page is not copied before a
+    row writes to it, and a page that no row has any more is free.
 
     Args:
         source_rows: (rows,), as many as the result is to have; beyond [0, B) they are clipped.
@@ -327,7 +327,7 @@ def fork(cache: PagedCache, source_rows: Int[Array, " rows"]) -> PagedCache:
     """
     check = Check("fork")
     cache = _checked(check, cache)
-    check.axes("source_rows", source_rows, "(rows,)")
+    check.axes("source_rows", source_rows, "(rows)")
     check.integers("source_rows", source_rows)
     rows = jnp.clip(jnp.asarray(source_rows), 0, cache.lengths.shape[0] - 1)
     table, lengths, overflowed = cache.table[rows], cache.lengths[rows], cache.overflowed[rows]
@@ -462,7 +462,7 @@ def paged_attention(
     fits = query.ndim == 4 and (query.shape[0], query.shape[3]) == (B, K)
     expected = f"of shape (B, T, N, K) to go with a cache of {B} rows of K = {K}"
     check(fits, "query", expected, query.shape)
-    T, N = query.shape[1:3]
+    N = query.shape[2]
     check(N % M == 0, "query", f"of a multiple of the cache's {M} heads", f"{N} heads")
     check.floating("query", query)
     if cache.key_scale is None:
@@ -471,9 +471,9 @@ def paged_attention(
         check.shape("query_seq_lengths", query_seq_lengths, (B,), "(B,)")
         check.integers("query_seq_lengths", query_seq_lengths)
     if query_offset is not None:
-        fits = jnp.shape(query_offset) in ((), (B,))
+        query_offset = jnp.asarray(query_offset)
         expected = f"an integer or of shape (B,) = ({B},), or None"
-        check(fits, "query_offset", expected, jnp.shape(query_offset))
+        check(query_offset.shape in ((), (B,)), "query_offset", expected, query_offset.shape)
         check.integers("query_offset", query_offset)
     if scale is not None:
         expected = f"a number or of shape () or (N,) = ({N},)"
@@ -482,7 +482,9 @@ def paged_attention(
         check.shape("sinks", sinks, (N,), "(N,)")
         check.floating("sinks", sinks)
     check.one_of("implementation", implementation, (None, "xla", "native"))
-    stated = Options(is_causal, local_window_size, logits_soft_cap)
+    sides: Any = local_window_size
+    cap: Any = logits_soft_cap
+    stated = Options(is_causal, sides, cap)
     stated = checked_options(check, stated, None)._replace(keeps_o=False)
     given = {
         "query": query,

@@ -11,7 +11,6 @@ Axes: B batch, T queries, P pages, M key/value heads, G query heads to one of th
 value width. This module holds no algebra of its own: see `rnnattn.attention.equations`.
 """
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax

@@ -7,6 +7,8 @@ A number is off by σ/2 at most, 1/254 of the largest beside it.
 Source: Hooper et al. 2024 (KVQuant), of which this is the plain form, symmetric and per token.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
@@ -44,7 +46,7 @@ def quantise(x: Float[Array, "*axes K"]) -> tuple[Int8[Array, "*axes K"], Float[
 
 
 def dequantise(
-    x: Int8[Array, "*axes K"], scale: Float[Array, "*axes"], dtype: object = None
+    x: Int8[Array, "*axes K"], scale: Float[Array, "*axes"], dtype: Any = None
 ) -> Float[Array, "*axes K"]:
     """The numbers that `quantise` was given, but for what it rounded.
 
