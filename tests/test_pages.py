@@ -44,26 +44,14 @@ def draw(*shape, seed=0, dtype: Any = jnp.float64):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
-def without_meaning(cache):
+def without_token(cache, lengths):
     """Where no token is, (P, page_size)."""
     P, page_size = cache.key.shape[:2]
-    filled = np.zeros((P, page_size), bool)
-    for row, length in zip(np.asarray(cache.table), cache.lengths.tolist(), strict=True):
+    empty = np.ones((P, page_size), bool)
+    for row, length in zip(np.asarray(cache.table), lengths, strict=True):
         for t in range(length):
-            filled[row[t // page_size], t % page_size] = True
-    return ~filled
-
-
-def with_nan(cache):
-    """NaN where no token is, and pages that there are not in what the table holds beyond."""
-    empty = without_meaning(cache)[:, :, None, None]
-    places = np.arange(cache.table.shape[1])[None]
-    beyond = places * cache.key.shape[1] >= cache.lengths[:, None]
-    return cache._replace(
-        key=jnp.where(empty, jnp.nan, cache.key),
-        value=jnp.where(empty, jnp.nan, cache.value),
-        table=jnp.where(beyond, 10**6, cache.table),
-    )
+            empty[row[t // page_size], t % page_size] = False
+    return empty
 
 
 def problem(T, lengths, page_size, *, seed=0, dtype: Any = jnp.float64, sizes=(N, M, K, V)):
@@ -91,17 +79,24 @@ def problem(T, lengths, page_size, *, seed=0, dtype: Any = jnp.float64, sizes=(N
 
 
 def filled(cache, key, value, lengths):
-    """The cache with these tokens, by plain indexing, and NaN elsewhere."""
-    page_size = cache.key.shape[1]
-    t = np.arange(key.shape[1])
-    rows, at = np.nonzero(t[None] < np.asarray(lengths)[:, None])
-    page = cache.table[rows, at // page_size]
-    cache = cache._replace(
-        key=cache.key.at[page, at % page_size].set(key[rows, at]),
-        value=cache.value.at[page, at % page_size].set(value[rows, at]),
+    """The cache with these tokens, by plain indexing.
+
+    NaN where no token is, and pages that there are not where the table means nothing.
+    """
+    page_size, rows_of = cache.key.shape[1], np.asarray(lengths)[:, None]
+    rows, at = np.nonzero(np.arange(key.shape[1])[None] < rows_of)
+    page = np.asarray(cache.table)[rows, at // page_size]
+    empty = without_token(cache, lengths)[:, :, None, None]
+    put = lambda pages, x: (
+        jnp.where(empty, jnp.nan, pages).at[page, at % page_size].set(x[rows, at])
+    )
+    beyond = np.arange(cache.table.shape[1])[None] * page_size >= rows_of
+    return cache._replace(
+        key=put(cache.key, key),
+        value=put(cache.value, value),
+        table=jnp.where(beyond, 10**6, cache.table),
         lengths=jnp.asarray(lengths, jnp.int32),
     )
-    return with_nan(cache)
 
 
 # ---- attention --------------------------------------------------------------------------------
@@ -653,7 +648,7 @@ def test_8_bits_in_free_pages_reach_nothing_and_scales_have_a_gradient():
     cache = append(cache, *floats, jnp.array([5, 0, 3]))
     query = draw(B, 1, N, K, dtype=jnp.float32)
     out = quick(paged_attention)(query, cache)
-    nan = jnp.asarray(without_meaning(cache))[:, :, None]
+    nan = without_token(cache, [5, 0, 3])[:, :, None]
     hidden = cache._replace(
         key_scale=jnp.where(nan, jnp.nan, cache.key_scale),
         value_scale=jnp.where(nan, jnp.nan, cache.value_scale),
@@ -707,7 +702,9 @@ def _bad_calls() -> dict[str, Any]:
         ),
         "`cache.table` must be of integers, got float": count(table=cache.table.astype(float)),
         "`cache.lengths` must be of shape (B,) = (2,), got (1,)": count(lengths=cache.lengths[1:]),
-        "`cache.lengths` must be of integers, got float": count(lengths=cache.lengths.astype(float)),
+        "`cache.lengths` must be of integers, got float": count(
+            lengths=cache.lengths.astype(float)
+        ),
         "append: `key` must be of shape (B, T, M, …) to go with the cache's (3, 4, 2, 3), got": (
             grow(key=k[:1])
         ),
@@ -810,5 +807,7 @@ def test_what_is_off_is_said(message):
 
 
 def test_what_a_rotating_cache_decides_by_itself_is_no_argument():
+    query = jnp.ones((1, 1, 1, 1))
+    cache = RotatingCache(query, query, jnp.zeros(1, int))
     with pytest.raises(TypeError, match="unexpected keyword argument 'is_causal'"):
-        rotating_attention(jnp.ones(1), None, window=1, is_causal=True)  # type: ignore[arg-type]
+        inspect.unwrap(rotating_attention)(query, cache, window=0, is_causal=True)

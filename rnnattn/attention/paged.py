@@ -385,23 +385,24 @@ def truncate(cache: PagedCache, lengths: Int[Array, " B"]) -> PagedCache:
     cache = _checked(check, cache)
     check.shape("lengths", lengths, cache.lengths.shape, "(B,)")
     check.integers("lengths", lengths)
-    lengths = jnp.clip(jnp.asarray(lengths), 0, cache.lengths).astype(jnp.int32)
+    lengths = jnp.clip(jnp.asarray(lengths, jnp.int32), 0, cache.lengths)
     return cache._replace(lengths=lengths)
 
 
 def _checked(check, cache):
     """The cache as arrays that fit together."""
     cache = jax.tree.map(jnp.asarray, cache)
-    whole, (table, lengths) = cache.key.shape, (cache.table.shape, cache.lengths.shape)
+    whole, of_table = cache.key.shape, cache.table.shape
     check(len(whole) == 4, "cache.key", "of shape (P, page_size, M, K)", whole)
     fits = cache.value.ndim == 4 and cache.value.shape[:3] == whole[:3]
     expected = f"of shape (P, page_size, M, V) to go with key's {whole}"
     check(fits, "cache.value", expected, cache.value.shape)
-    check(len(table) == 2, "cache.table", "of shape (B, pages_per_row)", table)
+    check(len(of_table) == 2, "cache.table", "of shape (B, pages_per_row)", of_table)
     check.integers("cache.table", cache.table)
-    check(lengths == table[:1], "cache.lengths", f"of shape (B,) = ({table[0]},)", lengths)
+    check.shape("cache.lengths", cache.lengths, of_table[:1], "(B,)")
     check.integers("cache.lengths", cache.lengths)
-    return cache
+    table, lengths = (x.astype(jnp.int32) for x in (cache.table, cache.lengths))
+    return cache._replace(table=table, lengths=lengths)
 
 
 # --------------------------------------------------------------------------------------- attention

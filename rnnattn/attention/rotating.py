@@ -157,7 +157,8 @@ def rotating_attention(
 def _sees(window, T, W, length, counts):
     """Which places each query sees, (B, 1, T, W)."""
     length = length.astype(jnp.int32)[:, None, None]
-    t, place = jnp.arange(T, dtype=jnp.int32)[:, None], jnp.arange(W, dtype=jnp.int32)
+    t = jnp.arange(T, dtype=jnp.int32)[None, :, None]
+    place = jnp.arange(W, dtype=jnp.int32)[None, None]
     counts = T if counts is None else jnp.clip(counts, 0, T).astype(jnp.int32)[:, None, None]
     at = length - counts + t
     key_at = length - 1 - (length - 1 - place) % W
