@@ -59,9 +59,7 @@ def make_problem(B, S, N, M, K, *, dtype):
     paged = append(paged, key, value, lengths)
     order = jnp.asarray(rng.permutation(B * of_row), jnp.int32)  # page p goes to order[p]
     moved = lambda pages: jnp.zeros_like(pages).at[order].set(pages)
-    paged = paged._replace(
-        key=moved(paged.key), value=moved(paged.value), table=order[paged.table]
-    )
+    paged = paged._replace(key=moved(paged.key), value=moved(paged.value), table=order[paged.table])
     return Problem(
         draw(STEPS, B, 1, N, K), draw(STEPS, B, 1, M, K), KVCache(key, value, lengths), paged
     )
