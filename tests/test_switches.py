@@ -121,8 +121,8 @@ def update_cache(cache_key, cache_value, key, value, length):
     return rnnattn.update_cache(KVCache(cache_key, cache_value, length), key, value)
 
 
-PAGES = {"pages_key": draw(3, 2, 1, 2), "pages_value": draw(3, 2, 1, 3)}
-TABLE = {
+PAGES: Any = {"pages_key": draw(3, 2, 1, 2), "pages_value": draw(3, 2, 1, 3)}
+TABLE: Any = {
     "table": np.array([[0, 1], [0, 0]], np.int32),
     "lengths": np.array([3, 1], np.int32),
     "overflowed": np.array([True, False]),
@@ -621,7 +621,7 @@ VALUES = {
     "LSTMState": SEQUENCE["state"],
     "KVCache": CACHE,
     "PagedCache": PAGED,
-    "RotatingCache": rnnattn.RotatingCache(*ROTATING.values(), LENGTH),
+    "RotatingCache": rnnattn.RotatingCache(ROTATING["cache_key"], ROTATING["cache_value"], LENGTH),
     "LinearScaling": rnnattn.LinearScaling(2.0),
     "NTKScaling": rnnattn.NTKScaling(2.0),
     "YaRNScaling": rnnattn.YaRNScaling(2.0, 16),
