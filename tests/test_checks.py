@@ -30,6 +30,7 @@ from tests import (
     test_patches,
     test_position,
     test_recurrent,
+    test_ulysses,
 )
 from tests.test_interop import timm_weights
 
@@ -40,6 +41,7 @@ TABLES = [
     test_meshes,
     test_packed,
     test_parallel,
+    test_ulysses,
     test_patches,
     test_position,
     test_recurrent,

@@ -67,6 +67,7 @@ FLOORS = [
         "placed",
         "native",
         "pair",
+        "ulysses",
         "hopper",
         "pallas",
         "cudnn",
