@@ -19,6 +19,7 @@ Krueger et al. 2017 (Z1); Gal & Ghahramani 2016 (Z2); Semeniuta, Severyn & Barth
 Axes: T time, B batch, H hidden width, R width of h.
 """
 
+from itertools import accumulate
 from typing import NamedTuple
 
 import jax
@@ -26,9 +27,6 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from rnnattn.precision import accumulator
-
-_READS, _CANDIDATE, _FIELDS = 0, 1, 2  # what of a row or step is drawn
-
 
 class Noise(NamedTuple):
     """The rates, fixed when a function is traced."""
@@ -60,27 +58,30 @@ def row_keys(key, B):
 
 def step_keys(rows, T):
     """A key for each step of each row, as its data: (T, B, 2)."""
-    folded = _folded(_keys(rows), jnp.arange(T, dtype=jnp.uint32))
+    folded = _folded(_keys(rows), 1 + jnp.arange(T, dtype=jnp.uint32))
     return jnp.swapaxes(folded, 0, 1)
 
 
 def draw_reads(noise, rows, width):
     """`Drawn.reads`, from the keys of rows; None without recurrent dropout."""
     rate = noise.recurrent_dropout
-    return None if rate == 0 else _draw(rows, _READS, 1 - rate, width)
+    if rate == 0:
+        return None
+    keys = _folded(_keys(rows), jnp.zeros(1, jnp.uint32))[:, 0]
+    return _uniform(keys, width) >= rate
 
 
 def draw_steps(noise, keys, state):
     """The rest of `Drawn`, from the keys of steps: the same whichever steps are asked for."""
     if keys is None:
         return NOTHING
-    zoned = (
-        None if p == 0 else _draw(keys, _FIELDS + n, p, s.shape[-1])
-        for n, (p, s) in enumerate(zip(noise.zoneout, state, strict=False))
-    )
-    rate = noise.candidate_dropout
-    width = state[-1].shape[-1]
-    return Drawn(None, (*zoned,), None if rate == 0 else _draw(keys, _CANDIDATE, 1 - rate, width))
+    widths = [s.shape[-1] for s in state]
+    rates = [*(noise.zoneout or len(state) * (0.0,)), noise.candidate_dropout]
+    widths = [n if rate > 0 else 0 for n, rate in zip([*widths, widths[-1]], rates, strict=True)]
+    parts = jnp.split(_uniform(keys, sum(widths)), list(accumulate(widths))[:-1], axis=-1)
+    drawn = [u < p if p > 0 else None for u, p in zip(parts, rates, strict=True)]
+    *zoned, dropped = drawn
+    return Drawn(None, (*zoned,), None if dropped is None else ~dropped)
 
 
 def zoneout(noise, zoned, before, after):
@@ -156,13 +157,10 @@ def _folded(keys, numbers):
     return jax.random.key_data(fold(keys, numbers))
 
 
-def _draw(keys, what, share, width):
-    """A share of True, of a width, from the data of keys (…, 2)."""
-
-    def one(key):
-        # a float32, so that x64 mode draws the same bits
-        return jax.random.bernoulli(jax.random.fold_in(key, what), jnp.float32(share), (width,))
-
+def _uniform(keys, width):
+    """Numbers in [0, 1), of a width, from the data of keys (…, 2)."""
+    # float32 in x64 mode, too, which then draws the same bits
+    draw = lambda key: jax.random.uniform(key, (width,), jnp.float32)
     for _ in range(keys.ndim - 1):
-        one = jax.vmap(one)
-    return one(_keys(keys))
+        draw = jax.vmap(draw)
+    return draw(_keys(keys))
