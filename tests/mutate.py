@@ -520,6 +520,7 @@ def rotary_problems() -> list[Problem]:
 
 # Each function, and the problems that its changes are tried on.
 FUNCTIONS: dict[Callable, Callable[[], list[Problem]]] = {
+    lstm.memory_slopes: lstm_problems,
     lstm.slopes_of: lstm_problems,
     lstm.cell_gradient: lstm_problems,
     lstm.gradient_of_gates: lstm_problems,
@@ -538,6 +539,7 @@ FUNCTIONS: dict[Callable, Callable[[], list[Problem]]] = {
     gru.ResetBefore.step_gradient: gru_problems,
     gru.ResetBefore.gradient: gru_problems,
     gru.slopes_of_gates: gru_problems,
+    gru.gradient_of_gates: gru_problems,
     gru.of_inputs: gru_problems,
     rnn.RNN.slopes: unit_problems,
     rnn.RNN.slope: unit_problems,
@@ -628,6 +630,15 @@ EQUIVALENT = {
         "rule.steps_read",
         "jnp.any(dlast != 0, -1) → jnp.any(dlast != 0, 1)",
     ): "the last h has two axes",
+    (
+        "rule.steps_read",
+        "running(jnp.add, own, 0, axis, back) → running(jnp.add, own, 1, axis, back)",
+    ): "what it begins with is read where the number of steps is symbolic",
+    (
+        "rule.steps_read",
+        "running(jnp.maximum, jnp.where(fresh, read, 0), 0, axis, back) → "
+        "running(jnp.maximum, jnp.where(fresh, read, 0), 1, axis, back)",
+    ): "what it begins with is read where the number of steps is symbolic",
     (
         "chunked.states_of_steps",
         "select_each(steps.valid, s, 0) → select_each(steps.valid, s, 1)",
