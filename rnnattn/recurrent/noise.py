@@ -28,6 +28,7 @@ from jaxtyping import Array
 
 from rnnattn.precision import accumulator
 
+
 class Noise(NamedTuple):
     """The rates, fixed when a function is traced."""
 
@@ -111,8 +112,6 @@ def zoneout_gradient(noise, zoned, dafter):
 
 
 def _shared(p, Z, d):
-    if p == 0:
-        return d, jnp.zeros_like(d)
     if Z is None:
         return (1 - p) * d, p * d
     return jnp.where(Z, 0, d), jnp.where(Z, d, 0)
@@ -132,7 +131,7 @@ def read_gradient(noise, reads, dh):
 
 
 def _kept_of(x, rate, reads):
-    return jnp.where(jnp.expand_dims(reads, range(x.ndim - 2)), x / (1 - rate), 0)
+    return jnp.where(jnp.broadcast_to(reads, x.shape), x / (1 - rate), 0)
 
 
 def of_candidate(noise, candidate, dtype):

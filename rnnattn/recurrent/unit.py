@@ -95,7 +95,8 @@ class Unit(ABC):
     def step_gradient(self, params: Any, slopes: Any, after: Any) -> tuple[Any, Any, Any]:
         """From the cotangent of the state after a step those of the state before it, of h, and dz.
 
-        What the state's own h gets is 0 where nothing but the products reads it. `params` here and in `gradient` are in the dtype of sums, and not prepared.
+        What the state's own h gets is 0 where nothing but the products reads it. `params` here and
+        in `gradient` are in the dtype of sums, and not prepared.
         """
 
     @abstractmethod
