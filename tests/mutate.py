@@ -194,8 +194,8 @@ def _sequence_problem(
     masks: Any = {"lengths": lengths, "resets": resets, "reverse": reverse}
     random: Any = {"key": key, **rates}
     _, expected = value_and_gradients(partial(twin, time_major=True, **masks, **random), case)
-    rates, key = checked_noise("mutate", unit, case.params, **random)
-    options = LSTMOptions(unit, reverse, residuals, noise=rates)
+    known, key = checked_noise("mutate", unit, case.params, **random)
+    options = LSTMOptions(unit, reverse, residuals, noise=known)
     x = case.x if unread is None else jnp.where(unread[..., None], jnp.nan, case.x)
     steps = time_major_steps(x, lengths, resets, reverse)
     schedule = chunked.CHUNKED
@@ -203,7 +203,7 @@ def _sequence_problem(
         type(unit.widths(case.params))(*_fields(s)) for s in (case.state, case.cotangents[1])
     )
     if key is not None:
-        steps = with_noise(rates, steps, state, row_keys(key, x.shape[1]))
+        steps = with_noise(known, steps, state, row_keys(key, x.shape[1]))
     _, kept = lstm_rule._sequence_fwd(schedule, options, case.params, state, steps)
 
     def run():

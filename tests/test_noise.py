@@ -25,9 +25,9 @@ MASKED: dict[str, Any] = {
 }
 
 
-def drawn(unit, **options):
+def drawn(unit, **options) -> dict[str, Any]:
     """All that can be random in a unit."""
-    rates = {"zoneout": 0.3, "recurrent_dropout": 0.4, "key": KEY}
+    rates: dict[str, Any] = {"zoneout": 0.3, "recurrent_dropout": 0.4, "key": KEY}
     return rates | ({"candidate_dropout": 0.25} if unit.candidate else {}) | options
 
 
@@ -57,7 +57,7 @@ def test_values_and_gradients_match_the_plain_twin(name):
     assert_close(actual, expected, 1e-12)
 
 
-CHOICES = {
+CHOICES: dict[str, Any] = {
     "zoneout of h": ("lstm", {"zoneout": (0.4, 0), "key": KEY}),
     "zoneout of c": ("lstm", {"zoneout": (0, 0.4), "key": KEY}),
     "the expectation": ("lstm", {"zoneout": (0.2, 0.5)}),
@@ -208,8 +208,8 @@ def test_rates_of_zero_and_dropout_without_a_key_are_the_program_without():
 
 def test_steps_draw_alike_however_many_there_are_and_rows_apart():
     case = make_case(UNITS["lstm"], T, B, D, H)
-    run = lambda x, state, **options: lstm(case.params, x, state, **drawn(lstm_unit, **options))
-    lstm_unit = UNITS["lstm"].unit
+    of = partial(drawn, UNITS["lstm"].unit)
+    run = lambda x, state, **options: lstm(case.params, x, state, **of(**options))
     y, _ = run(case.x, case.state)
     cut, _ = run(case.x[:2, :4], jax.tree.map(lambda s: s[:2], case.state))
     assert_close(cut, y[:2, :4], 1e-14)
@@ -226,14 +226,14 @@ def test_a_step_is_a_sequence_of_one():
     assert_close(after, reference.gru_step(case.params, case.x[:, 0], case.state, **options), 1e-14)
     case = make_case(UNITS["lstm"], 1, B, D, H)
     options = drawn(UNITS["lstm"].unit)
-    after = lstm_step(case.params, case.x[:, 0], case.state, **options)
+    state = lstm_step(case.params, case.x[:, 0], case.state, **options)
     expected = reference.lstm_step(case.params, case.x[:, 0], case.state, **options)
-    assert_close(after, expected, 1e-14)
+    assert_close(state, expected, 1e-14)
 
 
 def test_axes_of_a_batch_and_time_first_and_none_are_as_one():
     case = make_case(UNITS["gru"], T, 4, D, H)
-    run = partial(gru, **drawn(UNITS["gru"].unit))
+    run: Any = partial(gru, **drawn(UNITS["gru"].unit))
     y, last = run(case.params, case.x, case.state)
     pairs = lambda a: a.reshape(2, 2, *a.shape[1:])
     assert_close(run(case.params, pairs(case.x), pairs(case.state)), (pairs(y), pairs(last)), 1e-14)
@@ -245,13 +245,12 @@ def test_axes_of_a_batch_and_time_first_and_none_are_as_one():
 def test_it_exports_for_gpu_and_tpu_and_of_any_size():
     case = make_case(UNITS["slstm"], 5, 2, 3, 4, dtype=jnp.float32)
     everywhere = ("cpu", "cuda", "tpu")
-    run = lambda *case: value_and_gradients(
-        partial(rnnattn.slstm, **drawn(UNITS["slstm"].unit)), case
-    )
+    slstm = UNITS["slstm"]
+    run: Any = lambda *case: value_and_gradients(partial(slstm.run, **drawn(slstm.unit)), case)
     assert jax.export.export(jax.jit(run), platforms=everywhere)(*case).platforms == everywhere
     b, t = jax.export.symbolic_shape("b, t")
     x = jax.ShapeDtypeStruct((b, t, 3), jnp.float32)
-    run = lambda params, x, key: rnnattn.slstm(params, x, **drawn(UNITS["slstm"].unit, key=key))
+    run = lambda params, x, key: slstm.run(params, x, **drawn(slstm.unit, key=key))
     exported = jax.export.export(jax.jit(run))(case.params, x, jax.random.PRNGKey(0))
     given = (case.params, case.x, jax.random.PRNGKey(0))
     assert_close(exported.call(*given), run(*given), 1e-5)
@@ -262,20 +261,19 @@ def test_devices_draw_for_their_rows():
     case = make_case(family, T, 4, D, H)
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     keys = jax.random.split(KEY, 2)
-    run = lambda params, x, h, key: family.run(params, x, h, **drawn(family.unit, key=key))
+    run: Any = lambda *of, key: family.run(*of, **drawn(family.unit, key=key))
 
     @partial(
         jax.shard_map, mesh=mesh, in_specs=(P(), *3 * (P("data"),)), out_specs=(P(), P("data"))
     )
     def parts(params, x, h, key):
-        loss = lambda params, x: jnp.sum(run(params, x, h, key[0])[0] ** 2)
+        loss = lambda params, x: jnp.sum(run(params, x, h, key=key[0])[0] ** 2)
         return jax.grad(loss, (0, 1))(params, x)
 
     def loss(params, x):
-        y = jax.vmap(run, (None, 0, 0, 0))(
-            params, *(a.reshape(2, 2, *a.shape[1:]) for a in (x, case.state)), keys
-        )[0]
-        return jnp.sum(y**2)
+        of_device = lambda x, h, key: run(params, x, h, key=key)[0]
+        x, h = (a.reshape(2, 2, *a.shape[1:]) for a in (x, case.state))
+        return jnp.sum(jax.vmap(of_device)(x, h, keys) ** 2)
 
     expected = jax.jit(jax.grad(loss, (0, 1)))(case.params, case.x)
     assert_close(jax.jit(parts)(*case[:3], keys), expected, 1e-12)

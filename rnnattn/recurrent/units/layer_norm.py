@@ -197,7 +197,7 @@ class LayerNormLSTM(_Normed):
         dc = after.c + norm_gradient(dq * params.k_c[None], slopes.c, slopes.c_inverse)
         dz = joined(dc * slopes.i, dc * slopes.f, dc * slopes.g, after.h * slopes.o)
         dr, dh = self.h_gradient(params, dz, slopes.v, slopes.v_inverse)
-        return LSTMState(0, dc * slopes.carry), dh, (dz, dr, dq)
+        return LSTMState(jnp.zeros_like(dh), dc * slopes.carry), dh, (dz, dr, dq)
 
     def gradient(self, params, x, h, before, after, seen, dz):
         (c, v), (dz, dr, dq) = seen, dz

@@ -270,7 +270,7 @@ class LSTM(Unit):
         dm = after.h if projection is None else after.h @ projection.T
         dz, dc = cell_gradient(slopes, dm, after.c, params.peephole)
         dh = dz @ params.w_h.T
-        return LSTMState(0, dc), dh, (dz, None if projection is None else after.h)
+        return LSTMState(jnp.zeros_like(dh), dc), dh, (dz, None if projection is None else after.h)
 
     def gradient(self, params, x, h, before, after, seen, dz):
         dz, dh = dz

@@ -76,7 +76,8 @@ class RNN(Unit):
 
     def step_gradient(self, params, slopes, after):
         da = after.h * slopes
-        return RNNState(0), da @ params.w_h.T, da
+        dh = da @ params.w_h.T
+        return RNNState(jnp.zeros_like(dh)), dh, da
 
     def gradient(self, params, x, h, before, after, seen, dz):
         dw = outer(joined(x, h), dz)

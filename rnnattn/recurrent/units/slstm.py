@@ -145,7 +145,7 @@ class SLSTM(Unit):
         dz_i = di + (1 - slopes.w) * dm
         dz = joined(dz_i, dp * slopes.f, dc * slopes.g, after.h * slopes.o)
         dh = to_heads(params.w_h, dz)
-        return SLSTMState(0, dc * slopes.carry, dn * slopes.carry, dp), dh, dz
+        return SLSTMState(jnp.zeros_like(dh), dc * slopes.carry, dn * slopes.carry, dp), dh, dz
 
     def gradient(self, params, x, h, before, after, seen, dz):
         by_head = _by_head(dz, params.w_h.shape[0])
