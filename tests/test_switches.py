@@ -383,7 +383,7 @@ AROUND: dict[str, Any] = {
 
 # Operation by operation these take longer than all others together, and have none of their own:
 # others run the same blocks, draws and angles.
-LONG = ("dot_product_attention, blockwise", "dot_product_attention_jvp", "rope")
+LONG = ("lstm, drawn", "dot_product_attention, blockwise", "dot_product_attention_jvp", "rope")
 
 
 @pytest.mark.parametrize(
