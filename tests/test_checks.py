@@ -25,12 +25,14 @@ from tests import (
     test_attention,
     test_linear,
     test_meshes,
+    test_noise,
     test_packed,
     test_pages,
     test_parallel,
     test_patches,
     test_position,
     test_recurrent,
+    test_ulysses,
 )
 from tests.test_interop import timm_weights
 
@@ -39,9 +41,11 @@ TABLES = [
     test_attention,
     test_linear,
     test_meshes,
+    test_noise,
     test_packed,
     test_pages,
     test_parallel,
+    test_ulysses,
     test_patches,
     test_position,
     test_recurrent,
