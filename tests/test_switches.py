@@ -165,8 +165,8 @@ CACHES = {
         PAGES,
         {**TABLE, "upto": np.array([2, 2])},
     ),
-    "free_pages": Case(paged(rnnattn.free_pages), PAGES, TABLE),
-    "reference_counts": Case(paged(rnnattn.reference_counts), PAGES, TABLE),
+    "free_pages": Case(paged(rnnattn.free_pages), {}, {**PAGES, **TABLE}),
+    "reference_counts": Case(paged(rnnattn.reference_counts), {}, {**PAGES, **TABLE}),
     "paged_attention": Case(
         paged(rnnattn.paged_attention, return_residual=True),
         {**PAGES, "query": draw(2, 2, 2, 2), "sinks": draw(2)},

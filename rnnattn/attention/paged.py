@@ -154,8 +154,12 @@ def free_pages(cache: PagedCache) -> Int32[Array, ""]:
         >>> int(free_pages(cache)), int(free_pages(drop(cache, jnp.array([True, False]))))
         (1, 2)
     """
-    counts = _counts(_checked(Check("free_pages"), cache))
-    return jnp.sum(counts == 0, dtype=jnp.int32)
+    return _free(_checked(Check("free_pages"), cache))
+
+
+@jax.jit
+def _free(cache):
+    return jnp.sum(_counts(cache) == 0, dtype=jnp.int32)
 
 
 # ------------------------------------------------------------------------------------------ growing
@@ -329,9 +333,14 @@ def fork(cache: PagedCache, source_rows: Int[Array, " rows"]) -> PagedCache:
     cache = _checked(check, cache)
     check.axes("source_rows", source_rows, "(rows)")
     check.integers("source_rows", source_rows)
-    rows = jnp.clip(jnp.asarray(source_rows), 0, cache.lengths.shape[0] - 1)
-    table, lengths, overflowed = cache.table[rows], cache.lengths[rows], cache.overflowed[rows]
+    table, lengths, overflowed = _rows_of(cache.table, cache.lengths, cache.overflowed, source_rows)
     return cache._replace(table=table, lengths=lengths, overflowed=overflowed)
+
+
+@jax.jit
+def _rows_of(table, lengths, overflowed, rows):
+    rows = jnp.clip(jnp.asarray(rows), 0, lengths.shape[0] - 1)
+    return table[rows], lengths[rows], overflowed[rows]
 
 
 def drop(cache: PagedCache, rows: Bool[Array, " B"]) -> PagedCache:
@@ -355,9 +364,13 @@ def drop(cache: PagedCache, rows: Bool[Array, " B"]) -> PagedCache:
     cache = _checked(check, cache)
     check.shape("rows", rows, cache.lengths.shape, "(B,)")
     check.booleans("rows", rows)
-    rows = jnp.asarray(rows)
-    lengths = jnp.where(rows, 0, cache.lengths)
-    return cache._replace(lengths=lengths, overflowed=cache.overflowed & ~rows)
+    lengths, overflowed = _without(cache.lengths, cache.overflowed, rows)
+    return cache._replace(lengths=lengths, overflowed=overflowed)
+
+
+@jax.jit
+def _without(lengths, overflowed, rows):
+    return jnp.where(rows, 0, lengths), overflowed & ~rows
 
 
 def truncate(cache: PagedCache, lengths: Int[Array, " B"]) -> PagedCache:
@@ -385,8 +398,12 @@ def truncate(cache: PagedCache, lengths: Int[Array, " B"]) -> PagedCache:
     cache = _checked(check, cache)
     check.shape("lengths", lengths, cache.lengths.shape, "(B,)")
     check.integers("lengths", lengths)
-    lengths = jnp.clip(jnp.asarray(lengths, jnp.int32), 0, cache.lengths)
-    return cache._replace(lengths=lengths)
+    return cache._replace(lengths=_shorter(cache.lengths, lengths))
+
+
+@jax.jit
+def _shorter(lengths, most):
+    return jnp.clip(jnp.asarray(most, jnp.int32), 0, lengths)
 
 
 def _checked(check, cache):

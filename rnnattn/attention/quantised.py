@@ -7,8 +7,10 @@ A number is off by σ/2 at most, 1/254 of the largest beside it.
 Source: Hooper et al. 2024 (KVQuant), of which this is the plain form, symmetric and per token.
 """
 
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
@@ -39,6 +41,11 @@ def quantise(x: Float[Array, "*axes K"]) -> tuple[Int8[Array, "*axes K"], Float[
     check, x = Check("quantise"), jnp.asarray(x)
     check.floating("x", x)
     check(x.ndim > 0, "x", "of at least one axis", x.shape)
+    return _quantise(x)
+
+
+@jax.jit
+def _quantise(x):
     wide = x.astype(accumulator(x.dtype))
     scale = jnp.max(jnp.abs(wide), -1) / _LARGEST
     divisor = jnp.where(scale == 0, 1, scale)[..., None]
@@ -64,6 +71,11 @@ def dequantise(
     check(x.dtype == jnp.int8, "x", "of dtype int8", x.dtype.name)
     check.floating("scale", scale)
     check.shape("scale", scale, x.shape[:-1], "that of x but for its last axis,")
-    dtype = scale.dtype if dtype is None else dtype
+    dtype = jnp.dtype(scale.dtype if dtype is None else dtype)
     check.float_dtype("dtype", dtype)
+    return _dequantise(x, scale, dtype)
+
+
+@partial(jax.jit, static_argnums=(2,))
+def _dequantise(x, scale, dtype):
     return (x.astype(scale.dtype) * scale[..., None]).astype(dtype)
