@@ -21,12 +21,16 @@ from rnnattn import (
     KVCache,
     LSTMParams,
     LSTMState,
+    PagedCache,
+    RotatingCache,
+    append,
     bidirectional_lstm,
     conv_stem,
     crop_and_pad,
     dot_product_attention,
     lstm,
     lstm_step,
+    paged_attention,
     patchify,
     reference,
     resample_grid,
@@ -34,11 +38,13 @@ from rnnattn import (
     rope,
     rope_2d,
     rope_mixed,
+    rotating_attention,
     sinusoids,
     stacked_lstm,
     token_mask,
     unpatchify,
     update_cache,
+    update_rotating_cache,
 )
 from rnnattn.attention import dot_product_attention_jvp
 from tests.attention_cases import assert_same, quick
@@ -111,6 +117,19 @@ def _stack(x, **weights):
 def _cache(key, value, new, length):
     cache = KVCache(key, value, length)
     return tuple(update_cache(cache, new, new))
+
+
+def _paged(key, value, query, new, sinks, lengths):
+    """Rows share nothing of the pages, and these lie in no order."""
+    table = jnp.array([[2 * b + 1, 2 * b] for b in range(B)], jnp.int32)
+    cache = PagedCache(key, value, table, lengths, jnp.zeros(B, bool))
+    cache = append(cache, new, new)
+    return cache.key, paged_attention(query, cache, sinks=sinks)
+
+
+def _rotating(key, value, query, new, length):
+    cache = update_rotating_cache(RotatingCache(key, value, length), new, new)
+    return cache.key, rotating_attention(query, cache, window=1)
 
 
 CASES = {
@@ -235,6 +254,19 @@ CASES = {
         {"key": (KEY, BOTH), "value": (KEY, BOTH), "new": ((B, 2, M, K), BOTH)}
         | {"length": ((B,), ROWS)},
         (BOTH, BOTH, ROWS),
+    ),
+    "paged_attention": Case(
+        _paged,
+        {name: ((2 * B, 8, M, K), HEADS) for name in ("key", "value")}
+        | {"query": ((B, 2, N, K), HEADS), "new": ((B, 2, M, K), HEADS)}
+        | {"sinks": ((N,), P("model")), "lengths": ((B,), WHOLE)},
+        (HEADS, HEADS),
+    ),
+    "rotating_attention": Case(
+        _rotating,
+        {"key": ((B, 4, M, K), BOTH), "value": ((B, 4, M, K), BOTH)}
+        | {"query": ((B, 2, N, K), BOTH), "new": ((B, 2, M, K), BOTH), "length": ((B,), ROWS)},
+        (BOTH, BOTH),
     ),
 }  # fmt: skip
 

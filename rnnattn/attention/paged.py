@@ -524,11 +524,11 @@ def _attend_on_mesh(implementation, options, given):
     run = partial(_attend, implementation, options)
     if explicit_mesh(given) is None:
         return run(given)
-    letters = {"query": "BTMK", "cache": _letters(given["cache"]), "lengths": "B", "offset": "B"}
-    letters |= {name: "M" if jnp.ndim(given[name]) else "" for name in ("scale", "sinks")}
-    whole = {"T": "the queries", "B": "the rows", "P": "the pages", "S": "the pages' tokens"}
     check, given = Check("paged_attention"), {n: x for n, x in given.items() if x is not None}
-    letters = {name: letters[name] for name in given}
+    letters = {"query": "BTMK", "cache": _letters(given["cache"])}
+    of_each = {"lengths": "B", "offset": "B", "scale": "M", "sinks": "M"}
+    letters |= {n: of_each[n] * jnp.ndim(given[n]) for n in of_each if n in given}
+    whole = {"T": "the queries", "B": "the rows", "P": "the pages", "S": "the pages' tokens"}
     return in_parts(check, run, given, letters, ("BTMV", "BTM"), divided="M", whole=whole)
 
 
