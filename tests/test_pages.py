@@ -32,7 +32,7 @@ from rnnattn import (
     truncate,
     update_rotating_cache,
 )
-from rnnattn.native import load
+from rnnattn.native import calls, load
 from tests.attention_cases import assert_same, quick
 
 B, N, M, K, V = 3, 4, 2, 3, 5
@@ -221,6 +221,22 @@ def test_kernels_read_through_the_page_table(name, T, dtype):
     )
     options["query_seq_lengths"] = counts
     assert_same(run(implementation="native"), expected, 1e-5 if dtype == "float32" else 1e-2)
+
+
+@pytest.mark.skipif(not SETS, reason="no kernels")
+@pytest.mark.parametrize("instruction_set", SETS)
+def test_every_instruction_set_reads_through_the_page_table(instruction_set, monkeypatch):
+    monkeypatch.setattr(calls, "instruction_set", instruction_set)
+    lengths = [150, 1, 64]
+    for T, dtype in ((3, "bfloat16"), (20, "float32")):
+        floats, empty = problem(T, lengths, 64, dtype=dtype, sizes=(N, M, 20, 5))
+        cache = filled(empty, floats["key"], floats["value"], lengths)
+        attend = lambda implementation, cache=cache, query=floats["query"]: quick(
+            lambda q: paged_attention(
+                q, cache, local_window_size=(70, 0), implementation=implementation
+            )
+        )(query)
+        assert_same(attend("native"), attend("xla"), 1e-5 if dtype == "float32" else 1e-2)
 
 
 def test_attention_is_mapped_over_an_axis_and_exported():
@@ -796,10 +812,10 @@ def _bad_calls() -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("message", _bad_calls())
-def test_what_is_off_is_said(message):
+@pytest.mark.parametrize("message, call", _bad_calls().items())
+def test_what_is_off_is_said(message, call):
     with pytest.raises(ValueError) as caught:
-        _bad_calls()[message]()
+        call()
     assert message in str(caught.value)
 
 
