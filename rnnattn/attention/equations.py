@@ -182,9 +182,9 @@ def weights(s, lse):
     return jnp.exp(s - _lse_for_exp(lse)[..., None])
 
 
-def logits_gradient(p, dp, delta, dlse):
-    """dS, the gradient of the logits after bias and masks."""
-    return p * (dp - (delta - dlse)[..., None])
+def logits_gradient(p, dp, delta):
+    """dS, the gradient of the logits after bias and masks, from Δ − dL of each row."""
+    return p * (dp - delta)
 
 
 def cap_gradient(ds, s, soft_cap):
@@ -229,7 +229,7 @@ def block_gradient(options, scale, scores, lse, delta, do, dlse):
     do, delta, dlse = (only_seeing(sees, x) for x in (do, delta, dlse))
     p = weights(s, lse)
     dv = over_queries(drop(p, z), do)
-    dbias = logits_gradient(p, drop(against_keys(do, v), z), delta, dlse)
+    dbias = logits_gradient(p, drop(against_keys(do, v), z), along_rows(delta - dlse, p.shape))
     ds = cap_gradient(dbias, capped, options.soft_cap)
     dscale = sum_to(ds * product, scale.shape) if options.scale_gradient else None
     ds = scale * ds
