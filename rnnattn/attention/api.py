@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Real
 
 import rnnattn.attention.cudnn as cudnn
 import rnnattn.attention.native as native
+import rnnattn.attention.pallas as pallas
 import rnnattn.attention.xla as xla
 from rnnattn.attention.arguments import (
     checked,
@@ -189,12 +190,13 @@ def call(function, rule, arguments, schedule=None):
     if name == "native":
         unserved = native.unserved(arrays.query, arrays.value, options)
         Check(function).served(name, unserved)
+    if name == "pallas":
+        unserved = pallas.unserved(arrays, options) or pallas.unserved_here()
+        Check(function).served(name, unserved)
     if request.return_weights:
         rule = with_weights
     if schedule is None:
-        schedule = _suited(arrays, options, request)
-    if schedule in (cudnn.CUDNN, _IN_16_BITS):
-        options = options._replace(scale=cudnn.known_scale(arrays))
+        schedule, options = _suited(arrays, options, request)
     if isinstance(arrays.query_offset, int) and arrays.query_offset == 0:
         arrays = arrays._replace(query_offset=None)  # a constant, which nobody has to send
     wanted = (True, request.return_residual, request.return_weights)
@@ -203,25 +205,39 @@ def call(function, rule, arguments, schedule=None):
     return results[0] if len(results) == 1 else results
 
 
-# By the kernels for a CPU or by cuDNN, where both serve.
-_IN_16_BITS = placed("rnnattn_attention_16_bits", {"cpu": native.HALVES, "cuda": cudnn.HALVES})
+# By whether the kernels for a CPU serve, and what of a GPU does.
+_CHOSEN = {
+    (True, None): native.NATIVE,
+    (False, "cudnn"): cudnn.CUDNN,
+    (True, "cudnn"): placed(
+        "rnnattn_attention_16_bits", {"cpu": native.HALVES, "cuda": cudnn.HALVES}
+    ),
+    (False, "pallas"): placed("rnnattn_attention_on_gpu", {"cuda": pallas.WHERE_FASTER}),
+    (True, "pallas"): placed(
+        "rnnattn_attention_by_kernels", {"cpu": native.HALVES, "cuda": pallas.WHERE_FASTER}
+    ),
+}
 
 
 def _suited(arrays, options, request):
-    """The schedule that serves a call, and is the fastest where the choice is ours."""
+    """The schedule that serves a call, and is the fastest where the choice is ours; its options."""
     T, S = arrays.query.shape[-3], arrays.key.shape[-3]
     name, empty = request.implementation, arrays.query.size * arrays.key.size == 0
     if name == "dense" or request.return_weights or empty:
-        return xla.DENSE
+        return xla.DENSE, options
     if name == "blockwise":
-        return xla.BLOCKWISE
+        return xla.BLOCKWISE, options
+    if name == "pallas":
+        return pallas.PALLAS, options
     # Where they serve, the kernels are the faster at all sizes measured (benchmarks/README.md,
     # "When they run").
     by_cpu = name != "xla" and not native.unserved(arrays.query, arrays.value, options)
-    by_gpu = name is None and not cudnn.unserved(arrays, options)
-    if by_cpu:
-        return _IN_16_BITS if by_gpu else native.NATIVE
-    return cudnn.CUDNN if by_gpu else xla.by_size(T, S)
+    by_gpu = None
+    if name is None and not cudnn.unserved(arrays, options):
+        by_gpu, options = "cudnn", options._replace(scale=cudnn.known_scale(arrays))
+    elif name is None and not pallas.unserved(arrays, options):
+        by_gpu = "pallas"
+    return _CHOSEN.get((by_cpu, by_gpu)) or xla.by_size(T, S), options
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))

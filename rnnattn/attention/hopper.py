@@ -165,7 +165,7 @@ def _fetch(steps, copies):
 
     copies: a source by the step, the places, their barriers, and those of places that are free.
     """
-    plgpu.set_max_registers(40, action="decrease")
+    plgpu.set_max_registers(24, action="decrease")
 
     @pl.loop(0, steps + _STAGES)  # and waits until all was read
     def _(i):
@@ -258,7 +258,7 @@ def forward(query, key, value, scale, reach, *, soft_cap, dtype, interpret=None)
 
         @pl.when(wg < 2)
         def _():
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(240, action="increase")
             rows, q = _part(2 * tile + wg, ROWS), q_s.at[wg]
             plgpu.copy_gmem_to_smem(q_ref.at[b, rows, n], q, q_here.at[wg])
             of_rows = _rows_in_reach(reach, rows)
@@ -361,7 +361,7 @@ def query_gradient(arrays, scale, reach, *, soft_cap, interpret=None):
 
         @pl.when(wg < 2)
         def _():
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(240, action="increase")
             rows, q, do = _part(2 * tile + wg, ROWS), q_s.at[wg], do_s.at[wg]
             plgpu.copy_gmem_to_smem(q_ref.at[b, rows, n], q, q_here.at[wg])
             plgpu.copy_gmem_to_smem(do_ref.at[b, rows, n], do, q_here.at[wg])
@@ -457,7 +457,7 @@ def key_gradient(arrays, scale, reach, *, soft_cap, interpret=None):
 
         @pl.when(wg < 2)
         def _():
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(240, action="increase")
             rows, k, v = _part(2 * tile + wg, ROWS), k_s.at[wg], v_s.at[wg]
             plgpu.copy_gmem_to_smem(k_ref.at[b, rows, m], k, k_here.at[wg])
             plgpu.copy_gmem_to_smem(v_ref.at[b, rows, m], v, k_here.at[wg])
