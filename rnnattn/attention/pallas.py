@@ -90,55 +90,50 @@ def _ranges(options, operands, masking):
     return (_filled(jnp.broadcast_to(x, (B, T)), 1) for x in (first, past))
 
 
-def _least_and_most(x, size):
+def _reach(options, operands, masking):
+    """`hopper.Reach` without its blocks; None if all see all."""
+    T, S = operands.query.shape[1], operands.key.shape[1]
+    if not _hides(options, masking, T, S):
+        return None
+    ids = masking.query_segments, masking.key_segments
+    ids = (None if x is None else _filled(x, 1, mode="edge") for x in ids)
+    return _hopper().Reach(*_ranges(options, operands, masking), *ids, None)
+
+
+def _in_blocks(x, size):
+    """(B, T) → the least and the largest of each block of that size, (B, blocks)."""
     blocks = x.reshape(x.shape[0], -1, size)
     return jnp.min(blocks, 2), jnp.max(blocks, 2)
 
 
-def _run(holds):
-    """Along the last axis: where it first holds, and where it next does not."""
-    indices, count = jnp.arange(holds.shape[-1], dtype=jnp.int32), holds.shape[-1]
-    at = lambda where: jnp.min(jnp.where(where, indices, count), -1)
-    start = at(holds)
-    return start, at(~holds & (indices >= start[..., None]))
+def _blocks(reach, S, queries, keys):
+    """Of so many queries by so many keys: which may see any, and which see whole."""
+    of_queries = lambda x: (y[:, :, None] for y in _in_blocks(x, queries))
+    start = jnp.arange(0, S, keys, dtype=jnp.int32)[None, None]
+    some = reach.first < reach.past
+    least, _ = of_queries(jnp.where(some, reach.first, S))
+    _, most = of_queries(jnp.where(some, reach.past, 0))
+    visited = (least < start + keys) & (most > start)
+    (_, first), (past, _) = of_queries(reach.first), of_queries(reach.past)
+    whole = (first <= start) & (past >= start + keys)
+    if reach.query_segments is not None:
+        least, most = of_queries(reach.query_segments)
+        of_keys = (x[:, None] for x in _in_blocks(reach.key_segments, keys))
+        least_key, most_key = of_keys
+        visited &= (least_key <= most) & (most_key >= least)
+        whole &= (least == most) & (least_key == most_key)
+    return visited, whole & visited
 
 
-def _reach(options, operands, masking, queries, keys, of_keys=False):
-    """`hopper.Reach` with blocks of so many queries and keys; None if all see all.
-
-    of_keys: whether tiles are of keys, and blocks of queries.
-    """
-    T, S = operands.query.shape[1], operands.key.shape[1]
-    if not _hides(options, masking, T, S):
-        return None
-    first, past = _ranges(options, operands, masking)
-    sees_some = first < past
-    least = lambda x: _least_and_most(x, queries)[0][..., None]
-    most = lambda x: _least_and_most(x, queries)[1][..., None]
-    start = jnp.arange(0, S + -S % _hopper().TILE, keys, dtype=jnp.int32)
-    visited = (least(jnp.where(sees_some, first, S)) < start + keys) & (
-        most(jnp.where(sees_some, past, 0)) > start
-    )
-    whole = (most(first) <= start) & (least(past) >= start + keys)
-    ids = None, None
-    if masking.query_segments is not None:
-        ids = (_filled(x, 1, mode="edge") for x in (masking.query_segments, masking.key_segments))
-        ids = query_ids, key_ids = (*ids,)
-        of_keys_, of_queries = _least_and_most(key_ids, keys), _least_and_most(query_ids, queries)
-        (key_least, key_most), (least_id, most_id) = (
-            [x[:, None] for x in of_keys_],
-            [x[..., None] for x in of_queries],
-        )
-        visited &= (key_least <= most_id) & (key_most >= least_id)
-        whole &= (least_id == most_id) & (key_least == key_most)
-    whole &= visited
-    if of_keys:
-        visited, whole = (jnp.swapaxes(x, 1, 2) for x in (visited, whole))
-    indices = jnp.arange(visited.shape[-1], dtype=jnp.int32)
-    begin = _run(visited)[0]
+def _with_blocks(reach, visited, whole):
+    """For tiles along the axis before the last, and blocks along the last."""
+    count = visited.shape[-1]
+    indices = jnp.arange(count, dtype=jnp.int32)[None, None]
+    first = lambda holds: jnp.min(jnp.where(holds, indices, count), -1)
+    begin, start = first(visited), first(whole)
     end = jnp.max(jnp.where(visited, indices + 1, 0), -1)
-    blocks = jnp.stack([begin, end, *_run(whole)], -1)
-    return _hopper().Reach(first, past, *ids, blocks)
+    stop = first(~whole & (indices >= start[..., None]))
+    return reach._replace(blocks=jnp.stack([begin, end, start, stop], -1))
 
 
 # ---- around the kernels -----------------------------------------------------------------------
@@ -167,9 +162,11 @@ def _heads_joined(x):
 def _forward(options, operands, masking):
     hopper = _hopper()
     q, k, v, scale, *_ = operands
-    B, T, M, G, _ = q.shape
-    reach = _reach(options, operands, masking, hopper.TILE, hopper.FORWARD_KEYS)
+    (B, T, M, G, _), S = q.shape, k.shape[1]
+    reach = _reach(options, operands, masking)
     if reach is not None:
+        sizes = hopper.TILE, hopper.FORWARD_KEYS
+        reach = _with_blocks(reach, *_blocks(reach, S + -S % hopper.TILE, *sizes))
         k, v = jnp.where(_not_finite(v)[..., None], jnp.nan, k), _finite(v)
     o, lse = hopper.forward(
         *(_filled(x, 1) for x in (_heads_joined(q), k, v)),
@@ -189,16 +186,16 @@ def _backward(options, operands, masking, o, lse, do, dlse):
     q, k, v, scale, *_ = operands
     (B, T, M, G, K), (_, S, _, V) = q.shape, v.shape
     delta = time_last(row_sums(do, o)) - dlse
-    of_queries, of_keys = (
-        _reach(options, operands, masking, *sizes)
-        for sizes in (
-            (hopper.TILE, hopper.backward_keys(K, V)),
-            (hopper.BACKWARD_QUERIES, hopper.TILE, True),
-        )
-    )
-    if of_queries is not None:
-        lse = jnp.where(time_last(_not_finite(do)), jnp.nan, lse)
-        q, k, v, do = (_finite(x) for x in (q, k, v, do))
+    of_queries = of_keys = reach = _reach(options, operands, masking)
+    if reach is not None:
+        filled = S + -S % hopper.TILE
+        blocks = _blocks(reach, filled, hopper.TILE, hopper.backward_keys(K, V))
+        of_queries = _with_blocks(reach, *blocks)
+        blocks = _blocks(reach, filled, hopper.BACKWARD_QUERIES, hopper.TILE)
+        of_keys = _with_blocks(reach, *(jnp.swapaxes(x, 1, 2) for x in blocks))
+        numbers = jnp.isfinite(delta) & time_last(~_not_finite(do))
+        lse = jnp.where(numbers, lse, jnp.nan)
+        q, k, v, do, delta = (_finite(x) for x in (q, k, v, do, delta))
     lse = jnp.minimum(lse, _FAR_ABOVE) * math.log2(math.e)
     arrays = [_filled(x, 1) for x in (_heads_joined(q), k, v, _heads_joined(do))]
     arrays += [_filled(x.reshape(B, M * G, T), 2) for x in (lse, delta)]
