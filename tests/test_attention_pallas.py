@@ -7,6 +7,7 @@ runs elsewhere, what is refused.
 """
 
 import importlib
+import re
 from functools import partial
 from typing import Any
 
@@ -296,7 +297,7 @@ def test_the_kernels_are_about_as_exact_as_xla(name):
 
 # ---- programs ---------------------------------------------------------------------------------
 
-T = 200
+T = 256
 IDS = {"query_segment_ids": ids(2, T), "key_value_segment_ids": ids(2, T)}
 
 
@@ -321,3 +322,62 @@ def kernels_for_a_gpu(implementation, rows=T, dtype=jnp.bfloat16, **options):
 @pytest.mark.parametrize("options", [{}, {"is_causal": True, "logits_soft_cap": 3.0}, IDS])
 def test_a_program_for_a_gpu_has_the_kernels(options):
     assert kernels_for_a_gpu("pallas", **options) == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("capability", "rows", "options", "count"),
+    [
+        ((9, 0), 256, IDS, 3),
+        ((9, 0), 255, {"logits_soft_cap": 3.0}, 0),
+        ((9, 0), 256, {"is_causal": True}, 0),  # which cuDNN serves
+        ((8, 0), 256, IDS, 0),
+    ],
+)
+def test_none_chooses_the_kernels_where_they_were_measured(
+    capability, rows, options, count, monkeypatch
+):
+    jax.clear_caches()
+    monkeypatch.setattr(pallas, "gpu_capability", lambda: capability)
+    count *= jax.__version_info__[:2] == (0, 11)
+    assert kernels_for_a_gpu(None, rows, **options) == [count, 0]
+
+
+def test_another_gpu_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(pallas, "gpu_capability", lambda: (8, 0))
+    with pytest.raises(ValueError, match="cannot serve a GPU that is not of the Hopper"):
+        gradient_of(*3 * [jnp.ones((1, 4, 1, 64), jnp.bfloat16)], implementation="pallas")
+
+
+def test_elsewhere_xla_runs():
+    """With what has a rule of its own: a gradient of `scale`, `vmap`, packed sequences."""
+    case = make_case(Sizes(2, 9, 9, 2, 1, 64, 64), dtype=jnp.bfloat16, is_causal=True, sinks=True)
+    cotangents = cotangents_for(case)
+    results = [
+        of_call(partial(dot_product_attention, implementation=name), case, cotangents)
+        for name in ("pallas", "xla")
+    ]
+    assert_same(results[0], results[1], 0.01)
+    query, key, value = (case.floats[name][0] for name in ("query", "key", "value"))
+    starts = jnp.array([0, 4, 9], jnp.int32)
+    packed = [
+        quick(partial(packed_attention, implementation=name))(query, key, value, starts)
+        for name in ("pallas", "xla")
+    ]
+    assert_same(packed[0], packed[1], 0.01)
+
+
+def test_what_the_kernels_cannot_serve_is_refused_by_name():
+    def refused(message, sizes=(1, 2, 2, 1, 1, 64, 64), dtype=jnp.bfloat16, **options):
+        case = make_case(Sizes(*sizes), dtype=dtype, **options)
+        message = f"`implementation='pallas'` cannot serve {message}"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            dot_product_attention(
+                **case.floats, **case.others, **case.options, implementation="pallas"
+            )
+
+    refused("the dtype float32", dtype=jnp.float32)
+    refused("a width of 32 and 64 (64 and 128 can be)", (1, 2, 2, 1, 1, 32, 64))
+    refused("`mask`", mask=(2, 2))
+    refused("`bias`", bias=(2, 2))
+    refused("dropout", dropout_rate=0.5, dropout_key=jax.random.key(0))
+    refused("an array without elements", (1, 2, 0, 1, 1, 64, 64))

@@ -70,12 +70,16 @@ def dot_product_attention(
             `jax.nn` hides the query's own key with it, other libraries mean all of a side.
         implementation: "dense" (all logits at once), "blockwise" (memory linear in T + S), "xla"
             (the better of the two, blockwise from 2¹⁶ logits for each head on), "native" (kernels
-            for a CPU, see `rnnattn.native`; no float64, no dropout); "cudnn" and "tokamax" hand
-            the call over to `jax.nn` and to tokamax, for what they can serve, with their own
-            gradients and rules for rows that see nothing; None chooses: "native" on a CPU where it
-            can serve; in 16 bits, on one NVIDIA GPU and in a program that is not exported, cuDNN
-            where it can (`rnnattn.attention.cudnn`: as all that is said here, but that it rounds
-            the weights to 16 bits before their product with the values); else "xla".
+            for a CPU, see `rnnattn.native`; no float64, no dropout), "pallas" (kernels for one
+            Hopper GPU, and XLA elsewhere: `rnnattn.attention.hopper`; 16 bits, widths of 64 and
+            128, no mask, bias or dropout; as all that is said here, but that weights are rounded to
+            16 bits before their product with the values, and a value of ∞ that a query sees makes
+            its output NaN); "cudnn" and "tokamax" hand the call over to `jax.nn` and to tokamax,
+            for what they can serve, with their own gradients and rules for rows that see nothing;
+            None chooses: "native" on a CPU where it can serve; in 16 bits, on one NVIDIA GPU and in
+            a program that is not exported, cuDNN where it can (`rnnattn.attention.cudnn`, which
+            rounds the weights, too), or "pallas" where it can, from 256 queries and keys on and
+            with jax 0.11, as it was measured; else "xla".
         return_residual: also return the log-sum-exp L, (B, T, N), in float32 for 16-bit inputs and
             with a true gradient, where that of `jax.nn` has the key's dtype and none for L.
         query_offset: a number or (B,): query t stands at position t + offset among the keys. A

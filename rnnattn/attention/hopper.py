@@ -42,7 +42,7 @@ from rnnattn.attention.equations import (
 ROWS = 64  # of a warpgroup
 TILE = 2 * ROWS
 FORWARD_KEYS = 128  # of a step
-BACKWARD_QUERIES = 64
+BACKWARD_QUERIES = 64  # of a step of the gradient of keys
 _STAGES = 2  # blocks that are there or on their way
 
 _LOG2_E, _LN_2 = math.log2(math.e), math.log(2)
@@ -167,19 +167,22 @@ def _fetch(steps, copies):
     """
     plgpu.set_max_registers(24, action="decrease")
 
-    @pl.loop(0, steps + _STAGES)  # and waits until all was read
-    def _(i):
+    def step(i: Any, _: Any) -> None:
         slot = lax.rem(i, _i32(_STAGES))
         for source, places, arrived, free in copies:
-            if free is not None:
 
-                @pl.when(i >= _STAGES)
-                def _(free=free):
-                    plgpu.barrier_wait(free.at[slot])
+            def wait(free=free):
+                plgpu.barrier_wait(free.at[slot])
 
-            @pl.when(i < steps)
-            def _(source=source, places=places, arrived=arrived):
+            def copy(source=source, places=places, arrived=arrived):
                 plgpu.copy_gmem_to_smem(source(i), places.at[slot], arrived.at[slot])
+
+            if free is not None:
+                pl.when(i >= _STAGES)(wait)
+            pl.when(i < steps)(copy)
+
+    # the last of them wait until all was read
+    lax.fori_loop(_i32(0), steps + _STAGES, step, None)
 
 
 def _call(kernel, arrays, reach, results, scratch, grid, interpret):
@@ -378,11 +381,12 @@ def query_gradient(arrays, scale, reach, *, soft_cap, interpret=None):
                 p = jnp.exp2(s - along_rows(lse, shape))
                 sees = lambda: _sees_keys(reach, of_rows, block, keys_of_step)
                 p = sight.only_seen(p, block, sees, 0.0)
+                # dS is linear in P: s is let go of before dP is there
+                p = cap_gradient(scale * p, capped, soft_cap)
                 plgpu.barrier_wait(v_here.at[slot])
                 dp = _product(do, v_s.at[slot])
                 plgpu.barrier_arrive(v_free.at[slot])
                 ds = logits_gradient(p, dp, along_rows(delta, shape))
-                ds = scale * cap_gradient(ds, capped, soft_cap)
                 dq = _added_product(dq, ds.astype(dtype), k_s.at[slot], through, wg)
                 plgpu.barrier_arrive(k_free.at[slot])
                 return dq
@@ -487,12 +491,13 @@ def key_gradient(arrays, scale, reach, *, soft_cap, interpret=None):
                 capped, s = _logits(_product(k, q_s.at[slot]), scale, soft_cap)
                 p = jnp.exp2(s - _along_columns(_load(lse_s.at[slot], _OF_COLUMNS), shape))
                 p = sight.only_seen(p, block, lambda: sees(block), 0.0)
+                rounded, p = p.astype(dtype), cap_gradient(scale * p, capped, soft_cap)
                 plgpu.barrier_wait(do_here.at[slot])
                 dp = _product(v, do_s.at[slot])
-                dv = _added_product(dv, p.astype(dtype), do_s.at[slot], through, wg)
+                dv = _added_product(dv, rounded, do_s.at[slot], through, wg)
                 delta = _along_columns(_load(delta_s.at[slot], _OF_COLUMNS), shape)
                 plgpu.barrier_arrive(do_free.at[slot])
-                ds = scale * cap_gradient(logits_gradient(p, dp, delta), capped, soft_cap)
+                ds = logits_gradient(p, dp, delta)
                 dk = _added_product(dk, ds.astype(dtype), q_s.at[slot], through, wg)
                 plgpu.barrier_arrive(q_free.at[slot])
                 return dk, dv

@@ -59,8 +59,8 @@ def packed_attention(
         query_offset: a number or (sequences,): query t of its sequence stands at position
             t + offset among its keys. None aligns the last query of each sequence with its last
             key, as flash-attention does from 2.1 on; 0 the first with the first.
-        implementation: "dense", "blockwise", "xla", "native" or "pallas", as in `dot_product_attention`;
-            None chooses.
+        implementation: "dense", "blockwise", "xla", "native" or "pallas", as in
+            `dot_product_attention`; None chooses.
         return_residual: also return the log-sum-exp L, (T, N).
         scale, local_window_size, logits_soft_cap, sinks: as in `dot_product_attention`.
         dropout_rate, dropout_key: as well; which weights are dropped depends on where a sequence

@@ -19,12 +19,13 @@ from rnnattn.attention.equations import row_sums
 from rnnattn.attention.masking import key_range, ranges_within
 from rnnattn.attention.placed import backward_on_xla, forward_on_xla, placed, with_sinks
 from rnnattn.attention.problem import Operands
-from rnnattn.attention.xla import time_first, time_last
+from rnnattn.attention.xla import time_last
 from rnnattn.checks import those_that_hold
 from rnnattn.dispatch import gpu_capability
 
 _WIDTHS = (64, 128)
 _HOPPER = (9, 0)
+_FEWEST = 256  # queries, and keys, of what was measured to be faster
 _FAR_ABOVE = 1e30  # an L that leaves no weight to any logit, and may be multiplied by log₂ e
 
 
@@ -51,6 +52,16 @@ def unserved_here():
     return those_that_hold({"a GPU that is not of the Hopper generation": other})
 
 
+def serves_here(operands):
+    """Whether a program that is lowered here runs where the kernels were measured to be faster.
+
+    The measurements: benchmarks/README.md, "On a GPU".
+    """
+    fewest = min(operands.query.shape[1], operands.key.shape[1])
+    measured = jax.__version_info__[:2] == (0, 11) and fewest >= _FEWEST
+    return measured and gpu_capability() == _HOPPER
+
+
 def _hopper():
     # importing Pallas takes longer than all of the library
     import rnnattn.attention.hopper as hopper
@@ -72,10 +83,9 @@ def _filled(x, axis, **how):
 def _hides(options, masking, T, S):
     """Whether a query may be there that does not see all keys of its row, padding included."""
     tile = _hopper().TILE
-    given = (masking.query_lengths, masking.key_lengths)
-    given += (masking.query_segments, masking.key_ranges)
-    by_position = options.is_causal or options.window is not None
-    return by_position or given != (None,) * 4 or T % tile > 0 or S % tile > 0
+    lengths = (masking.query_lengths, masking.key_lengths)
+    given = (*lengths, masking.query_segments, masking.key_ranges, options.window)
+    return options.is_causal or given != (None,) * 5 or T % tile > 0 or S % tile > 0
 
 
 def _ranges(options, operands, masking):
@@ -95,8 +105,8 @@ def _reach(options, operands, masking):
     T, S = operands.query.shape[1], operands.key.shape[1]
     if not _hides(options, masking, T, S):
         return None
-    ids = masking.query_segments, masking.key_segments
-    ids = (None if x is None else _filled(x, 1, mode="edge") for x in ids)
+    filled = lambda ids: None if ids is None else _filled(ids, 1, mode="edge")
+    ids = filled(masking.query_segments), filled(masking.key_segments)
     return _hopper().Reach(*_ranges(options, operands, masking), *ids, None)
 
 
@@ -210,14 +220,14 @@ HALVES = _forward, _backward
 PALLAS = placed("rnnattn_attention_pallas", {"cuda": HALVES}, exported=True)
 
 
-def _forward_where_served(options, operands, masking):
-    half = _forward if gpu_capability() == _HOPPER else forward_on_xla
+def _forward_where_faster(options, operands, masking):
+    half = _forward if serves_here(operands) else forward_on_xla
     return half(options, operands, masking)
 
 
-def _backward_where_served(options, operands, masking, *others):
-    half = _backward if gpu_capability() == _HOPPER else backward_on_xla
+def _backward_where_faster(options, operands, masking, *others):
+    half = _backward if serves_here(operands) else backward_on_xla
     return half(options, operands, masking, *others)
 
 
-WHERE_FASTER = _forward_where_served, _backward_where_served
+WHERE_FASTER = _forward_where_faster, _backward_where_faster
