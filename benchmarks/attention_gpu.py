@@ -1,7 +1,7 @@
 """Attention in bfloat16 on an NVIDIA GPU, beyond what cuDNN serves in our rule: times and errors.
 
     python benchmarks/attention_gpu.py
-    python benchmarks/attention_gpu.py --output FILE.json --masks segments --rounds 3
+    python benchmarks/attention_gpu.py --output FILE.json --masks segments --shapes 2,1024,8,64
 
 Ours as None chooses it, by the Pallas kernels and on XLA, beside cuDNN by way of `jax.nn`, which is
 given a mask where it knows no better, causality where that is all, and no soft cap. A number is the
@@ -114,10 +114,15 @@ def errors(name: str) -> dict[str, Any]:
     return row
 
 
+def shape_of(text: str) -> attention.Shape:
+    return attention.Shape(*timing.counts(text, "B,T,N,K"))
+
+
 def main() -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--masks", nargs="*", choices=MASKS, default=MASKS)
+    parser.add_argument("--shapes", nargs="*", type=shape_of, default=SHAPES, metavar="B,T,N,K")
     parser.add_argument("--rounds", type=timing.count, default=5)
     parser.add_argument("--output", type=timing.new_file)
     args = parser.parse_args()
@@ -131,7 +136,7 @@ def main() -> None:
 
     with ThreadPoolExecutor(len(MASKS)) as pool:  # compiling takes longer than all else
         keep(*pool.map(errors, args.masks))
-    for shape in SHAPES:
+    for shape in args.shapes:
         for name in args.masks:
             keep(*times(name, shape, args.rounds))
 

@@ -75,7 +75,7 @@ def over_queries(p, a):
 
 
 def cap(s, soft_cap):
-    return s if soft_cap is None else soft_cap * jnp.tanh(s * (1 / soft_cap))
+    return s if soft_cap is None else soft_cap * jnp.tanh(s / soft_cap)
 
 
 def mask_logits(s, bias, visible):
@@ -189,7 +189,7 @@ def logits_gradient(p, dp, delta):
 
 def cap_gradient(ds, s, soft_cap):
     """dS before the soft cap, from the capped logits s."""
-    return ds if soft_cap is None else ds * (1 - (s * (1 / soft_cap)) ** 2)
+    return ds if soft_cap is None else ds * (1 - (s / soft_cap) ** 2)
 
 
 def sinks_gradient(sinks, lse, delta, dlse):
