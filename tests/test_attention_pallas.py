@@ -18,7 +18,7 @@ import pytest
 from jax import export
 
 from rnnattn import dot_product_attention, packed_attention, reference
-from rnnattn.attention import api, pallas, rule
+from rnnattn.attention import api, cudnn, pallas, rule
 from rnnattn.attention.arguments import problem, sorted_arguments
 from rnnattn.attention.equations import finite_lse
 from rnnattn.attention.placed import backward_on_xla, forward_on_xla, placed
@@ -337,9 +337,26 @@ def test_none_chooses_the_kernels_where_they_were_measured(
     capability, rows, options, count, monkeypatch
 ):
     jax.clear_caches()
-    monkeypatch.setattr(pallas, "gpu_capability", lambda: capability)
+    for module in (pallas, cudnn):
+        monkeypatch.setattr(module, "gpu_capability", lambda: capability)
     count *= jax.__version_info__[:2] == (0, 11)
     assert kernels_for_a_gpu(None, rows, **options) == [count, 0]
+
+
+def test_what_comes_back_to_the_log_sum_exp_of_cudnn_is_by_the_kernels(monkeypatch):
+    jax.clear_caches()
+    for module in (pallas, cudnn):
+        monkeypatch.setattr(module, "gpu_capability", lambda: (9, 0))
+
+    def loss(*qkv):
+        o, lse = dot_product_attention(*qkv, is_causal=True, return_residual=True)
+        return jnp.sum(o.astype(jnp.float32)) + jnp.sum(lse)
+
+    qkv = 3 * [jax.ShapeDtypeStruct((2, T, 2, 64), jnp.bfloat16)]
+    traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*qkv)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    calls = [len(re.findall(name, text)) for name in (r"@__cudnn\$fmha", "@mosaic_gpu_v2")]
+    assert calls == [1, 2 * (jax.__version_info__[:2] == (0, 11))]
 
 
 def test_another_gpu_is_refused_by_name(monkeypatch):

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from rnnattn.attention.masking import keys_in_reach, rows_in_reach, visible
-from rnnattn.attention.placed import backward_on_xla, forward_on_xla, placed, with_sinks
+from rnnattn.attention.pallas import backward_where_faster
+from rnnattn.attention.placed import forward_on_xla, placed, with_sinks
 from rnnattn.attention.problem import Masking, Operands
 from rnnattn.checks import those_that_hold
 from rnnattn.dispatch import gpu_capability
@@ -265,7 +266,7 @@ def _backward(options, operands, masking, o, lse, do, dlse):
     B, T, M, G, K = q.shape
     wants_dbias = bias is not None and options.bias_gradient
     if options.lse_gradient or options.scale_gradient or not _serves_here(operands):
-        return backward_on_xla(options, operands, masking, o, lse, do, dlse)
+        return backward_where_faster(options, operands, masking, o, lse, do, dlse)
     given = _given(options, operands, masking)
     # NaN that comes back to a query that sees nothing meets weights of zero
     do = _only(given.queries, do)

@@ -57,9 +57,11 @@ def serves_here(operands):
 
     The measurements: benchmarks/README.md, "On a GPU".
     """
-    fewest = min(operands.query.shape[1], operands.key.shape[1])
+    q, _, v, _, bias, _ = operands
+    served = {q.shape[-1], v.shape[-1]} <= {*_WIDTHS} and bias is None
+    fewest = min(q.shape[1], operands.key.shape[1])
     measured = jax.__version_info__[:2] == (0, 11) and fewest >= _FEWEST
-    return measured and gpu_capability() == _HOPPER
+    return served and measured and gpu_capability() == _HOPPER
 
 
 def _hopper():
@@ -220,14 +222,14 @@ HALVES = _forward, _backward
 PALLAS = placed("rnnattn_attention_pallas", {"cuda": HALVES}, exported=True)
 
 
-def _forward_where_faster(options, operands, masking):
+def forward_where_faster(options, operands, masking):
     half = _forward if serves_here(operands) else forward_on_xla
     return half(options, operands, masking)
 
 
-def _backward_where_faster(options, operands, masking, *others):
+def backward_where_faster(options, operands, masking, *others):
     half = _backward if serves_here(operands) else backward_on_xla
     return half(options, operands, masking, *others)
 
 
-WHERE_FASTER = _forward_where_faster, _backward_where_faster
+WHERE_FASTER = forward_where_faster, backward_where_faster
