@@ -1,8 +1,4 @@
-# make run   trains the default experiment      make test   lint, types and tests
-#                                               make quick  lint, and the tests that are not slow
 # Each makes .venv first, once; running it again installs nothing.
-# make accelerators   what can be seen of GPUs and TPUs without one, in an environment of its own
-# make aarch64        a wheel of the kernels for AArch64, and their tests in an emulator
 
 PYTHON ?= python3
 CONFIG ?= lstm_digits
@@ -13,7 +9,19 @@ comma := ,
 venv := .venv/bin
 native := setup.py $(wildcard rnnattn/native/src/*)
 
-.PHONY: run test quick lint types format accelerators aarch64 clean
+.PHONY: help run test quick lint types format docs bench report accelerators aarch64 clean
+
+help:
+	@echo 'make run            trains the default experiment, CONFIG=NAME another one'
+	@echo 'make test           lint, types and all tests; EXTRAS=test,oracles beside live peers'
+	@echo 'make quick          lint, and the tests that are not slow'
+	@echo 'make docs           the site, into site/'
+	@echo 'make bench          the usual benchmarks, one round of small shapes'
+	@echo 'make report         every claim of the notes, measured: outputs/report/index.html'
+	@echo 'make format         ruff and clang-format'
+	@echo 'make accelerators   what can be seen of GPUs and TPUs without one'
+	@echo 'make aarch64        a wheel of the kernels for AArch64, and their tests in an emulator'
+	@echo 'make clean          removes what these made'
 
 run: .venv/installed-experiments
 	$(venv)/python -m experiments run $(CONFIG)
@@ -32,6 +40,15 @@ lint: .venv/installed-$(subst $(comma),-,$(EXTRAS))
 types: .venv/installed-$(subst $(comma),-,$(EXTRAS))
 	$(venv)/mypy
 
+docs: .venv/installed-docs
+	$(venv)/python -m mkdocs build --quiet --strict
+
+bench: .venv/installed-$(subst $(comma),-,$(EXTRAS))
+	$(venv)/python -m benchmarks all --quick
+
+report: .venv/installed-experiments
+	$(venv)/python -m experiments report
+
 format: .venv/installed-test
 	$(venv)/ruff format
 	$(venv)/ruff check --fix
@@ -48,6 +65,10 @@ compile_commands.json: .venv/installed-$(subst $(comma),-,$(EXTRAS))
 
 .venv/installed-experiments: .venv/python pyproject.toml $(native)
 	$(venv)/python -m pip install --quiet --disable-pip-version-check --editable '.[experiments]'
+	touch $@
+
+.venv/installed-docs: .venv/python pyproject.toml $(native)
+	$(venv)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	touch $@
 
 .venv/installed-$(subst $(comma),-,$(EXTRAS)): .venv/python pyproject.toml $(native)
@@ -86,4 +107,4 @@ aarch64: .venv/installed-test
 	PYTHON=$(venv)/python tests/aarch64.sh
 
 clean:
-	rm -rf .venv .venv-accelerators build dist *.egg-info rnnattn/native/*.so compile_commands.json .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-accelerators build dist site *.egg-info rnnattn/native/*.so compile_commands.json .pytest_cache .mypy_cache .ruff_cache

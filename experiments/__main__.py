@@ -96,7 +96,7 @@ class Report:
     full: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Run the full-size configs, some of which take minutes; by default, sizes of seconds."""
     readme: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Also update the table of claims in README.md and docs/notes.md; requires --full."""
+    """Also update README.md, docs/claims.md and docs/notes.md; requires --full."""
     pdf: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Also print the page to report.pdf; needs Chromium or Chrome."""
     output: Path = Path("outputs")
@@ -467,7 +467,7 @@ def _execute(study: Study, group: str) -> tuple[Path, Any]:
 
 def _report(command: Report) -> int:
     if command.readme and not command.full:
-        raise UsageError("--readme: the table in README.md is that of --full; give both")
+        raise UsageError("--readme: what README.md says is of --full; give both")
     from experiments.engine import processes
     from experiments.report import documents, page
 

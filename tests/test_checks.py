@@ -25,11 +25,13 @@ from tests import (
     test_attention,
     test_linear,
     test_meshes,
+    test_noise,
     test_packed,
     test_parallel,
     test_patches,
     test_position,
     test_recurrent,
+    test_ulysses,
 )
 from tests.test_interop import timm_weights
 
@@ -38,8 +40,10 @@ TABLES = [
     test_attention,
     test_linear,
     test_meshes,
+    test_noise,
     test_packed,
     test_parallel,
+    test_ulysses,
     test_patches,
     test_position,
     test_recurrent,

@@ -57,6 +57,7 @@ PARTS = {
 
 # The files of a primitive's folder, from the ground up: one imports those of its floor and below.
 FLOORS = [
+    {"noise"},
     {"unit"},
     {"problem", "units", "equations", "scaling", "masking", "dropout", "signature"},
     {
@@ -67,6 +68,7 @@ FLOORS = [
         "placed",
         "native",
         "pair",
+        "ulysses",
         "hopper",
         "pallas",
         "cudnn",

@@ -1,5 +1,9 @@
-"""What the repository itself says of the claims: the table in README.md, and docs/notes.md."""
+"""What the repository itself says of the claims.
 
+The table in docs/claims.md, how many have each verdict in README.md, and docs/notes.md.
+"""
+
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -9,6 +13,7 @@ from experiments.report.evidence import Claim, Verdict
 from experiments.report.page import Row
 
 START, END = "<!-- claims -->", "<!-- /claims -->"
+PAGE = "docs/claims.md"
 
 PARTS = {
     "L": "The LSTM",
@@ -30,13 +35,20 @@ that compares the two. What the notes leave out and the library needs is listed 
 This page is written by `python -m experiments report --full --readme`."""
 
 
-def readme_table(rows: Iterable[tuple[str, str, str, str]]) -> str:
-    """The table of claims for README.md, from each claim's id, title, verdict and experiment."""
+def claims_table(rows: Iterable[tuple[str, str, str, str]]) -> str:
+    """The table of docs/claims.md, from each claim's id, title, verdict and experiment."""
     lines = ["| | claim | verdict | tested by |", "|---|---|---|---|"]
     for id_, title, verdict, experiment in rows:
-        config = f"[`{experiment}`](configs/claims/{experiment}.toml)"
+        config = f"[`{experiment}`](../configs/claims/{experiment}.toml)"
         lines.append(f"| {id_} | {title} | {verdict} | {config} |")
     return "\n".join([START, *lines, END])
+
+
+def readme_counts(verdicts: Iterable[str]) -> str:
+    """The line of README.md: how many claims have each verdict."""
+    counts = Counter(verdicts).most_common()
+    said = ", ".join(f"{count} *{verdict}*" for verdict, count in counts)
+    return f"{START}\nOf {sum(count for _, count in counts)} claims: {said}.\n{END}"
 
 
 def notes_page(claims: Iterable[tuple[str, Claim, Verdict]]) -> str:
@@ -66,23 +78,26 @@ def statement(title: str, claim: Claim, verdict: Verdict) -> str:
 
 
 def update(root: Path, rows: Sequence[Row]) -> None:
-    """Write the rows' verdicts into README.md, between its markers, and docs/notes.md.
+    """Write the rows' verdicts into README.md and docs/claims.md, between markers, and the notes.
 
     Raises:
         UsageError: if the markers are not there, or a row has an error and hence no verdict.
     """
-    readme = root / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    if text.count(START) != 1 or text.count(END) != 1:
-        raise UsageError(f"{readme}: needs the markers {START} and {END}, once each")
     claims = [(row.title, row.claim, row.verdict) for row in rows if row.claim]
     if len(claims) < len(rows):
         failed = ", ".join(row.id for row in rows if row.claim is None)
-        raise UsageError(f"{readme}: stays as it is, as there is no verdict on {failed}")
+        raise UsageError(f"{root / PAGE}: stays as it is, as there is no verdict on {failed}")
+    table = claims_table((row.id, row.title, row.verdict, row.study.experiment) for row in rows)
+    said = {"README.md": readme_counts(verdict for *_, verdict in claims), PAGE: table}
+    pages = {name: _between_markers(root / name, new) for name, new in said.items()}
+    for name, text in {**pages, "docs/notes.md": notes_page(claims)}.items():
+        with written(root / name) as file:
+            file.write(text.encode())
+
+
+def _between_markers(path, new):
+    text = path.read_text(encoding="utf-8")
+    if text.count(START) != 1 or text.count(END) != 1:
+        raise UsageError(f"{path}: needs the markers {START} and {END}, once each")
     before, rest = text.split(START)
-    _, after = rest.split(END)
-    table = readme_table((row.id, row.title, row.verdict, row.study.experiment) for row in rows)
-    with written(readme) as file:
-        file.write((before + table + after).encode())
-    with written(root / "docs" / "notes.md") as file:
-        file.write(notes_page(claims).encode())
+    return before + new + rest.split(END)[1]

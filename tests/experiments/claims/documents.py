@@ -1,4 +1,4 @@
-"""What README.md and docs/notes.md say of the claims."""
+"""What docs/claims.md and docs/notes.md say of the claims."""
 
 import re
 from typing import Any
@@ -9,15 +9,15 @@ from experiments.report.evidence import Claim
 from experiments.report.page import typeset
 
 
-def readme_rows() -> list[tuple[str, str, str, str]]:
-    """Id, title, verdict and experiment of each row of README's table."""
-    text = (ROOT / "README.md").read_text()
+def rows_of_table() -> list[tuple[str, str, str, str]]:
+    """Id, title, verdict and experiment of each row of the table of claims."""
+    text = (ROOT / documents.PAGE).read_text()
     section = text.split(documents.START)[1].split(documents.END)[0]
     row = re.compile(r"\| (\w\d+) \| (.*) \| ([^|]+) \| \[`(\w+)`\]\(.*\) \|")
     return row.findall(section)
 
 
-VERDICTS: dict[str, Any] = {id_: verdict for id_, _, verdict, _ in readme_rows()}
+VERDICTS: dict[str, Any] = {id_: verdict for id_, _, verdict, _ in rows_of_table()}
 
 
 def assert_stated(title: str, claim: Claim) -> None:

@@ -23,7 +23,7 @@ from experiments.engine.training import TrainConfig, fit, make_optimizer
 from experiments.figures import new_figure
 from experiments.report import documents, evidence as claims, key, page as report
 from experiments.report.intervals import Exact, Interval
-from tests.experiments.claims.documents import readme_rows
+from tests.experiments.claims.documents import rows_of_table
 
 README = report.ROOT / "README.md"
 FOUND = {size.experiment.name: size.experiment for size in report.sizes(full=False)}
@@ -258,9 +258,10 @@ def test_an_inequality_is_shown_as_one(tmp_path):
     assert [e["relation"] for e in entry["evidence"]] == [">", "<"]
 
 
-def test_the_readme_has_every_claim_as_the_code_writes_it():
-    found = readme_rows()
-    assert documents.readme_table(found) in README.read_text()
+def test_the_table_has_every_claim_as_the_code_writes_it():
+    found = rows_of_table()
+    assert documents.claims_table(found) in (report.ROOT / documents.PAGE).read_text()
+    assert documents.readme_counts(verdict for _, _, verdict, _ in found) in README.read_text()
     serving = {
         (id_, title, name)
         for name, experiment in SERVING.items()
@@ -275,15 +276,17 @@ def test_the_notes_have_a_statement_for_each_claim_of_theirs():
     notes = (report.ROOT / "docs" / "notes.md").read_text()
     assert notes.startswith(documents.INTRODUCTION)
     ids = re.findall(r"^### (\w\d+) · ", notes, re.MULTILINE)
-    of_notes = [id_ for id_, *_ in readme_rows() if id_[0] in documents.PARTS]
+    of_notes = [id_ for id_, *_ in rows_of_table() if id_[0] in documents.PARTS]
     assert ids == [id_ for part in documents.PARTS for id_ in of_notes if id_[0] == part]
     assert len(ids) == claims.NOTES
 
 
-def test_the_readme_is_changed_between_its_markers_alone_and_the_notes_are_written(tmp_path):
+def test_pages_are_changed_between_their_markers_alone_and_the_notes_are_written(tmp_path):
     (tmp_path / "docs").mkdir()
-    file, notes = tmp_path / "README.md", tmp_path / "docs" / "notes.md"
-    file.write_text(f"before\n{documents.START}\nstale\n{documents.END}\nafter\n")
+    readme, notes = tmp_path / "README.md", tmp_path / "docs" / "notes.md"
+    file = tmp_path / documents.PAGE
+    for page in (file, readme):
+        page.write_text(f"before\n{documents.START}\nstale\n{documents.END}\nafter\n")
     said = claims.Claim("A1", "x = 1", "", (claims.equal("x", 1, Exact(1)),), note="Mind this.")
     printed = replace(said, id="L2", printed_equation="x = 2")
     missing = replace(said, id="P3", in_notes=False)
@@ -293,6 +296,7 @@ def test_the_readme_is_changed_between_its_markers_alone_and_the_notes_are_writt
     assert text.startswith(f"before\n{documents.START}\n|")
     assert text.endswith(f"{documents.END}\nafter\n")
     assert "stale" not in text and "| A1 | a1 |" in text and "| L2 | l2 |" in text
+    assert "Of 3 claims: 2 *holds*, 1 *missing in the notes*." in readme.read_text()
     section = {part[:2]: part for part in notes.read_text().split("\n### ")[1:]}
     assert "As printed and as tested" in section["A1"] and "*Holds.* Mind this." in section["A1"]
     assert section["L2"].index("x = 2") < section["L2"].index("As tested") < len(section["L2"])
