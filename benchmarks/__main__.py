@@ -18,7 +18,7 @@ from importlib import import_module
 from pathlib import Path
 
 USUAL = ("lstm", "attention", "rope", "vit", "units", "linear")
-MORE = ("sweep", "native", "sixteen_bits", "scaling", "devices", "visit")
+MORE = ("sweep", "attention_gpu", "native", "sixteen_bits", "scaling", "devices", "visit")
 WITH_RESULTS = ("lstm", "attention", "rope", "vit")  # which can write theirs
 QUICK = {
     "lstm": ["--shapes", "64,8,16,32"],

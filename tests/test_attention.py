@@ -1096,7 +1096,7 @@ def _bad_calls() -> dict[str, Any]:
         lambda: inspect.unwrap(update_cache)(cache, key, value)
     )
     i32, ids = jnp.int32, jnp.zeros((2, 3), jnp.int32)
-    implementations = "None, 'dense', 'blockwise', 'xla', 'native', 'cudnn' or 'tokamax'"
+    implementations = "None, 'dense', 'blockwise', 'xla', 'native', 'pallas', 'cudnn' or 'tokamax'"
     window = "`local_window_size` must be None, an integer of at least 0, or a pair of them, None "
     return {
         "dot_product_attention: `query` must be of shape (*B, T, N, K), got (4, 6)": (

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Real
 
 import rnnattn.attention.cudnn as cudnn
 import rnnattn.attention.native as native
+import rnnattn.attention.pallas as pallas
 import rnnattn.attention.xla as xla
 from rnnattn.attention.arguments import (
     checked,
@@ -69,12 +70,16 @@ def dot_product_attention(
             `jax.nn` hides the query's own key with it, other libraries mean all of a side.
         implementation: "dense" (all logits at once), "blockwise" (memory linear in T + S), "xla"
             (the better of the two, blockwise from 2¹⁶ logits for each head on), "native" (kernels
-            for a CPU, see `rnnattn.native`; no float64, no dropout); "cudnn" and "tokamax" hand
-            the call over to `jax.nn` and to tokamax, for what they can serve, with their own
-            gradients and rules for rows that see nothing; None chooses: "native" on a CPU where it
-            can serve; in 16 bits, on one NVIDIA GPU and in a program that is not exported, cuDNN
-            where it can (`rnnattn.attention.cudnn`: as all that is said here, but that it rounds
-            the weights to 16 bits before their product with the values); else "xla".
+            for a CPU, see `rnnattn.native`; no float64, no dropout), "pallas" (kernels for one
+            Hopper GPU, and XLA elsewhere: `rnnattn.attention.hopper`; 16 bits, widths of 64 and
+            128, no mask, bias or dropout; as all that is said here, but that weights are rounded to
+            16 bits before their product with the values, and a value of ∞ that a query sees makes
+            its output NaN); "cudnn" and "tokamax" hand the call over to `jax.nn` and to tokamax,
+            for what they can serve, with their own gradients and rules for rows that see nothing;
+            None chooses: "native" on a CPU where it can serve; in 16 bits, on one NVIDIA GPU and in
+            a program that is not exported, cuDNN where it can (`rnnattn.attention.cudnn`, which
+            rounds the weights, too), or "pallas" where it can, from 256 queries and keys on and
+            with jax 0.11, as it was measured; else "xla".
         return_residual: also return the log-sum-exp L, (B, T, N), in float32 for 16-bit inputs and
             with a true gradient, where that of `jax.nn` has the key's dtype and none for L.
         query_offset: a number or (B,): query t stands at position t + offset among the keys. A
@@ -189,6 +194,9 @@ def call(function, rule, arguments, schedule=None):
     if name == "native":
         unserved = native.unserved(arrays.query, arrays.value, options)
         Check(function).served(name, unserved)
+    if name == "pallas":
+        unserved = pallas.unserved(arrays, options) or pallas.unserved_here()
+        Check(function).served(name, unserved)
     results = run(function, rule, arrays, options, request, schedule)
     return results[0] if len(results) == 1 else results
 
@@ -198,9 +206,7 @@ def run(function, rule, arrays, options, request, schedule=None):
     if request.return_weights:
         rule = with_weights
     if schedule is None:
-        schedule = _suited(arrays, options, request)
-    if schedule in (cudnn.CUDNN, _IN_16_BITS):
-        options = options._replace(scale=cudnn.known_scale(arrays))
+        schedule, options = _suited(arrays, options, request)
     if isinstance(arrays.query_offset, int) and arrays.query_offset == 0:
         arrays = arrays._replace(query_offset=None)  # a constant, which nobody has to send
     wanted = (True, request.return_residual, request.return_weights)
@@ -208,25 +214,39 @@ def run(function, rule, arrays, options, request, schedule=None):
         return _run_attention(function, rule, schedule, options, wanted, arrays)
 
 
-# By the kernels for a CPU or by cuDNN, where both serve.
-_IN_16_BITS = placed("rnnattn_attention_16_bits", {"cpu": native.HALVES, "cuda": cudnn.HALVES})
+# By whether the kernels for a CPU serve, and what of a GPU does.
+_CHOSEN = {
+    (True, None): native.NATIVE,
+    (False, "cudnn"): cudnn.CUDNN,
+    (True, "cudnn"): placed(
+        "rnnattn_attention_16_bits", {"cpu": native.HALVES, "cuda": cudnn.HALVES}
+    ),
+    (False, "pallas"): placed("rnnattn_attention_on_gpu", {"cuda": pallas.WHERE_FASTER}),
+    (True, "pallas"): placed(
+        "rnnattn_attention_by_kernels", {"cpu": native.HALVES, "cuda": pallas.WHERE_FASTER}
+    ),
+}
 
 
 def _suited(arrays, options, request):
-    """The schedule that serves a call, and is the fastest where the choice is ours."""
+    """The schedule that serves a call, and is the fastest where the choice is ours; its options."""
     T, S = arrays.query.shape[-3], arrays.key.shape[-3]
     name, empty = request.implementation, arrays.query.size * arrays.key.size == 0
     if name == "dense" or request.return_weights or empty:
-        return xla.DENSE
+        return xla.DENSE, options
     if name == "blockwise":
-        return xla.BLOCKWISE
+        return xla.BLOCKWISE, options
+    if name == "pallas":
+        return pallas.PALLAS, options
     # Where they serve, the kernels are the faster at all sizes measured (benchmarks/README.md,
     # "When they run").
     by_cpu = name != "xla" and not native.unserved(arrays.query, arrays.value, options)
-    by_gpu = name is None and not cudnn.unserved(arrays, options)
-    if by_cpu:
-        return _IN_16_BITS if by_gpu else native.NATIVE
-    return cudnn.CUDNN if by_gpu else xla.by_size(T, S)
+    by_gpu = None
+    if name is None and not cudnn.unserved(arrays, options):
+        by_gpu, options = "cudnn", options._replace(scale=cudnn.known_scale(arrays))
+    elif name is None and not pallas.unserved(arrays, options):
+        by_gpu = "pallas"
+    return _CHOSEN.get((by_cpu, by_gpu)) or xla.by_size(T, S), options
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))

@@ -132,8 +132,7 @@ class Softmax(NamedTuple):
         """After further keys."""
         s, v, z = scores.s, scores.value, scores.z
         peak = jnp.maximum(self.peak, lax.stop_gradient(jnp.max(s, -1, initial=-jnp.inf)))
-        p = jnp.exp(s - _finite(peak)[..., None])
-        shrink = jnp.exp(self.peak - _finite(peak))
+        p, shrink = rescaled(s, self.peak, peak)
         seen = over_keys(drop(p, z), v)
         return Softmax(
             peak,
@@ -146,7 +145,18 @@ class Softmax(NamedTuple):
         empty = self.peak == -jnp.inf
         total = jnp.where(empty, 1, self.total)
         lse = jnp.where(empty, -jnp.inf, _finite(self.peak) + jnp.log(total))
-        return self.weighted / total[..., None], lse
+        return self.weighted / along_rows(total, self.weighted.shape), lse
+
+
+def rescaled(s, before, peak, exp=jnp.exp):
+    """e^(s − peak), and by what sums shrink whose largest s was `before`."""
+    largest = _finite(peak)
+    return exp(s - along_rows(largest, s.shape)), exp(before - largest)
+
+
+def along_rows(x, shape):
+    """A number of each row (…) on an array (…, columns): kernels on a GPU have no axes of 1."""
+    return lax.broadcast_in_dim(x, shape, tuple(range(x.ndim)))
 
 
 def _finite(peak):
@@ -172,9 +182,9 @@ def weights(s, lse):
     return jnp.exp(s - _lse_for_exp(lse)[..., None])
 
 
-def logits_gradient(p, dp, delta, dlse):
-    """dS, the gradient of the logits after bias and masks."""
-    return p * (dp - (delta - dlse)[..., None])
+def logits_gradient(p, dp, delta):
+    """dS, the gradient of the logits after bias and masks, from Δ − dL of each row."""
+    return p * (dp - delta)
 
 
 def cap_gradient(ds, s, soft_cap):
@@ -219,7 +229,7 @@ def block_gradient(options, scale, scores, lse, delta, do, dlse):
     do, delta, dlse = (only_seeing(sees, x) for x in (do, delta, dlse))
     p = weights(s, lse)
     dv = over_queries(drop(p, z), do)
-    dbias = logits_gradient(p, drop(against_keys(do, v), z), delta, dlse)
+    dbias = logits_gradient(p, drop(against_keys(do, v), z), along_rows(delta - dlse, p.shape))
     ds = cap_gradient(dbias, capped, options.soft_cap)
     dscale = sum_to(ds * product, scale.shape) if options.scale_gradient else None
     ds = scale * ds

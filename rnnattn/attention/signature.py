@@ -16,7 +16,7 @@ from typing import (
 
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-Implementation = Literal["dense", "blockwise", "xla", "native", "cudnn", "tokamax"]
+Implementation = Literal["dense", "blockwise", "xla", "native", "pallas", "cudnn", "tokamax"]
 Window = SupportsIndex | Sequence[SupportsIndex | None]
 
 
