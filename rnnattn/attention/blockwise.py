@@ -220,9 +220,9 @@ class _Visits(NamedTuple):
         """`visit(j, carry)` of each block."""
         if self.some is None:
             return lax.fori_loop(self.first, self.past, visit, start)
-        order = jnp.argsort(~self.some, stable=True)
+        order = jnp.argsort(~self.some, stable=True).astype(jnp.int32)
         count = jnp.sum(self.some, dtype=jnp.int32)
-        return lax.fori_loop(0, count, lambda n, carry: visit(order[n], carry), start)
+        return lax.fori_loop(jnp.int32(0), count, lambda n, carry: visit(order[n], carry), start)
 
     def include(self, j):
         return (self.first <= j) & (j < self.past) if self.some is None else self.some[j]

@@ -115,7 +115,7 @@ def _form(jaxpr):
 def in_order(function, floats, others):
     """What a function closes over, from what has a gradient and what has none."""
     floats, others = iter(floats), iter(others)
-    return [next(floats if is_float(var) else others) for var in function.jaxpr.constvars]
+    return [next(floats if is_float(var.aval) else others) for var in function.jaxpr.constvars]
 
 
 def is_float(x):
