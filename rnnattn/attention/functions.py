@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rnnattn.precision import varying_together
+
 _PLACES = ("b", "n", "t", "s")
 
 
@@ -35,11 +37,9 @@ class Traced:
         return self._hash
 
     def __call__(self, arrays, *arguments):
-        from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
-
         dtypes = [var.aval.dtype for var in self.jaxpr.constvars]
         arrays = [x.astype(dtype) for x, dtype in zip(arrays, dtypes, strict=True)]
-        return jaxpr_as_fun(ClosedJaxpr(self.jaxpr, arrays))(*arguments)[0]
+        return _run(self.jaxpr, arrays, arguments)[0]
 
 
 def trace(check, name, function, dtype=None):
@@ -58,6 +58,41 @@ def trace(check, name, function, dtype=None):
     expected = f"a function that gives {wanted.name} of the shape of its arguments, ()"
     check(holds, name, expected, shown)
     return Traced(closed.jaxpr), tuple(map(jnp.asarray, closed.consts))
+
+
+def _run(jaxpr, arrays, arguments):
+    """The steps again, on arrays that in `jax.shard_map` may vary where traced ones did not."""
+    values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*arrays, *arguments), strict=True))
+    read = lambda var: var.val if _is_literal(var) else values[var]
+    for step in jaxpr.eqns:
+        given = varying_together([read(var) for var in step.invars])
+        primitive = step.primitive
+        if primitive.name in ("jit", "pjit"):
+            found = _run(step.params["jaxpr"].jaxpr, step.params["jaxpr"].consts, given)
+        elif primitive.name in ("pvary", "pcast"):  # they have been
+            found = given
+        elif "call_jaxpr" in step.params:  # a custom rule's
+            found = _alone(jaxpr, step)(*given)
+        else:
+            found = primitive.bind(*given, **step.params)
+            found = found if primitive.multiple_results else [found]
+        values.update(zip(step.outvars, found, strict=True))
+    return [read(var) for var in jaxpr.outvars]
+
+
+def _alone(jaxpr, step):
+    """One step of a function as a function of all that it reads."""
+    from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+
+    variables = list(dict.fromkeys(var for var in step.invars if not _is_literal(var)))
+    shape = {"constvars": [], "invars": variables, "outvars": step.outvars, "eqns": [step]}
+    one = ClosedJaxpr(jaxpr.replace(**shape), [])
+
+    def run(*given):
+        places = {id(var): x for var, x in zip(step.invars, given, strict=True)}
+        return jaxpr_as_fun(one)(*(places[id(var)] for var in variables))
+
+    return run
 
 
 def _is_literal(var):
@@ -129,13 +164,9 @@ def _over_block(function, arrays, places, *logits):
     """
     b, n, t, s = places
     reads_b, reads_n, reads_t, reads_s = function.reads
-    by_row = reads_t and t.shape[0] > 1
-    given = [
-        b if reads_b else b[0],
-        n if reads_n else n[0, 0],
-        t if by_row else t[0] if reads_t else t[0, 0],
-        s if reads_s else s[0],
-    ]
+    by_row = reads_t and t.shape[0] != 1
+    places = (b, n, t if by_row else t.reshape(-1), s)
+    given = [x if read else jnp.int32(0) for x, read in zip(places, function.reads, strict=True)]
     axes = [
         (reads_b, False, by_row, False),
         (False, reads_n, False, False),
