@@ -1,9 +1,9 @@
 """Who may see whom, and what logits become, as functions of places.
 
-For `mask_function` and `score_function` of `rnnattn.dot_product_attention`: b counts the rows of the
-batch, n the query heads, t is the position of a query among the keys, `query_offset` counted in, and
-s that of a key; all are integers that broadcast. Masks compose with `&`, `|` and `~`, with one
-another and with functions of one's own:
+For `mask_function` and `score_function` of `rnnattn.dot_product_attention`: b counts the rows of
+the batch, n the query heads, t is the position of a query among the keys, `query_offset` counted
+in, and s that of a key; all are integers that broadcast. Masks compose with `&`, `|` and `~`, with
+one another and with functions of one's own:
 
     causal() & (window(left=1024) | sinks(4)) & document(ids)
 
@@ -247,9 +247,7 @@ def prefix(lengths: Int[Array, "..."] | int) -> Mask:
     return Prefix(jnp.asarray(lengths, jnp.int32))
 
 
-def document(
-    query_ids: Int[Array, "..."], key_ids: Int[Array, "..."] | None = None
-) -> Mask:
+def document(query_ids: Int[Array, "..."], key_ids: Int[Array, "..."] | None = None) -> Mask:
     """Keys of a query's own document, where the ids of both are the same.
 
     Args:

@@ -24,6 +24,7 @@ from rnnattn.parallel import ring_attention
 from tests import (
     test_attention,
     test_linear,
+    test_masks,
     test_meshes,
     test_packed,
     test_parallel,
@@ -37,6 +38,7 @@ LIBRARY = Path(rnnattn.__file__).parent
 TABLES = [
     test_attention,
     test_linear,
+    test_masks,
     test_meshes,
     test_packed,
     test_parallel,

@@ -179,9 +179,7 @@ def with_functions_of(function, floats, others, **options):
     """`slopes` and `table` are closed over."""
     floats = dict(floats)
     score = partial(a_score, floats.pop("slopes"), floats.pop("table"))
-    return function(
-        **floats, **others, mask_function=mask_of_all, score_function=score, **options
-    )
+    return function(**floats, **others, mask_function=mask_of_all, score_function=score, **options)
 
 
 def dense_reference(floats, others, *, return_residual):
@@ -278,9 +276,7 @@ def test_dropout_drops_the_same_weights(small_blocks):  # noqa: F811
     options |= {"mask_function": masks.dilated(2)}
     case = case_of()
     expected = value_and_gradients(case, reference.dot_product_attention, **options)
-    actual = value_and_gradients(
-        case, dot_product_attention, **options, implementation="blockwise"
-    )
+    actual = value_and_gradients(case, dot_product_attention, **options, implementation="blockwise")
     assert_same(actual, expected)
 
 
@@ -424,7 +420,9 @@ def test_a_function_that_does_the_same_is_compiled_once():
 
     first = call(1.0)
     compilations: list[str] = []
-    listener = lambda event, *_, **__: compilations.append(event) if "backend_compile" in event else None
+    listener = lambda event, *_, **__: (
+        compilations.append(event) if "backend_compile" in event else None
+    )
     jax.monitoring.register_event_duration_secs_listener(listener)
     try:
         second = call(3.0)
@@ -641,8 +639,8 @@ WRONG: dict[str, Any] = {
             *(X[0], X[0], X[0]), jnp.array([0, 3]), mask_function=masks.causal()
         )
     ),
-    "masks.window: `left` must be an integer of at least 0, or None, got -1": lambda: (
-        masks.window(-1)
+    "masks.window: `left` must be an integer of at least 0, or None, got -1": lambda: masks.window(
+        -1
     ),
     "masks.window: `right`": lambda: masks.window(right=-1),
     "masks.prefix: `lengths` must be of integers": lambda: masks.prefix(jnp.ones(2)),
@@ -673,6 +671,10 @@ WRONG: dict[str, Any] = {
         jnp.ones((8, 1)), max_distance=2
     ),
 }
+
+
+def _bad_calls():
+    return WRONG
 
 
 @pytest.mark.parametrize("message", WRONG)

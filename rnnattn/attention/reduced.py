@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from rnnattn.attention.masking import key_range
 from rnnattn.attention.problem import Masking, Options
-from rnnattn.masks import And, Causal, Document, Mask, Not, Or, Prefix, Sinks, Window
+from rnnattn.masks import And, Causal, Document, Not, Or, Prefix, Sinks, Window
 
 
 def reduced(check, arrays, options):
@@ -92,7 +92,7 @@ def _with_segments(arrays, document):
     )
 
 
-# ------------------------------------------------------------------------------------ ranges of keys
+# ----------------------------------------------------------------------------------- ranges of keys
 
 
 def _sides(mask):
