@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -64,13 +64,15 @@ class Mask:
         return Not(self)
 
 
-def _tree(cls):
-    """A frozen dataclass as a pytree of its fields, but for those marked as static."""
-    return jax.tree_util.register_dataclass(dataclass(frozen=True, eq=False, repr=False)(cls))
-
-
 def _static() -> Any:
+    """A field that is no array."""
     return field(metadata={"static": True})
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(_static,))
+def _tree(cls):
+    """A frozen dataclass as a pytree of its fields, but for those that are static."""
+    return jax.tree_util.register_dataclass(dataclass(frozen=True, eq=False, repr=False)(cls))
 
 
 @_tree
@@ -393,12 +395,13 @@ def _by_distance(table, bidirectional, max_distance):
     """The table's rows for s − t from −max_distance to max_distance."""
     distance = jnp.arange(-max_distance, max_distance + 1, dtype=jnp.int32)
     buckets = table.shape[0]
+    side = jnp.zeros_like(distance)
     if bidirectional:
         buckets //= 2
         side = jnp.where(distance > 0, buckets, 0)
         distance = jnp.abs(distance)
     else:
-        side, distance = 0, jnp.maximum(-distance, 0)
+        distance = jnp.maximum(-distance, 0)
     # as far as `exact` each distance has its own, and then they grow with its logarithm
     exact = buckets // 2
     ratio = jnp.log(jnp.maximum(distance, exact).astype(jnp.float32) / exact)

@@ -407,7 +407,7 @@ def _everything() -> _Case:
         sinks=draw(N).at[1].set(-jnp.inf),
         dropout_key=jax.random.key(0),
     )
-    functions = {
+    functions: Any = {
         "mask_function": lambda b, n, t, s: (s + t + n) % 7 > 0,
         "score_function": partial(_bent, jnp.array([0.7, 1.2, -0.4, 0.9])),
     }

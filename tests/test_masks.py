@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import rnnattn
-from rnnattn import dot_product_attention, masks, reference
+from rnnattn import masks, reference
 from rnnattn.attention import dot_product_attention_jvp, native
 from rnnattn.attention.arguments import checked, sorted_arguments, with_functions
 from tests.attention_cases import (
@@ -28,6 +28,7 @@ from tests.attention_cases import (
     value_and_gradients,
 )
 
+dot_product_attention: Any = rnnattn.dot_product_attention
 B, T, S, N = 3, 7, 10, 4  # of `make_case`
 ints = partial(jnp.array, dtype=jnp.int32)
 IDS = ints([[0, 0, 1, 1, 1, 2, 2, 2, 2, 3], [1] * 10, [4, 4, 4, 5, 5, 0, 0, 7, 8, 8]])

@@ -99,9 +99,9 @@ def dot_product_attention(
             which compose. Blocks in which it shows nothing are skipped. Where such a mask comes
             down to causality, a window, segments or a range of keys for each query, as a prefix
             does, it is run as these are, by the kernels, too; else on XLA.
-        score_function: (logit, b, n, t, s) → logit, of the logits after bias, before masks; likewise
-            traced once, on a number in the dtype that sums have. On XLA. To have finite gradients
-            it has to be finite for hidden keys, too.
+        score_function: (logit, b, n, t, s) → logit, of the logits after bias, before masks;
+            likewise traced once, on a number in the dtype that sums have. On XLA. To have finite
+            gradients it has to be finite for hidden keys, too.
     Returns:
         The output (B, T, N, V) in the dtype of `value`; a tuple with L and the weights after it, if
         they are asked for. A query that may see no key gets zeros, and L = −∞ (its sink, if there
@@ -112,12 +112,12 @@ def dot_product_attention(
     Gradient:
         With respect to query, key, value, bias, sinks, an array `scale` and what `score_function`
         closes over, from cotangents of the output and L; kept are these, the output and L, and the
-        weights are computed again; the rest of the arguments are constants. Whatever hides (lengths, masks, segments, causality,
-        a window, offsets): a key or value that no query of its row may see, a query that may see no
-        key, and what comes back to the output of one, reach nothing, even if they are NaN or ∞, and
-        get gradients of zero. What comes back to L of such a query goes to its sink, if there is
-        one. The gradient can be differentiated
-        again, in reverse and forward mode, in linear memory where the schedule is. `jax.jvp` of the
+        weights are computed again; the rest of the arguments are constants. Whatever hides
+        (lengths, masks, segments, causality, a window, offsets): a key or value that no query of
+        its row may see, a query that may see no key, and what comes back to the output of one,
+        reach nothing, even if they are NaN or ∞, and get gradients of zero. What comes back to L
+        of such a query goes to its sink, if there is one. The gradient can be differentiated again,
+        in reverse and forward mode, in linear memory where the schedule is. `jax.jvp` of the
         function itself raises a TypeError ("can't apply forward-mode autodiff (jvp) to a custom_vjp
         function"): that is what `rnnattn.attention.dot_product_attention_jvp` is for.
     Example:

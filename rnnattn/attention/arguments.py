@@ -190,7 +190,9 @@ def with_functions(function, arrays, options):
         return arrays, options
     check = Check(function)
     arrays, options = reduced(check, arrays, options)
-    floats, of_mask, of_score = [], (), []
+    floats: list[Any] = []
+    of_score: list[Any] = []
+    of_mask: tuple[Any, ...] = ()
     mask, score = options.mask_function, options.score_function
     if mask is not None:
         mask, of_mask = trace(check, "mask_function", mask)

@@ -7,9 +7,9 @@ and weighted sum; backward, the weights are computed again from the log-sum-exp:
     backward  per block: s, P, dP, dS, dv, dk, dq
 
 Blocks that positions, windows, lengths or segments rule out are skipped, and so are those in which
-a mask function shows nothing, which is found out beforehand, block by block. The last block of either
-kind ends where the sequence ends and so may begin within the one before it; what it shares with
-that one is not counted again.
+a mask function shows nothing, which is found out beforehand, block by block. The last block of
+either kind ends where the sequence ends and so may begin within the one before it; what it shares
+with that one is not counted again.
 
 `forward` is the same schedule with a rule for tangents; the transpose of that rule, which JAX
 makes, is the gradient again, so that every order and mode keeps the memory linear.
@@ -347,8 +347,8 @@ def _backward_blocks(options, operands, masking, kept, cotangents, shared, head=
         def key_block(j, gradient):
             dq, dk, dv, dscale, dbias, darrays = gradient
             scores = _scores(options, grid, of_i, masking_i, i, j)
-            block = _block(grid, of_i, masking_i, i, j)
-            added = block_gradient(options, *block, scores, lse, delta, do, dlse)
+            of_ij, places = _block(grid, of_i, masking_i, i, j)
+            added = block_gradient(options, of_ij, places, scores, lse, delta, do, dlse)
             dk = grid.keys.add(dk, added.key, j, 2)
             dv = grid.keys.add(dv, added.value, j, 2)
             if dscale is not None:

@@ -12,7 +12,7 @@ row:
 
     dv = (P ∘ Z)ᵀ dO          dP = Z ∘ (dO vᵀ)
     dS = P ∘ (dP − Δ + dL)    dsink = Σ e^(sink − L) (dL − Δ)
-    dS ← f′ dS                dbias = dS            f′ by JAX, with what f closes over
+    dS ← ∂f dS                dbias = dS            ∂f by JAX, with what f closes over
     dS ← dS (1 − (s / c)²)    s the capped logits                dscale = Σ dS ∘ q kᵀ
     dS ← scale · dS
     dq = dS k                 dk = dSᵀ q

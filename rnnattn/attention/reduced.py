@@ -6,6 +6,7 @@ a look at each pair. What cannot be said by these stays a function.
 
 import math
 from functools import partial, reduce
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,9 @@ from rnnattn.masks import And, Causal, Document, Not, Or, Prefix, Sinks, Window
 def reduced(check, arrays, options):
     """The arguments, whose mask function is left with what has no other words."""
     _check_arrays(check, arrays, options.mask_function)
-    documents, ranges, rest = [], [], []
+    documents: list[Any] = []
+    ranges: list[Any] = []
+    rest: list[Any] = []
     for mask in _all_of(options.mask_function):
         if isinstance(mask, Causal):
             options = options._replace(is_causal=True)
