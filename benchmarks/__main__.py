@@ -12,18 +12,27 @@
 import argparse
 import json
 import os
-import runpy
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
-USUAL = ("lstm", "attention", "rope", "vit", "units", "linear")
-MORE = ("gru", "sweep", "inference", "native", "sixteen_bits", "scaling", "devices", "visit")
-QUICK = {"lstm": ["--shapes", "64,8,16,32"], "attention": ["--shapes", "2,128,2,32,causal"]}
+USUAL = ("lstm", "attention", "masks", "rope", "vit", "units", "linear")
+MORE = ("sweep", "native", "sixteen_bits", "scaling", "devices", "visit")
+WITH_RESULTS = ("lstm", "attention", "rope", "vit")  # which can write theirs
+QUICK = {
+    "lstm": ["--shapes", "64,8,16,32"],
+    "attention": ["--shapes", "2,128,2,32,causal"],
+    "masks": ["--T", "256", "--heads", "2", "--rounds", "3"],
+    "rope": ["--shapes", "2,128,2,32"],
+    "vit": ["--shapes", "4,16,4,64,2"],
+    "units": ["--shapes", "16,4,8,16"],
+    "linear": ["--shapes", "1,256,16"],
+}
 
 
 def parse(argv=None):
-    names = [*USUAL, *(n for n in MORE if Path(__file__).with_name(f"{n}.py").exists())]
+    names = [*USUAL, *MORE]
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=__doc__,
@@ -47,8 +56,9 @@ def run_all(parser, options):
     failed = []
     for name in USUAL:
         command = [sys.executable, "-m", f"benchmarks.{name}"]
-        command += ["--rounds", "1", *QUICK.get(name, [])] if args.quick else []
-        command += ["--output", str(args.output / f"{name}.json")] if args.output else []
+        command += ["--rounds", "1", *QUICK[name]] if args.quick else []
+        if args.output and name in WITH_RESULTS:
+            command += ["--output", str(args.output / f"{name}.json")]
         print(f"\n== {name}", flush=True)
         if subprocess.run(command).returncode:
             failed.append(name)
@@ -100,7 +110,7 @@ def _read(parser, path):
         results = json.loads(path.read_text())
         cells(results)
     except (OSError, ValueError, KeyError, TypeError):
-        parser.error(f"{path} is no file of results of `lstm` or `attention`")
+        parser.error(f"{path} has no results of {', '.join(WITH_RESULTS)}")
     return results
 
 
@@ -113,7 +123,7 @@ def main(argv=None):
     if args.name == "compare":
         return compare(parser, args.options)
     sys.argv = [f"benchmarks/{args.name}.py", *args.options]
-    runpy.run_module(f"benchmarks.{args.name}", run_name="__main__")
+    import_module(f"benchmarks.{args.name}").main()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Attention to a sequence that lies on several devices: `ring_attention`, and orders for it.
 
-How keys and values travel, and what is computed where: `rnnattn.attention.ring`.
+How keys and values travel, and what is computed where: `rnnattn.attention.ring`, and for the other
+method, which exchanges heads for time, `rnnattn.attention.ulysses`.
 
 Axes: B batch, T queries, S keys, N query heads, M key/value heads, K head width, V value width.
 """
@@ -14,13 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int, Shaped
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Real, Shaped
 
-from rnnattn.attention.arguments import Arrays, checked, sorted_arguments
+import rnnattn.attention.api as api
+from rnnattn.attention.arguments import Arrays, Request, broadcasts, checked, sorted_arguments
+from rnnattn.attention.dropout import dropout_keys
 from rnnattn.attention.ring import IN_ORDER, attend_to_parts, ring_of, stops_of, zigzag_order
+from rnnattn.attention.rule import attend
 from rnnattn.attention.signature import Window
-from rnnattn.checks import Check
+from rnnattn.attention.ulysses import attend_by_heads
+from rnnattn.checks import Check, those_that_hold
 
 
 class RingOptions(TypedDict, total=False):
@@ -31,6 +36,9 @@ class RingOptions(TypedDict, total=False):
     batch_axis_name: str | Sequence[str] | None
     head_axis_name: str | Sequence[str] | None
     layout: Literal["contiguous", "zigzag"]
+    method: Literal["ring", "ulysses"] | None
+    bias: Real[Array, "..."] | None
+    mask: Bool[Array, "..."] | None
     scale: float | Float[Array, "..."] | None
     is_causal: bool
     query_seq_lengths: Int[Array, " B"] | None
@@ -39,6 +47,9 @@ class RingOptions(TypedDict, total=False):
     query_segment_ids: Int[Array, "B T"] | None
     key_value_segment_ids: Int[Array, "B S"] | None
     logits_soft_cap: float | None
+    sinks: Float[Array, " N"] | None
+    dropout_rate: float
+    dropout_key: PRNGKeyArray | None
 
 
 @overload
@@ -84,6 +95,9 @@ def ring_attention(
     batch_axis_name: str | Sequence[str] | None = None,
     head_axis_name: str | Sequence[str] | None = None,
     layout: Literal["contiguous", "zigzag"] = "contiguous",
+    method: Literal["ring", "ulysses"] | None = None,
+    bias: Real[Array, "..."] | None = None,
+    mask: Bool[Array, "..."] | None = None,
     scale: float | Float[Array, "..."] | None = None,
     is_causal: bool = False,
     query_seq_lengths: Int[Array, " B"] | None = None,
@@ -93,6 +107,9 @@ def ring_attention(
     query_segment_ids: Int[Array, "B T"] | None = None,
     key_value_segment_ids: Int[Array, "B S"] | None = None,
     logits_soft_cap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: PRNGKeyArray | None = None,
 ) -> Any:
     """`rnnattn.dot_product_attention` with T and S spread over the devices of a mesh axis.
 
@@ -115,7 +132,15 @@ def ring_attention(
             balanced, by moving q, k, v and the result once; with many layers it is cheaper to
             reorder the tokens instead. A window to the left balances the work as it is, and then
             nothing is moved.
+        method: "ring", keys and values travel; or "ulysses", heads change places with time, for
+            which D has to divide N: each device then has all of T and S for N/D heads. That serves
+            every option, and sends less where there are as many heads of keys as of queries. None
+            is "ring", but "ulysses" with a bias, a mask, sinks or dropout, which only that serves.
+        bias, mask: (B, N, T, S), or what broadcasts to that. Within `jax.shard_map` T is that of
+            the part, S of the whole. For a device they are best cut along T, as a query is.
         local_window_size: as there. Keys go no further round than the window makes them.
+        sinks, dropout_rate, dropout_key: as there; what is dropped is the same on any number of
+            devices, but within `jax.shard_map`, where rows are counted from the first of the part.
         scale, is_causal, query_seq_lengths, key_value_seq_lengths, return_residual,
             query_segment_ids, key_value_segment_ids, logits_soft_cap: as there.
     Returns:
@@ -126,11 +151,12 @@ def ring_attention(
             not divide what is cut along it (twice the devices, where a device takes two chunks);
             the message says which, what was expected and what came.
     Gradient:
-        With respect to query, key, value and an array `scale`, from cotangents of the output and L.
-        Kept are each device's part of these and of the output and L; the weights are computed
-        again while keys and values go round once more, their gradients behind them. `jax.jvp` of
-        this gradient works, and so do Hessian-vector products of that kind; reverse mode over it
-        is refused by JAX, and so is `jax.jvp` of the function itself.
+        With respect to query, key, value, bias, sinks and an array `scale`, from cotangents of the
+        output and L. Kept are each device's part of these and of the output and L; round a ring the
+        weights are computed again while keys and values go round once more, their gradients behind
+        them. `jax.jvp` of this gradient works, and so do Hessian-vector products of that kind;
+        reverse mode over it is refused by JAX for a ring, and so is `jax.jvp` of the function
+        itself.
     Example:
         >>> from jax.sharding import NamedSharding, PartitionSpec as P
         >>> mesh = jax.make_mesh((jax.device_count(),), ("sequence",))
@@ -153,14 +179,27 @@ def ring_attention(
         query_segment_ids=query_segment_ids,
         key_value_segment_ids=key_value_segment_ids,
         logits_soft_cap=logits_soft_cap,
+        sinks=sinks,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
     )
     arrays, options = checked(check.function, *arguments)
+    for argument, x in (("query", arrays.query), ("key", arrays.key)):
+        check(x.ndim == 4 and x.size > 0, argument, "of four axes, none of them empty", x.shape)
+    of_logits = {"bias": bias, "mask": mask}
+    by_heads = _chosen(check, method, arrays, options, of_logits) == "ulysses"
     if axis_name in jax.sharding.get_abstract_mesh().manual_axes:
         outside = (mesh, batch_axis_name, head_axis_name) != (None, None, None)
         expected = "None within `jax.shard_map`"
         names = "mesh, batch_axis_name, head_axis_name"
         check(not outside, names, expected, "one that is given")
-        ring, exchanged = ring_of(axis_name, lax.axis_size(axis_name), layout, options)
+        devices = lax.axis_size(axis_name)
+        arrays = _with_logits(check, arrays, of_logits, devices)
+        if by_heads:
+            _check_heads(check, arrays, layout, devices)
+            out, lse = _attend_by_heads(axis_name, devices, options, _with_keys(options, arrays))
+            return (out, lse) if return_residual else out
+        ring, exchanged = ring_of(axis_name, devices, layout, options)
         _check_parts(check, arrays, layout, ring)
         T, S = (x.shape[1] * ring.devices for x in (arrays.query, arrays.key))
         ring = ring._replace(stops=stops_of(ring, options, T, S))
@@ -169,9 +208,17 @@ def ring_attention(
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     axes = _Axes(_axis_names(batch_axis_name), (axis_name,), _axis_names(head_axis_name))
     _check_mesh(check, mesh, axes)
+    arrays = _with_logits(check, arrays, of_logits, 1)
     ring, exchanged = ring_of(axis_name, mesh.shape[axis_name], layout, options)
+    if by_heads:
+        ring, exchanged = ring._replace(chunks=1), False
     _check_division(check, arrays, mesh, axes, layout, ring)
-    out, lse = _run_ring(mesh, axes, ring, exchanged, options, arrays)
+    if by_heads:
+        within = math.prod(mesh.shape[name] for name in axes.heads)
+        _check_heads(check, arrays, layout, ring.devices, within)
+        out, lse = _run_by_heads(mesh, axes, options, arrays)
+    else:
+        out, lse = _run_ring(mesh, axes, ring, exchanged, options, arrays)
     return (out, lse) if return_residual else out
 
 
@@ -228,24 +275,99 @@ class _Axes(NamedTuple):
 def _run_ring(mesh, axes, ring, exchanged, options, arrays):
     """O and L, in the layout of the arguments."""
     ring = ring._replace(stops=stops_of(ring, options, arrays.query.shape[1], arrays.key.shape[1]))
+    return _in_parts(mesh, axes, arrays, partial(attend_to_parts, ring, exchanged, options))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _run_by_heads(mesh, axes, options, arrays):
+    """The same, of arguments whose heads are exchanged."""
+    (axis_name,) = axes.sequence
+    run = partial(_attend_by_heads, axis_name, mesh.shape[axis_name], options)
+    return _in_parts(mesh, axes, _with_keys(options, arrays), run)
+
+
+def _attend_by_heads(axis_name, devices, options, arrays):
+    request = Request(return_residual=True)
+    run = lambda arrays: api.run("ring_attention", attend, arrays, options, request)
+    return attend_by_heads(axis_name, devices, run, arrays)
+
+
+def _in_parts(mesh, axes, arrays, run):
+    """`run(arrays)`, O and L, of each device's part."""
     given = {name: x for name, x in arrays._asdict().items() if x is not None}
     del given["query_offset"]
-    specs = {name: _spec(axes, name, x) for name, x in given.items()}
-    part = lambda given: attend_to_parts(ring, exchanged, options, Arrays(**given))
-    rows = _spec(axes, "query", arrays.query)
+    specs = {name: _spec(axes, name, x, arrays) for name, x in given.items()}
+    if mesh.explicit_axes and "dropout_key" in given:  # which was made here, of one key for all
+        place = NamedSharding(mesh, specs["dropout_key"])
+        given["dropout_key"] = jax.sharding.reshard(given["dropout_key"], place)
+    part = lambda given: run(Arrays(**given))
+    rows = _spec(axes, "query", arrays.query, arrays)
     return jax.shard_map(part, mesh=mesh, in_specs=(specs,), out_specs=(rows, rows))(given)
 
 
-def _spec(axes, name, x):
+def _spec(axes, name, x, arrays):
     batch, sequence, heads = (names or None for names in axes)
     if name in IN_ORDER:
         return PartitionSpec(*(batch, sequence, heads)[: jnp.ndim(x)])
-    if name == "scale":
+    if name in ("scale", "sinks"):
         return PartitionSpec(heads) if jnp.ndim(x) else PartitionSpec()
-    return PartitionSpec(batch)
+    if name in ("bias", "mask"):
+        divided = [names if n > 1 else None for names, n in zip(axes, _sizes(x), strict=True)]
+        of_batch, of_queries, of_heads = (names or None for names in divided)
+        return PartitionSpec(*(of_batch, of_heads, of_queries, None)[4 - x.ndim :])
+    return PartitionSpec(batch, heads) if name == "dropout_key" else PartitionSpec(batch)
+
+
+def _sizes(x):
+    """#B, #T, #N of a bias or a mask, in the order of the axes of a query."""
+    B, N, T, _ = (1,) * (4 - x.ndim) + x.shape
+    return B, T, N
+
+
+def _with_keys(options, arrays):
+    """With a key for each row and head, the same wherever they are."""
+    if options.dropout_rate == 0:
+        return arrays._replace(dropout_key=None)
+    B, _, N, _ = arrays.query.shape
+    return arrays._replace(dropout_key=dropout_keys(arrays.dropout_key, B, 1, N).reshape(B, N))
 
 
 # ---- checks -----------------------------------------------------------------------------------
+
+
+def _chosen(check, method, arrays, options, of_logits):
+    """The method that is asked for, or that serves the options."""
+    check.one_of("method", method, (None, "ring", "ulysses"))
+    reasons = {f"`{name}`": x is not None for name, x in of_logits.items()}
+    reasons |= {"`sinks`": arrays.sinks is not None, "dropout": options.dropout_rate > 0}
+    unserved = those_that_hold(reasons)
+    if method == "ring":
+        names = ", ".join(unserved)
+        check(not unserved, "method", f"'ulysses' or None with {names}", "'ring'")
+    return method or ("ulysses" if unserved else "ring")
+
+
+def _with_logits(check, arrays, of_logits, devices):
+    """With bias and mask, of which a device has all S columns."""
+    B, T, N, _ = arrays.query.shape
+    S = arrays.key.shape[1] * devices
+    for name, x in of_logits.items():
+        if x is not None:
+            x = jnp.asarray(x)
+            expected = f"of a shape that broadcasts to (B, N, T, S) = {(B, N, T, S)}"
+            check(broadcasts(x.shape, (B, N, T, S)), name, expected, x.shape)
+            kinds = {"mask": check.booleans, "bias": check.floating}
+            kinds[name](name, x)
+            arrays = arrays._replace(**{name: x})
+    return arrays
+
+
+def _check_heads(check, arrays, layout, devices, within=1):
+    expected = "'contiguous' where heads are exchanged"
+    check(layout == "contiguous", "layout", expected, repr(layout))
+    N, parts = arrays.query.shape[2], devices * within
+    expected = f"of heads that {parts} devices divide, which exchange them"
+    check(N % parts == 0, "query", expected, f"{N} heads")
 
 
 def _check_mesh(check, mesh, axes):
@@ -263,7 +385,6 @@ def _check_mesh(check, mesh, axes):
 def _check_parts(check, arrays, layout, ring):
     check.one_of("layout", layout, ("contiguous", "zigzag"))
     for argument, x in (("query", arrays.query), ("key", arrays.key)):
-        check(x.ndim == 4 and x.size > 0, argument, "of four axes, none of them empty", x.shape)
         expected = f"of a size along axis 1 that {ring.chunks} chunks divide"
         check(x.shape[1] % ring.chunks == 0, argument, expected, x.shape[1])
 
@@ -271,7 +392,6 @@ def _check_parts(check, arrays, layout, ring):
 def _check_division(check, arrays, mesh, axes, layout, ring):
     check.one_of("layout", layout, ("contiguous", "zigzag"))
     for argument, x in (("query", arrays.query), ("key", arrays.key)):
-        check(x.ndim == 4 and x.size > 0, argument, "of four axes, none of them empty", x.shape)
         chunks = (1, ring.chunks, 1)
         for what, n, names, each in zip("BTN", range(3), axes, chunks, strict=True):
             parts = each * math.prod(mesh.shape[name] for name in names)

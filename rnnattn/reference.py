@@ -51,15 +51,19 @@ from rnnattn.position import (
     rotate_plain,
 )
 from rnnattn.recurrent.arguments import (
+    NoiseOptions,
     SequenceOptions,
     StackOptions,
+    checked_noise,
     checked_residuals,
     checked_sequence,
     checked_step,
+    given_by_name,
     on_mesh,
     over_steps,
 )
 from rnnattn.recurrent.family import UnitOptions
+from rnnattn.recurrent.noise import draw_steps
 from rnnattn.recurrent.problem import Options, Outputs
 from rnnattn.recurrent.stack import bidirectional, stacked
 from rnnattn.recurrent.unit import advance, select_each
@@ -92,6 +96,10 @@ def lstm(
     coupled: bool = False,
     residuals: Literal["gates", "states"] | SupportsIndex | None = None,
     return_cells: bool = False,
+    zoneout: SupportsFloat | Sequence[SupportsFloat] = 0.0,
+    recurrent_dropout: SupportsFloat = 0.0,
+    candidate_dropout: SupportsFloat = 0.0,
+    key: PRNGKeyArray | None = None,
     implementation: Literal["xla", "native", "pallas", "cudnn"] | None = None,
 ) -> Any:
     """`rnnattn.lstm` as a scan over single steps, whatever `residuals` and `implementation` say.
@@ -118,6 +126,10 @@ def lstm(
         reverse=reverse,
         time_major=time_major,
         residuals=residuals,
+        zoneout=zoneout,
+        recurrent_dropout=recurrent_dropout,
+        candidate_dropout=candidate_dropout,
+        key=key,
         implementation=implementation,
         every_state=return_cells,
     )
@@ -139,29 +151,35 @@ def _run_plainly(
     residuals=None,
     implementation=None,
     every_state=False,
+    **noise,
 ):
     """The outputs and the final state of a unit, whose steps run one after another."""
     given = (lengths, mask, resets, time_major)
     arguments = checked_sequence(function, unit, params, x, state, *given)
+    rates, key = checked_noise(function, unit, params, **noise)
+    arguments = arguments._replace(key=key)
     checked_residuals(function, residuals)
     Check(function).one_of("implementation", implementation, _IMPLEMENTATIONS)
-    options = Options(unit, reverse, every_state=every_state)
+    options = Options(unit, bool(reverse), every_state=every_state, noise=rates)
 
     def run(params, state, steps):
         weights = unit.prepare(params)
+        reads, steps = steps.reads, steps._replace(reads=None)
 
         def step(state, inputs):
-            x, valid, fresh = inputs
+            x, valid, fresh, keys, _ = inputs
             u = unit.inputs(weights, select(valid, x, 0))
-            state, _ = advance(unit, weights, u, state, valid, fresh)
+            drawn = draw_steps(rates, keys, state)._replace(reads=reads)
+            state, _ = advance(unit, weights, u, state, valid, fresh, rates, drawn)
             h, *rest = select_each(valid, tuple(state), 0)
             return state, Outputs(h, (*rest,) if every_state else None)
 
         final, outputs = lax.scan(step, state, steps, reverse=reverse)
         return outputs, final
 
-    over = lambda given: over_steps(run, unit, time_major, reverse, **given)
-    return on_mesh(function, over, options, time_major, {"params": params, **arguments._asdict()})
+    over = lambda given: over_steps(run, options, time_major, **given)
+    given = given_by_name(time_major, params, arguments)
+    return on_mesh(function, over, options, time_major, given)
 
 
 def lstm_step(
@@ -172,6 +190,7 @@ def lstm_step(
     clip: SupportsFloat | None = None,
     coupled: bool = False,
     implementation: Literal["xla", "native"] | None = None,
+    **noise: Unpack[NoiseOptions],
 ) -> LSTMState:
     """`rnnattn.lstm_step` without its rule.
 
@@ -179,7 +198,7 @@ def lstm_step(
     """
     unit = lstm_unit("reference.lstm_step", clip, coupled)
     x, state = checked_step("reference.lstm_step", unit, params, x, state)
-    return lstm(params, x[None], state, time_major=True, clip=clip, coupled=coupled)[1]
+    return lstm(params, x[None], state, time_major=True, clip=clip, coupled=coupled, **noise)[1]
 
 
 def gru(
@@ -206,6 +225,7 @@ def gru_step(
     *,
     reset_after: bool = True,
     implementation: Literal["xla", "native"] | None = None,
+    **noise: Unpack[NoiseOptions],
 ) -> Float[Array, "*B H"]:
     """`rnnattn.gru_step` without its rule.
 
@@ -213,7 +233,7 @@ def gru_step(
     """
     unit = gru_unit("reference.gru_step", reset_after)
     x, state = checked_step("reference.gru_step", unit, params, x, (h,))
-    return gru(params, x[None], state[0], reset_after=reset_after, time_major=True)[1]
+    return gru(params, x[None], state[0], reset_after=reset_after, time_major=True, **noise)[1]
 
 
 def rnn(

@@ -37,8 +37,9 @@ from rnnattn.linear import equations as linear, rule as linear_rule, xla as line
 from rnnattn.linear.arguments import masks_of
 from rnnattn.linear.problem import Options as LinearOptions, Schedule as LinearSchedule
 from rnnattn.position import rotary
-from rnnattn.recurrent import chunked, rule as lstm_rule, unit
-from rnnattn.recurrent.arguments import time_major_steps
+from rnnattn.recurrent import chunked, noise, rule as lstm_rule, unit
+from rnnattn.recurrent.arguments import checked_noise, time_major_steps, with_noise
+from rnnattn.recurrent.noise import row_keys
 from rnnattn.recurrent.problem import Options as LSTMOptions, Outputs
 from rnnattn.recurrent.unit import Unit
 from rnnattn.recurrent.units import gru, layer_norm, lstm, rnn, slstm
@@ -174,21 +175,35 @@ def unchanged(function: Callable) -> Mutant:
 
 
 def _sequence_problem(
-    unit, twin, case, residuals, *, reverse=False, lengths=None, resets=None, unread=None
+    unit,
+    twin,
+    case,
+    residuals,
+    *,
+    reverse=False,
+    lengths=None,
+    resets=None,
+    unread=None,
+    key=None,
+    **rates,
 ):
     """A time-major case, run forwards. Not through `sequence`, whose compilations are kept.
 
     The input of steps that the loss does not read, (T, B), is NaN for the rule alone.
     """
     masks: Any = {"lengths": lengths, "resets": resets, "reverse": reverse}
-    _, expected = value_and_gradients(partial(twin, time_major=True, **masks), case)
-    options = LSTMOptions(unit, reverse, residuals)
+    random: Any = {"key": key, **rates}
+    _, expected = value_and_gradients(partial(twin, time_major=True, **masks, **random), case)
+    known, key = checked_noise("mutate", unit, case.params, **random)
+    options = LSTMOptions(unit, reverse, residuals, noise=known)
     x = case.x if unread is None else jnp.where(unread[..., None], jnp.nan, case.x)
     steps = time_major_steps(x, lengths, resets, reverse)
     schedule = chunked.CHUNKED
     state, dlast = (
         type(unit.widths(case.params))(*_fields(s)) for s in (case.state, case.cotangents[1])
     )
+    if key is not None:
+        steps = with_noise(known, steps, state, row_keys(key, x.shape[1]))
     _, kept = lstm_rule._sequence_fwd(schedule, options, case.params, state, steps)
 
     def run():
@@ -236,7 +251,16 @@ def lstm_problems() -> list[Problem]:
             _lstm_problem(every, "states", reverse=True, clip=1.0, coupled=True, **options),
             _lstm_problem(_time_major(make_case(T, B, D, H)), "gates"),
             _lstm_problem(read, "states", resets=marks, unread=unread),
+            _lstm_problem(every, 2, **options, **_drawn(lstm.LSTM)),
+            _lstm_problem(every, 2, coupled=True, **options, **_drawn(lstm.LSTM)),
+            _lstm_problem(_time_major(make_case(T, B, D, H)), "gates", zoneout=(0.3, 0.4)),
         ]
+
+
+def _drawn(unit):
+    """What is random in the steps of a unit: all that can be."""
+    rates = {"zoneout": 0.4, "recurrent_dropout": 0.3, "key": jax.random.key(0)}
+    return rates | ({"candidate_dropout": 0.4} if unit.candidate else {})
 
 
 def _lstm_problem(case, residuals, *, clip=None, coupled=False, **masks):
@@ -256,6 +280,10 @@ def _unit_problems(name) -> list[Problem]:
             _sequence_problem(family.unit, family.twin, case, "gates"),
             _sequence_problem(
                 family.unit, family.twin, case, "states", lengths=jnp.array([T, 2]), resets=resets
+            ),
+            _sequence_problem(family.unit, family.twin, case, "gates", **_drawn(family.unit)),
+            _sequence_problem(
+                family.unit, family.twin, case, "states", **_drawn(family.unit) | {"zoneout": 0.0}
             ),
         ]
 
@@ -532,6 +560,13 @@ def rotary_problems() -> list[Problem]:
 
 # Each function, and the problems that its changes are tried on.
 FUNCTIONS: dict[Callable, Callable[[], list[Problem]]] = {
+    noise.zoneout_gradient: lstm_problems,
+    noise._shared: lstm_problems,
+    noise.read: lstm_problems,
+    noise.read_gradient: lstm_problems,
+    noise._kept_of: lstm_problems,
+    noise.of_candidate: lstm_problems,
+    noise.scaled: lstm_problems,
     lstm.memory_slopes: lstm_problems,
     lstm.slopes_of: lstm_problems,
     lstm.cell_gradient: lstm_problems,
@@ -668,11 +703,21 @@ EQUIVALENT = {
         "chunked._chunk_backward",
         "widened(outputs) → outputs",
     ): "the problems are in float64",
+    ("chunked._chunk_backward", "accumulator(x.dtype) → x.dtype"): "the problems are in float64",
+    ("noise.read", "accumulator(h.dtype) → h.dtype"): "the problems are in float64",
     (
         "blockwise._backward_blocks",
         "jnp.where(first_time[None, None, None], lse, -jnp.inf) → "
         "jnp.where(first_time[None, None, None], lse, jnp.inf)",
     ): "an L of either infinity makes the weights of a row zero",
+    (
+        "blockwise._backward_blocks",
+        "_longest_block(BACKWARD_BLOCK, operands, masking, head) → BACKWARD_BLOCK",
+    ): "the size of the blocks",
+    (
+        "blockwise._backward_blocks",
+        "head is None → head is not None",
+    ): "blocks that a function does not show add nothing if they are visited",
     (
         "blockwise._tangent",
         "partial(jax.checkpoint, prevent_cse=False) → jax.checkpoint",

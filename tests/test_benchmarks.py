@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import attention, lstm, sweep, visit
+from benchmarks import __main__ as everything, attention, lstm, rope, sweep, visit, vit
 
 
 @pytest.mark.parametrize("benchmark", [lstm, attention])
@@ -175,3 +175,43 @@ def test_a_visit_to_a_cpu(tmp_path):
     for title in ("Values", "LSTM", "Attention", "Scan", "Memory", "Not measured"):
         assert f"## {title}\n" in text
     assert (tmp_path / "visit.svg").read_text().count("</svg>") == 1
+
+
+def test_every_benchmark_has_its_name(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [])  # which is set for the benchmark
+    with pytest.raises(SystemExit) as end:
+        everything.main(["bogus"])
+    assert end.value.code == 2 and "'lstm', 'attention', 'rope'" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        everything.main(["lstm", "--rounds", "0"])
+    assert end.value.code == 2 and "--rounds" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("benchmark, shape", [(rope, (1, 8, 2, 4)), (vit, (1, 8, 4, 32, 1))])
+def test_a_small_benchmark_runs(benchmark, shape):
+    speed = benchmark.measure_speed([shape], ["ours again"], 1, "float32")
+    assert set(speed["geometric_mean"]) == set(benchmark.KINDS)
+
+
+def test_what_became_slower_is_named(tmp_path, capsys):
+    """Against a peer, and beyond the spread of both runs."""
+
+    def results(lower, median, upper):
+        ratio = {"median": median, "lower": lower, "upper": upper}
+        cells = {"ours": {"ratio": ratio}, "torch": {"ratio": ratio}}
+        return {"speed": {"rows": [{"shape": [1], "forward": cells}]}}
+
+    old, slow, same = (tmp_path / f"{name}.json" for name in ("old", "slow", "same"))
+    for path, numbers in {
+        old: (1.9, 2.0, 2.1),
+        slow: (1.4, 1.5, 1.6),
+        same: (1.7, 1.9, 2.0),
+    }.items():
+        path.write_text(json.dumps(results(*numbers)))
+    for new, code, count in ((slow, 1, "1 of 2"), (same, 0, "0 of 2")):
+        with pytest.raises(SystemExit) as end:
+            everything.main(["compare", str(old), str(new)])
+        assert end.value.code == code and count in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        everything.main(["compare", str(old), str(tmp_path)])
+    assert end.value.code == 2 and "has no results" in capsys.readouterr().err

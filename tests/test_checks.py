@@ -26,11 +26,13 @@ from tests import (
     test_linear,
     test_masks,
     test_meshes,
+    test_noise,
     test_packed,
     test_parallel,
     test_patches,
     test_position,
     test_recurrent,
+    test_ulysses,
 )
 from tests.test_interop import timm_weights
 
@@ -40,8 +42,10 @@ TABLES = [
     test_linear,
     test_masks,
     test_meshes,
+    test_noise,
     test_packed,
     test_parallel,
+    test_ulysses,
     test_patches,
     test_position,
     test_recurrent,

@@ -58,6 +58,7 @@ PARTS = {
 
 # The files of a primitive's folder, from the ground up: one imports those of its floor and below.
 FLOORS = [
+    {"noise"},
     {"unit"},
     {"problem", "units", "equations", "scaling", "masking", "functions", "dropout", "signature"},
     {
@@ -68,6 +69,7 @@ FLOORS = [
         "placed",
         "native",
         "pair",
+        "ulysses",
         "hopper",
         "pallas",
         "cudnn",

@@ -91,7 +91,7 @@ def run_plainly(options, params, state, steps):
     weights = unit.prepare(params)
 
     def step(state, inputs):
-        x, valid, fresh = inputs
+        x, valid, fresh, *_ = inputs
         u = unit.inputs(weights, select(valid, x, 0))
         state, _ = advance(unit, weights, u, state, valid, fresh)
         return state, select(valid, state.h, 0)

@@ -140,6 +140,16 @@ CASES = {
         lambda p, x: rnnattn.lstm(p, x, residuals=2, clip=3.0),
         {"p": SEQUENCE["p"], "x": SEQUENCE["x"]},
     ),
+    "lstm, drawn": Case(
+        lambda seed, p, x, state, **masks: of_lstm(
+            zoneout=(0.3, 0.2),
+            recurrent_dropout=0.3,
+            candidate_dropout=0.3,
+            key=jax.random.wrap_key_data(seed),
+        )(p, x, state, **masks),
+        SEQUENCE,
+        {**MASKS, "seed": np.array([0, 1], np.uint32)},
+    ),
     "lstm_step": Case(
         lambda p, x, state: rnnattn.lstm_step(p, x, state), {**SEQUENCE, "x": draw(2, 2)}
     ),
@@ -390,7 +400,7 @@ AROUND: dict[str, Any] = {
 
 # Operation by operation these take longer than all others together, and have none of their own:
 # others run the same blocks, draws and angles.
-LONG = ("dot_product_attention, blockwise", "dot_product_attention_jvp", "rope")
+LONG = ("lstm, drawn", "dot_product_attention, blockwise", "dot_product_attention_jvp", "rope")
 
 
 @pytest.mark.parametrize(

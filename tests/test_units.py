@@ -1,6 +1,7 @@
 """What holds of every recurrent unit: by the contract, against its plain twin."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -186,6 +187,25 @@ def test_the_batch_may_be_divided_by_shard_map(family):
     loss = lambda params, x: jnp.sum(family.run(params, x, case.state)[0] ** 2)
     expected = jax.jit(jax.grad(loss, (0, 1)))(case.params, case.x)
     assert_close(jax.jit(parts)(*case[:3]), expected, 1e-12)
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+def test_a_program_that_reads_the_final_state_alone_holds_no_outputs(name):
+    steps, rows, width = 2**14, 4, 64
+    case = jax.eval_shape(lambda: make_case(UNITS[name], 1, rows, width, width, dtype=jnp.float32))
+    x = jax.ShapeDtypeStruct((steps, rows, width), jnp.float32)
+    run = partial(UNITS[name].run, time_major=True, residuals=128, implementation="xla")
+    outputs = steps * rows * width * 4
+
+    def memory(reads, of_program):
+        loss = lambda params, x: sum(jnp.sum(a**2) for a in jax.tree.leaves(reads(run(params, x))))
+        compiled = jax.jit(of_program(loss)).lower(case.params, x).compile()
+        analysis: Any = compiled.memory_analysis()
+        return analysis.temp_size_in_bytes
+
+    for of_program in (lambda loss: loss, jax.grad):
+        assert memory(lambda results: results, of_program) > outputs
+        assert memory(lambda results: results[1], of_program) < outputs / 2
 
 
 @each_unit

@@ -206,6 +206,12 @@ def call(function, rule, arguments, schedule=None):
     if name == "native":
         unserved = native.unserved(arrays.query, arrays.value, options)
         Check(function).served(name, unserved)
+    results = run(function, rule, arrays, options, request, schedule)
+    return results[0] if len(results) == 1 else results
+
+
+def run(function, rule, arrays, options, request, schedule=None):
+    """What is asked for of O, L and the weights, of arguments that are checked."""
     if request.return_weights:
         rule = with_weights
     if schedule is None:
@@ -216,8 +222,7 @@ def call(function, rule, arguments, schedule=None):
         arrays = arrays._replace(query_offset=None)  # a constant, which nobody has to send
     wanted = (True, request.return_residual, request.return_weights)
     with forward_mode(f"rnnattn.attention.{function}_jvp"):
-        results = _run_attention(function, rule, schedule, options, wanted, arrays)
-    return results[0] if len(results) == 1 else results
+        return _run_attention(function, rule, schedule, options, wanted, arrays)
 
 
 # By the kernels for a CPU or by cuDNN, where both serve.

@@ -273,7 +273,7 @@ def checked(function, arrays, options, request):
     for name in ("bias", "mask"):
         x = getattr(arrays, name)
         if x is not None:
-            check(_broadcasts(x.shape, (*one, *logits)), name, expected, x.shape)
+            check(broadcasts(x.shape, (*one, *logits)), name, expected, x.shape)
     if arrays.mask is not None:
         check.booleans("mask", arrays.mask)
     if arrays.bias is not None and jnp.issubdtype(arrays.bias.dtype, jnp.integer):
@@ -349,7 +349,8 @@ def _check_request(check, request):
         check(name in (None, "xla", "dense"), "implementation", expected, repr(name))
 
 
-def _broadcasts(shape, target):
+def broadcasts(shape, target):
+    """Whether an array of this shape may stand where one of the other is wanted."""
     padded = (1,) * (len(target) - len(shape)) + tuple(shape)
     return len(padded) == len(target) and all(
         n in (1, want) for n, want in zip(padded, target, strict=True)

@@ -243,6 +243,9 @@ class _Stack(nnx.Module):
         num_layers: int = 1,
         bidirectional: bool = False,
         dropout_rate: float = 0.0,
+        zoneout: float | tuple[float, ...] = 0.0,
+        recurrent_dropout: float = 0.0,
+        candidate_dropout: float = 0.0,
         residuals: Literal["gates", "states"] | int | None = None,
         implementation: Literal["xla", "native", "pallas", "cudnn"] | None = None,
         rngs: nnx.Rngs,
@@ -260,8 +263,16 @@ class _Stack(nnx.Module):
             size = self.forward[0].output_size * (2 if bidirectional else 1)
         self.residuals, self.implementation = residuals, implementation
         self.dropout_rate = dropout_rate
+        self.zoneout = zoneout
+        self.recurrent_dropout, self.candidate_dropout = recurrent_dropout, candidate_dropout
         self.deterministic = False
-        self.rngs = nnx.data(rngs["dropout"].fork() if dropout_rate > 0 else None)
+        drawn = dropout_rate > 0 or self._draws_in_steps
+        self.rngs = nnx.data(rngs["dropout"].fork() if drawn else None)
+
+    @property
+    def _draws_in_steps(self):
+        rates = self.zoneout if isinstance(self.zoneout, tuple) else (self.zoneout,)
+        return any(rate > 0 for rate in (*rates, self.recurrent_dropout, self.candidate_dropout))
 
     @property
     def layers(self) -> list[Any]:
@@ -292,6 +303,10 @@ class _Stack(nnx.Module):
             resets=resets,
             residuals=self.residuals,
             implementation=self.implementation,
+            zoneout=self.zoneout,
+            recurrent_dropout=self.recurrent_dropout,
+            candidate_dropout=self.candidate_dropout,
+            key=self.rngs() if self._draws_in_steps and not self.deterministic else None,
             dropout_rate=self.dropout_rate if dropping else 0.0,
             dropout_key=self.rngs() if dropping else None,
         )
@@ -305,9 +320,11 @@ class LSTM(_Stack):
             up both outputs.
         dropout_rate: the share of outputs dropped between layers, while training
             (`module.train()`, `module.eval()`).
+        zoneout, recurrent_dropout, candidate_dropout: those of the unit, as `rnnattn.lstm`, drawn
+            while training; otherwise zoneout is its expectation.
         residuals, implementation: those of `rnnattn.lstm`.
         options: those of `LSTMCell`; `projection_size` is R, the width h is projected to.
-        rngs: streams `params` and, with dropout, `dropout`.
+        rngs: streams `params` and, with anything drawn, `dropout`.
     Raises:
         ValueError: as `rnnattn.init_lstm` does, or `num_layers` is below 1.
     Example:

@@ -3,14 +3,18 @@
 Axes: B batch, T time, D input width, H hidden width, R width of h (H without a projection).
 """
 
-from typing import Any, Literal, SupportsFloat, SupportsIndex
+from collections.abc import Sequence
+from typing import Any, Literal, SupportsFloat, SupportsIndex, Unpack
 
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 import rnnattn.recurrent.native as native
 import rnnattn.recurrent.pallas as pallas
 from rnnattn.checks import Check, forward_mode
 from rnnattn.recurrent.arguments import (
+    Arguments,
+    NoiseOptions,
+    checked_noise,
     checked_residuals,
     checked_sequence,
     checked_step,
@@ -32,6 +36,7 @@ def lstm_step(
     clip: SupportsFloat | None = None,
     coupled: bool = False,
     implementation: Literal["xla", "native"] | None = None,
+    **noise: Unpack[NoiseOptions],
 ) -> LSTMState:
     """One step (L1, L2): the state after `x`, given the state before it, and in its dtypes.
 
@@ -40,6 +45,8 @@ def lstm_step(
         clip: bounds every pre-activation to ±clip, as ONNX does; None bounds nothing.
         coupled: f = 1 − i (CIFG); the forget gate's own weights then get a gradient of zero.
         implementation: as in `lstm`.
+        noise: `zoneout`, `recurrent_dropout`, `candidate_dropout` and `key`, as in `lstm`: what is
+            drawn depends on the key alone, so each step wants one of its own.
     Raises:
         ValueError: a shape or dtype is off; the message says which, what was expected and
             what came.
@@ -58,10 +65,12 @@ def lstm_step(
     unit = lstm_unit(function, clip, coupled)
     x, state = checked_step(function, unit, params, x, state)
     Check(function).one_of("implementation", implementation, (None, "xla", "native"))
-    options = Options(unit, residuals="gates")
+    rates, key = checked_noise(function, unit, params, **noise)
+    options = Options(unit, residuals="gates", noise=rates)
     schedule = _suited(function, implementation, params, x, options)
+    arguments = Arguments(x[None], state, key=key)
     with forward_mode("rnnattn.reference.lstm_step"):
-        return run_sequence(function, schedule, options, True, params, x[None], state)[1]
+        return run_sequence(function, schedule, options, True, params, arguments)[1]
 
 
 def lstm(
@@ -78,6 +87,10 @@ def lstm(
     coupled: bool = False,
     residuals: Literal["gates", "states"] | SupportsIndex | None = None,
     return_cells: bool = False,
+    zoneout: SupportsFloat | Sequence[SupportsFloat] = 0.0,
+    recurrent_dropout: SupportsFloat = 0.0,
+    candidate_dropout: SupportsFloat = 0.0,
+    key: PRNGKeyArray | None = None,
     implementation: Literal["xla", "native", "pallas", "cudnn"] | None = None,
 ) -> Any:
     """The hidden state after every step of `x`, and the state after the last one (L1, L2).
@@ -111,6 +124,17 @@ def lstm(
             inputs), "states" where c takes no more than 1 GiB, and beyond that n = ⌊√T⌋; "states"
             where T or B is symbolic.
         return_cells: also give c of every step, zero where y is; "xla" alone can.
+        zoneout: the share of h and of c, in [0, 1), that keeps its last value in a step, drawn for
+            each step; or a pair, of h and of c. Without `key`, each is made of that share of the
+            last value and the rest of the new one, which is the expectation, for inference. "xla"
+            alone can, here and in the next two.
+        recurrent_dropout: the share of h that the products of a row read as zero, the same at all
+            of its steps; what they read of the rest is scaled up by 1 / (1 − share).
+        candidate_dropout: the share of g that is written to c as zero, drawn for each step; the
+            rest is scaled up as well.
+        key: what these three are drawn from, for each row and step by its number, so alike in every
+            schedule (in `jax.shard_map`, by the row's number on its device). None draws nothing:
+            dropout has no effect then, and zoneout that of its expectation.
         implementation: "xla"; "native", the kernels of `rnnattn.native` on a CPU (and "xla"
             elsewhere), for 32 and 16 bits; "pallas", the kernels of `rnnattn.recurrent.hopper` on
             one NVIDIA GPU of the Hopper generation (and "xla" elsewhere), for 16 bits without a
@@ -126,12 +150,15 @@ def lstm(
         (B, T, H) or (T, B, H), in the dtype of the state's c, and the final state, in the
         dtypes of the initial one. For 16-bit inputs c is float32, so that a sequence cut in two and
         chained equals one run; where it is given in 16 bits, it comes back so.
+        A program that reads the final state alone, `lstm(…)[1]` under `jax.jit`, holds no y with
+        "xla", and with `residuals=n` its gradient holds none either.
     Raises:
         ValueError: a shape, dtype or option is off; the message says which, what was expected and
             what came.
     Gradient:
         L3 to L8, with respect to `params`, `x` and `state`, from cotangents of y, of the cells and
-        of both parts of the final state; lengths, mask and resets are constants. It can be
+        of both parts of the final state; lengths, mask, resets and what is drawn are constants. It
+        can be
         differentiated again in reverse and forward mode; for `jax.jvp` of the function itself use
         `rnnattn.reference.lstm`.
         Under `jax.vmap` over x with shared weights, the weight gradient is one product for each
@@ -150,18 +177,28 @@ def lstm(
     arguments = checked_sequence(
         function, unit, params, x, state, lengths, mask, resets, time_major
     )
+    rates, key = checked_noise(
+        function,
+        unit,
+        params,
+        zoneout=zoneout,
+        recurrent_dropout=recurrent_dropout,
+        candidate_dropout=candidate_dropout,
+        key=key,
+    )
+    arguments = arguments._replace(key=key)
     check.one_of("implementation", implementation, (None, "xla", "native", "pallas", "cudnn"))
     keeps = checked_residuals(function, residuals)
     x = arguments.x
     if keeps is None:
         keeps = suited_residuals(unit, params, x, time_major)
-    options = Options(unit, bool(reverse), keeps, bool(return_cells))
+    options = Options(unit, bool(reverse), keeps, bool(return_cells), rates)
     if implementation == "cudnn":
         check.served("cudnn", unserved_by_cudnn(params, x, options, mask, resets))
         return run_cudnn(time_major, params, x, arguments.state, arguments.lengths)
     schedule = _suited(function, implementation, params, x, options)
     with forward_mode("rnnattn.reference.lstm"):
-        outputs, final = run_sequence(function, schedule, options, time_major, params, *arguments)
+        outputs, final = run_sequence(function, schedule, options, time_major, params, arguments)
     return (outputs.y, *(outputs.rest or ()), final)
 
 

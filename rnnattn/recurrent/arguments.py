@@ -1,15 +1,17 @@
 """From the arguments of a sequence, checked, to what a schedule is given."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, SupportsFloat, SupportsIndex, TypedDict
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
-from rnnattn.checks import Check
+from rnnattn.checks import Check, several
 from rnnattn.meshes import in_parts
 from rnnattn.precision import varying_together
+from rnnattn.recurrent.noise import QUIET, Noise, draw_reads, row_keys, step_keys
 from rnnattn.recurrent.problem import Outputs, Steps
 from rnnattn.recurrent.unit import full_state, types_of_step
 from rnnattn.steps import batch_of, check_rows, check_step, check_steps, checked_masks
@@ -19,7 +21,16 @@ _GATES_BYTES = 256 * 2**20  # the states and what the unit's steps give to keep
 _STATES_BYTES = 2**30  # the states alone, but for y
 
 
-class _SharedOptions(TypedDict, total=False):
+class NoiseOptions(TypedDict, total=False):
+    """What is random in the steps of any unit; see `rnnattn.lstm`."""
+
+    zoneout: SupportsFloat | Sequence[SupportsFloat]
+    recurrent_dropout: SupportsFloat
+    candidate_dropout: SupportsFloat
+    key: PRNGKeyArray | None
+
+
+class _SharedOptions(NoiseOptions, total=False):
     lengths: Int[Array, "*B"] | None
     mask: Bool[Array, "..."] | None
     resets: Bool[Array, "..."] | None
@@ -86,13 +97,13 @@ def _taken(x, steps):
     return jnp.take_along_axis(x, steps, axis=0, mode="promise_in_bounds")
 
 
-def over_steps(run, unit, time_major, reverse, params, x, state, lengths, mask, resets):
+def over_steps(run, options, time_major, params, x, state, lengths, mask, resets, keys):
     """What `run(params, state, steps)` gives, the outputs and the final state, as it was asked for.
 
     A masked row is run without the steps that hold its state, as one that is shorter.
     """
-    given = (params, x, state, lengths, mask, resets)
-    params, x, state, lengths, mask, resets = varying_together(given)
+    given = (params, x, state, lengths, mask, resets, keys)
+    params, x, state, lengths, mask, resets, keys = varying_together(given)
     batch = batch_of(x, time_major)
     first = lambda x: None if x is None else time_first(x, batch, time_major)
     x, mask, resets = map(first, (x, mask, resets))
@@ -103,8 +114,10 @@ def over_steps(run, unit, time_major, reverse, params, x, state, lengths, mask, 
         x = packing.pack(x)
         resets = None if resets is None else packing.resets(resets)
         lengths = jnp.sum(mask, axis=0, dtype=jnp.int32)
-    steps = time_major_steps(x, lengths, resets, reverse)
-    start = full_state(unit, params, state, math.prod(batch), x.dtype)
+    steps = time_major_steps(x, lengths, resets, options.reverse)
+    start = full_state(options.unit, params, state, math.prod(batch), x.dtype)
+    if keys is not None:
+        steps = with_noise(options.noise, steps, start, keys)
     outputs, final = run(params, start, steps)
     if mask is not None:
         outputs = jax.tree.map(packing.unpack, outputs)
@@ -130,6 +143,13 @@ def time_major_steps(x, lengths, resets, reverse):
     return Steps(x, valid, resets)
 
 
+def with_noise(noise, steps, state, rows):
+    """The steps, with what is random in them drawn from the keys of rows, or to be drawn."""
+    every_step = any(noise.zoneout) or noise.candidate_dropout > 0
+    keys = step_keys(rows, steps.x.shape[0]) if every_step else None
+    return steps._replace(keys=keys, reads=draw_reads(noise, rows, state[0].shape[-1]))
+
+
 def as_given(final, state, batch):
     """The final state in the axes and dtypes of the initial one, so that a loop can carry it."""
     if len(batch) != 1:
@@ -146,7 +166,7 @@ def on_mesh(function, run, options, time_major, given):
     letters = ["R"] + ["H"] * (len(widths) - 1)
     state = type(widths)(*("B" + letter for letter in letters))
     axes = {"params": "", "x": steps + "D", "state": state, "lengths": "B"}
-    axes |= {"mask": steps, "resets": steps}
+    axes |= {"mask": steps, "resets": steps, "keys": "B"}
     rest = (*(steps + letter for letter in letters[1:]),) if options.every_state else None
     results: Any = (Outputs(steps + "R", rest), state)  # type: ignore[arg-type]
     whole = {"T": "time"}
@@ -161,9 +181,17 @@ class Arguments(NamedTuple):
 
     x: Array
     state: Any
-    lengths: Array | None
-    mask: Array | None
-    resets: Array | None
+    lengths: Array | None = None
+    mask: Array | None = None
+    resets: Array | None = None
+    key: Any = None  # None draws nothing
+
+
+def given_by_name(time_major, params, arguments):
+    """What `on_mesh` and `over_steps` are given: a key for each row in place of the one."""
+    given = {"params": params, **arguments._asdict()}
+    key, rows = given.pop("key"), math.prod(batch_of(arguments.x, time_major))
+    return given | {"keys": None if key is None else row_keys(key, rows)}
 
 
 def checked_sequence(function, unit, params, x, state, lengths, mask, resets, time_major):
@@ -182,6 +210,37 @@ def checked_step(function, unit, params, x, state):
     check_step(check, "x", x)
     _check_params(check, unit, params, x)
     return x, _checked_state(check, unit, params, state, x.shape[:-1], x)
+
+
+def checked_noise(
+    function,
+    unit,
+    params,
+    *,
+    zoneout: Any = 0.0,
+    recurrent_dropout: Any = 0.0,
+    candidate_dropout: Any = 0.0,
+    key: Any = None,
+):
+    """The rates of what has an effect, and the key where there is something to draw."""
+    check = Check(function)
+    fields = unit.widths(params)._fields
+    zoned = fields[: unit.zoned_fields]
+    rates = tuple(zoneout) if several(zoneout) else len(zoned) * (zoneout,)
+    expected = f"a number, or one for each of {', '.join(zoned)}"
+    check(len(rates) == len(zoned), "zoneout", expected, zoneout)
+    rates = tuple(check.share("zoneout", p) for p in rates) + (len(fields) - len(rates)) * (0.0,)
+    recurrent = check.share("recurrent_dropout", recurrent_dropout)
+    of_candidate = check.share("candidate_dropout", candidate_dropout)
+    expected = "0 where a unit has no candidate beside its state"
+    check(unit.candidate or of_candidate == 0, "candidate_dropout", expected, of_candidate)
+    noise = Noise(rates if any(rates) else (), recurrent, of_candidate)
+    if key is None:
+        return Noise(noise.zoneout), None
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    single = key.ndim == (0 if typed else 1)
+    check(single, "key", "a single key", f"an array {key.shape} of them")
+    return noise, key if noise != QUIET else None
 
 
 def checked_residuals(function, residuals):

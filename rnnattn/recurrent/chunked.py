@@ -23,6 +23,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from rnnattn.precision import accumulator
+from rnnattn.recurrent.noise import (
+    draw_steps,
+    of_candidate,
+    read,
+    read_gradient,
+    zoneout_gradient,
+)
 from rnnattn.recurrent.problem import Schedule, Trace
 from rnnattn.recurrent.unit import advance, select_each, types_of_step, widened
 from rnnattn.steps import select
@@ -90,45 +98,55 @@ def scan_chunks(chunk, carry, per_step, per_chunk, length, reverse):
     return carry, (per_step, per_chunk)
 
 
-def _chunk_forward(sizes, options, weights, state, steps, keep):
+def _chunk_forward(sizes, options, weights, state, steps, reads, keep):
     """Run the steps of one chunk; `keep` names what of the trace besides y is wanted."""
-    unit = options.unit
+    unit, noise = options.unit, options.noise
     x = select(steps.valid, steps.x, 0)
     if not _few_rows(x) and _bytes(weights) <= sizes.merged_bytes:
         weights = unit.merged(weights)
 
     def step(state, inputs):
-        u, valid, fresh = inputs
-        state, kept = advance(unit, weights, u, state, valid, fresh)
+        u, valid, fresh, drawn = inputs
+        drawn = drawn._replace(reads=reads)
+        state, kept = advance(unit, weights, u, state, valid, fresh, noise, drawn)
         y, rest = select(valid, state[0], 0), state[1:]
         return state, Trace(y, rest if "rest" in keep else None, kept if "kept" in keep else None)
 
-    xs = (unit.inputs(weights, x), steps.valid, steps.fresh)
+    drawn = draw_steps(noise, steps.keys, state)
+    xs = (unit.inputs(weights, x), steps.valid, steps.fresh, drawn)
     return lax.scan(step, state, xs, reverse=options.reverse, unroll=_unroll(sizes.turn, x))
 
 
-def _chunk_backward(sizes, options, params, weights, carry, steps, outputs, trace, start):
+def _chunk_backward(sizes, options, params, weights, carry, steps, reads, outputs, trace, start):
     """The gradient of one chunk: (dparams, dstate) grows by it; dx is returned."""
     dparams, dstate = carry
-    unit = options.unit
+    unit, noise = options.unit, options.noise
     if trace.y is None:
-        _, trace = _chunk_forward(sizes, options, weights, start, steps, ("rest", "kept"))
+        _, trace = _chunk_forward(sizes, options, weights, start, steps, reads, ("rest", "kept"))
     x, before, after = states_of_steps(options, steps, trace, start)
-    slopes, seen = unit.slopes(weights, x, before, after, kept_of_steps(steps, trace))
+    drawn, kept = draw_steps(noise, steps.keys, start), kept_of_steps(steps, trace)
+    h, e = read(noise, reads, before.h), of_candidate(noise, drawn.candidate, accumulator(x.dtype))
+    if noise.zoneout:  # what was held is not what the step made
+        after, kept = unit.step(weights, unit.inputs(weights, x), h, before, e)
+    slopes, seen = unit.slopes(weights, x, h, before, after, kept, e)
 
     def step(dafter, inputs):
-        outputs, slopes, valid, fresh = inputs
+        outputs, slopes, valid, fresh, zoned = inputs
         given = select_each(valid, _with_outputs(dafter, outputs), 0)
-        dbefore, dz = unit.step_gradient(params, slopes, given)
+        given, dheld = zoneout_gradient(noise, zoned, given)
+        dbefore, dh, dz = unit.step_gradient(params, slopes, given)
+        dbefore = dbefore._replace(h=dbefore.h + read_gradient(noise, reads, dh))
+        if dheld is not None:
+            dbefore = jax.tree.map(jnp.add, dbefore, dheld)
         if fresh is not None:
             dbefore = select_each(~fresh, dbefore, 0)
         return select_each(valid, dbefore, dafter), dz
 
-    xs = (widened(outputs), slopes, steps.valid, steps.fresh)
+    xs = (widened(outputs), slopes, steps.valid, steps.fresh, drawn.zoned)
     back, turn = not options.reverse, sizes.turn_of_few if _few_rows(x) else sizes.turn
     dstate, dz = lax.scan(step, dstate, xs, reverse=back, unroll=_unroll(turn, x))
 
-    more, dx = unit.gradient(params, x, before, after, seen, dz)
+    more, dx = unit.gradient(params, x, h, before, after, seen, dz)
     return (jax.tree.map(jnp.add, dparams, more), dstate), dx
 
 
@@ -200,11 +218,14 @@ def forward_in(sizes, options, keeps, params, state, steps):
     keep = {"gates": ("rest", "kept"), "states": ("rest",)}.get(options.residuals, ())
     keep = keep if keeps else ()
     keep = (*keep, "rest") if options.every_state else keep
+    if options.noise.zoneout:  # then the gradient makes each step again, from the states
+        keep = tuple(name for name in keep if name != "kept")
     weights = options.unit.prepare(params)
+    reads, steps = steps.reads, steps._replace(reads=None)
 
     def chunk(state, inputs):
         (steps,), _ = inputs
-        after, trace = _chunk_forward(sizes, options, weights, state, steps, keep)
+        after, trace = _chunk_forward(sizes, options, weights, state, steps, reads, keep)
         return after, (trace, state)
 
     length = chunk_length(sizes, options, params, steps)
@@ -219,11 +240,12 @@ def backward_in(sizes, options, params, state, steps, trace, cotangents):
     weights, wide = options.unit.prepare(params), widened(params)
     length = chunk_length(sizes, options, params, steps)
     starts = trace.starts or _starts(options, length, state, steps, trace)
+    reads, steps = steps.reads, steps._replace(reads=None)
 
     def chunk(carry, inputs):
         (steps, outputs, trace), start = inputs
         carry, dx = _chunk_backward(
-            sizes, options, wide, weights, carry, steps, outputs, trace, start
+            sizes, options, wide, weights, carry, steps, reads, outputs, trace, start
         )
         return carry, (dx, ())
 

@@ -3,13 +3,16 @@
 Axes: B batch, T time, D input width, H hidden width.
 """
 
-from typing import Any, Literal, SupportsIndex, TypedDict, Unpack
+from typing import Any, Literal, SupportsIndex, Unpack
 
 from jaxtyping import Array, Bool, Float, Int
 
 import rnnattn.recurrent.native as native
 from rnnattn.checks import Check, forward_mode
 from rnnattn.recurrent.arguments import (
+    Arguments,
+    NoiseOptions,
+    checked_noise,
     checked_residuals,
     checked_sequence,
     checked_step,
@@ -30,7 +33,7 @@ from rnnattn.recurrent.units.rnn import RNNParams, rnn_unit
 from rnnattn.recurrent.units.slstm import SLSTMParams, SLSTMState, slstm_unit
 
 
-class UnitOptions(TypedDict, total=False):
+class UnitOptions(NoiseOptions, total=False):
     """Options that all units have in common; those of `rnnattn.gru`."""
 
     lengths: Int[Array, "*B"] | None
@@ -49,12 +52,15 @@ def gru_step(
     *,
     reset_after: bool = True,
     implementation: Literal["xla", "native"] | None = None,
+    **noise: Unpack[NoiseOptions],
 ) -> Float[Array, "*B H"]:
     """One step (G1 to G3): h after `x`, given h before it.
 
     Args:
         x: (B, D); B may be absent, or several axes, here and in h.
         reset_after, implementation: as in `gru`.
+        noise: `zoneout`, `recurrent_dropout`, `candidate_dropout` and `key`, as in `gru`; what is
+            drawn depends on the key alone, so each step wants one of its own.
     Raises:
         ValueError: a shape or dtype is off; the message says which, what was expected and
             what came.
@@ -69,7 +75,7 @@ def gru_step(
         (2, 5)
     """
     unit = gru_unit("gru_step", reset_after)
-    return run_step("gru_step", unit, params, x, (h,), implementation)[0]
+    return run_step("gru_step", unit, params, x, (h,), implementation, noise)[0]
 
 
 def gru(
@@ -95,8 +101,13 @@ def gru(
         resets: (B, T), or (T, B); True marks the first step of an episode in time order.
         reverse: run from the last valid step to the first; outputs stay in the order of x.
         residuals: what is kept for the gradient beside y: "gates" (the pre-activations of each
-            step), "states" (nothing) or n (h every n steps); None chooses by memory. All of these
-            are as in `lstm`, which says more of each.
+            step), "states" (nothing) or n (h every n steps); None chooses by memory.
+        zoneout: the share of h that keeps its last value in a step.
+        recurrent_dropout: the share of h that the products read as zero, the same at all steps;
+            z ⊙ h₋ reads all of it.
+        candidate_dropout: the share of n that is written to h as zero.
+        key: what these three are drawn from; None draws nothing. All of these are as in `lstm`,
+            which says more of each.
         implementation: "xla"; "native", the kernels of `rnnattn.native` on a CPU (and "xla"
             elsewhere), for 32 and 16 bits and the reset after the product; or None, which is
             "native" where these serve and "xla" elsewhere.
@@ -107,8 +118,8 @@ def gru(
             what came.
     Gradient:
         G4 to G7, with respect to `params`, `x` and `h`, from cotangents of y and the final h;
-        lengths, mask and resets are constants. It can be differentiated again in reverse and
-        forward mode; for `jax.jvp` of the function itself use `rnnattn.reference.gru`.
+        lengths, mask, resets and what is drawn are constants. It can be differentiated again in
+        reverse and forward mode; for `jax.jvp` of the function itself use `rnnattn.reference.gru`.
     Example:
         >>> import jax
         >>> import jax.numpy as jnp
@@ -130,13 +141,14 @@ def rnn_step(
     *,
     activation: Literal["tanh", "relu"] = "tanh",
     implementation: Literal["xla", "native"] | None = None,
+    **noise: Unpack[NoiseOptions],
 ) -> Float[Array, "*B H"]:
     """One step (R1): h after `x`, given h before it.
 
     Args:
         x: (B, D); B may be absent, or several axes, here and in the state.
         activation: as in `rnn`.
-        implementation: as in `gru`.
+        implementation, noise: as in `gru_step`.
     Raises:
         ValueError: a shape, dtype or option is off; the message says which, what was expected and
             what came.
@@ -151,7 +163,7 @@ def rnn_step(
         (2, 4)
     """
     unit = rnn_unit("rnn_step", activation)
-    return run_step("rnn_step", unit, params, x, (h,), implementation)[0]
+    return run_step("rnn_step", unit, params, x, (h,), implementation, noise)[0]
 
 
 def rnn(
@@ -171,6 +183,7 @@ def rnn(
         activation: φ, "tanh" or "relu".
         options: those of `gru`, which says what each is; the states' other fields are kept for the
             gradient with "states", and the pre-activations as well with "gates".
+            `candidate_dropout` is refused: h is all that there is.
     Returns:
         y (B, T, H), or (T, B, H) with `time_major`, in the dtype of x, and the final h, too.
     Raises:
@@ -202,12 +215,13 @@ def layer_norm_lstm_step(
     state: LSTMState,
     *,
     implementation: Literal["xla", "native"] | None = None,
+    **noise: Unpack[NoiseOptions],
 ) -> LSTMState:
     """One step (N2, N3): the state after `x`, given that before it.
 
     Args:
         x: (B, D); B may be absent, or several axes, here and in the state.
-        implementation: as in `gru`.
+        implementation, noise: as in `gru_step`.
     Raises:
         ValueError: a shape, dtype or option is off; the message says which, what was expected and
             what came.
@@ -224,7 +238,7 @@ def layer_norm_lstm_step(
         (2, 4)
     """
     unit = LayerNormLSTM()
-    return run_step("layer_norm_lstm_step", unit, params, x, state, implementation)
+    return run_step("layer_norm_lstm_step", unit, params, x, state, implementation, noise)
 
 
 def layer_norm_lstm(
@@ -241,7 +255,7 @@ def layer_norm_lstm(
         state: the initial state; None is zeros.
         options: those of `gru`, which says what each is; the states' other fields are kept for the
             gradient with "states", and the pre-activations and the products with h as well with
-            "gates".
+            "gates". `zoneout` may be a pair, of h and of c; `candidate_dropout` is of g.
     Returns:
         y (B, T, H), or (T, B, H) with `time_major`, in the dtype of x, and the final state, c in
         float32 for 16-bit inputs.
@@ -274,12 +288,13 @@ def layer_norm_gru_step(
     h: Float[Array, "*B H"],
     *,
     implementation: Literal["xla", "native"] | None = None,
+    **noise: Unpack[NoiseOptions],
 ) -> Float[Array, "*B H"]:
     """One step (N5): h after `x`, given h before it.
 
     Args:
         x: (B, D); B may be absent, or several axes, here and in the state.
-        implementation: as in `gru`.
+        implementation, noise: as in `gru_step`.
     Raises:
         ValueError: a shape, dtype or option is off; the message says which, what was expected and
             what came.
@@ -295,7 +310,7 @@ def layer_norm_gru_step(
         (2, 4)
     """
     unit = LayerNormGRU()
-    return run_step("layer_norm_gru_step", unit, params, x, (h,), implementation)[0]
+    return run_step("layer_norm_gru_step", unit, params, x, (h,), implementation, noise)[0]
 
 
 def layer_norm_gru(
@@ -347,13 +362,14 @@ def slstm_step(
     *,
     forget_gate: Literal["sigmoid", "exponential"] = "sigmoid",
     implementation: Literal["xla", "native"] | None = None,
+    **noise: Unpack[NoiseOptions],
 ) -> SLSTMState:
     """One step (S1 to S3): the state after `x`, given that before it.
 
     Args:
         x: (B, D); B may be absent, or several axes, here and in the state.
         forget_gate: as in `slstm`.
-        implementation: as in `gru`.
+        implementation, noise: as in `gru_step`.
     Raises:
         ValueError: a shape, dtype or option is off; the message says which, what was expected and
             what came.
@@ -369,7 +385,7 @@ def slstm_step(
         (2, 4)
     """
     unit = slstm_unit("slstm_step", forget_gate)
-    return run_step("slstm_step", unit, params, x, state, implementation)
+    return run_step("slstm_step", unit, params, x, state, implementation, noise)
 
 
 def slstm(
@@ -387,10 +403,10 @@ def slstm(
             all that follows.
         state: the initial state; None is zeros.
         forget_gate: what f is of its pre-activation. The input gate is an exponential always; m
-        keeps
-            both in range, at any pre-activation.
+            keeps both in range, at any pre-activation.
         options: those of `gru`, which says what each is; the states' other fields are kept for the
-            gradient with "states", and the pre-activations as well with "gates".
+            gradient with "states", and the pre-activations as well with "gates". `zoneout` is of h
+            alone, as m says what c and n are multiplied by; `candidate_dropout` is of g.
     Returns:
         y (B, T, H), or (T, B, H) with `time_major`, in the dtype of x, and the final state, all but
         h in float32 for 16-bit inputs.
@@ -416,13 +432,15 @@ def slstm(
     return run_unit("slstm", slstm_unit("slstm", forget_gate), params, x, state, **options)
 
 
-def run_step(function, unit, params, x, state, implementation):
+def run_step(function, unit, params, x, state, implementation, noise):
     """The state after a step."""
     x, state = checked_step(function, unit, params, x, state)
-    options = Options(unit, residuals="gates")
+    rates, key = checked_noise(function, unit, params, **noise)
+    options = Options(unit, residuals="gates", noise=rates)
     schedule = _suited(function, implementation, params, x, options)
+    arguments = Arguments(x[None], state, key=key)
     with forward_mode(f"rnnattn.reference.{function}"):
-        return run_sequence(function, schedule, options, True, params, x[None], state)[1]
+        return run_sequence(function, schedule, options, True, params, arguments)[1]
 
 
 def run_unit(
@@ -439,17 +457,21 @@ def run_unit(
     time_major=False,
     residuals=None,
     implementation=None,
+    **noise,
 ) -> tuple[Array, Any]:
     """h of every step, and the final state."""
     given = (lengths, mask, resets, time_major)
     arguments = checked_sequence(function, unit, params, x, state, *given)
+    rates, key = checked_noise(function, unit, params, **noise)
     keeps = checked_residuals(function, residuals)
     if keeps is None:
         keeps = suited_residuals(unit, params, arguments.x, time_major)
-    options = Options(unit, bool(reverse), keeps)
+    options = Options(unit, bool(reverse), keeps, noise=rates)
     schedule = _suited(function, implementation, params, arguments.x, options)
     with forward_mode(f"rnnattn.reference.{function}"):
-        outputs, final = run_sequence(function, schedule, options, time_major, params, *arguments)
+        outputs, final = run_sequence(
+            function, schedule, options, time_major, params, arguments._replace(key=key)
+        )
     return outputs.y, final
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import rnnattn.native as native
 from rnnattn.checks import those_that_hold
 from rnnattn.native.calls import call_attributes
+from rnnattn.recurrent.noise import QUIET
 from rnnattn.recurrent.placed import (
     backward_results,
     forward_results,
@@ -40,6 +41,7 @@ def unserved(params, x, options):
         f"the dtype {dtype.name}": dtype not in _DTYPES,
         "units but the LSTM and the GRU, its reset after the product": kernel is None,
         "`return_cells`": options.every_state,
+        "zoneout or dropout": options.noise != QUIET,
     }
     return those_that_hold(reasons | unserved_by_kernels(params, x))
 

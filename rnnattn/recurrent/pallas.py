@@ -16,6 +16,7 @@ import rnnattn.recurrent.chunked as chunked
 from rnnattn.checks import those_that_hold
 from rnnattn.dispatch import gpu_capability
 from rnnattn.precision import accumulator
+from rnnattn.recurrent.noise import QUIET
 from rnnattn.recurrent.placed import forward_on_xla, interval, placed, unserved_by_kernels
 from rnnattn.recurrent.problem import Trace
 from rnnattn.recurrent.unit import dot
@@ -37,6 +38,7 @@ def unserved(params, x, options):
         "a projection": params.projection is not None,
         "`clip` or `coupled`": options.unit != LSTM(),
         "`return_cells`": options.every_state,
+        "zoneout or dropout": options.noise != QUIET,
     }
     return those_that_hold(reasons | unserved_by_kernels(params, x))
 
@@ -112,7 +114,7 @@ def _run_back(options, params, halved, start, steps, trace, dy, dstate):
     B, dtype = dy.shape[1], steps.x.dtype
     x, before, after = chunked.states_of_steps(options, steps, trace, start)
     kept = chunked.kept_of_steps(steps, trace)
-    slopes, _ = options.unit.slopes(halved, x, before, after, kept)
+    slopes, _ = options.unit.slopes(halved, x, before.h, before, after, kept, None)
     # what is not valid holds dh and dc, and a fresh step passes no dc on
     carry = slopes.carry if steps.fresh is None else select(~steps.fresh, slopes.carry, 0)
     if steps.valid is not None:
@@ -156,8 +158,9 @@ def forward(static, params, state, steps):
     if n:
         return final, trace._replace(starts=starts)
     if keeps and options.residuals == "gates":
-        known = chunked.states_of_steps(options, steps, trace, state)
-        trace = trace._replace(kept=options.unit.preactivations(halved, *known))
+        x, before, after = chunked.states_of_steps(options, steps, trace, state)
+        kept = options.unit.preactivations(halved, x, before.h, before, after)
+        trace = trace._replace(kept=kept)
     return final, trace
 
 

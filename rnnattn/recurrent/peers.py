@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from rnnattn.checks import those_that_hold
 from rnnattn.recurrent.arguments import as_given, time_back, time_first
+from rnnattn.recurrent.noise import QUIET
 from rnnattn.recurrent.unit import full_state
 from rnnattn.recurrent.units.lstm import LSTM, LSTMState
 from rnnattn.steps import batch_of
@@ -23,6 +24,7 @@ def unserved_by_cudnn(params, x, options, mask, resets):
             "`mask`": mask is not None,
             "`resets`": resets is not None,
             "`return_cells`": options.every_state,
+            "zoneout or dropout": options.noise != QUIET,
             "`reverse`": options.reverse,
             "a machine without a GPU": jax.default_backend() != "gpu",
             # benchmarks/README.md, "On a GPU"

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from jaxtyping import Array
 
+from rnnattn.recurrent.noise import QUIET, Noise
 from rnnattn.recurrent.unit import Unit
 
 
@@ -18,6 +19,7 @@ class Options(NamedTuple):
     reverse: bool = False
     residuals: Literal["gates", "states"] | int = "states"
     every_state: bool = False  # gives out all of the state of each step, not h alone
+    noise: Noise = QUIET
 
 
 class Steps(NamedTuple):
@@ -26,6 +28,8 @@ class Steps(NamedTuple):
     x: Array
     valid: Array | None  # False past a row's length: the state is held, the output is zero
     fresh: Array | None  # True where the state is zeroed before the step
+    keys: Array | None = None  # what is random in a step is drawn from: (T, B, 2)
+    reads: Array | None = None  # which of h the products of every step read: (B, R), without T
 
 
 class Outputs(NamedTuple):

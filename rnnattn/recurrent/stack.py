@@ -29,7 +29,7 @@ def bidirectional_lstm(
     Args:
         states: the initial states of the two, or None for zeros; the backward one enters at the
             last valid step.
-        options: those of `lstm`, `reverse` apart.
+        options: those of `lstm`, `reverse` apart; of `key` each direction has its own.
     Returns:
         y, the outputs of `forward` beside those of `backward`, both in the order of x; and the
         final states of the two.
@@ -67,7 +67,7 @@ def stacked_lstm(
             the rest is scaled up by 1 / (1 − rate).
         dropout_key: needed where `dropout_rate` is above 0.
         variational: drop the same outputs at every step (Gal & Ghahramani 2016).
-        time_major, options: as in `lstm`.
+        time_major, options: as in `lstm`; of `key` each layer has its own.
     Returns:
         y, the outputs of the top layer, and the final states of all layers.
     Raises:
@@ -114,7 +114,7 @@ def bidirectional(
         run: the unit over a sequence, such as `rnnattn.gru`.
         forward, backward: its parameters, and `states` its initial states, as in
             `bidirectional_lstm`.
-        options: those of `run`, `reverse` apart.
+        options: those of `run`, `reverse` apart; of `key` each direction has its own.
     Returns:
         As `bidirectional_lstm`.
     Raises:
@@ -149,7 +149,7 @@ def stacked(
         run: the unit over a sequence, such as `rnnattn.gru`.
         layers: from the bottom up; its parameters, or a (forward, backward) pair of them.
         states, dropout_rate, dropout_key, variational: as in `stacked_lstm`.
-        time_major, options: those of `run`.
+        time_major, options: those of `run`; of `key` each layer has its own.
     Returns:
         y, the outputs of the top layer, and the final states of all layers.
     Raises:
@@ -167,12 +167,16 @@ def stacked(
     dropout = _checked_dropout(function, layers, states, dropout_rate, dropout_key)
     options["time_major"] = time_major
     keys = _keys(dropout_key, len(layers)) if dropout > 0 else ()
+    key = options.pop("key", None)
+    of_layers = None if key is None else _keys(key, len(layers))
     x, finals = jnp.asarray(x), []
     for n, layer in enumerate(layers):
         if n > 0 and dropout > 0:
             time_axis = 0 if time_major else x.ndim - 2
             x = _drop(keys[n], x, dropout, time_axis if variational else None)
         state = None if states is None else states[n]
+        if of_layers is not None:
+            options["key"] = of_layers[n]
         if hasattr(layer, "_fields"):  # parameters, and no pair of them
             x, final = run(layer, x, state, **options)
         else:
@@ -186,14 +190,17 @@ def _both_directions(function, run, pair, x, states, options):
     given = "reverse" in options
     Check(function)(not given, "reverse", "left out: both directions are run", "it")
     state_ahead, state_back = states or (None, None)
-    ahead, last = run(forward, x, state_ahead, **options)
-    back, first = run(backward, x, state_back, reverse=True, **options)
+    of_ahead, of_back = options, options
+    if options.get("key") is not None:
+        of_ahead, of_back = ({**options, "key": key} for key in _keys(options["key"], 2))
+    ahead, last = run(forward, x, state_ahead, **of_ahead)
+    back, first = run(backward, x, state_back, reverse=True, **of_back)
     return jnp.concatenate([ahead, back], axis=-1), (last, first)
 
 
 @partial(jax.jit, static_argnames="count")
 def _keys(key, count):
-    """A key for each layer."""
+    """A key for each layer or direction."""
     return tuple(jax.random.fold_in(key, n) for n in range(count))
 
 

@@ -4,25 +4,28 @@ A unit states one step and the gradient of one step; when which part is computed
 again is a matter of the schedules (`rnnattn.recurrent.problem`). They run
 
     forward     u = inputs(x)                           of many steps at once
-                state, kept = step(u, state)            one after another
-    backward    slopes = slopes(x, before, after)       of many steps at once
-                d state, dz = step_gradient(slopes, d state)            one after another
-                d params, dx = gradient(x, before, after, dz)           of many steps at once
+                state, kept = step(u, h, state)         one after another
+    backward    slopes = slopes(x, h, before, after)    of many steps at once
+                d state, dh, dz = step_gradient(slopes, d state)        one after another
+                d params, dx = gradient(x, h, before, after, dz)        of many steps at once
 
 so that all that does not wait for the step before it is one product for many steps. Lengths,
 resets, both directions, the residual policies, both orders of differentiation, 16 bits and several
-devices are the schedules' matter: no unit has a line about them.
+devices are the schedules' matter: no unit has a line about them. Nor about zoneout; recurrent
+dropout wants to know what of the state the products read, and that is h beside the state, which may
+be a part of it: `rnnattn.recurrent.noise`.
 
 Axes: B batch, D input width, H hidden width; what is said of "many steps at once" has T in front.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from rnnattn.precision import accumulator
+from rnnattn.recurrent.noise import NOTHING, QUIET, of_candidate, read, zoneout
 from rnnattn.steps import select
 
 
@@ -58,30 +61,47 @@ class Unit(ABC):
         """u: what a step needs of x, (…, B, D)."""
 
     @abstractmethod
-    def step(self, weights: Any, u: Any, state: Any) -> tuple[Any, Any]:
-        """The state after a step, and what else of it may be kept for the gradient."""
+    def step(self, weights: Any, u: Any, h: Any, state: Any, e: Any = None) -> tuple[Any, Any]:
+        """The state after a step, and what else of it may be kept for the gradient.
+
+        Of many steps at once, too, if the states before them are known.
+
+        Args:
+            h: what the products read of the state's h, which is read by nothing else here.
+            e: a factor of what is written of the candidate (`scaled`), or None; a unit without a
+                candidate beside its state leaves it alone.
+        """
+
+    # whether there is a candidate: what a step writes, by a gate, to a memory that it may also keep
+    candidate: ClassVar[bool] = True
+    # the fields of the state that can keep their value apart from others, from the first on
+    zoned_fields: ClassVar[int | None] = None
 
     @abstractmethod
-    def slopes(self, weights: Any, x: Any, before: Any, after: Any, kept: Any) -> tuple[Any, Any]:
+    def slopes(
+        self, weights: Any, x: Any, h: Any, before: Any, after: Any, kept: Any, e: Any
+    ) -> tuple[Any, Any]:
         """What the gradient of each step needs besides what comes back to it; of many steps.
 
         Args:
-            before, after: the states around each step.
+            h, e: as in `step`.
+            before, after: the states around each step, `after` as the step made it.
             kept: what `step` gave; None where it was not kept, and is computed from the states.
         Returns:
             slopes, for `step_gradient`; and what only `gradient` reads.
         """
 
     @abstractmethod
-    def step_gradient(self, params: Any, slopes: Any, after: Any) -> tuple[Any, Any]:
-        """The cotangent of the state before a step, and dz, from that of the state after it.
+    def step_gradient(self, params: Any, slopes: Any, after: Any) -> tuple[Any, Any, Any]:
+        """From the cotangent of the state after a step those of the state before it, of h, and dz.
 
-        `params` here and in `gradient` are in the dtype of sums, and not prepared.
+        What the state's own h gets is 0 where nothing but the products reads it. `params` here and
+        in `gradient` are in the dtype of sums, and not prepared.
         """
 
     @abstractmethod
     def gradient(
-        self, params: Any, x: Any, before: Any, after: Any, seen: Any, dz: Any
+        self, params: Any, x: Any, h: Any, before: Any, after: Any, seen: Any, dz: Any
     ) -> tuple[Any, Any]:
         """The cotangents of params, summed over many steps, and of x, from dz of each step.
 
@@ -134,13 +154,16 @@ def select_each(condition, a, b):
     return jax.tree.map(lambda x, y: select(condition, x, y), a, b)
 
 
-def advance(unit, weights, u, state, valid, fresh):
+def advance(unit, weights, u, state, valid, fresh, noise=QUIET, drawn=NOTHING):
     """The state after a step, and what of it may be kept.
 
     valid, fresh: (B,) or None. A row that is not valid holds its state, a fresh one starts from 0.
     """
     start = state if fresh is None else select_each(~fresh, state, 0)
-    after, kept = unit.step(weights, u, start)
+    h = read(noise, drawn.reads, start[0])
+    e = of_candidate(noise, drawn.candidate, accumulator(h.dtype))
+    made, kept = unit.step(weights, u, h, start, e)
+    after = zoneout(noise, drawn.zoned, start, made)
     return select_each(valid, after, state), kept
 
 

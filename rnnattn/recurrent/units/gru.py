@@ -31,6 +31,7 @@ from jaxtyping import Array, Float
 
 from rnnattn.checks import Check
 from rnnattn.precision import accumulator
+from rnnattn.recurrent.noise import scaled
 from rnnattn.recurrent.unit import Unit, affine, along, blocks_of, dot, joined, outer
 
 
@@ -74,11 +75,11 @@ class _GRU(Unit):
     """What both have in common."""
 
     @abstractmethod
-    def preactivations(self, weights, u, h_prev):
+    def preactivations(self, weights, u, h):
         """What is kept: the gates are made of it and of nothing else."""
 
     @abstractmethod
-    def slopes_of(self, a, h_prev):
+    def slopes_of(self, a, h, h_prev, e):
         """`slopes`, from what is kept."""
 
     def widths(self, params):
@@ -105,20 +106,22 @@ class _GRU(Unit):
     def inputs(self, weights, x):
         return affine(x, weights.w_x, weights.b)
 
-    def slopes(self, weights, x, before, after, kept):
+    def slopes(self, weights, x, h, before, after, kept, e):
         if kept is None:
-            kept = self.preactivations(weights, self.inputs(weights, x), before.h)
-        return self.slopes_of(kept, before.h.astype(kept.dtype))
+            kept = self.preactivations(weights, self.inputs(weights, x), h)
+        wide = kept.dtype
+        return self.slopes_of(kept, h.astype(wide), before.h.astype(wide), e)
 
 
-def interpolated(z, n, state):
-    """G3."""
-    h = (1 - z) * n + z * state.h.astype(z.dtype)
+def interpolated(z, n, state, e=None):
+    """G3, of which e is a factor of n."""
+    h = (1 - z) * scaled(n, e) + z * state.h.astype(z.dtype)
     return GRUState(h.astype(state.h.dtype))
 
 
-def slopes_of_gates(r, z, n, h_prev, of_r):
-    return Slopes((1 - z) * (1 - n * n), (h_prev - n) * z * (1 - z), of_r * r * (1 - r), r, z)
+def slopes_of_gates(r, z, n, h_prev, of_r, e=None):
+    d_n, d_z = scaled((1 - z) * (1 - n * n), e), (h_prev - scaled(n, e)) * z * (1 - z)
+    return Slopes(d_n, d_z, of_r * r * (1 - r), r, z)
 
 
 def gradient_of_gates(slopes, dh):
@@ -134,18 +137,18 @@ class ResetAfter(_GRU):
     def kept_width(self, params):
         return 4 * params.w_h.shape[0]
 
-    def preactivations(self, weights, u, h_prev):
+    def preactivations(self, weights, u, h):
         """a_n, ½a_r, ½a_z and s: those of x are neighbours, and those of h₋."""
         x_r, x_z, a_n = blocks_of(u, 3)
-        h_r, h_z, s = blocks_of(dot(h_prev, weights.w_h), 3)
+        h_r, h_z, s = blocks_of(dot(h, weights.w_h), 3)
         if weights.b_n is not None:
             s = s + along(weights.b_n, s)
         return joined(a_n, x_r + h_r, x_z + h_z, s)
 
-    def step(self, weights, u, state):
-        a = self.preactivations(weights, u, state.h)
+    def step(self, weights, u, h, state, e=None):
+        a = self.preactivations(weights, u, h)
         _, z, n = self._gates(a)
-        return interpolated(z, n, state), a
+        return interpolated(z, n, state, e), a
 
     def _gates(self, a):
         """G1, G2."""
@@ -153,20 +156,19 @@ class ResetAfter(_GRU):
         r, z = _gate(a_r), _gate(a_z)
         return r, z, jnp.tanh(a_n + r * s)
 
-    def slopes_of(self, a, h_prev):
+    def slopes_of(self, a, h, h_prev, e):
         r, z, n = self._gates(a)
         *_, s = blocks_of(a, 4)
-        return slopes_of_gates(r, z, n, h_prev, s), None
+        return slopes_of_gates(r, z, n, h_prev, s, e), None
 
     def step_gradient(self, params, slopes, after):
         d_r, d_z, d_n, d_s = gradient_of_gates(slopes, after.h)
-        dh = after.h * slopes.carry
-        dh = dh + joined(d_r, d_z, d_s) @ params.w_h.T
-        return GRUState(dh), joined(d_r, d_z, d_n, d_s)
+        dh = joined(d_r, d_z, d_s) @ params.w_h.T
+        return GRUState(after.h * slopes.carry), dh, joined(d_r, d_z, d_n, d_s)
 
-    def gradient(self, params, x, before, after, seen, dz):
+    def gradient(self, params, x, h, before, after, seen, dz):
         d_r, d_z, d_n, d_s = blocks_of(dz, 4)
-        dw_h = outer(before.h, joined(d_r, d_z, d_s))
+        dw_h = outer(h, joined(d_r, d_z, d_s))
         db_n = None if params.b_n is None else jnp.sum(d_s, (0, 1))
         return of_inputs(params, x, joined(d_r, d_z, d_n), dw_h, db_n)
 
@@ -182,41 +184,40 @@ class ResetBefore(_GRU):
     def kept_width(self, params):
         return 3 * params.w_h.shape[0]
 
-    def preactivations(self, weights, u, h_prev):
+    def preactivations(self, weights, u, h):
         """½a_r, ½a_z, and what tanh is taken of."""
         x_r, x_z, x_n = blocks_of(u, 3)
         w_r, w_z, w_n = blocks_of(weights.w_h, 3)
-        h_rz = dot(h_prev, joined(w_r, w_z))
+        h_rz = dot(h, joined(w_r, w_z))
         h_r, h_z = blocks_of(h_rz, 2)
         a_r, a_z = x_r + h_r, x_z + h_z
-        q = _gate(a_r).astype(h_prev.dtype) * h_prev
+        q = _gate(a_r).astype(h.dtype) * h
         return joined(a_r, a_z, x_n + dot(q, w_n))
 
-    def step(self, weights, u, state):
-        a = self.preactivations(weights, u, state.h)
+    def step(self, weights, u, h, state, e=None):
+        a = self.preactivations(weights, u, h)
         _, z, n = self._gates(a)
-        return interpolated(z, n, state), a
+        return interpolated(z, n, state, e), a
 
     def _gates(self, a):
         a_r, a_z, a_n = blocks_of(a, 3)
         return _gate(a_r), _gate(a_z), jnp.tanh(a_n)
 
-    def slopes_of(self, a, h_prev):
+    def slopes_of(self, a, h, h_prev, e):
         r, z, n = self._gates(a)
-        return slopes_of_gates(r, z, n, h_prev, h_prev), r * h_prev
+        return slopes_of_gates(r, z, n, h_prev, h, e), r * h
 
     def step_gradient(self, params, slopes, after):
         w_r, w_z, w_n = blocks_of(params.w_h, 3)
         d_n, d_z = after.h * slopes.n, after.h * slopes.z
         dq = d_n @ w_n.T
         d_r = dq * slopes.r
-        dh = after.h * slopes.carry + dq * slopes.inner
-        dh = dh + joined(d_r, d_z) @ joined(w_r, w_z).T
-        return GRUState(dh), joined(d_r, d_z, d_n)
+        dh = dq * slopes.inner + joined(d_r, d_z) @ joined(w_r, w_z).T
+        return GRUState(after.h * slopes.carry), dh, joined(d_r, d_z, d_n)
 
-    def gradient(self, params, x, before, after, seen, dz):
+    def gradient(self, params, x, h, before, after, seen, dz):
         d_r, d_z, d_n = blocks_of(dz, 3)
-        dw_rz = outer(before.h, joined(d_r, d_z))
+        dw_rz = outer(h, joined(d_r, d_z))
         dw_h = joined(dw_rz, outer(seen, d_n))
         return of_inputs(params, x, dz, dw_h, None)
 

@@ -102,14 +102,14 @@ class _Normed(Unit):
         dr = norm_gradient(d * params.k_h[None], v, inverse)
         return dr, dr @ params.w_h.T
 
-    def gradient_of_norms(self, params, x, h_prev, v, d, dr, d_inputs):
+    def gradient_of_norms(self, params, x, h, v, d, dr, d_inputs):
         """N6: of w_x, w_h, b, k_x, k_h, and of x."""
         v_x, inverse = norm(dot(x, params.w_x.astype(x.dtype)))
         dr_x = norm_gradient(d_inputs * along(params.k_x, v_x), v_x, inverse)
         summed = lambda row: jnp.sum(row, (0, 1))
         made = {
             "w_x": outer(x, dr_x),
-            "w_h": outer(h_prev, dr),
+            "w_h": outer(h, dr),
             "b": summed(d_inputs),
             "k_x": summed(d_inputs * v_x),
             "k_h": summed(d * v),
@@ -159,13 +159,13 @@ class LayerNormLSTM(_Normed):
     def verify(self, check, params, D):
         _verify(check, params, D, 4)
 
-    def step(self, weights, u, state):
-        r = dot(state.h, weights.w_h)
+    def step(self, weights, u, h, state, e=None):
+        r = dot(h, weights.w_h)
         z = u + self.from_h(weights, norm(r)[0])
         gates = self.gates(z)
-        c = memory(gates, state.c)
-        h = gates[-1] * self.seen(weights, norm(c)[0])
-        return LSTMState(h.astype(state.h.dtype), c), joined(z, r)
+        c = memory(gates, state.c, e)
+        after = gates[-1] * self.seen(weights, norm(c)[0])
+        return LSTMState(after.astype(h.dtype), c), joined(z, r)
 
     def gates(self, z):
         z_i, z_f, z_g, z_o = blocks_of(z, 4)
@@ -175,9 +175,9 @@ class LayerNormLSTM(_Normed):
         """t, from norm(c)."""
         return jnp.tanh(along(weights.k_c, v) * v + along(weights.b_c, v))
 
-    def slopes(self, weights, x, before, after, kept):
+    def slopes(self, weights, x, h, before, after, kept, e):
         if kept is None:
-            r = dot(before.h, weights.w_h)
+            r = dot(h, weights.w_h)
             v, v_inverse = norm(r)
             z = self.inputs(weights, x) + self.from_h(weights, v)
         else:
@@ -188,7 +188,7 @@ class LayerNormLSTM(_Normed):
         c, c_inverse = norm(after.c)
         t = self.seen(weights, c)
         d_o, d_q = t * o * (1 - o), o * (1 - t * t)
-        d_i, d_f, d_g = memory_slopes(gates, before.c)
+        d_i, d_f, d_g = memory_slopes(gates, before.c, e)
         slopes = LSTMSlopes(d_i, d_f, d_g, d_o, d_q, f, c, c_inverse, v, v_inverse)
         return slopes, (c, v)
 
@@ -197,11 +197,11 @@ class LayerNormLSTM(_Normed):
         dc = after.c + norm_gradient(dq * params.k_c[None], slopes.c, slopes.c_inverse)
         dz = joined(dc * slopes.i, dc * slopes.f, dc * slopes.g, after.h * slopes.o)
         dr, dh = self.h_gradient(params, dz, slopes.v, slopes.v_inverse)
-        return LSTMState(dh, dc * slopes.carry), (dz, dr, dq)
+        return LSTMState(jnp.zeros_like(dh), dc * slopes.carry), dh, (dz, dr, dq)
 
-    def gradient(self, params, x, before, after, seen, dz):
+    def gradient(self, params, x, h, before, after, seen, dz):
         (c, v), (dz, dr, dq) = seen, dz
-        made, dx = self.gradient_of_norms(params, x, before.h, v, dz, dr, dz)
+        made, dx = self.gradient_of_norms(params, x, h, v, dz, dr, dz)
         of_c = {"k_c": jnp.sum(dq * c, (0, 1)), "b_c": jnp.sum(dq, (0, 1))}
         return LayerNormLSTMParams(**made, **of_c), dx
 
@@ -227,10 +227,10 @@ class LayerNormGRU(_Normed):
     def verify(self, check, params, D):
         _verify(check, params, D, 3)
 
-    def step(self, weights, u, state):
-        r = dot(state.h, weights.w_h)
+    def step(self, weights, u, h, state, e=None):
+        r = dot(h, weights.w_h)
         _, z, n, _ = self.gates(weights, u, norm(r)[0])
-        return interpolated(z, n, state), joined(u, r)
+        return interpolated(z, n, state, e), joined(u, r)
 
     def gates(self, weights, u, v):
         """r, z, n and s_n + b_n."""
@@ -240,14 +240,14 @@ class LayerNormGRU(_Normed):
         r, z = sigmoid(a_r + s_r), sigmoid(a_z + s_z)
         return r, z, jnp.tanh(a_n + r * s_n), s_n
 
-    def slopes(self, weights, x, before, after, kept):
+    def slopes(self, weights, x, h, before, after, kept, e):
         if kept is None:
-            u, r = self.inputs(weights, x), dot(before.h, weights.w_h)
+            u, r = self.inputs(weights, x), dot(h, weights.w_h)
         else:
             u, r = blocks_of(kept, 2)
         v, v_inverse = norm(r)
         r, z, n, s_n = self.gates(weights, u, v)
-        gates = slopes_of_gates(r, z, n, before.h.astype(z.dtype), s_n)
+        gates = slopes_of_gates(r, z, n, before.h.astype(z.dtype), s_n, e)
         return GRUSlopes(gates, v, v_inverse), v
 
     def step_gradient(self, params, slopes, after):
@@ -255,10 +255,10 @@ class LayerNormGRU(_Normed):
         d_r, d_z, d_n, ds_n = gradient_of_gates(gates, after.h)
         ds = joined(d_r, d_z, ds_n)
         dr, dh = self.h_gradient(params, ds, v, v_inverse)
-        return GRUState(after.h * gates.carry + dh), (ds, dr, joined(d_r, d_z, d_n))
+        return GRUState(after.h * gates.carry), dh, (ds, dr, joined(d_r, d_z, d_n))
 
-    def gradient(self, params, x, before, after, seen, dz):
+    def gradient(self, params, x, h, before, after, seen, dz):
         ds, dr, d_inputs = dz
-        made, dx = self.gradient_of_norms(params, x, before.h, seen, ds, dr, d_inputs)
+        made, dx = self.gradient_of_norms(params, x, h, seen, ds, dr, d_inputs)
         *_, ds_n = blocks_of(ds, 3)
         return LayerNormGRUParams(**made, b_n=jnp.sum(ds_n, (0, 1))), dx

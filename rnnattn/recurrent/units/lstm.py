@@ -31,6 +31,7 @@ from jaxtyping import Array, Float
 
 from rnnattn.checks import Check
 from rnnattn.precision import accumulator
+from rnnattn.recurrent.noise import scaled
 from rnnattn.recurrent.unit import Unit, affine, blocks_of, dot, joined, outer
 
 
@@ -102,44 +103,44 @@ def gates_of_tanh(blocks, unit):
     return i, f, g, o
 
 
-def memory(gates, c_prev):
-    """L2: c."""
+def memory(gates, c_prev, e=None):
+    """L2: c, of which e is a factor of g."""
     i, f, g, _ = gates
-    return f * c_prev + i * g
+    return f * c_prev + i * scaled(g, e)
 
 
-def cell_of_gates(gates, c_prev):
+def cell_of_gates(gates, c_prev, e=None):
     """L2: m = o ⊙ tanh(c), and c."""
     *_, o = gates
-    c = memory(gates, c_prev)
+    c = memory(gates, c_prev, e)
     return o * jnp.tanh(c), c
 
 
-def cell(a, c_prev, peephole, unit):
+def cell(a, c_prev, peephole, unit, e=None):
     """L1, L2: m = o ⊙ tanh(c), which is h where nothing is projected; c; a with its peepholes."""
     if peephole is None:
-        return *cell_of_gates(_gates(a, unit), c_prev), a
+        return *cell_of_gates(_gates(a, unit), c_prev, e), a
     seen = a + peephole_terms(peephole, c_prev, jnp.zeros_like(c_prev))
-    c = memory(_gates(seen, unit), c_prev)
+    c = memory(_gates(seen, unit), c_prev, e)
     a = a + peephole_terms(peephole, c_prev, c)
     *_, o = _gates(a, unit)
     return o * jnp.tanh(c), c, a
 
 
-def memory_slopes(gates, c_prev):
-    """L4: ∂c/∂z of the gates i, f and g."""
+def memory_slopes(gates, c_prev, e=None):
+    """L4: ∂c/∂z of the gates i, f and g, of which e ⊙ g is written."""
     i, f, g, _ = gates
-    return g * i * (1 - i), c_prev * f * (1 - f), i * (1 - g * g)
+    return scaled(g, e) * i * (1 - i), c_prev * f * (1 - f), scaled(i * (1 - g * g), e)
 
 
-def slopes_of(a, c_prev, c, unit):
+def slopes_of(a, c_prev, c, unit, e=None):
     """The factors of L3, L4 and L8, and m. A pre-activation beyond the clip moves nothing."""
     gates = _gates(a, unit)
     i, f, g, o = gates
     tanh_c = jnp.tanh(c)
-    d_i, d_f, d_g = memory_slopes(gates, c_prev)
+    d_i, d_f, d_g = memory_slopes(gates, c_prev, e)
     if unit.coupled:
-        d_i, d_f = (g - c_prev) * i * (1 - i), jnp.zeros_like(f)
+        d_i, d_f = (scaled(g, e) - c_prev) * i * (1 - i), jnp.zeros_like(f)
     d_o = tanh_c * o * (1 - o)
     if unit.clip is not None:
         bounds = _clip_bounds(unit.clip)
@@ -240,26 +241,25 @@ class LSTM(Unit):
             return x
         return affine(x, weights.w_x, weights.b)
 
-    def step(self, weights, u, state):
-        h, c = state
+    def step(self, weights, u, h, state, e=None):
         if weights.w is None:
             a = u + dot(h, weights.w_h)
         else:
             a = dot(joined(u, h), weights.w) + weights.b[None]
-        m, c, a = cell(a, c, weights.peephole, self)
+        m, c, a = cell(a, state.c, weights.peephole, self, e)
         h = m.astype(h.dtype)
         if weights.projection is not None:
             h = dot(h, weights.projection).astype(h.dtype)
         return LSTMState(h, c), a
 
-    def slopes(self, weights, x, before, after, kept):
+    def slopes(self, weights, x, h, before, after, kept, e):
         if kept is None:
-            kept = self.preactivations(weights, x, before, after)
-        return slopes_of(kept, before.c, after.c, self)
+            kept = self.preactivations(weights, x, h, before, after)
+        return slopes_of(kept, before.c, after.c, self, e)
 
-    def preactivations(self, weights, x, before, after):
+    def preactivations(self, weights, x, h, before, after):
         """a of every step, which needs no loop once the states are known."""
-        xh = joined(x, before.h)
+        xh = joined(x, h)
         a = dot(xh, jnp.concatenate([weights.w_x, weights.w_h])) + weights.b[None, None]
         if weights.peephole is not None:
             a = a + peephole_terms(weights.peephole, before.c, after.c)
@@ -269,11 +269,12 @@ class LSTM(Unit):
         projection = params.projection
         dm = after.h if projection is None else after.h @ projection.T
         dz, dc = cell_gradient(slopes, dm, after.c, params.peephole)
-        return LSTMState(dz @ params.w_h.T, dc), (dz, None if projection is None else after.h)
+        dh = dz @ params.w_h.T
+        return LSTMState(jnp.zeros_like(dh), dc), dh, (dz, None if projection is None else after.h)
 
-    def gradient(self, params, x, before, after, seen, dz):
+    def gradient(self, params, x, h, before, after, seen, dz):
         dz, dh = dz
-        dw = outer(joined(x, before.h), dz)
+        dw = outer(joined(x, h), dz)
         D, projected = x.shape[-1], params.projection is not None
         peephole = None if params.peephole is None else peephole_gradient(dz, before.c, after.c)
         projection = outer(seen, dh) if projected else None

@@ -40,6 +40,8 @@ class RNNState(NamedTuple):
 class RNN(Unit):
     """The plain recurrent network."""
 
+    candidate = False
+
     relu: bool = False
 
     def widths(self, params):
@@ -59,13 +61,13 @@ class RNN(Unit):
     def inputs(self, weights, x):
         return affine(x, weights.w_x, weights.b)
 
-    def step(self, weights, u, state):
-        a = u + dot(state.h, weights.w_h)
-        h = jnp.maximum(a, 0) if self.relu else jnp.tanh(a)
-        return RNNState(h.astype(state.h.dtype)), a
+    def step(self, weights, u, h, state, e=None):
+        a = u + dot(h, weights.w_h)
+        after = jnp.maximum(a, 0) if self.relu else jnp.tanh(a)
+        return RNNState(after.astype(h.dtype)), a
 
-    def slopes(self, weights, x, before, after, kept):
-        a = kept if kept is not None else self.inputs(weights, x) + dot(before.h, weights.w_h)
+    def slopes(self, weights, x, h, before, after, kept, e):
+        a = kept if kept is not None else self.inputs(weights, x) + dot(h, weights.w_h)
         return self.slope(a), None
 
     def slope(self, a):
@@ -74,10 +76,11 @@ class RNN(Unit):
 
     def step_gradient(self, params, slopes, after):
         da = after.h * slopes
-        return RNNState(da @ params.w_h.T), da
+        dh = da @ params.w_h.T
+        return RNNState(jnp.zeros_like(dh)), dh, da
 
-    def gradient(self, params, x, before, after, seen, dz):
-        dw = outer(joined(x, before.h), dz)
+    def gradient(self, params, x, h, before, after, seen, dz):
+        dw = outer(joined(x, h), dz)
         D = x.shape[-1]
         dparams = RNNParams(dw[:D], dw[D:], jnp.sum(dz, (0, 1)))
         return dparams, (dz @ params.w_x.T).astype(x.dtype)

@@ -32,6 +32,7 @@ from jaxtyping import Array, Float
 
 from rnnattn.checks import Check
 from rnnattn.precision import accumulator
+from rnnattn.recurrent.noise import scaled
 from rnnattn.recurrent.unit import Unit, affine, blocks_of, joined, outer, sigmoid
 
 
@@ -72,6 +73,8 @@ class Slopes(NamedTuple):
 class SLSTM(Unit):
     """The sLSTM; its forget gate a sigmoid or an exponential."""
 
+    zoned_fields = 1  # m says what c and n are to be multiplied by, so none of them goes alone
+
     exponential_forget: bool = False
 
     def widths(self, params):
@@ -93,12 +96,12 @@ class SLSTM(Unit):
     def inputs(self, weights, x):
         return affine(x, weights.w_x, weights.b)
 
-    def step(self, weights, u, state):
-        z = u + from_heads(weights.w_h, state.h)
+    def step(self, weights, u, h, state, e=None):
+        z = u + from_heads(weights.w_h, h)
         p, i, g, o = self.gates(z, state.m, state.n)
         f, i, m = stabilised(p, i)
-        c, n = f * state.c + i * g, f * state.n + i
-        return SLSTMState((o * c / n).astype(state.h.dtype), c, n, m), z
+        c, n = f * state.c + i * scaled(g, e), f * state.n + i
+        return SLSTMState((o * c / n).astype(h.dtype), c, n, m), z
 
     def gates(self, z, m_prev, n_prev):
         """p, z_i, g, o; p is −∞ where there is nothing to scale."""
@@ -107,10 +110,10 @@ class SLSTM(Unit):
         p = log_f + jnp.where(n_prev == 0, -jnp.inf, m_prev)
         return p, z_i, jnp.tanh(z_g), sigmoid(z_o)
 
-    def slopes(self, weights, x, before, after, kept):
+    def slopes(self, weights, x, h, before, after, kept, e):
         z = kept
         if z is None:
-            z = self.inputs(weights, x) + from_heads(weights.w_h, before.h)
+            z = self.inputs(weights, x) + from_heads(weights.w_h, h)
         p, z_i, g, o = self.gates(z, before.m, before.n)
         f, i, _ = stabilised(p, z_i)
         # of steps that do not count n is 0, and nothing comes back to them
@@ -123,9 +126,9 @@ class SLSTM(Unit):
             n=-o * seen / n,
             p_c=before.c * f,
             p_n=before.n * f,
-            i_c=g * i,
+            i_c=scaled(g, e) * i,
             i_n=i,
-            g=i * (1 - g * g),
+            g=scaled(i * (1 - g * g), e),
             w=(p > z_i).astype(z.dtype),
             f=jnp.ones_like(z_f) if self.exponential_forget else 1 - sigmoid(z_f),
             carry=f,
@@ -142,11 +145,11 @@ class SLSTM(Unit):
         dz_i = di + (1 - slopes.w) * dm
         dz = joined(dz_i, dp * slopes.f, dc * slopes.g, after.h * slopes.o)
         dh = to_heads(params.w_h, dz)
-        return SLSTMState(dh, dc * slopes.carry, dn * slopes.carry, dp), dz
+        return SLSTMState(jnp.zeros_like(dh), dc * slopes.carry, dn * slopes.carry, dp), dh, dz
 
-    def gradient(self, params, x, before, after, seen, dz):
+    def gradient(self, params, x, h, before, after, seen, dz):
         by_head = _by_head(dz, params.w_h.shape[0])
-        h = before.h.reshape(*before.h.shape[:-1], *params.w_h.shape[:2]).astype(dz.dtype)
+        h = h.reshape(*h.shape[:-1], *params.w_h.shape[:2]).astype(dz.dtype)
         dw_h = jnp.einsum("tbnh,tbnz->nhz", h, by_head)
         dparams = SLSTMParams(outer(x, dz), dw_h, jnp.sum(dz, (0, 1)))
         return dparams, (dz @ params.w_x.T).astype(x.dtype)
