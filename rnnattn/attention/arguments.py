@@ -49,8 +49,8 @@ class Arrays(NamedTuple):
     dropout_key: Any = None
     # no argument of anybody: see `rnnattn.attention.packed` and `reduced`, and `with_functions`
     key_ranges: Any = None
-    score_arrays: Any = ()
-    function_arrays: Any = ((), ())  # of the mask function, and others of the score function
+    score_arrays: Any = None
+    function_arrays: Any = None  # of the mask function, and others of the score function
     rows: Any = None
     heads: Any = None
 
