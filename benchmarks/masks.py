@@ -1,10 +1,11 @@
 """Masks and scores as functions beside what says the same without them.
 
-    python benchmarks/masks.py
-    python benchmarks/masks.py --T 4096 --rounds 15
+    XLA_FLAGS=--xla_cpu_multi_thread_eigen=false python benchmarks/masks.py
+    XLA_FLAGS=--xla_cpu_multi_thread_eigen=false python benchmarks/masks.py --T 4096 --rounds 15
 
-Attention forward and with its gradient, B 1, float32. A row names a function and what it is
-compared with: the ratio is the other's time over that by the function. Temporaries are those of the
+Attention forward and with its gradient, B 1, float32, on one thread: the least processor time of a
+few calls, in turns, which other jobs disturb little. A row names a function and what it is compared
+with: the ratio is the other's time over that by the function. Temporaries are those of the
 gradient, in MiB.
 """
 
@@ -20,7 +21,9 @@ import jax.numpy as jnp
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import timing
+from benchmarks.linear import processor_seconds
 from rnnattn import dot_product_attention, masks
+from rnnattn.native import calls
 
 
 def pairs(T, N):
@@ -66,8 +69,9 @@ def main():
     parser.add_argument("--T", type=timing.count, default=2048)
     parser.add_argument("--heads", type=timing.count, default=8)
     parser.add_argument("--width", type=timing.count, default=64)
-    parser.add_argument("--rounds", type=timing.count, default=9)
+    parser.add_argument("--rounds", type=timing.count, default=5)
     args = parser.parse_args()
+    calls.threads = 1
     shape = (3, 1, args.T, args.heads, args.width)
     q, k, v = jax.random.normal(jax.random.key(0), shape, jnp.float32)
     print(f"T {args.T}, {args.heads} heads of width {args.width}: the other's time over ours")
@@ -75,10 +79,13 @@ def main():
         shown = []
         for run in (forward, training):
             programs = [timing.compiled(partial(run, of), q, k, v) for of in (ours, other)]
-            times = timing.measure(dict(enumerate(programs)), args.rounds)
-            r = timing.ratio(times[1], times[0])
-            shown.append(f"{r.median:5.2f} ({r.lower:.2f}–{r.upper:.2f})")
-        memory = [timing.temporary_mebibytes(partial(training, of), q, k, v) for of in (ours, other)]
+            times = processor_seconds(
+                dict(zip(("ours", "other"), programs, strict=True)), args.rounds
+            )
+            shown.append(f"{times['other'] / times['ours']:5.2f} ({1e3 * times['ours']:.0f} ms)")
+        memory = [
+            timing.temporary_mebibytes(partial(training, of), q, k, v) for of in (ours, other)
+        ]
         print(
             f"{name:<34}forward {shown[0]}  training {shown[1]}  "
             f"temporaries {memory[0]:.0f} beside {memory[1]:.0f} MiB",

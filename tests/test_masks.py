@@ -261,7 +261,9 @@ def test_values_gradients_and_tangents_with_every_option(everything, small_block
         assert_same(forward_mode(run)(floats, others, along), tangents)
 
 
-@pytest.mark.parametrize("implementation", SCHEDULES)
+@pytest.mark.parametrize(
+    "implementation", [pytest.param("dense", marks=pytest.mark.slow), "blockwise"]
+)
 def test_second_derivatives_with_every_option(everything, implementation, small_blocks):  # noqa: F811
     floats, others, _ = everything
     given = like(jax.eval_shape(lambda: dense(**floats, **others, return_residual=True)), 11)
@@ -269,6 +271,25 @@ def test_second_derivatives_with_every_option(everything, implementation, small_
     expected = second_order(dense)(*arguments)
     run = second_order(on(dot_product_attention, implementation))
     assert_same(run(*arguments), expected, 1e-11)
+
+
+def test_a_mask_is_an_argument_of_a_program():
+    """A tree of its arrays: another length is no other program."""
+    case, counted = case_of(), []
+
+    @jax.jit
+    def run(mask, score):
+        counted.append(mask)
+        return dot_product_attention(**case.floats, mask_function=mask, score_function=score)
+
+    score = masks.alibi(masks.alibi_slopes(N).astype(jnp.float64))
+    for lengths in (LENGTHS, LENGTHS[::-1]):
+        mask = masks.causal() | masks.prefix(lengths)
+        expected = dot_product_attention(
+            **case.floats, mask_function=mask, score_function=score, implementation="dense"
+        )
+        assert_same(run(mask, score), expected)
+    assert len(counted) == 1
 
 
 def test_dropout_drops_the_same_weights(small_blocks):  # noqa: F811
@@ -375,6 +396,7 @@ def with_table(x, table, implementation="xla"):
     ).sum()
 
 
+@pytest.mark.slow
 def test_memory_is_linear():
     """That of the gradient, the table's included, and of a Hessian-vector product."""
     table = jax.ShapeDtypeStruct((32, 2), jnp.float32)
