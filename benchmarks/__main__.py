@@ -17,7 +17,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-USUAL = ("lstm", "attention", "masks", "rope", "vit", "units", "linear")
+USUAL = ("lstm", "attention", "rope", "vit", "units", "linear", "masks")
 MORE = ("sweep", "native", "sixteen_bits", "scaling", "devices", "visit")
 WITH_RESULTS = ("lstm", "attention", "rope", "vit")  # which can write theirs
 QUICK = {
