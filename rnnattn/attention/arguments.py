@@ -200,7 +200,10 @@ def with_functions(function, arrays, options):
         score, given = trace(check, "score_function", score, accumulator(arrays.query.dtype))
         for x in given:
             (floats if is_float(x) else of_score).append(x)
-    arrays = arrays._replace(score_arrays=tuple(floats), function_arrays=(of_mask, tuple(of_score)))
+    arrays = arrays._replace(
+        score_arrays=None if score is None else tuple(floats),
+        function_arrays=(of_mask, tuple(of_score)),
+    )
     return arrays, options._replace(mask_function=mask, score_function=score)
 
 

@@ -188,7 +188,7 @@ def logits_gradient(p, dp, delta, dlse):
 def score_gradient(function, places, s, arrays, ds):
     """dS, that of the logits s before the score function, and that of what it closes over."""
     if function is None:
-        return ds, ()
+        return ds, None
     of = lambda s, arrays: scored(function, places, s, arrays)
     return jax.vjp(of, s, arrays)[1](ds)
 
@@ -228,7 +228,7 @@ class BlockGradient(NamedTuple):
     value: Float[Array, "B M S V"]
     scale: Float[Array, "#B #M #G 1 1"] | None
     bias: Float[Array, "B M G T S"]  # dS: not yet summed over what shares the bias
-    score_arrays: tuple[Array, ...]
+    score_arrays: tuple[Array, ...] | None
 
 
 def block_gradient(options, operands, places, scores, lse, delta, do, dlse):

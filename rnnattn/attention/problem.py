@@ -36,7 +36,7 @@ class Operands(NamedTuple):
     scale: Float[Array, "#B #M #G 1 1"] | None  # wide; None only for a gradient nobody asked for
     bias: Float[Array, "#B #M #G #T #S"] | None = None
     sinks: Float[Array, "1 M G 1"] | None = None
-    score_arrays: tuple[Array, ...] | None = ()  # floats that the score function closes over
+    score_arrays: tuple[Array, ...] | None = None  # floats that the score function closes over
 
 
 class Functions(NamedTuple):
