@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from rnnattn import masks
 from rnnattn.attention import KVCache, dot_product_attention, packed_attention, update_cache
 from rnnattn.linear import (
     MinGRUParams,
@@ -132,6 +133,7 @@ __all__ = [
     "linear_scan",
     "lstm",
     "lstm_step",
+    "masks",
     "mingru",
     "mingru_step",
     "minlstm",

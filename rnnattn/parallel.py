@@ -294,8 +294,9 @@ def _attend_by_heads(axis_name, devices, options, arrays):
 
 def _in_parts(mesh, axes, arrays, run):
     """`run(arrays)`, O and L, of each device's part."""
-    given = {name: x for name, x in arrays._asdict().items() if x is not None}
-    del given["query_offset"]
+    # tuples are what functions of places close over, of which there are none here
+    given = arrays._replace(query_offset=None)._asdict().items()
+    given = {name: x for name, x in given if x is not None and not isinstance(x, tuple)}
     specs = {name: _spec(axes, name, x, arrays) for name, x in given.items()}
     if mesh.explicit_axes and "dropout_key" in given:  # which was made here, of one key for all
         place = NamedSharding(mesh, specs["dropout_key"])

@@ -24,6 +24,7 @@ from rnnattn.parallel import ring_attention
 from tests import (
     test_attention,
     test_linear,
+    test_masks,
     test_meshes,
     test_noise,
     test_packed,
@@ -39,6 +40,7 @@ LIBRARY = Path(rnnattn.__file__).parent
 TABLES = [
     test_attention,
     test_linear,
+    test_masks,
     test_meshes,
     test_noise,
     test_packed,

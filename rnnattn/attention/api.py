@@ -3,6 +3,7 @@
 Axes: B batch, T queries, S keys, N query heads, M key/value heads, K head width, V value width.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, SupportsFloat, SupportsIndex
 
@@ -15,9 +16,11 @@ import rnnattn.attention.pallas as pallas
 import rnnattn.attention.xla as xla
 from rnnattn.attention.arguments import (
     checked,
+    numbered,
     on_mesh,
     problem,
     sorted_arguments,
+    with_functions,
     with_one_batch_axis,
 )
 from rnnattn.attention.peers import hand_over
@@ -51,6 +54,8 @@ def dot_product_attention(
     dropout_rate: SupportsFloat = 0.0,
     dropout_key: PRNGKeyArray | None = None,
     return_weights: bool = False,
+    mask_function: Callable | None = None,
+    score_function: Callable | None = None,
 ) -> Any:
     """softmax(scale · q kᵀ + bias) v for each head, over the keys a query may see (A1, A3).
 
@@ -93,6 +98,15 @@ def dot_product_attention(
         dropout_key: needed where `dropout_rate` is above 0. Both schedules drop the same weights.
         return_weights: also return the weights as they are applied, dropout included, (B, N, T, S);
             dense only, with JAX's own gradient.
+        mask_function: (b, n, t, s) → Boolean, False hides key s of row b from query head n of the
+            query at position t, `query_offset` counted in; several batch axes are numbered through.
+            Of integers that broadcast; traced once, on single ones. `rnnattn.masks` has some ready,
+            which compose. Blocks in which it shows nothing are skipped. Where such a mask comes
+            down to causality, a window, segments or a range of keys for each query, as a prefix
+            does, it is run as these are, by the kernels, too; else on XLA.
+        score_function: (logit, b, n, t, s) → logit, of the logits after bias, before masks;
+            likewise traced once, on a number in the dtype that sums have. On XLA. To have finite
+            gradients it has to be finite for hidden keys, too.
     Returns:
         The output (B, T, N, V) in the dtype of `value`; a tuple with L and the weights after it, if
         they are asked for. A query that may see no key gets zeros, and L = −∞ (its sink, if there
@@ -101,14 +115,14 @@ def dot_product_attention(
         ValueError: a shape, dtype or option is off; the message says which, what was expected and
             what came.
     Gradient:
-        With respect to query, key, value, bias, sinks and an array `scale`, from cotangents of the
-        output and L; kept are these, the output and L, and the weights are computed again; the rest
-        of the arguments are constants. Whatever hides (lengths, mask, segments, causality, a
-        window, offsets): a key or value that no query of its row may see, a query that may see no
-        key, and what comes back to the output of one, reach nothing, even if they are NaN or ∞, and
-        get gradients of zero. What comes back to L of such a query goes to its sink, if there is
-        one. The gradient can be differentiated
-        again, in reverse and forward mode, in linear memory where the schedule is. `jax.jvp` of the
+        With respect to query, key, value, bias, sinks, an array `scale` and what `score_function`
+        closes over, from cotangents of the output and L; kept are these, the output and L, and the
+        weights are computed again; the rest of the arguments are constants. Whatever hides
+        (lengths, masks, segments, causality, a window, offsets): a key or value that no query of
+        its row may see, a query that may see no key, and what comes back to the output of one,
+        reach nothing, even if they are NaN or ∞, and get gradients of zero. What comes back to L
+        of such a query goes to its sink, if there is one. The gradient can be differentiated again,
+        in reverse and forward mode, in linear memory where the schedule is. `jax.jvp` of the
         function itself raises a TypeError ("can't apply forward-mode autodiff (jvp) to a custom_vjp
         function"): that is what `rnnattn.attention.dot_product_attention_jvp` is for.
     Example:
@@ -145,6 +159,8 @@ def dot_product_attention(
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
         return_weights=return_weights,
+        mask_function=mask_function,
+        score_function=score_function,
     )
     return call(function, attend, arguments)
 
@@ -186,6 +202,7 @@ def call(function, rule, arguments, schedule=None):
     """A call of `function`, by `rule`; by the schedule that suits it, if none is given."""
     *_, request = arguments
     arrays, options = checked(function, *arguments)
+    arrays, options = with_functions(function, arrays, options)
     name = request.implementation
     if name in ("cudnn", "tokamax"):
         ours = "None, 'xla', 'dense' or 'blockwise'"
@@ -257,7 +274,7 @@ def _run_attention(function, rule, schedule, options, wanted, arrays):
     """
     arrays = varying_together(arrays)
     batch = arrays.query.shape[:-3]
-    arrays = with_one_batch_axis(arrays)
+    arrays = numbered(options, with_one_batch_axis(arrays))
     run = partial(_run_parts, rule, schedule, options)
     axes = ("BTNV", "BTN", "BNTS") if rule is with_weights else ("BTNV", "BTN")
     results = on_mesh(function, run, options, arrays, axes)

@@ -49,6 +49,8 @@ def unserved(arrays, options):
         "`query_offset`": not (offset is None or (isinstance(offset, int) and offset == 0)),
         "`logits_soft_cap`": options.soft_cap is not None,
         "dropout": options.dropout_rate > 0,
+        "`mask_function`": options.mask_function is not None,
+        "`score_function`": options.score_function is not None,
         "a window without a causal side": options.window is not None and not _is_causal(options),
         "a window with lengths or fewer keys": left is not None
         and (T > S or any(x is not None for x in lengths)),
@@ -188,7 +190,7 @@ class _Given(NamedTuple):
 
 
 def _given(options, operands, masking):
-    q, k, v, _, bias, _ = operands
+    q, k, v, _, bias, *_ = operands
     (B, T, M, G, K), S = q.shape, k.shape[1]
     left = _left(options)
     window = 0 if left is None or left >= T - 1 else left + 1

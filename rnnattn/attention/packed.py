@@ -145,6 +145,8 @@ def call_packed(function, rule, query, key, value, starts, query_offset, options
     schedules = (None, "dense", "blockwise", "xla", "native", "pallas")
     check.one_of("implementation", request.implementation, schedules)
     check(not request.return_weights, "return_weights", "left out", True)
+    for name in ("mask_function", "score_function"):
+        check(getattr(stated, name) is None, name, "left out", "a function")
     arrays, stated = checked(function, arrays, stated, request)
     ranges = _key_ranges(stated, arrays.query.shape[0], of_queries, of_keys, query_offset)
     arrays = arrays._replace(key_ranges=ranges)

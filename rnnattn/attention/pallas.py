@@ -41,6 +41,8 @@ def unserved(arrays, options):
         "`mask`": arrays.mask is not None,
         "`bias`": arrays.bias is not None,
         "dropout": options.dropout_rate > 0,
+        "`mask_function`": options.mask_function is not None,
+        "`score_function`": options.score_function is not None,
         "an array without elements": 0 in sizes,
     }
     return those_that_hold(reasons)
@@ -57,7 +59,7 @@ def serves_here(operands):
 
     The measurements: benchmarks/README.md, "On a GPU".
     """
-    q, _, v, _, bias, _ = operands
+    q, v, bias = operands.query, operands.value, operands.bias
     served = {q.shape[-1], v.shape[-1]} <= {*_WIDTHS} and bias is None
     fewest = min(q.shape[1], operands.key.shape[1])
     measured = jax.__version_info__[:2] == (0, 11) and fewest >= _FEWEST

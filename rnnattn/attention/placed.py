@@ -130,7 +130,7 @@ def forward_results(options, operands, masking):
 
 
 def _backward_results(options, operands, *_):
-    q, k, v, scale, bias, _ = operands
+    q, k, v, scale, bias, *_ = operands
     dscale = _wide(*scale.shape) if options.scale_gradient else None
     dbias = _wide(*bias.shape) if bias is not None and options.bias_gradient else None
     return Operands(_like(q), _like(k), _like(v), dscale, dbias)
