@@ -17,9 +17,9 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-USUAL = ("lstm", "attention", "rope", "vit", "units", "linear", "masks")
+USUAL = ("lstm", "attention", "rope", "vit", "units", "linear", "masks", "decoding")
 MORE = ("sweep", "attention_gpu", "native", "sixteen_bits", "scaling", "devices", "visit")
-WITH_RESULTS = ("lstm", "attention", "rope", "vit")  # which can write theirs
+WITH_RESULTS = ("lstm", "attention", "rope", "vit", "decoding")  # which can write theirs
 QUICK = {
     "lstm": ["--shapes", "64,8,16,32"],
     "attention": ["--shapes", "2,128,2,32,causal"],
@@ -28,6 +28,7 @@ QUICK = {
     "vit": ["--shapes", "4,16,4,64,2"],
     "units": ["--shapes", "16,4,8,16"],
     "linear": ["--shapes", "1,256,16"],
+    "decoding": ["--shapes", "2,128,2,1,16"],
 }
 
 

@@ -60,7 +60,17 @@ PARTS = {
 FLOORS = [
     {"noise"},
     {"unit"},
-    {"problem", "units", "equations", "scaling", "masking", "functions", "dropout", "signature"},
+    {
+        "problem",
+        "units",
+        "equations",
+        "scaling",
+        "masking",
+        "functions",
+        "dropout",
+        "signature",
+        "quantised",
+    },
     {
         "dense",
         "blockwise",
@@ -73,12 +83,13 @@ FLOORS = [
         "hopper",
         "pallas",
         "cudnn",
+        "pages",
     },  # the schedules
     {"rule"},
     {"arguments", "reduced", "peers", "cache", "init"},
     {"run"},
     {"api", "family", "ring", "rotary"},
-    {"packed", "stack"},
+    {"packed", "paged", "rotating", "stack"},
     {"__init__"},
 ]
 

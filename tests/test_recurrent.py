@@ -738,6 +738,8 @@ FACE = """
     layer_norm_gru layer_norm_gru_step init_layer_norm_gru LayerNormGRUParams
     slstm slstm_step init_slstm SLSTMParams SLSTMState
     dot_product_attention KVCache update_cache
+    PagedCache init_paged_cache append fork drop truncate free_pages reference_counts
+    paged_attention RotatingCache update_rotating_cache rotating_attention quantise dequantise
     packed_attention packed_positions lengths_to_cu_seqlens cu_seqlens_to_lengths
     cu_seqlens_to_segment_ids segment_ids_to_cu_seqlens
     sinusoids shift_matrix rope rope_2d rope_mixed mrope xpos LinearScaling NTKScaling YaRNScaling

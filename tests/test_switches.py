@@ -133,6 +133,74 @@ def update_cache(cache_key, cache_value, key, value, length):
     return rnnattn.update_cache(KVCache(cache_key, cache_value, length), key, value)
 
 
+PAGES: Any = {"pages_key": draw(3, 2, 1, 2), "pages_value": draw(3, 2, 1, 3)}
+TABLE: Any = {
+    "table": np.array([[0, 1], [0, 0]], np.int32),
+    "lengths": np.array([3, 1], np.int32),
+    "overflowed": np.array([True, False]),
+}
+PAGED = rnnattn.PagedCache(**{n.removeprefix("pages_"): x for n, x in PAGES.items()}, **TABLE)
+ROTATING = {"cache_key": draw(2, 3, 1, 2), "cache_value": draw(2, 3, 1, 3)}
+TOKENS_OF_ROWS = {"key": draw(2, 1, 1, 2), "value": draw(2, 1, 1, 3)}
+
+
+def paged(function, **options):
+    """Of a cache in pages, and of more."""
+
+    def call(pages_key, pages_value, table, lengths, overflowed, **others):
+        cache = rnnattn.PagedCache(pages_key, pages_value, table, lengths, overflowed)
+        if "query" in others:
+            return function(others.pop("query"), cache, **others, **options)
+        return function(cache, **others)
+
+    return call
+
+
+def rotating(function, **options):
+    def call(cache_key, cache_value, length, **others):
+        cache = rnnattn.RotatingCache(cache_key, cache_value, length)
+        if "query" in others:
+            return function(others.pop("query"), cache, **others, **options)
+        return function(cache, **others)
+
+    return call
+
+
+CACHES = {
+    "append": Case(
+        paged(rnnattn.append), {**PAGES, **TOKENS_OF_ROWS}, {**TABLE, "counts": np.array([1, 1])}
+    ),
+    "fork": Case(paged(rnnattn.fork), PAGES, {**TABLE, "source_rows": np.array([1, 0, 1])}),
+    "drop": Case(paged(rnnattn.drop), PAGES, {**TABLE, "rows": np.array([True, False])}),
+    "truncate": Case(
+        paged(lambda cache, upto: rnnattn.truncate(cache, upto)),
+        PAGES,
+        {**TABLE, "upto": np.array([2, 2])},
+    ),
+    "free_pages": Case(paged(rnnattn.free_pages), {}, {**PAGES, **TABLE}),
+    "reference_counts": Case(paged(rnnattn.reference_counts), {}, {**PAGES, **TABLE}),
+    "paged_attention": Case(
+        paged(rnnattn.paged_attention, return_residual=True),
+        {**PAGES, "query": draw(2, 2, 2, 2), "sinks": draw(2)},
+        {**TABLE, "query_seq_lengths": np.array([2, 1])},
+    ),
+    "update_rotating_cache": Case(
+        rotating(rnnattn.update_rotating_cache),
+        {**ROTATING, **TOKENS_OF_ROWS},
+        {"length": LENGTH, "counts": np.array([1, 0])},
+    ),
+    "rotating_attention": Case(
+        rotating(rnnattn.rotating_attention, window=1),
+        {**ROTATING, "query": draw(2, 2, 2, 2)},
+        {"length": np.array([4, 2])},
+    ),
+    "quantise": Case(rnnattn.quantise, {"x": draw(2, 3)}),
+    "dequantise": Case(
+        rnnattn.dequantise, {"scale": draw(2)}, {"x": np.array([[1, -2], [3, 4]], np.int8)}
+    ),
+}
+
+
 CASES = {
     "lstm": Case(of_lstm(), SEQUENCE, MASKS),
     "lstm on XLA": Case(of_lstm(implementation="xla"), SEQUENCE, MASKS),
@@ -211,6 +279,7 @@ CASES = {
         {"query": draw(5, 2, 2), "key": draw(6, 1, 2), "value": draw(6, 1, 3), "sinks": draw(2)},
         {"cu_seqlens_query": np.array([0, 2, 5]), "cu_seqlens_key": np.array([0, 1, 4])},
     ),
+    **CACHES,
     "packed_positions": Case(
         partial(rnnattn.packed_positions, tokens=4), {}, {"cu_seqlens": np.array([0, 1, 3])}
     ),
@@ -578,6 +647,8 @@ VALUES = {
     "LSTMParams": SEQUENCE["p"],
     "LSTMState": SEQUENCE["state"],
     "KVCache": CACHE,
+    "PagedCache": PAGED,
+    "RotatingCache": rnnattn.RotatingCache(ROTATING["cache_key"], ROTATING["cache_value"], LENGTH),
     "LinearScaling": rnnattn.LinearScaling(2.0),
     "NTKScaling": rnnattn.NTKScaling(2.0),
     "YaRNScaling": rnnattn.YaRNScaling(2.0, 16),

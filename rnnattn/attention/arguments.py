@@ -313,10 +313,10 @@ def checked(function, arrays, options, request):
         check.shape("sinks", arrays.sinks, (N,), "(N,)")
         check.floating("sinks", arrays.sinks)
     _check_request(check, request)
-    return arrays, _checked_options(check, options, arrays.dropout_key)
+    return arrays, checked_options(check, options, arrays.dropout_key)
 
 
-def _checked_options(check, options, dropout_key):
+def checked_options(check, options, dropout_key):
     cap, rate = options.soft_cap, check.share("dropout_rate", options.dropout_rate)
     if cap is not None:
         cap = check.number("logits_soft_cap", cap, 0, "a positive number or None")

@@ -13,6 +13,8 @@ from rnnattn.checks import those_that_hold
 from rnnattn.native.calls import call_attributes
 from rnnattn.precision import accumulator
 
+PAGE_KEYS = 64  # of a page, a multiple, as `kernels.h` has it
+
 
 def unserved(query, value, options):
     """What of a call the kernels cannot serve."""
@@ -61,6 +63,13 @@ def _call(name, options, operands, masking, others, results):
 def _forward(options, operands, masking):
     results = forward_results(options, operands, masking)
     return tuple(_call("forward", options, operands, masking, [_given(operands.sinks)], results))
+
+
+def forward_over_pages(options, operands, masking, table):
+    """`forward` of keys and values in pages, those of each row by the table."""
+    results = forward_results(options, operands, masking)
+    others = [_given(operands.sinks), table]
+    return tuple(_call("paged_forward", options, operands, masking, others, results))
 
 
 def _backward(options, operands, masking, o, lse, do, dlse):

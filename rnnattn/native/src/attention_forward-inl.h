@@ -31,7 +31,7 @@ struct ForwardPlan {
 
   explicit ForwardPlan(const Attention& p)
       : streamed(is_streamed(p)), blocks(p, FORWARD_ROWS), heads(streamed ? streamed_heads(p) : 1) {
-    keys = streamed ? STREAMED_KEYS : KEYS;
+    keys = p.pages ? PAGE_KEYS : streamed ? STREAMED_KEYS : KEYS;
     key_blocks = ceil_div(p.S, keys);
     sets = p.B * (p.M / heads) * blocks.count();
     const int64_t most_parts = ceil_div(p.S, streamed ? keys : LEAST_KEYS_OF_A_PART);
@@ -229,9 +229,11 @@ static void forward_part(const AttentionForward<Number>& p, const ForwardPlan& p
     of_head(head, [&](const Rows& rows, const ForwardMemory<Number>& my) {
       begin_rows(p, rows, part == 0, my);
     });
-  // Whole vectors from the first key of the part on, so that no vector reaches into the next part.
+  // Whole vectors from the first key of the part on, so that no vector reaches into the next part;
+  // of pages whole blocks, so that no block does into the next page.
   const Range seen = seen_by(all.ranges, count).any, of_part = plan.keys_of_part(p, part);
-  const int64_t skipped = most(seen.first - of_part.first, 0) / W * W;
+  const int64_t step = p.pages ? plan.keys : W;
+  const int64_t skipped = most(seen.first - of_part.first, 0) / step * step;
   const Range keys{of_part.first + skipped, least(seen.past, of_part.past)};
   for (int64_t key = keys.first; key < keys.past; key += plan.keys)
     for (int64_t head = 0; head < plan.heads; ++head)

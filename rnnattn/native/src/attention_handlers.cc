@@ -17,23 +17,40 @@ struct AttentionOptions {
   int64_t instruction_set, threads;
 };
 
+template <class Arguments>
+void fill_pages(Checks& checks, Arguments& p, Buffer pages, int64_t count, int64_t page_size) {
+  checks.require(pages.dimensions().size() == 2, "pages", "another rank than 2");
+  checks.require(page_size > 0 && page_size % PAGE_KEYS == 0, "key", "pages of an odd size");
+  if (checks.error()) return;
+  p.P = count, p.page_size = page_size, p.pages_of_row = pages.dimensions()[1];
+  p.S = p.pages_of_row * p.page_size;
+  p.pages = checks.data<const int32_t>("pages", pages, {p.B, p.pages_of_row});
+  if (checks.error()) return;
+  for (int64_t i = 0; i < p.B * p.pages_of_row; ++i)
+    checks.require(0 <= p.pages[i] && p.pages[i] < p.P, "pages", "a page that there is not");
+}
+
 template <class Number, class Arguments>
 void fill(Checks& checks, Arguments& p, Buffer query, Buffer key, Buffer value, Buffer scale,
           Buffer bias, Buffer mask, Buffer offset, Buffer query_lengths, Buffer key_lengths,
           Buffer query_segments, Buffer key_segments, Buffer key_ranges,
-          const AttentionOptions& options) {
+          const AttentionOptions& options, const Buffer* pages = nullptr) {
   checks.require(query.dimensions().size() == 5, "query", "another rank than 5");
   checks.require(key.dimensions().size() == 4, "key", "another rank than 4");
   checks.require(value.dimensions().size() == 4, "value", "another rank than 4");
   if (checks.error()) return;
   const auto q = query.dimensions();
   p.B = q[0], p.T = q[1], p.M = q[2], p.G = q[3], p.K = q[4];
-  p.S = key.dimensions()[1], p.V = value.dimensions()[3];
+  const auto keys = key.dimensions();
+  p.S = keys[1], p.V = value.dimensions()[3];
+  if (pages) fill_pages(checks, p, *pages, keys[0], keys[1]);
+  if (checks.error()) return;
   checks.require(query.element_count() > 0 && p.S > 0 && p.V > 0, "query, key, value", "empty");
   checks.require(p.T < INT32_MAX && p.S < INT32_MAX, "query, key", "too long");
   p.query = checks.data<const Number>("query", query, {p.B, p.T, p.M, p.G, p.K});
-  p.key = checks.data<const Number>("key", key, {p.B, p.S, p.M, p.K});
-  p.value = checks.data<const Number>("value", value, {p.B, p.S, p.M, p.V});
+  const int64_t rows = pages ? p.P : p.B, of_row = pages ? p.page_size : p.S;
+  p.key = checks.data<const Number>("key", key, {rows, of_row, p.M, p.K});
+  p.value = checks.data<const Number>("value", value, {rows, of_row, p.M, p.V});
   checks.require(scale.element_count() > 0, "scale", "empty");
   p.scale = checks.of_logits<const float>("scale", scale, {p.B, p.M, p.G, 1, 1});
   p.bias = checks.of_logits<const float>("bias", bias, {p.B, p.M, p.G, p.T, p.S});
@@ -52,15 +69,15 @@ void fill(Checks& checks, Arguments& p, Buffer query, Buffer key, Buffer value, 
 }
 
 template <class Number>
-ffi::Error forward_of(ffi::ThreadPool pool, Buffer query, Buffer key, Buffer value, Buffer scale,
-                      Buffer bias, Buffer mask, Buffer offset, Buffer query_lengths,
-                      Buffer key_lengths, Buffer query_segments, Buffer key_segments,
-                      Buffer key_ranges, Buffer sinks, Result o, Result lse,
-                      AttentionOptions options) {
+ffi::Error forward_over(const Buffer* pages, ffi::ThreadPool pool, Buffer query, Buffer key,
+                        Buffer value, Buffer scale, Buffer bias, Buffer mask, Buffer offset,
+                        Buffer query_lengths, Buffer key_lengths, Buffer query_segments,
+                        Buffer key_segments, Buffer key_ranges, Buffer sinks, Result o, Result lse,
+                        AttentionOptions options) {
   Checks checks;
   AttentionForward<Number> p{};
   fill<Number>(checks, p, query, key, value, scale, bias, mask, offset, query_lengths, key_lengths,
-               query_segments, key_segments, key_ranges, options);
+               query_segments, key_segments, key_ranges, options, pages);
   p.sinks = checks.optional<const float>("sinks", sinks, {1, p.M, p.G, 1});
   if (o->element_type() == ffi::F32)
     p.o = checks.data<float>("o", *o, {p.B, p.T, p.M, p.G, p.V});
@@ -70,6 +87,17 @@ ffi::Error forward_of(ffi::ThreadPool pool, Buffer query, Buffer key, Buffer val
   return run(
       "an attention", [](const Kernels& of) { return of.attention(Number{}).forward; }, checks,
       pool, options, p);
+}
+
+template <class Number>
+ffi::Error paged_forward_of(ffi::ThreadPool pool, Buffer query, Buffer key, Buffer value,
+                            Buffer scale, Buffer bias, Buffer mask, Buffer offset,
+                            Buffer query_lengths, Buffer key_lengths, Buffer query_segments,
+                            Buffer key_segments, Buffer key_ranges, Buffer sinks, Buffer pages,
+                            Result o, Result lse, AttentionOptions options) {
+  return forward_over<Number>(&pages, pool, query, key, value, scale, bias, mask, offset,
+                              query_lengths, key_lengths, query_segments, key_segments, key_ranges,
+                              sinks, o, lse, options);
 }
 
 template <class Number>
@@ -97,7 +125,16 @@ ffi::Error backward_of(ffi::ThreadPool pool, Buffer query, Buffer key, Buffer va
 }
 
 constexpr auto attention_forward = [](ffi::ThreadPool pool, Buffer query, auto... others) {
-  const auto of = [](auto number, auto... all) { return forward_of<decltype(number)>(all...); };
+  const auto of = [](auto number, auto... all) {
+    return forward_over<decltype(number)>(nullptr, all...);
+  };
+  return by_dtype(of, pool, query, others...);
+};
+
+constexpr auto attention_paged_forward = [](ffi::ThreadPool pool, Buffer query, auto... others) {
+  const auto of = [](auto number, auto... all) {
+    return paged_forward_of<decltype(number)>(all...);
+  };
   return by_dtype(of, pool, query, others...);
 };
 
@@ -143,6 +180,14 @@ auto attention_arguments() {
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     rnnattn_attention_forward, attention_forward,
     attention_arguments().Arg<Buffer>().Ret<Buffer>().Ret<Buffer>().Attrs<AttentionOptions>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(rnnattn_attention_paged_forward, attention_paged_forward,
+                              attention_arguments()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Attrs<AttentionOptions>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(rnnattn_attention_backward, attention_backward,
                               attention_arguments()

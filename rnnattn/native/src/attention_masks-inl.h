@@ -34,10 +34,10 @@ constexpr int64_t ROWS = 48;           // of a block
 constexpr int64_t FORWARD_ROWS = 288;  // of a work item, which share a block of packed keys
 // Of a row of logits: a power of two would put its columns into a few sets of a cache.
 constexpr int64_t STRIDE = KEYS + LINE;
-constexpr int64_t STREAMED_ROWS = 16;  // of a key/value head, at most
-constexpr int64_t STREAMED_KEYS = 64;  // of a block
-constexpr int64_t LEAST_BLOCKS = 4;    // of keys, of the backward pass: else they are smaller
-constexpr int64_t LEAST_ITEMS = 16;    // if there are as many key blocks
+constexpr int64_t STREAMED_ROWS = 16;         // of a key/value head, at most
+constexpr int64_t STREAMED_KEYS = PAGE_KEYS;  // of a block, as of one of keys in pages
+constexpr int64_t LEAST_BLOCKS = 4;  // of keys, of the backward pass: else they are smaller
+constexpr int64_t LEAST_ITEMS = 16;  // if there are as many key blocks
 constexpr int64_t LEAST_KEYS_OF_A_PART = 256;  // forward, of packed ones
 // Multiply-adds: with fewer, another thread does not pay.
 constexpr int64_t WORK_OF_A_THREAD = 1 << 21;

@@ -18,13 +18,15 @@
 RNNATTN_BEFORE_NAMESPACE();
 namespace rnnattn::RNNATTN_SET::attention {
 
-// Where a query, and a key, of a given width begin.
+// Where a query, and a key, of a given width begin. The keys of a block lie behind one another.
 static int64_t query_at(const Attention& p, int64_t width, const Rows& rows, int64_t r) {
   const int64_t head = rows.m * p.G + rows.head(r);
   return ((rows.b * p.T + rows.time(r)) * p.M * p.G + head) * width;
 }
 static int64_t key_at(const Attention& p, int64_t width, int64_t b, int64_t m, int64_t s) {
-  return ((b * p.S + s) * p.M + m) * width;
+  int64_t at = b * p.S + s;
+  if (p.pages) at = p.pages[b * p.pages_of_row + s / p.page_size] * p.page_size + s % p.page_size;
+  return (at * p.M + m) * width;
 }
 // The same of L.
 static int64_t row_at(const Attention& p, const Rows& rows, int64_t r) {
@@ -121,8 +123,8 @@ template <class Number>
 static bool pack_rows(const Attention& p, const Number* x, int64_t width, int64_t b, int64_t m,
                       Range keys, float* to) {
   const int64_t padded = whole_vectors(width), count = keys.past - keys.first;
-  for (int64_t i = 0; i < count; ++i)
-    pack_row(x + key_at(p, width, b, m, keys.first + i), width, to + i * padded);
+  const Number* from = x + key_at(p, width, b, m, keys.first);
+  for (int64_t i = 0; i < count; ++i) pack_row(from + i * p.M * width, width, to + i * padded);
   return is_finite(to, count * padded);
 }
 
@@ -146,7 +148,7 @@ constexpr bool ALIKE = sizeof(Number) == sizeof(Operand<Number>);
 // Whether whole vectors can be read of all of them, with whatever stands behind a row in its last:
 // not where the array ends before.
 static bool vectors_in_place(const Attention& p, int64_t width, int64_t b, int64_t m, Range keys) {
-  const int64_t size = p.B * p.S * p.M * width;
+  const int64_t size = (p.pages ? p.P * p.page_size : p.B * p.S) * p.M * width;
   return key_at(p, width, b, m, keys.past - 1) + whole_vectors(width) <= size;
 }
 // Whether some rows hold no NaN and no ∞. Of every fourth there is a sum of its own: one sum would
@@ -175,6 +177,7 @@ static void prefetch_share(const Attention& p, const Number* x, int64_t width, i
   constexpr int64_t line = LINE_BYTES / sizeof(Number);
   if (width >= 4 * line) return;
   count = least(count, p.S - next);
+  if (count <= 0) return;
   const Number* share = x + key_at(p, width, b, 0, next) + m * count * width;
   for (int64_t i = 0; i < count * width; i += line) __builtin_prefetch(share + i, 0, 2);
 }

@@ -8,6 +8,7 @@
 namespace rnnattn {
 
 XLA_FFI_DECLARE_HANDLER_SYMBOL(rnnattn_attention_forward);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(rnnattn_attention_paged_forward);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(rnnattn_attention_backward);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(rnnattn_lstm_forward);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(rnnattn_lstm_backward);

@@ -28,6 +28,9 @@ struct Float16 {
   uint16_t bits;
 };
 
+// Of a page of keys, a multiple: whole blocks of keys lie in one page.
+constexpr int64_t PAGE_KEYS = 64;
+
 // Axes and letters are those of rnnattn/attention/equations.py. Pointers are null where an argument
 // is absent. The head comes after the position, as in the arguments of attention: query (B, T, M,
 // G, K), key (B, S, M, K), and so all others but `lse` and `dlse`, (B, M, G, T). A `Number` is a
@@ -46,6 +49,10 @@ struct Attention {
   bool is_causal;
   int64_t left, right;  // −1: open
   float soft_cap;       // 0: none
+  // Where keys and values are (P, page_size, M, …), the pages of each row, (B, pages_of_row): S is
+  // what these have room for. Of a gradient there are none.
+  const int32_t* pages;
+  int64_t P, page_size, pages_of_row;
 };
 
 template <class Number>
