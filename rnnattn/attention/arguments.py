@@ -208,8 +208,8 @@ def with_functions(function, arrays, options):
 
 
 def numbered(options, arrays):
-    """With the numbers of rows and heads, where functions ask for them."""
-    if not has_functions(options):
+    """With the numbers of rows and heads, where functions ask for them and they are not there."""
+    if not has_functions(options) or arrays.rows is not None:
         return arrays
     B, _, N, _ = arrays.query.shape
     rows, heads = (jnp.arange(n, dtype=jnp.int32) for n in (B, N))
