@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from rnnattn import masks
 from rnnattn.attention import (
     KVCache,
     PagedCache,
@@ -159,6 +160,7 @@ __all__ = [
     "linear_scan",
     "lstm",
     "lstm_step",
+    "masks",
     "mingru",
     "mingru_step",
     "minlstm",

@@ -7,7 +7,7 @@ Axes: B batch, T queries, S keys, N query heads, M key/value heads, K head width
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, Required, TypedDict, Unpack, overload
 
@@ -19,7 +19,16 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Real, Shaped
 
 import rnnattn.attention.api as api
-from rnnattn.attention.arguments import Arrays, Request, broadcasts, checked, sorted_arguments
+from rnnattn.attention.arguments import (
+    Arrays,
+    Request,
+    broadcasts,
+    checked,
+    has_functions,
+    numbered,
+    sorted_arguments,
+    with_functions,
+)
 from rnnattn.attention.dropout import dropout_keys
 from rnnattn.attention.ring import IN_ORDER, attend_to_parts, ring_of, stops_of, zigzag_order
 from rnnattn.attention.rule import attend
@@ -48,6 +57,8 @@ class RingOptions(TypedDict, total=False):
     key_value_segment_ids: Int[Array, "B S"] | None
     logits_soft_cap: float | None
     sinks: Float[Array, " N"] | None
+    mask_function: Callable[..., Any] | None
+    score_function: Callable[..., Any] | None
     dropout_rate: float
     dropout_key: PRNGKeyArray | None
 
@@ -108,6 +119,8 @@ def ring_attention(
     key_value_segment_ids: Int[Array, "B S"] | None = None,
     logits_soft_cap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
+    mask_function: Callable[..., Any] | None = None,
+    score_function: Callable[..., Any] | None = None,
     dropout_rate: float = 0.0,
     dropout_key: PRNGKeyArray | None = None,
 ) -> Any:
@@ -135,10 +148,13 @@ def ring_attention(
         method: "ring", keys and values travel; or "ulysses", heads change places with time, for
             which D has to divide N: each device then has all of T and S for N/D heads. That serves
             every option, and sends less where there are as many heads of keys as of queries. None
-            is "ring", but "ulysses" with a bias, a mask, sinks or dropout, which only that serves.
+            is "ring", but "ulysses" with a bias, a mask, sinks, dropout, and functions that do not
+            come down to causality, a window or segments, all of which only that serves.
         bias, mask: (B, N, T, S), or what broadcasts to that. Within `jax.shard_map` T is that of
             the part, S of the whole. For a device they are best cut along T, as a query is.
         local_window_size: as there. Keys go no further round than the window makes them.
+        mask_function, score_function: as there, of rows, heads and positions of the whole; None
+            within `jax.shard_map`.
         sinks, dropout_rate, dropout_key: as there; what is dropped is the same on any number of
             devices, but within `jax.shard_map`, where rows are counted from the first of the part.
         scale, is_causal, query_seq_lengths, key_value_seq_lengths, return_residual,
@@ -151,12 +167,12 @@ def ring_attention(
             not divide what is cut along it (twice the devices, where a device takes two chunks);
             the message says which, what was expected and what came.
     Gradient:
-        With respect to query, key, value, bias, sinks and an array `scale`, from cotangents of the
-        output and L. Kept are each device's part of these and of the output and L; round a ring the
-        weights are computed again while keys and values go round once more, their gradients behind
-        them. `jax.jvp` of this gradient works, and so do Hessian-vector products of that kind;
-        reverse mode over it is refused by JAX for a ring, and so is `jax.jvp` of the function
-        itself.
+        With respect to query, key, value, bias, sinks, an array `scale` and what a score function
+        closes over, from cotangents of the output and L. Kept are each device's part of these and
+        of the output and L; round a ring the weights are computed again while keys and values go
+        round once more, their gradients behind them. `jax.jvp` of this gradient works, and so do
+        Hessian-vector products of that kind; reverse mode over it is refused by JAX for a ring, and
+        so is `jax.jvp` of the function itself.
     Example:
         >>> from jax.sharding import NamedSharding, PartitionSpec as P
         >>> mesh = jax.make_mesh((jax.device_count(),), ("sequence",))
@@ -180,15 +196,22 @@ def ring_attention(
         key_value_segment_ids=key_value_segment_ids,
         logits_soft_cap=logits_soft_cap,
         sinks=sinks,
+        mask_function=mask_function,
+        score_function=score_function,
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
     )
     arrays, options = checked(check.function, *arguments)
     for argument, x in (("query", arrays.query), ("key", arrays.key)):
         check(x.ndim == 4 and x.size > 0, argument, "of four axes, none of them empty", x.shape)
+    within = axis_name in jax.sharding.get_abstract_mesh().manual_axes
+    for argument, function in {"mask": mask_function, "score": score_function}.items():
+        outside = function is None or not within
+        check(outside, f"{argument}_function", "None within `jax.shard_map`", "one that is given")
+    arrays, options = with_functions(check.function, arrays, options)
     of_logits = {"bias": bias, "mask": mask}
     by_heads = _chosen(check, method, arrays, options, of_logits) == "ulysses"
-    if axis_name in jax.sharding.get_abstract_mesh().manual_axes:
+    if within:
         outside = (mesh, batch_axis_name, head_axis_name) != (None, None, None)
         expected = "None within `jax.shard_map`"
         names = "mesh, batch_axis_name, head_axis_name"
@@ -214,8 +237,8 @@ def ring_attention(
         ring, exchanged = ring._replace(chunks=1), False
     _check_division(check, arrays, mesh, axes, layout, ring)
     if by_heads:
-        within = math.prod(mesh.shape[name] for name in axes.heads)
-        _check_heads(check, arrays, layout, ring.devices, within)
+        divided = math.prod(mesh.shape[name] for name in axes.heads)
+        _check_heads(check, arrays, layout, ring.devices, divided)
         out, lse = _run_by_heads(mesh, axes, options, arrays)
     else:
         out, lse = _run_ring(mesh, axes, ring, exchanged, options, arrays)
@@ -283,7 +306,7 @@ def _run_by_heads(mesh, axes, options, arrays):
     """The same, of arguments whose heads are exchanged."""
     (axis_name,) = axes.sequence
     run = partial(_attend_by_heads, axis_name, mesh.shape[axis_name], options)
-    return _in_parts(mesh, axes, _with_keys(options, arrays), run)
+    return _in_parts(mesh, axes, numbered(options, _with_keys(options, arrays)), run)
 
 
 def _attend_by_heads(axis_name, devices, options, arrays):
@@ -294,22 +317,24 @@ def _attend_by_heads(axis_name, devices, options, arrays):
 
 def _in_parts(mesh, axes, arrays, run):
     """`run(arrays)`, O and L, of each device's part."""
-    given = {name: x for name, x in arrays._asdict().items() if x is not None}
-    del given["query_offset"]
-    specs = {name: _spec(axes, name, x, arrays) for name, x in given.items()}
+    given = arrays._replace(query_offset=None)._asdict().items()
+    given = {name: x for name, x in given if x is not None}
+    specs = {name: _spec(axes, name, x) for name, x in given.items()}
     if mesh.explicit_axes and "dropout_key" in given:  # which was made here, of one key for all
         place = NamedSharding(mesh, specs["dropout_key"])
         given["dropout_key"] = jax.sharding.reshard(given["dropout_key"], place)
     part = lambda given: run(Arrays(**given))
-    rows = _spec(axes, "query", arrays.query, arrays)
+    rows = _spec(axes, "query", arrays.query)
     return jax.shard_map(part, mesh=mesh, in_specs=(specs,), out_specs=(rows, rows))(given)
 
 
-def _spec(axes, name, x, arrays):
+def _spec(axes, name, x):
     batch, sequence, heads = (names or None for names in axes)
     if name in IN_ORDER:
         return PartitionSpec(*(batch, sequence, heads)[: jnp.ndim(x)])
-    if name in ("scale", "sinks"):
+    if name in ("score_arrays", "function_arrays"):  # every device has all of them
+        return jax.tree.map(lambda _: PartitionSpec(), x)
+    if name in ("scale", "sinks", "heads"):
         return PartitionSpec(heads) if jnp.ndim(x) else PartitionSpec()
     if name in ("bias", "mask"):
         divided = [names if n > 1 else None for names, n in zip(axes, _sizes(x), strict=True)]
@@ -339,7 +364,9 @@ def _chosen(check, method, arrays, options, of_logits):
     """The method that is asked for, or that serves the options."""
     check.one_of("method", method, (None, "ring", "ulysses"))
     reasons = {f"`{name}`": x is not None for name, x in of_logits.items()}
+    functions = has_functions(options) or arrays.key_ranges is not None
     reasons |= {"`sinks`": arrays.sinks is not None, "dropout": options.dropout_rate > 0}
+    reasons |= {"a function of places": functions}
     unserved = those_that_hold(reasons)
     if method == "ring":
         names = ", ".join(unserved)
@@ -362,10 +389,10 @@ def _with_logits(check, arrays, of_logits, devices):
     return arrays
 
 
-def _check_heads(check, arrays, layout, devices, within=1):
+def _check_heads(check, arrays, layout, devices, divided=1):
     expected = "'contiguous' where heads are exchanged"
     check(layout == "contiguous", "layout", expected, repr(layout))
-    N, parts = arrays.query.shape[2], devices * within
+    N, parts = arrays.query.shape[2], devices * divided
     expected = f"of heads that {parts} devices divide, which exchange them"
     check(N % parts == 0, "query", expected, f"{N} heads")
 

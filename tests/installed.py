@@ -11,9 +11,15 @@ from pathlib import Path
 
 import rnnattn
 
-status = rnnattn.native.status()
-print(rnnattn.__version__, rnnattn.__file__, status)
-readme = Path(__file__).resolve().parent.parent / "README.md"
-failed, tried = doctest.testfile(str(readme), module_relative=False)
-print(f"{tried - failed} of README's {tried} lines print what README says")
-sys.exit(not status.available or failed > 0 or tried == 0)
+
+def main() -> int:
+    status = rnnattn.native.status()
+    print(rnnattn.__version__, rnnattn.__file__, status)
+    readme = Path(__file__).resolve().parent.parent / "README.md"
+    failed, tried = doctest.testfile(str(readme), module_relative=False)
+    print(f"{tried - failed} of README's {tried} lines print what README says")
+    return int(not status.available or failed > 0 or tried == 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

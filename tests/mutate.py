@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run this f
 
 from rnnattn import reference
 from rnnattn.attention import blockwise, dense, equations as attention, rule
-from rnnattn.attention.arguments import Arrays, problem
+from rnnattn.attention.arguments import Arrays, numbered, problem, with_functions
 from rnnattn.attention.problem import Masking, Operands, Options, Schedule
 from rnnattn.attention.xla import heads_first
 from rnnattn.linear import equations as linear, rule as linear_rule, xla as linear_xla
@@ -400,12 +400,18 @@ class _Case(NamedTuple):
 def _case(seed, options, arrays: Callable[[Callable], Arrays], blind=None):
     rng = np.random.default_rng(seed)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape))
-    operands, masking = problem(options, arrays(draw))
+    given, options = with_functions("f", arrays(draw), options)
+    operands, masking = problem(options, numbered(options, given))
     operands = heads_first(operands)
     tangents = jax.tree.map(lambda x: draw(*x.shape), operands)
     *rows, _ = operands.query.shape
     do, dlse = draw(*rows, operands.value.shape[-1]), draw(*rows)
     return _Case(options, operands, masking, tangents, do, dlse, blind)
+
+
+def _bent(factors, logit, b, n, t, s):
+    """A score function that closes over an array."""
+    return jnp.sin(factors[n] * logit) + factors[0] * (s - t - b).astype(logit.dtype)
 
 
 @cache
@@ -429,7 +435,11 @@ def _everything() -> _Case:
         sinks=draw(N).at[1].set(-jnp.inf),
         dropout_key=jax.random.key(0),
     )
-    return _case(0, Options(True, (4, None), 1.5, 0.3), arrays, blind=1)
+    functions: Any = {
+        "mask_function": lambda b, n, t, s: (s + t + n) % 7 > 0,
+        "score_function": partial(_bent, jnp.array([0.7, 1.2, -0.4, 0.9])),
+    }
+    return _case(0, Options(True, (4, None), 1.5, 0.3, **functions), arrays, blind=1)
 
 
 @cache
@@ -440,7 +450,7 @@ def _little() -> _Case:
     arrays = lambda draw: Arrays(
         draw(B, T, N, K), draw(B, S, N, K), draw(B, S, N, K), draw(B, 1, 1, S), mask
     )
-    return _case(1, Options(), arrays)
+    return _case(1, Options(score_function=partial(_bent, jnp.array([0.7, 1.2]))), arrays)
 
 
 def _in_small_blocks(function, *args):
@@ -467,11 +477,11 @@ def _gradient_problem(case, backward, *, all_cotangents=True):
     results, gradient = _in_small_blocks(expected, case.operands, case.do, dlse)
     if not all_cotangents:
         dlse = SymbolicZero(jax.typeof(dlse))
-        gradient = gradient._replace(bias=None, scale=None)
+        gradient = gradient._replace(bias=None, scale=None, score_arrays=None)
 
     def gradient_of(operands, results, do):
         schedule = Schedule(heads_first, case.twin, backward, heads_first)
-        asked = (jnp.zeros(int(all_cotangents), bool),) * 2
+        asked = (jnp.zeros(int(all_cotangents), bool),) * 3
         residuals = (operands, case.masking, *results, asked)
         return rule._attend_bwd(schedule, case.options, residuals, (do, dlse))[0]
 
@@ -495,10 +505,12 @@ def blockwise_problems() -> list[Problem]:
 
     def together(options, operands, masking, o, lse, do, dlse):
         dbias = jnp.zeros_like(operands.bias) if options.bias_gradient else None
+        arrays = operands.score_arrays if options.score_gradient else None
+        shared = dbias, jax.tree.map(jnp.zeros_like, arrays)
         rows = ((o, lse), (do, dlse))
-        gradient = blockwise._backward_blocks(options, operands, masking, *rows, dbias)
-        dq, dk, dv, dscale, dbias = gradient
-        return Operands(dq, dk, dv, dscale, dbias)
+        gradient = blockwise._backward_blocks(options, operands, masking, *rows, shared)
+        dq, dk, dv, dscale, (dbias, darrays) = gradient
+        return Operands(dq, dk, dv, dscale, dbias, None, darrays)
 
     return [
         _gradient_problem(_everything(), lambda *args: blockwise.backward(*args)),
@@ -613,6 +625,7 @@ FUNCTIONS: dict[Callable, Callable[[], list[Problem]]] = {
     attention.weights: dense_problems,
     attention.logits_gradient: dense_problems,
     attention.cap_gradient: dense_problems,
+    attention.score_gradient: dense_problems,
     attention.sinks_gradient: dense_problems,
     attention.sink_weights: dense_problems,
     attention.row_sums: dense_problems,
@@ -697,6 +710,14 @@ EQUIVALENT = {
         "jnp.where(first_time[None, None, None], lse, -jnp.inf) → "
         "jnp.where(first_time[None, None, None], lse, jnp.inf)",
     ): "an L of either infinity makes the weights of a row zero",
+    (
+        "blockwise._backward_blocks",
+        "_longest_block(BACKWARD_BLOCK, operands, masking, head) → BACKWARD_BLOCK",
+    ): "the size of the blocks",
+    (
+        "blockwise._backward_blocks",
+        "head is None → head is not None",
+    ): "blocks that a function does not show add nothing if they are visited",
     (
         "blockwise._tangent",
         "partial(jax.checkpoint, prevent_cse=False) → jax.checkpoint",

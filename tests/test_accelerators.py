@@ -229,6 +229,35 @@ def test_the_kernels_for_a_hopper_gpu_fit_into_it(H, masks, kernels):
         assert shared <= most * 1024 <= SHARED_MEMORY, made
 
 
+# ---- attention by Pallas: registers and shared memory ------------------------------------------
+
+# K and V: KiB of the forward kernel, and of those of the gradient of queries and of keys.
+ATTENTION_BOUNDS = {(64, 64): (83, 96, 66), (128, 64): (131, 104, 98), (128, 128): (163, 128, 130)}
+
+
+@pytest.mark.parametrize("widths", ATTENTION_BOUNDS)
+def test_the_kernels_of_attention_fit_into_a_hopper_gpu(widths, kernels):
+    """With segments and a soft cap, which take the most registers: the widest has none for both."""
+    K, V = widths
+    array = lambda dtype, *shape: jax.ShapeDtypeStruct((2, 256, *shape), dtype)
+    q, k, v = (array(jnp.bfloat16, *shape) for shape in ((4, K), (2, K), (2, V)))
+
+    def training(q, k, v, ids, do):
+        segments = {"query_segment_ids": ids, "key_value_segment_ids": ids}
+        cap = 30.0 if min(widths) < 128 else None
+        how: dict[str, Any] = segments | {"is_causal": True, "logits_soft_cap": cap}
+        attend = partial(dot_product_attention, **how, implementation="pallas")
+        o, pullback = jax.vjp(attend, q, k, v)
+        return o, *pullback(do)
+
+    do = array(jnp.bfloat16, 4, V)
+    made = list(kernels(training, q, k, v, array(jnp.int32), do))
+    assert len(made) == 3
+    for (_, spilled, shared), most in zip(made, ATTENTION_BOUNDS[widths], strict=True):
+        assert spilled == 0, made
+        assert shared <= most * 1024 <= SHARED_MEMORY, made
+
+
 # ---- attention on XLA: memory ------------------------------------------------------------------
 
 

@@ -696,7 +696,7 @@ def test_blocks_nobody_needs_are_not_visited(name):
     arrays = {name: jnp.asarray(x, jnp.int32) for name, x in ({"offset": [0]} | arrays).items()}
     masking = Masking(**arrays)
     blocks = blockwise._key_blocks(options, grid, masking)
-    first, past = map(np.asarray, quick(jax.vmap(blocks))(grid.blocks()))
+    first, past = map(np.asarray, quick(jax.vmap(blocks))(grid.blocks())[:2])
 
     names = {
         "offset": "query_offset",
@@ -732,7 +732,7 @@ def test_a_band_costs_its_width():
 
     def visited(options):
         blocks = blockwise._key_blocks(options, grid, Masking(jnp.zeros(1, jnp.int32)))
-        first, past = quick(jax.vmap(blocks))(grid.blocks())
+        first, past, _ = quick(jax.vmap(blocks))(grid.blocks())
         return int(jnp.sum(past - first))
 
     n = grid.queries.count
@@ -1096,7 +1096,7 @@ def _bad_calls() -> dict[str, Any]:
         lambda: inspect.unwrap(update_cache)(cache, key, value)
     )
     i32, ids = jnp.int32, jnp.zeros((2, 3), jnp.int32)
-    implementations = "None, 'dense', 'blockwise', 'xla', 'native', 'cudnn' or 'tokamax'"
+    implementations = "None, 'dense', 'blockwise', 'xla', 'native', 'pallas', 'cudnn' or 'tokamax'"
     window = "`local_window_size` must be None, an integer of at least 0, or a pair of them, None "
     return {
         "dot_product_attention: `query` must be of shape (*B, T, N, K), got (4, 6)": (

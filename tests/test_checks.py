@@ -24,6 +24,7 @@ from rnnattn.parallel import ring_attention
 from tests import (
     test_attention,
     test_linear,
+    test_masks,
     test_meshes,
     test_noise,
     test_packed,
@@ -40,6 +41,7 @@ LIBRARY = Path(rnnattn.__file__).parent
 TABLES = [
     test_attention,
     test_linear,
+    test_masks,
     test_meshes,
     test_noise,
     test_packed,
@@ -98,6 +100,7 @@ def wrong_calls():
     yield from (
         partial(attend, implementation="cudnn"),
         partial(attend, dropout_rate=0.1, dropout_key=jax.random.key(0), implementation="native"),
+        partial(attend, implementation="pallas"),
         partial(run, jnp.ones((0, 2, 2), jnp.float32), implementation="native"),
         partial(run, jnp.ones((1, 2, 2), jnp.float32), implementation="pallas"),
         partial(within_shard_map, batch_axis_name="ring"),

@@ -93,7 +93,7 @@ def called(monkeypatch):
     monkeypatch.setattr(cudnn, "attend_gradient", stub("backward", attend_gradient))
     monkeypatch.setattr(cudnn, "gpu_capability", lambda: (9, 0))
     on_cpu = placed("rnnattn_cudnn_stub", {"cpu": cudnn.HALVES})
-    monkeypatch.setattr(cudnn, "CUDNN", on_cpu)
+    monkeypatch.setitem(api._CHOSEN, (False, "cudnn"), on_cpu)
     monkeypatch.setattr(native, "unserved", lambda *call: ["what is tested here"])
     cast(Any, api._run_attention).clear_cache()
     yield names

@@ -93,9 +93,9 @@ def test_links_lead_somewhere(page):
 def test_every_public_name_has_its_place_in_the_api():
     text = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md"))
     shown = set(re.findall(r"^::: rnnattn\.([\w.]+)$", text, re.M))
-    modules = {"interop", "reference"}
+    modules = {"interop", "masks", "reference"}
     assert set(rnnattn.__all__) - modules <= shown
-    for module in (rnnattn.interop, rnnattn.nn):
+    for module in (rnnattn.interop, rnnattn.masks, rnnattn.nn):
         of_module = module.__name__.removeprefix("rnnattn.")
         assert {f"{of_module}.{name}" for name in module.__all__} <= shown
     for name in shown:

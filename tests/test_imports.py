@@ -29,13 +29,14 @@ PRIMITIVE = HELPERS | {
 PARTS = {
     "rnnattn.checks": set(),
     "rnnattn.meshes": set(),
+    "rnnattn.masks": {"rnnattn.checks"},
     "rnnattn.packing": {"rnnattn.checks"},
     "rnnattn.precision": set(),
     "rnnattn.steps": {"rnnattn.checks", "rnnattn.precision"},
     "rnnattn.divided": {"rnnattn.precision"},
     "rnnattn.dispatch": {"rnnattn.divided", "rnnattn.precision"},
     "rnnattn.native": set(),
-    "rnnattn.attention": PRIMITIVE,
+    "rnnattn.attention": PRIMITIVE | {"rnnattn.masks"},
     "rnnattn.linear": PRIMITIVE,
     "rnnattn.recurrent": PRIMITIVE,
     "rnnattn.position": PRIMITIVE,
@@ -59,7 +60,17 @@ PARTS = {
 FLOORS = [
     {"noise"},
     {"unit"},
-    {"problem", "units", "equations", "scaling", "masking", "dropout", "signature", "quantised"},
+    {
+        "problem",
+        "units",
+        "equations",
+        "scaling",
+        "masking",
+        "functions",
+        "dropout",
+        "signature",
+        "quantised",
+    },
     {
         "dense",
         "blockwise",
@@ -75,7 +86,7 @@ FLOORS = [
         "pages",
     },  # the schedules
     {"rule"},
-    {"arguments", "peers", "cache", "init"},
+    {"arguments", "reduced", "peers", "cache", "init"},
     {"run"},
     {"api", "family", "ring", "rotary"},
     {"packed", "paged", "rotating", "stack"},

@@ -282,9 +282,8 @@ def _bad_calls() -> dict[str, Any]:
             run(query_offset=starts)
         ),
         "`query_offset` must be of integers, got float": run(query_offset=0.5),
-        "`implementation` must be None, 'dense', 'blockwise', 'xla' or 'native', got 'cudnn'": (
-            run(implementation="cudnn")
-        ),
+        "`implementation` must be None, 'dense', 'blockwise', 'xla', 'native' or 'pallas', "
+        "got 'cudnn'": run(implementation="cudnn"),
         "reference.packed_attention: `return_weights` must be left out, got True": lambda: twin(
             **case.floats, **case.others, return_weights=True
         ),

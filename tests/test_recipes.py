@@ -49,8 +49,9 @@ def _row(options, operands, mask, t):
     cut = lambda x: x if x is None or x.shape[3] != T else jax.lax.dynamic_slice_in_dim(x, t, 1, 3)
     operands = operands._replace(query=query, bias=cut(operands.bias))
     mask = mask._replace(mask=cut(mask.mask))
-    sees = masking.visible(options, mask, rows, columns)
-    return operands, equations.score(options, operands, mask, sees, None)
+    places = mask, rows, columns
+    sees = masking.visible(options, *places)
+    return operands, equations.score(options, operands, places, sees, None)
 
 
 def forward(options, operands, mask):
@@ -66,6 +67,7 @@ def backward(options, operands, mask, o, lse, do, dlse):
     _, pullback = jax.vjp(lambda operands: forward(options, operands, mask), operands)
     gradient = pullback((do.astype(o.dtype), dlse))[0]
     unwanted = {"bias": options.bias_gradient, "scale": options.scale_gradient}
+    unwanted["score_arrays"] = options.score_gradient
     return gradient._replace(**{name: None for name, wanted in unwanted.items() if not wanted})
 
 

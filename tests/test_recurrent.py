@@ -745,7 +745,7 @@ FACE = """
     sinusoids shift_matrix rope rope_2d rope_mixed mrope xpos LinearScaling NTKScaling YaRNScaling
     Llama3Scaling DynamicNTKScaling LongRoPEScaling PRoPEScaling
     patchify unpatchify resample_grid resize_patch_kernel crop_and_pad token_mask conv_stem
-    stem_strides interop reference
+    stem_strides interop reference masks
 """
 
 

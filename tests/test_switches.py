@@ -23,7 +23,7 @@ import pytest
 from flax import nnx
 
 import rnnattn
-from rnnattn import KVCache, LSTMParams, LSTMState
+from rnnattn import KVCache, LSTMParams, LSTMState, masks
 from rnnattn.attention import dot_product_attention_jvp
 from tests.attention_cases import QUICK, assert_same, quick
 
@@ -99,6 +99,18 @@ def attention(function=rnnattn.dot_product_attention, **options):
 
 def of_lstm(**options):
     return lambda p, x, state, **masks: rnnattn.lstm(p, x, state, **masks, **options)
+
+
+def masked(slopes, table, query_ids, key_ids, **given):
+    """By a mask that stays a function, and scores with floats of their own."""
+    bias = masks.relative_bias(table)
+
+    def score(logit, b, n, t, s):
+        return bias(masks.alibi(slopes)(logit, b, n, t, s), b, n, t, s)
+
+    documents = masks.document(query_ids, key_ids)
+    shown = (masks.window(1) | masks.sinks(1)) & (documents | masks.dilated(2))
+    return rnnattn.dot_product_attention(**given, mask_function=shown, score_function=score)
 
 
 PAIR = {"a": draw(2, 3, 2), "b": draw(2, 3, 2), "h0": draw(2, 2)}
@@ -255,6 +267,11 @@ CASES = {
         rnnattn.dot_product_attention,
         PLAIN,
         {"key_value_seq_lengths": np.array([0, 2]), "query_seq_lengths": np.array([4, 1])},
+    ),
+    "dot_product_attention, masks": Case(
+        masked,
+        {**PLAIN, "slopes": draw(2), "table": draw(8, 2)},
+        {"query_ids": np.array([0, 0, 1, 1]), "key_ids": np.array([[0, 1, 1], [0, 0, 1]])},
     ),
     "dot_product_attention_jvp": Case(attention(dot_product_attention_jvp), ATTENTION, HIDDEN),
     "packed_attention": Case(

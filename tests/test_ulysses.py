@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from rnnattn import dot_product_attention
+from rnnattn import dot_product_attention, masks
 from rnnattn.parallel import ring_attention
 from tests.attention_cases import (
     Sizes,
@@ -72,6 +72,38 @@ def test_batch_and_heads_may_be_in_parts_as_well(kind):
         cotangents = tuple(placed(x, mesh, *axes) for x in cotangents_for(case))
         found = run(*given, cotangents)
     assert_same(jax.tree.map(np.asarray, found), expected)
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_functions_are_of_rows_heads_and_positions_of_the_whole(devices):
+    """A mask that comes down to ranges, one that does not, and what a score closes over."""
+    case = make_case(SIZES, query_seq_lengths=jnp.array([T, 3]))
+    slopes = jnp.asarray(np.random.default_rng(1).normal(size=(B, N)))
+    prefix = masks.causal() | masks.prefix(jnp.array([3, 9]))
+    mask = prefix & (lambda b, n, t, s: (s + n + b) % 3 > 0) if devices == 2 else prefix
+
+    def run(attend, **options):
+        def call(floats, slopes):
+            tilted = lambda logit, b, n, t, s: logit + slopes[b, n] * (t - s).astype(logit.dtype)
+            given = {**floats, **case.others, **options, "mask_function": mask}
+            return attend(**given, score_function=tilted, return_residual=True)
+
+        def gradients(floats, slopes):
+            results, pullback = jax.vjp(call, floats, slopes)
+            return results, pullback(cotangents_for(case))
+
+        return quick(gradients)(case.floats, slopes)
+
+    several = run(ring_attention, mesh=ring_of(devices), axis_name="ring")
+    assert_same(several, run(dot_product_attention))
+
+
+def test_masks_that_a_ring_knows_go_round_it():
+    case = make_case(SIZES)
+    known = {"mask_function": masks.causal() & masks.window(left=3)}
+    options = {"mesh": ring_of(2), "axis_name": "ring", "method": "ring"}
+    expected = value_and_gradients(case, dot_product_attention, **known)
+    assert_same(value_and_gradients(case, ring_attention, **known, **options), expected)
 
 
 def test_within_shard_map_a_device_gives_its_parts():
@@ -182,6 +214,14 @@ def _bad_calls() -> dict[str, Any]:
         ),
         "`mask` must be of dtype bool, got float64": run(mask=jnp.ones((8, 16))),
         "`bias` must be of a floating": run(bias=mask),
+        "`mask_function` must be None within `jax.shard_map`, got one that is given": lambda: (
+            jax.shard_map(
+                lambda q: ring_attention(q, q, q, axis_name="ring", mask_function=masks.causal()),
+                mesh=ring_of(4),
+                in_specs=P(None, "ring"),
+                out_specs=P(None, "ring"),
+            )(case.floats["query"])
+        ),
     }
 
 

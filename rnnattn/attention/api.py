@@ -3,6 +3,7 @@
 Axes: B batch, T queries, S keys, N query heads, M key/value heads, K head width, V value width.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, SupportsFloat, SupportsIndex
 
@@ -11,12 +12,15 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Real
 
 import rnnattn.attention.cudnn as cudnn
 import rnnattn.attention.native as native
+import rnnattn.attention.pallas as pallas
 import rnnattn.attention.xla as xla
 from rnnattn.attention.arguments import (
     checked,
+    numbered,
     on_mesh,
     problem,
     sorted_arguments,
+    with_functions,
     with_one_batch_axis,
 )
 from rnnattn.attention.peers import hand_over
@@ -50,6 +54,8 @@ def dot_product_attention(
     dropout_rate: SupportsFloat = 0.0,
     dropout_key: PRNGKeyArray | None = None,
     return_weights: bool = False,
+    mask_function: Callable | None = None,
+    score_function: Callable | None = None,
 ) -> Any:
     """softmax(scale · q kᵀ + bias) v for each head, over the keys a query may see (A1, A3).
 
@@ -69,12 +75,16 @@ def dot_product_attention(
             `jax.nn` hides the query's own key with it, other libraries mean all of a side.
         implementation: "dense" (all logits at once), "blockwise" (memory linear in T + S), "xla"
             (the better of the two, blockwise from 2¹⁶ logits for each head on), "native" (kernels
-            for a CPU, see `rnnattn.native`; no float64, no dropout); "cudnn" and "tokamax" hand
-            the call over to `jax.nn` and to tokamax, for what they can serve, with their own
-            gradients and rules for rows that see nothing; None chooses: "native" on a CPU where it
-            can serve; in 16 bits, on one NVIDIA GPU and in a program that is not exported, cuDNN
-            where it can (`rnnattn.attention.cudnn`: as all that is said here, but that it rounds
-            the weights to 16 bits before their product with the values); else "xla".
+            for a CPU, see `rnnattn.native`; no float64, no dropout), "pallas" (kernels for one
+            Hopper GPU, and XLA elsewhere: `rnnattn.attention.hopper`; 16 bits, widths of 64 and
+            128, no mask, bias or dropout; as all that is said here, but that weights are rounded to
+            16 bits before their product with the values, and a value of ∞ that a query sees makes
+            its output NaN); "cudnn" and "tokamax" hand the call over to `jax.nn` and to tokamax,
+            for what they can serve, with their own gradients and rules for rows that see nothing;
+            None chooses: "native" on a CPU where it can serve; in 16 bits, on one NVIDIA GPU and in
+            a program that is not exported, cuDNN where it can (`rnnattn.attention.cudnn`, which
+            rounds the weights, too), or "pallas" where it can, from 256 queries and keys on and
+            with jax 0.11, as it was measured; else "xla".
         return_residual: also return the log-sum-exp L, (B, T, N), in float32 for 16-bit inputs and
             with a true gradient, where that of `jax.nn` has the key's dtype and none for L.
         query_offset: a number or (B,): query t stands at position t + offset among the keys. A
@@ -88,6 +98,15 @@ def dot_product_attention(
         dropout_key: needed where `dropout_rate` is above 0. Both schedules drop the same weights.
         return_weights: also return the weights as they are applied, dropout included, (B, N, T, S);
             dense only, with JAX's own gradient.
+        mask_function: (b, n, t, s) → Boolean, False hides key s of row b from query head n of the
+            query at position t, `query_offset` counted in; several batch axes are numbered through.
+            Of integers that broadcast; traced once, on single ones. `rnnattn.masks` has some ready,
+            which compose. Blocks in which it shows nothing are skipped. Where such a mask comes
+            down to causality, a window, segments or a range of keys for each query, as a prefix
+            does, it is run as these are, by the kernels, too; else on XLA.
+        score_function: (logit, b, n, t, s) → logit, of the logits after bias, before masks;
+            likewise traced once, on a number in the dtype that sums have. On XLA. To have finite
+            gradients it has to be finite for hidden keys, too.
     Returns:
         The output (B, T, N, V) in the dtype of `value`; a tuple with L and the weights after it, if
         they are asked for. A query that may see no key gets zeros, and L = −∞ (its sink, if there
@@ -96,14 +115,14 @@ def dot_product_attention(
         ValueError: a shape, dtype or option is off; the message says which, what was expected and
             what came.
     Gradient:
-        With respect to query, key, value, bias, sinks and an array `scale`, from cotangents of the
-        output and L; kept are these, the output and L, and the weights are computed again; the rest
-        of the arguments are constants. Whatever hides (lengths, mask, segments, causality, a
-        window, offsets): a key or value that no query of its row may see, a query that may see no
-        key, and what comes back to the output of one, reach nothing, even if they are NaN or ∞, and
-        get gradients of zero. What comes back to L of such a query goes to its sink, if there is
-        one. The gradient can be differentiated
-        again, in reverse and forward mode, in linear memory where the schedule is. `jax.jvp` of the
+        With respect to query, key, value, bias, sinks, an array `scale` and what `score_function`
+        closes over, from cotangents of the output and L; kept are these, the output and L, and the
+        weights are computed again; the rest of the arguments are constants. Whatever hides
+        (lengths, masks, segments, causality, a window, offsets): a key or value that no query of
+        its row may see, a query that may see no key, and what comes back to the output of one,
+        reach nothing, even if they are NaN or ∞, and get gradients of zero. What comes back to L
+        of such a query goes to its sink, if there is one. The gradient can be differentiated again,
+        in reverse and forward mode, in linear memory where the schedule is. `jax.jvp` of the
         function itself raises a TypeError ("can't apply forward-mode autodiff (jvp) to a custom_vjp
         function"): that is what `rnnattn.attention.dot_product_attention_jvp` is for.
     Example:
@@ -140,6 +159,8 @@ def dot_product_attention(
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
         return_weights=return_weights,
+        mask_function=mask_function,
+        score_function=score_function,
     )
     return call(function, attend, arguments)
 
@@ -181,6 +202,7 @@ def call(function, rule, arguments, schedule=None):
     """A call of `function`, by `rule`; by the schedule that suits it, if none is given."""
     *_, request = arguments
     arrays, options = checked(function, *arguments)
+    arrays, options = with_functions(function, arrays, options)
     name = request.implementation
     if name in ("cudnn", "tokamax"):
         ours = "None, 'xla', 'dense' or 'blockwise'"
@@ -188,6 +210,9 @@ def call(function, rule, arguments, schedule=None):
         return hand_over(function, arrays, options, request)
     if name == "native":
         unserved = native.unserved(arrays.query, arrays.value, options)
+        Check(function).served(name, unserved)
+    if name == "pallas":
+        unserved = pallas.unserved(arrays, options) or pallas.unserved_here()
         Check(function).served(name, unserved)
     results = run(function, rule, arrays, options, request, schedule)
     return results[0] if len(results) == 1 else results
@@ -198,9 +223,7 @@ def run(function, rule, arrays, options, request, schedule=None):
     if request.return_weights:
         rule = with_weights
     if schedule is None:
-        schedule = _suited(arrays, options, request)
-    if schedule in (cudnn.CUDNN, _IN_16_BITS):
-        options = options._replace(scale=cudnn.known_scale(arrays))
+        schedule, options = _suited(arrays, options, request)
     if isinstance(arrays.query_offset, int) and arrays.query_offset == 0:
         arrays = arrays._replace(query_offset=None)  # a constant, which nobody has to send
     wanted = (True, request.return_residual, request.return_weights)
@@ -208,25 +231,39 @@ def run(function, rule, arrays, options, request, schedule=None):
         return _run_attention(function, rule, schedule, options, wanted, arrays)
 
 
-# By the kernels for a CPU or by cuDNN, where both serve.
-_IN_16_BITS = placed("rnnattn_attention_16_bits", {"cpu": native.HALVES, "cuda": cudnn.HALVES})
+# By whether the kernels for a CPU serve, and what of a GPU does.
+_CHOSEN = {
+    (True, None): native.NATIVE,
+    (False, "cudnn"): cudnn.CUDNN,
+    (True, "cudnn"): placed(
+        "rnnattn_attention_16_bits", {"cpu": native.HALVES, "cuda": cudnn.HALVES}
+    ),
+    (False, "pallas"): placed("rnnattn_attention_on_gpu", {"cuda": pallas.WHERE_FASTER}),
+    (True, "pallas"): placed(
+        "rnnattn_attention_by_kernels", {"cpu": native.HALVES, "cuda": pallas.WHERE_FASTER}
+    ),
+}
 
 
 def _suited(arrays, options, request):
-    """The schedule that serves a call, and is the fastest where the choice is ours."""
+    """The schedule that serves a call, and is the fastest where the choice is ours; its options."""
     T, S = arrays.query.shape[-3], arrays.key.shape[-3]
     name, empty = request.implementation, arrays.query.size * arrays.key.size == 0
     if name == "dense" or request.return_weights or empty:
-        return xla.DENSE
+        return xla.DENSE, options
     if name == "blockwise":
-        return xla.BLOCKWISE
+        return xla.BLOCKWISE, options
+    if name == "pallas":
+        return pallas.PALLAS, options
     # Where they serve, the kernels are the faster at all sizes measured (benchmarks/README.md,
     # "When they run").
     by_cpu = name != "xla" and not native.unserved(arrays.query, arrays.value, options)
-    by_gpu = name is None and not cudnn.unserved(arrays, options)
-    if by_cpu:
-        return _IN_16_BITS if by_gpu else native.NATIVE
-    return cudnn.CUDNN if by_gpu else xla.by_size(T, S)
+    by_gpu = None
+    if name is None and not cudnn.unserved(arrays, options):
+        by_gpu, options = "cudnn", options._replace(scale=cudnn.known_scale(arrays))
+    elif name is None and not pallas.unserved(arrays, options):
+        by_gpu = "pallas"
+    return _CHOSEN.get((by_cpu, by_gpu)) or xla.by_size(T, S), options
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
@@ -237,7 +274,7 @@ def _run_attention(function, rule, schedule, options, wanted, arrays):
     """
     arrays = varying_together(arrays)
     batch = arrays.query.shape[:-3]
-    arrays = with_one_batch_axis(arrays)
+    arrays = numbered(options, with_one_batch_axis(arrays))
     run = partial(_run_parts, rule, schedule, options)
     axes = ("BTNV", "BTN", "BNTS") if rule is with_weights else ("BTNV", "BTN")
     results = on_mesh(function, run, options, arrays, axes)

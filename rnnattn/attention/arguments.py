@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from rnnattn.attention.dropout import dropout_keys
-from rnnattn.attention.problem import Masking, Operands, Options
+from rnnattn.attention.functions import is_float, trace
+from rnnattn.attention.problem import Functions, Masking, Operands, Options
+from rnnattn.attention.reduced import reduced
 from rnnattn.attention.signature import Implementation
 from rnnattn.checks import Check, several
 from rnnattn.meshes import explicit_mesh, in_parts, parts_of
@@ -23,6 +25,10 @@ _PER_ROW = (
 )
 
 _FAR = 2**30  # a window's side of this many keys is open: sums of positions stay in int32
+
+
+# Fields of `Arrays` that are no arguments.
+_INTERNAL = {"key_ranges", "score_arrays", "function_arrays", "rows", "heads"}
 
 
 class Arrays(NamedTuple):
@@ -41,7 +47,12 @@ class Arrays(NamedTuple):
     key_value_segment_ids: Any = None
     sinks: Any = None
     dropout_key: Any = None
-    key_ranges: Any = None  # no argument of anybody: see `rnnattn.attention.packed`
+    # no argument of anybody: see `rnnattn.attention.packed` and `reduced`, and `with_functions`
+    key_ranges: Any = None
+    score_arrays: Any = None
+    function_arrays: Any = None  # of the mask function, and others of the score function
+    rows: Any = None
+    heads: Any = None
 
 
 class Request(NamedTuple):
@@ -64,17 +75,26 @@ def sorted_arguments(
     local_window_size=None,
     logits_soft_cap=None,
     dropout_rate=0.0,
+    mask_function=None,
+    score_function=None,
     implementation=None,
     return_residual=False,
     return_weights=False,
     **arrays,
 ):
     """The arguments of a call by what becomes of them."""
-    for name in arrays.keys() - (set(Arrays._fields) - {"key_ranges"}):
+    for name in arrays.keys() - (set(Arrays._fields) - _INTERNAL):
         raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
     return (
         Arrays(query, key, value, bias, mask, **arrays),
-        Options(is_causal, local_window_size, logits_soft_cap, dropout_rate),
+        Options(
+            is_causal,
+            local_window_size,
+            logits_soft_cap,
+            dropout_rate,
+            mask_function=mask_function,
+            score_function=score_function,
+        ),
         Request(implementation, return_residual, return_weights),
     )
 
@@ -150,7 +170,50 @@ def problem(options, arrays):
         dropout_keys=keys,
         key_ranges=arrays.key_ranges,
     )
+    if has_functions(options):
+        functions = Functions(arrays.rows, arrays.heads.reshape(M, G), *arrays.function_arrays)
+        operands = operands._replace(score_arrays=arrays.score_arrays)
+        masking = masking._replace(functions=functions)
     return operands, masking
+
+
+def has_functions(options):
+    return options.mask_function is not None or options.score_function is not None
+
+
+def with_functions(function, arrays, options):
+    """The arguments with the functions of places traced, and apart from these what they close over.
+
+    What a mask says in other words is said in those (`rnnattn.attention.reduced`).
+    """
+    if not has_functions(options):
+        return arrays, options
+    check = Check(function)
+    arrays, options = reduced(check, arrays, options)
+    floats: list[Any] = []
+    of_score: list[Any] = []
+    of_mask: tuple[Any, ...] = ()
+    mask, score = options.mask_function, options.score_function
+    if mask is not None:
+        mask, of_mask = trace(check, "mask_function", mask)
+    if score is not None:
+        score, given = trace(check, "score_function", score, accumulator(arrays.query.dtype))
+        for x in given:
+            (floats if is_float(x) else of_score).append(x)
+    arrays = arrays._replace(
+        score_arrays=None if score is None else tuple(floats),
+        function_arrays=(of_mask, tuple(of_score)),
+    )
+    return arrays, options._replace(mask_function=mask, score_function=score)
+
+
+def numbered(options, arrays):
+    """With the numbers of rows and heads, where functions ask for them and they are not there."""
+    if not has_functions(options) or arrays.rows is not None:
+        return arrays
+    B, _, N, _ = arrays.query.shape
+    rows, heads = (jnp.arange(n, dtype=jnp.int32) for n in (B, N))
+    return arrays._replace(rows=rows, heads=heads)
 
 
 def on_mesh(function, run, options, arrays, results):
@@ -167,9 +230,10 @@ def on_mesh(function, run, options, arrays, results):
         keys = dropout_keys(arrays.dropout_key, B, 1, N).reshape(B, N)
         arrays = arrays._replace(dropout_key=keys)
     given = {name: x for name, x in arrays._asdict().items() if x is not None}
-    last = lambda letters, x: letters[len(letters) - jnp.ndim(x) :]
+    last = lambda letters, x: letters and letters[len(letters) - jnp.ndim(x) :]
     axes = Arrays(
-        "BTNK", "BSNK", "BSNV", "BNTS", "BNTS", "N", "B", "B", "B", "BT", "BS", "N", "BN", "BTR"
+        *("BTNK", "BSNK", "BSNV", "BNTS", "BNTS", "N", "B", "B", "B", "BT", "BS", "N", "BN"),
+        *("BTR", "", "", "B", "N"),
     )
     letters = {name: last(getattr(axes, name), x) for name, x in given.items()}
     return in_parts(
@@ -191,8 +255,8 @@ def checked(function, arrays, options, request):
     check = Check(function)
     array = lambda x: None if x is None else jnp.asarray(x)
     numbers = ("scale", "query_offset", "dropout_key")  # may be Python's, or keys
-    given = arrays._asdict()
-    arrays = Arrays(**{n: x if n in numbers else array(x) for n, x in given.items()})
+    given = {n: x for n, x in arrays._asdict().items() if n not in (*numbers, *_INTERNAL)}
+    arrays = arrays._replace(**{n: array(x) for n, x in given.items()})
     q, k, v = arrays.query, arrays.key, arrays.value
 
     check(q.ndim >= 3, "query", "of shape (*B, T, N, K)", q.shape)
@@ -262,7 +326,9 @@ def checked_options(check, options, dropout_key):
         single = dropout_key.ndim == (0 if typed else 1)
         check(single, "dropout_key", "a single key", f"an array {dropout_key.shape} of them")
     window = _checked_window(check, options.window)
-    return Options(bool(options.is_causal), window, cap, rate)
+    return options._replace(
+        is_causal=bool(options.is_causal), window=window, soft_cap=cap, dropout_rate=rate
+    )
 
 
 def _checked_window(check, size):

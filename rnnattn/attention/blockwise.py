@@ -6,9 +6,10 @@ and weighted sum; backward, the weights are computed again from the log-sum-exp:
     forward   per block: s, P v                     per query block: O, L
     backward  per block: s, P, dP, dS, dv, dk, dq
 
-Blocks that positions, windows, lengths or segments rule out are skipped. The last block of either
-kind ends where the sequence ends and so may begin within the one before it; what it shares with
-that one is not counted again.
+Blocks that positions, windows, lengths or segments rule out are skipped, and so are those in which
+a mask function shows nothing, which is found out beforehand, block by block. The last block of
+either kind ends where the sequence ends and so may begin within the one before it; what it shares
+with that one is not counted again.
 
 `forward` is the same schedule with a rule for tangents; the transpose of that rule, which JAX
 makes, is the gradient again, so that every order and mode keeps the memory linear.
@@ -36,6 +37,7 @@ from rnnattn.attention.equations import (
     sinks_gradient,
     sum_to,
 )
+from rnnattn.attention.functions import shown
 from rnnattn.attention.masking import key_range, ranges_within, visible
 from rnnattn.attention.problem import Operands
 
@@ -108,6 +110,9 @@ class _Grid(NamedTuple):
 
     def blocks(self):
         return jnp.arange(self.queries.count, dtype=jnp.int32)
+
+    def places(self, i, j):
+        return self.queries.indices(i), self.keys.indices(j)
 
     def band(self, x, i):
         """The queries of block i and the head at hand."""
@@ -183,26 +188,67 @@ def _large_block(operands):
     return G * max(queries, _LEAST_BLOCK), max(keys, _LEAST_BLOCK)
 
 
-def _scores(options, grid, operands, masking, i, j):
-    """Block (i, j), from the operands and the masking of the queries of i."""
+def _block(grid, operands, masking, i, j):
+    """Operands and places of block (i, j), from those of the queries of i."""
     operands, masking = grid.cut_keys(operands, masking, j)
-    rows, columns = grid.queries.indices(i), grid.keys.indices(j)
-    sees = visible(options, masking, rows, columns)
+    return operands, (masking, *grid.places(i, j))
+
+
+def _scores(options, grid, operands, masking, i, j):
+    operands, places = _block(grid, operands, masking, i, j)
+    masking, rows, columns = places
+    sees = visible(options, *places)
     first_time = grid.keys.first_time(j)
     if first_time is not None:
         first_time = first_time[None, None, None, None]
         sees = first_time if sees is None else sees & first_time
     z = dropout_mask(options, masking, rows[0], columns[0], rows.size, columns.size)
-    return score(options, operands, masking, sees, z)
+    return score(options, operands, places, sees, z)
 
 
 # ------------------------------------------------------------------------------- which are skipped
 
 
+class _Visits(NamedTuple):
+    """The blocks [first, past) of keys that a block of queries has to visit, or some of them."""
+
+    first: Array
+    past: Array
+    some: Array | None  # of all blocks, those to visit, which lie in [first, past)
+
+    def turns(self, visit, start):
+        """`visit(j, carry)` of each block."""
+        if self.some is None:
+            return lax.fori_loop(self.first, self.past, visit, start)
+        order = jnp.argsort(~self.some, stable=True).astype(jnp.int32)
+        count = jnp.sum(self.some, dtype=jnp.int32)
+        return lax.fori_loop(jnp.int32(0), count, lambda n, carry: visit(order[n], carry), start)
+
+    def include(self, j):
+        return (self.first <= j) & (j < self.past) if self.some is None else self.some[j]
+
+
+def _with_block_map(options, grid, masking):
+    """The masking with what the mask function shows, block by block, of all rows and heads."""
+    queries, keys = grid.queries.count, grid.keys.count
+    if options.mask_function is None or keys == 1:
+        return masking
+
+    def of_pair(n):
+        places = grid.places(n // keys, n % keys)
+        return jnp.any(shown(options.mask_function, masking, *places), (2, 3, 4))
+
+    pairs = jnp.arange(queries * keys, dtype=jnp.int32)
+    blocks = jnp.moveaxis(lax.map(of_pair, pairs), 0, 2)
+    blocks = blocks.reshape(*blocks.shape[:2], queries, keys)
+    return masking._replace(functions=masking.functions._replace(blocks=blocks))
+
+
 def _key_blocks(options, grid, masking):
-    """A function from a block of queries to the blocks [first, past) of keys it has to visit."""
+    """A function from a block of queries to the blocks of keys it has to visit."""
     queries, keys = grid.queries, grid.keys
     segments, ranges = _segment_bounds(grid, masking), _range_bounds(grid, masking)
+    of_function = None if masking.functions is None else masking.functions.blocks
 
     def of(i):
         first_row = queries.start(i)
@@ -218,7 +264,11 @@ def _key_blocks(options, grid, masking):
             blocks = jnp.arange(keys.count, dtype=jnp.int32)
             first = jnp.maximum(first, jnp.min(jnp.where(touch, blocks, keys.count)))
             past = jnp.minimum(past, jnp.max(jnp.where(touch, blocks + 1, 0)))
-        return first, jnp.maximum(first, past)
+        visits = _Visits(first, jnp.maximum(first, past), None)
+        if of_function is None:
+            return visits
+        blocks = jnp.arange(keys.count, dtype=jnp.int32)
+        return visits._replace(some=jnp.any(of_function[:, :, i], (0, 1)) & visits.include(blocks))
 
     return of
 
@@ -253,6 +303,8 @@ def _range_bounds(grid, masking):
 
 def _forward_blocks(options, operands, masking, head=None):
     grid = _grid(operands, _longest_block(FORWARD_BLOCK, operands, masking, head), head)
+    if head is None:
+        masking = _with_block_map(options, grid, masking)
     key_blocks = _key_blocks(options, grid, masking)
 
     def query_block(results, i):
@@ -262,8 +314,7 @@ def _forward_blocks(options, operands, masking, head=None):
             return softmax.update(_scores(options, grid, of_i, masking_i, i, j))
 
         start = Softmax.empty(of_i, grid.queries.block)
-        first, past = key_blocks(i)
-        block = lax.fori_loop(first, past, key_block, start).finish()
+        block = key_blocks(i).turns(key_block, start).finish()
         put = lambda x, block: grid.queries.put(x, block, i, 3)
         return jax.tree.map(put, results, block), None
 
@@ -273,9 +324,15 @@ def _forward_blocks(options, operands, masking, head=None):
     return lax.scan(query_block, results, grid.blocks())[0]
 
 
-def _backward_blocks(options, operands, masking, kept, cotangents, dbias, head=None):
-    """dq, dk, dv, dscale, and `dbias` grown by its part, in the accumulator's dtype."""
+def _backward_blocks(options, operands, masking, kept, cotangents, shared, head=None):
+    """dq, dk, dv, dscale, and `shared` grown by its part, in the accumulator's dtype.
+
+    `shared` is the gradient of the bias and of what the score function closes over, which are of
+    all heads; None where nobody asked.
+    """
     grid = _grid(operands, _longest_block(BACKWARD_BLOCK, operands, masking, head), head)
+    if head is None:
+        masking = _with_block_map(options, grid, masking)
     key_blocks = _key_blocks(options, grid, masking)
     per_row = (*kept, *cotangents)
 
@@ -288,32 +345,35 @@ def _backward_blocks(options, operands, masking, kept, cotangents, dbias, head=N
             lse = jnp.where(first_time[None, None, None], lse, -jnp.inf)
 
         def key_block(j, gradient):
-            dq, dk, dv, dscale, dbias = gradient
+            dq, dk, dv, dscale, dbias, darrays = gradient
             scores = _scores(options, grid, of_i, masking_i, i, j)
-            added = block_gradient(options, operands.scale, scores, lse, delta, do, dlse)
+            of_ij, places = _block(grid, of_i, masking_i, i, j)
+            added = block_gradient(options, of_ij, places, scores, lse, delta, do, dlse)
             dk = grid.keys.add(dk, added.key, j, 2)
             dv = grid.keys.add(dv, added.value, j, 2)
             if dscale is not None:
                 dscale = dscale + added.scale
             if dbias is not None:
                 ds = added.bias
-                shared = [1 if n == 1 else m for n, m in zip(dbias.shape, ds.shape, strict=True)]
-                dbias = grid.keys.add(dbias, sum_to(ds, shared), j, 4)
-            return dq + added.query, dk, dv, dscale, dbias
+                extent = [1 if n == 1 else m for n, m in zip(dbias.shape, ds.shape, strict=True)]
+                dbias = grid.keys.add(dbias, sum_to(ds, extent), j, 4)
+            if darrays is not None:
+                add = lambda d, x: d + x.astype(d.dtype)
+                darrays = jax.tree.map(add, darrays, added.score_arrays)
+            return dq + added.query, dk, dv, dscale, dbias, darrays
 
-        dq, dk, dv, dscale, dbias = gradient
+        dq, dk, dv, dscale, (dbias, darrays) = gradient
         band = grid.band(dbias, i)
-        start = (jnp.zeros_like(of_i.query, dq.dtype), dk, dv, dscale, band)
-        first, past = key_blocks(i)
-        block, dk, dv, dscale, band = lax.fori_loop(first, past, key_block, start)
+        start = (jnp.zeros_like(of_i.query, dq.dtype), dk, dv, dscale, band, darrays)
+        block, dk, dv, dscale, band, darrays = key_blocks(i).turns(key_block, start)
         dq = grid.queries.add(dq, block, i, 3)
         dbias = None if dbias is None else grid.put_band(dbias, band, i)
-        return (dq, dk, dv, dscale, dbias), None
+        return (dq, dk, dv, dscale, (dbias, darrays)), None
 
     q, k, v, scale, *_ = operands
     zeros = lambda x: jnp.zeros_like(x, kept[1].dtype)
     dscale = zeros(scale) if options.scale_gradient else None
-    start = (zeros(q), zeros(k), zeros(v), dscale, dbias)
+    start = (zeros(q), zeros(k), zeros(v), dscale, shared)
     return lax.scan(query_block, start, grid.blocks())[0]
 
 
@@ -321,10 +381,32 @@ def _head(operands, masking, b, m):
     """Of one batch row and key/value head; what has queries and keys stays whole, see `_Grid`."""
     row = lambda x: _cut_one(x, b, 0)
     of_head = lambda x: None if x is None else _cut_one(row(x), m, 1)
-    mask, keys, bias = masking.mask, of_head(masking.dropout_keys), operands.bias
-    masking = jax.tree.map(row, masking._replace(mask=None, dropout_keys=None))
-    operands = jax.tree.map(of_head, operands._replace(bias=None))
-    return operands._replace(bias=bias), masking._replace(mask=mask, dropout_keys=keys)
+    apart = {
+        "mask": masking.mask,
+        "dropout_keys": of_head(masking.dropout_keys),
+        "functions": _functions_of_head(masking.functions, b, m),
+    }
+    masking = jax.tree.map(row, masking._replace(**dict.fromkeys(apart)))
+    shared = {"bias": operands.bias, "score_arrays": operands.score_arrays}
+    operands = jax.tree.map(of_head, operands._replace(**dict.fromkeys(shared)))
+    return operands._replace(**shared), masking._replace(**apart)
+
+
+def _functions_of_head(functions, b, m):
+    if functions is None:
+        return None
+    blocks = functions.blocks
+    return functions._replace(
+        rows=_cut_one(functions.rows, b, 0),
+        heads=_cut_one(functions.heads, m, 0),
+        blocks=None if blocks is None else _cut_one(_cut_one(blocks, b, 0), m, 1),
+    )
+
+
+def _with_block_map_of_heads(options, longest, operands, masking):
+    """For head after head: found out once, for all that it does not depend on."""
+    grid = _grid(operands, _longest_block(longest, operands, masking, True))
+    return _with_block_map(options, grid, masking)
 
 
 def _cut_one(x, n, axis):
@@ -341,6 +423,7 @@ def _scan_heads(run, operands, carry):
 
 def _forward_by_head(options, operands, masking):
     """One head after another, whose blocks stay in a CPU's cache."""
+    masking = _with_block_map_of_heads(options, FORWARD_BLOCK, operands, masking)
 
     def run(_, head):
         of_head, masking_of_head = _head(operands, masking, *head)
@@ -349,19 +432,21 @@ def _forward_by_head(options, operands, masking):
     return _scan_heads(run, operands, None)[1]
 
 
-def _backward_by_head(options, operands, masking, kept, cotangents, dbias):
-    def run(dbias, head):
+def _backward_by_head(options, operands, masking, kept, cotangents, shared):
+    masking = _with_block_map_of_heads(options, BACKWARD_BLOCK, operands, masking)
+
+    def run(shared, head):
         of_head, masking_of_head = _head(operands, masking, *head)
         cut = lambda x: _cut_one(_cut_one(x, head[0], 0), head[1], 1)
         kept_of, cotangents_of = jax.tree.map(cut, (kept, cotangents))
-        *gradient, dbias = _backward_blocks(
-            options, of_head, masking_of_head, kept_of, cotangents_of, dbias, head
+        *gradient, shared = _backward_blocks(
+            options, of_head, masking_of_head, kept_of, cotangents_of, shared, head
         )
-        return dbias, gradient
+        return shared, gradient
 
-    dbias, (dq, dk, dv, dscale) = _scan_heads(run, operands, dbias)
+    shared, (dq, dk, dv, dscale) = _scan_heads(run, operands, shared)
     dscale = None if dscale is None else sum_to(dscale, operands.scale.shape)
-    return dq, dk, dv, dscale, dbias
+    return dq, dk, dv, dscale, shared
 
 
 # ------------------------------------------------------------------------ the rules of all orders
@@ -393,13 +478,14 @@ def _tangent(options, operands, masking, o, lse, doperands):
     rows = int((_TANGENT_LOGITS / heads) ** 0.5) if isinstance(heads, int) else 0
     rows = max(rows, _LEAST_TANGENT_BLOCK)
     grid = _grid(operands, (rows, rows))
+    masking = _with_block_map(options, grid, masking)
     key_blocks = _key_blocks(options, grid, masking)
 
     def query_block(_, i):
         of_i, masking_i = grid.cut_queries(operands, masking, i)
         dof_i, _ = grid.cut_queries(doperands, masking, i)
         o_i, lse_i = (grid.queries.cut(x, i, 3) for x in (o, lse))
-        first, past = key_blocks(i)
+        visits = key_blocks(i)
 
         def visit(tangent, j):
             scores, dscores = jax.jvp(
@@ -413,7 +499,7 @@ def _tangent(options, operands, masking, o, lse, doperands):
         @partial(jax.checkpoint, prevent_cse=False)
         def key_block(tangent, j):
             skip = lambda tangent, _: tangent
-            return lax.cond((first <= j) & (j < past), visit, skip, tangent, j), None
+            return lax.cond(visits.include(j), visit, skip, tangent, j), None
 
         start = (jnp.zeros_like(lse_i), jnp.zeros_like(o_i))
         blocks = jnp.arange(grid.keys.count, dtype=jnp.int32)
@@ -432,17 +518,18 @@ def gradient(options, operands, masking, o, lse, do, dlse):
     O and L may be those of further keys as well, as in ring attention.
     """
     bias = operands.bias if options.bias_gradient else None
-    dq, dk, dv, dscale, dbias = lax.platform_dependent(
+    arrays = operands.score_arrays if options.score_gradient else None
+    dq, dk, dv, dscale, (dbias, darrays) = lax.platform_dependent(
         operands,
         masking,
         (o, lse),
         (do, dlse),
-        None if bias is None else jnp.zeros_like(bias, lse.dtype),
+        jax.tree.map(lambda x: jnp.zeros_like(x, lse.dtype), (bias, arrays)),
         cpu=partial(_backward_by_head, options),
         default=partial(_backward_blocks, options),
     )
     dsinks = sinks_gradient(operands.sinks, lse, row_sums(do, o), dlse)
-    return Operands(dq, dk, dv, dscale, dbias, dsinks)
+    return Operands(dq, dk, dv, dscale, dbias, dsinks, darrays)
 
 
 backward = jax.custom_jvp(gradient, nondiff_argnums=(0,))

@@ -17,11 +17,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rnnattn.attention.equations import joined_by_sinks
 from rnnattn.attention.masking import keys_in_reach, rows_in_reach, visible
-from rnnattn.attention.placed import backward_on_xla, forward_on_xla, placed
+from rnnattn.attention.pallas import backward_where_faster
+from rnnattn.attention.placed import forward_on_xla, placed, with_sinks
 from rnnattn.attention.problem import Masking, Operands
-from rnnattn.attention.xla import time_first
 from rnnattn.checks import those_that_hold
 from rnnattn.dispatch import gpu_capability
 
@@ -50,6 +49,8 @@ def unserved(arrays, options):
         "`query_offset`": not (offset is None or (isinstance(offset, int) and offset == 0)),
         "`logits_soft_cap`": options.soft_cap is not None,
         "dropout": options.dropout_rate > 0,
+        "`mask_function`": options.mask_function is not None,
+        "`score_function`": options.score_function is not None,
         "a window without a causal side": options.window is not None and not _is_causal(options),
         "a window with lengths or fewer keys": left is not None
         and (T > S or any(x is not None for x in lengths)),
@@ -189,7 +190,7 @@ class _Given(NamedTuple):
 
 
 def _given(options, operands, masking):
-    q, k, v, _, bias, _ = operands
+    q, k, v, _, bias, *_ = operands
     (B, T, M, G, K), S = q.shape, k.shape[1]
     left = _left(options)
     window = 0 if left is None or left >= T - 1 else left + 1
@@ -259,11 +260,7 @@ def _forward(options, operands, masking):
     if sees is not None:
         o = jnp.where(jnp.moveaxis(sees, 1, 2)[..., None], o, 0)
         lse = jnp.where(sees, lse, -jnp.inf)
-    o, lse = o.reshape(B, T, M, G, K), lse.reshape(B, M, G, T)
-    if operands.sinks is None:
-        return o, lse
-    share, lse = joined_by_sinks(operands.sinks, lse)
-    return (time_first(share)[..., None] * o).astype(o.dtype), lse
+    return with_sinks(o.reshape(B, T, M, G, K), lse.reshape(B, M, G, T), operands.sinks)
 
 
 def _backward(options, operands, masking, o, lse, do, dlse):
@@ -271,7 +268,7 @@ def _backward(options, operands, masking, o, lse, do, dlse):
     B, T, M, G, K = q.shape
     wants_dbias = bias is not None and options.bias_gradient
     if options.lse_gradient or options.scale_gradient or not _serves_here(operands):
-        return backward_on_xla(options, operands, masking, o, lse, do, dlse)
+        return backward_where_faster(options, operands, masking, o, lse, do, dlse)
     given = _given(options, operands, masking)
     # NaN that comes back to a query that sees nothing meets weights of zero
     do = _only(given.queries, do)

@@ -20,11 +20,16 @@ from rnnattn.attention.masking import only_seeing, visible
 from rnnattn.attention.problem import Operands
 
 
-def _scores(options, operands, masking):
+def _places(operands, masking):
     T, S = operands.query.shape[3], operands.key.shape[2]
-    rows, columns = (jnp.arange(n, dtype=jnp.int32) for n in (T, S))
-    sees = visible(options, masking, rows, columns)
-    return score(options, operands, masking, sees, dropout_mask(options, masking, 0, 0, T, S))
+    return masking, jnp.arange(T, dtype=jnp.int32), jnp.arange(S, dtype=jnp.int32)
+
+
+def _scores(options, operands, masking):
+    places = _places(operands, masking)
+    T, S = (x.size for x in places[1:])
+    sees = visible(options, *places)
+    return score(options, operands, places, sees, dropout_mask(options, masking, 0, 0, T, S))
 
 
 def _attend(operands, scores):
@@ -47,9 +52,11 @@ def forward_with_weights(options, operands, masking):
 def backward(options, operands, masking, o, lse, do, dlse):
     """The gradient of the operands, in the accumulator's dtype."""
     scores, delta = _scores(options, operands, masking), row_sums(do, o)
-    gradient = block_gradient(options, operands.scale, scores, lse, delta, do, dlse)
+    places = _places(operands, masking)
+    gradient = block_gradient(options, operands, places, scores, lse, delta, do, dlse)
     wanted = operands.bias is not None and options.bias_gradient
     dbias = sum_to(gradient.bias, operands.bias.shape) if wanted else None
-    dq, dk, dv, dscale, _ = gradient
+    dq, dk, dv, dscale, _, darrays = gradient
     dsinks = sinks_gradient(operands.sinks, lse, delta, dlse)
-    return Operands(dq, dk, dv, dscale, dbias, dsinks)
+    darrays = darrays if options.score_gradient else None
+    return Operands(dq, dk, dv, dscale, dbias, dsinks, darrays)

@@ -2,7 +2,7 @@
 
     s = scale · q kᵀ
     s ← c tanh(s / c)         with a soft cap c
-    s ← s + bias              −∞ where masked
+    s ← f(s + bias)           with a score function f; −∞ where masked
     L = log(Σ eˢ + e^sink)    over the keys a query may see
     P = e^(s − L)             O = (P ∘ Z) v                                             (A1, A3)
 
@@ -11,7 +11,8 @@ Z is 1, or keep / (1 − rate) with dropout. A row that may see no key has P = 0
 row:
 
     dv = (P ∘ Z)ᵀ dO          dP = Z ∘ (dO vᵀ)
-    dS = P ∘ (dP − Δ + dL)    dbias = dS            dsink = Σ e^(sink − L) (dL − Δ)
+    dS = P ∘ (dP − Δ + dL)    dsink = Σ e^(sink − L) (dL − Δ)
+    dS ← ∂f dS                dbias = dS            ∂f by JAX, with what f closes over
     dS ← dS (1 − (s / c)²)    s the capped logits                dscale = Σ dS ∘ q kᵀ
     dS ← scale · dS
     dq = dS k                 dk = dSᵀ q
@@ -32,11 +33,13 @@ Song 2024 (the tangent).
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
 from rnnattn.attention.dropout import drop
+from rnnattn.attention.functions import scored
 from rnnattn.attention.masking import only_seeing, zero_unseen
 from rnnattn.precision import accumulator
 
@@ -78,9 +81,11 @@ def cap(s, soft_cap):
     return s if soft_cap is None else soft_cap * jnp.tanh(s / soft_cap)
 
 
-def mask_logits(s, bias, visible):
-    if bias is not None:
-        s = s + bias.astype(s.dtype)
+def biased(s, bias):
+    return s if bias is None else s + bias.astype(s.dtype)
+
+
+def mask_logits(s, visible):
     return s if visible is None else jnp.where(visible, s, -jnp.inf)
 
 
@@ -92,19 +97,22 @@ class Scores(NamedTuple):
     value: Array
     sees: Array | None  # whether a query sees a key at hand; None if that was not looked for
     product: Array  # q kᵀ
-    capped: Array  # s before bias and masks
+    capped: Array  # s before bias, score function and masks
     s: Array
     z: Array | None
 
 
-def score(options, operands, masking, visible, z):
-    q, k, v, scale, bias, _ = operands
-    sees = None
-    if masking.mask is not None or masking.query_segments is not None:
+def score(options, operands, places, visible, z):
+    """`places`: the masking, and the rows and columns of the queries and keys."""
+    q, k, v, scale, bias, _, arrays = operands
+    masking, sees = places[0], None
+    by_pairs = (masking.mask, masking.query_segments, options.mask_function)
+    if any(x is not None for x in by_pairs):
         q, k, v, sees = zero_unseen(q, k, v, visible)
     product = against_keys(q, k)
     capped = cap(scale * product, options.soft_cap)
-    return Scores(q, k, v, sees, product, capped, mask_logits(capped, bias, visible), z)
+    s = scored(options.score_function, places, biased(capped, bias), arrays)
+    return Scores(q, k, v, sees, product, capped, mask_logits(s, visible), z)
 
 
 class Softmax(NamedTuple):
@@ -132,8 +140,7 @@ class Softmax(NamedTuple):
         """After further keys."""
         s, v, z = scores.s, scores.value, scores.z
         peak = jnp.maximum(self.peak, lax.stop_gradient(jnp.max(s, -1, initial=-jnp.inf)))
-        p = jnp.exp(s - _finite(peak)[..., None])
-        shrink = jnp.exp(self.peak - _finite(peak))
+        p, shrink = rescaled(s, self.peak, peak)
         seen = over_keys(drop(p, z), v)
         return Softmax(
             peak,
@@ -146,7 +153,18 @@ class Softmax(NamedTuple):
         empty = self.peak == -jnp.inf
         total = jnp.where(empty, 1, self.total)
         lse = jnp.where(empty, -jnp.inf, _finite(self.peak) + jnp.log(total))
-        return self.weighted / total[..., None], lse
+        return self.weighted / along_rows(total, self.weighted.shape), lse
+
+
+def rescaled(s, before, peak, exp=jnp.exp):
+    """e^(s − peak), and by what sums shrink whose largest s was `before`."""
+    largest = _finite(peak)
+    return exp(s - along_rows(largest, s.shape)), exp(before - largest)
+
+
+def along_rows(x, shape):
+    """A number of each row (…) on an array (…, columns): kernels on a GPU have no axes of 1."""
+    return lax.broadcast_in_dim(x, shape, tuple(range(x.ndim)))
 
 
 def _finite(peak):
@@ -172,9 +190,17 @@ def weights(s, lse):
     return jnp.exp(s - _lse_for_exp(lse)[..., None])
 
 
-def logits_gradient(p, dp, delta, dlse):
-    """dS, the gradient of the logits after bias and masks."""
-    return p * (dp - (delta - dlse)[..., None])
+def logits_gradient(p, dp, delta):
+    """dS, that of the logits after bias, score function and masks, from Δ − dL of each row."""
+    return p * (dp - delta)
+
+
+def score_gradient(function, places, s, arrays, ds):
+    """dS, that of the logits s before the score function, and that of what it closes over."""
+    if function is None:
+        return ds, None
+    of = lambda s, arrays: scored(function, places, s, arrays)
+    return jax.vjp(of, s, arrays)[1](ds)
 
 
 def cap_gradient(ds, s, soft_cap):
@@ -212,18 +238,24 @@ class BlockGradient(NamedTuple):
     value: Float[Array, "B M S V"]
     scale: Float[Array, "#B #M #G 1 1"] | None
     bias: Float[Array, "B M G T S"]  # dS: not yet summed over what shares the bias
+    score_arrays: tuple[Array, ...] | None
 
 
-def block_gradient(options, scale, scores, lse, delta, do, dlse):
+def block_gradient(options, operands, places, scores, lse, delta, do, dlse):
+    """Of the operands that `scores` are of, at the same places."""
+    scale, bias, arrays = operands.scale, operands.bias, operands.score_arrays
     q, k, v, sees, product, capped, s, z = scores
     do, delta, dlse = (only_seeing(sees, x) for x in (do, delta, dlse))
     p = weights(s, lse)
     dv = over_queries(drop(p, z), do)
-    dbias = logits_gradient(p, drop(against_keys(do, v), z), delta, dlse)
+    dp = drop(against_keys(do, v), z)
+    ds = logits_gradient(p, dp, along_rows(delta - dlse, p.shape))
+    s = biased(capped, bias)
+    dbias, darrays = score_gradient(options.score_function, places, s, arrays, ds)
     ds = cap_gradient(dbias, capped, options.soft_cap)
     dscale = sum_to(ds * product, scale.shape) if options.scale_gradient else None
     ds = scale * ds
-    return BlockGradient(over_keys(ds, k), over_queries(ds, q), dv, dscale, dbias)
+    return BlockGradient(over_keys(ds, k), over_queries(ds, q), dv, dscale, dbias, darrays)
 
 
 def block_tangent(scores, lse, ds, dv):

@@ -11,6 +11,8 @@ from functools import reduce
 import jax
 import jax.numpy as jnp
 
+from rnnattn.attention.functions import shown
+
 
 def visible(options, masking, rows, columns):
     """True where the query of `rows` may see the key of `columns`: five axes, 1 where shared.
@@ -18,6 +20,8 @@ def visible(options, masking, rows, columns):
     None if all may see all. The mask and the segments of `masking` are those of the rows and
     columns; lengths and offset are of the whole.
     """
+    function = options.mask_function
+    by_function = None if function is None else shown(function, masking, rows, columns)
     rows, columns = rows[None, :, None], columns[None, None, :]
     conditions = []
     distance = columns - rows - masking.offset[:, None, None]
@@ -40,6 +44,8 @@ def visible(options, masking, rows, columns):
     conditions = [condition[:, None, None] for condition in conditions]
     if masking.mask is not None:
         conditions.append(masking.mask)
+    if by_function is not None:
+        conditions.append(by_function)
     return reduce(jnp.logical_and, conditions) if conditions else None
 
 

@@ -24,6 +24,8 @@ def unserved(query, value, options):
         {
             f"the dtype {query.dtype.name}": accumulator(query.dtype) != jnp.float32,
             "dropout": options.dropout_rate > 0,
+            "a `mask_function` that is no range of keys": options.mask_function is not None,
+            "`score_function`": options.score_function is not None,
             "an array without elements": 0 in (query.size, value.size),
         }
     )
@@ -40,7 +42,7 @@ def _float32(*shape):
 
 def _call(name, options, operands, masking, others, results):
     """A kernel's results, like these, given the operands, the masking and more."""
-    q, k, v, scale, bias, _ = operands
+    q, k, v, scale, bias, *_ = operands
     arguments = [q, k, v, scale, _given(bias), _given(masking.mask, jnp.bool), masking.offset]
     integers = [masking.query_lengths, masking.key_lengths]
     integers += [masking.query_segments, masking.key_segments, masking.key_ranges]

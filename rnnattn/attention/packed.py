@@ -21,7 +21,7 @@ from rnnattn.attention.signature import Window
 from rnnattn.checks import Check
 from rnnattn.packing import checked_cu_seqlens, cu_seqlens_to_segment_ids
 
-PackedImplementation = Literal["dense", "blockwise", "xla", "native"]
+PackedImplementation = Literal["dense", "blockwise", "xla", "native", "pallas"]
 
 
 def packed_attention(
@@ -59,8 +59,8 @@ def packed_attention(
         query_offset: a number or (sequences,): query t of its sequence stands at position
             t + offset among its keys. None aligns the last query of each sequence with its last
             key, as flash-attention does from 2.1 on; 0 the first with the first.
-        implementation: "dense", "blockwise", "xla" or "native", as in `dot_product_attention`;
-            None chooses.
+        implementation: "dense", "blockwise", "xla", "native" or "pallas", as in
+            `dot_product_attention`; None chooses.
         return_residual: also return the log-sum-exp L, (T, N).
         scale, local_window_size, logits_soft_cap, sinks: as in `dot_product_attention`.
         dropout_rate, dropout_key: as well; which weights are dropped depends on where a sequence
@@ -142,9 +142,11 @@ def call_packed(function, rule, query, key, value, starts, query_offset, options
         check(fits, "query_offset", expected, jnp.shape(query_offset))
         check.integers("query_offset", query_offset)
     arrays, stated, request = sorted_arguments(function, query, key, value, **options)
-    schedules = (None, "dense", "blockwise", "xla", "native")
+    schedules = (None, "dense", "blockwise", "xla", "native", "pallas")
     check.one_of("implementation", request.implementation, schedules)
     check(not request.return_weights, "return_weights", "left out", True)
+    for name in ("mask_function", "score_function"):
+        check(getattr(stated, name) is None, name, "left out", "a function")
     arrays, stated = checked(function, arrays, stated, request)
     ranges = _key_ranges(stated, arrays.query.shape[0], of_queries, of_keys, query_offset)
     arrays = arrays._replace(key_ranges=ranges)

@@ -104,8 +104,9 @@ def on_xla(options, operands, masking, pages):
                 key=of_pages(operands.key, pages.key_scale, at, seen_here),
                 value=of_pages(operands.value, pages.value_scale, at, seen_here),
             )
-            shows = visible(options, masking, rows, columns)
-            return softmax.update(score(options, of_turn, masking, shows, None))
+            places = (masking, rows, columns)
+            shows = visible(options, *places)
+            return softmax.update(score(options, of_turn, places, shows, None))
 
         return lax.cond((first <= i) & (i < past), visit, lambda softmax: softmax, softmax), None
 

@@ -44,6 +44,8 @@ def _unserved(arrays, options, request):
         "segment ids": arrays.query_segment_ids is not None,
         "`sinks`": arrays.sinks is not None,
         "dropout": options.dropout_rate > 0,
+        "`mask_function`": options.mask_function is not None or arrays.key_ranges is not None,
+        "`score_function`": options.score_function is not None,
         "`return_residual`": request.return_residual,
         "an array as `scale`": not isinstance(arrays.scale, int | float | None),
         "an open side of `local_window_size`": options.window is not None

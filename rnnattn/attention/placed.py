@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 import rnnattn.attention.xla as xla
-from rnnattn.attention.equations import row_sums, sinks_gradient
+from rnnattn.attention.equations import joined_by_sinks, row_sums, sinks_gradient
 from rnnattn.attention.masking import only_seeing, rows_in_reach
 from rnnattn.attention.problem import Masking, Operands, Schedule
 from rnnattn.dispatch import dispatched
@@ -29,11 +29,12 @@ def as_they_are(options, operands, masking):
     return operands
 
 
-def placed(name, by_platform):
+def placed(name, by_platform, *, exported=False):
     """The schedule whose halves run as these in a program for a platform: see `dispatched`.
 
     Args:
         by_platform: a forward and a backward by the names that `jax.export` has for platforms.
+        exported: whether programs that are exported have them, too.
 
     They take and give what the halves of a schedule do, in the layout of the arguments: L and
     gradients of scale and bias in float32, those of query, key and value in their dtypes, and none
@@ -47,6 +48,7 @@ def placed(name, by_platform):
         forward_results,
         lambda *how: (_over_axis(run_forward, forward_on_xla, (), *how), 0),
         Division("BMG", _ARGUMENTS, ("BTMG", "BMG")),
+        exported=exported,
     )
     run_backward: Callable = dispatched(
         f"{name}_gradient",
@@ -55,6 +57,7 @@ def placed(name, by_platform):
         _backward_results,
         lambda *how: _backward_over_axis(run_backward, *how),
         Division("BMG", (*_ARGUMENTS, "BTMG", "BMG", "BTMG", "BMG"), _OPERANDS),
+        exported=exported,
     )
 
     def whole_backward(options, operands, masking, o, lse, do, dlse):
@@ -65,6 +68,14 @@ def placed(name, by_platform):
     return Schedule(
         as_they_are, run_forward, whole_backward, lambda options, operands, masking, *r: r
     )
+
+
+def with_sinks(o, lse, sinks):
+    """O and L of a softmax that sinks join, if there are any: they only change these afterwards."""
+    if sinks is None:
+        return o, lse
+    share, lse = joined_by_sinks(sinks, lse)
+    return (xla.time_first(share)[..., None] * o).astype(o.dtype), lse
 
 
 # ------------------------------------------------------------------------------------------ on XLA
@@ -119,7 +130,7 @@ def forward_results(options, operands, masking):
 
 
 def _backward_results(options, operands, *_):
-    q, k, v, scale, bias, _ = operands
+    q, k, v, scale, bias, *_ = operands
     dscale = _wide(*scale.shape) if options.scale_gradient else None
     dbias = _wide(*bias.shape) if bias is not None and options.bias_gradient else None
     return Operands(_like(q), _like(k), _like(v), dscale, dbias)

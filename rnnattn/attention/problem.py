@@ -5,7 +5,7 @@ value width. Head n of the N = M G query heads is (n // G, n % G).
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
@@ -22,6 +22,9 @@ class Options(NamedTuple):
     keeps_o: bool = True  # for the gradient, in the accumulator's dtype
     lse_gradient: bool = True  # that which comes back to L, where libraries take none
     scale: float | None = None  # the operand's value, for a library that has to know it
+    mask_function: Any = None  # as `rnnattn.attention.functions` traced it
+    score_function: Any = None
+    score_gradient: bool = True  # of what the score function closes over
 
 
 class Operands(NamedTuple):
@@ -33,6 +36,17 @@ class Operands(NamedTuple):
     scale: Float[Array, "#B #M #G 1 1"] | None  # wide; None only for a gradient nobody asked for
     bias: Float[Array, "#B #M #G #T #S"] | None = None
     sinks: Float[Array, "1 M G 1"] | None = None
+    score_arrays: tuple[Array, ...] | None = None  # floats that the score function closes over
+
+
+class Functions(NamedTuple):
+    """What is known of places, and what functions of them close over besides `score_arrays`."""
+
+    rows: Int[Array, " B"]  # the numbers of the batch rows at hand, among all
+    heads: Int[Array, "M G"]
+    of_mask: tuple[Array, ...] = ()
+    of_score: tuple[Array, ...] = ()
+    blocks: Bool[Array, "#B #M blocks blocks"] | None = None  # of queries and keys that meet
 
 
 class Masking(NamedTuple):
@@ -46,6 +60,7 @@ class Masking(NamedTuple):
     key_segments: Int[Array, "B S"] | None = None
     dropout_keys: PRNGKeyArray | None = None  # (B, M, G)
     key_ranges: Int[Array, "B T 2"] | None = None  # [first, past), in place of position and lengths
+    functions: Functions | None = None
 
 
 class Schedule(NamedTuple):

@@ -18,11 +18,11 @@ def attend(schedule, options, operands, masking):
 
 
 def _attend_fwd(schedule, options, operands, masking):
-    """Keeps operands, O and L, and which of bias and scale is differentiated: see `wanted`.
+    """Keeps operands, O and L, and which of the rest is differentiated: see `wanted`.
 
     O is that of the accumulator: rounded to 16 bits, Δ would lose what sets it apart from dP.
     """
-    asked = (wanted(operands.bias), wanted(operands.scale))
+    asked = tuple(map(wanted, (operands.bias, operands.scale, operands.score_arrays)))
     operands, masking = jax.tree.map(lambda x: x.value, (operands, masking))
     o, lse = schedule.forward(options, operands, masking)
     rounded = o.astype(operands.value.dtype)
@@ -32,10 +32,11 @@ def _attend_fwd(schedule, options, operands, masking):
 def _attend_bwd(schedule, options, residuals, cotangents):
     """The gradient from the log-sum-exp: `rnnattn.attention.equations`."""
     *kept, asked = residuals
-    wants_bias, wants_scale = (flag.size > 0 for flag in asked)
+    wants_bias, wants_scale, wants_score = (flag.size > 0 for flag in asked)
     options = options._replace(
         bias_gradient=wants_bias,
         scale_gradient=wants_scale,
+        score_gradient=wants_score,
         lse_gradient=not isinstance(cotangents[1], SymbolicZero),
     )
     operands = kept[0]
@@ -47,11 +48,12 @@ attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
 
 
 def wanted(x):
-    """Whether an argument of a rule is differentiated, as the size of a residual, 0 or 1.
+    """Whether an argument of a rule, or one of several, is differentiated, as a residual's size.
 
     JAX may read the residuals of one trace by the tree of another's, which then has to be the same.
     """
-    return jnp.zeros(int(x is not None and x.perturbed), jnp.bool)
+    perturbed = any(one.perturbed for one in jax.tree.leaves(x))
+    return jnp.zeros(int(perturbed), jnp.bool)
 
 
 def instantiated(cotangents, operands):

@@ -1,6 +1,6 @@
 """What type checkers are told of attention: its options, and what is returned for which of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import (
     Any,
     Literal,
@@ -16,7 +16,7 @@ from typing import (
 
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-Implementation = Literal["dense", "blockwise", "xla", "native", "cudnn", "tokamax"]
+Implementation = Literal["dense", "blockwise", "xla", "native", "pallas", "cudnn", "tokamax"]
 Window = SupportsIndex | Sequence[SupportsIndex | None]
 
 
@@ -36,6 +36,8 @@ class AttentionOptions(TypedDict, total=False):
     sinks: Float[Array, " N"] | None
     dropout_rate: SupportsFloat
     dropout_key: PRNGKeyArray | None
+    mask_function: Callable | None
+    score_function: Callable | None
 
 
 @runtime_checkable

@@ -59,7 +59,8 @@ def attend_by_heads(axis_name, devices, attend, arrays):
     moved |= dict.fromkeys(
         ("query_segment_ids", "key_value_segment_ids"), lambda ids: whole(ids, 1)
     )
-    moved |= dict.fromkeys(("scale", "sinks"), lambda x: own(x, 0) if jnp.ndim(x) else x)
+    of_heads = ("scale", "sinks", "heads")
+    moved |= dict.fromkeys(of_heads, lambda x: own(x, 0) if jnp.ndim(x) else x)
     moved["dropout_key"] = lambda keys: own(keys, 1)
     given = {name: getattr(arrays, name) for name in moved}
     parts = {name: moved[name](x) for name, x in given.items() if x is not None}

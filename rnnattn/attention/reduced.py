@@ -1,0 +1,174 @@
+"""Masks as functions, said by what schedules know without them.
+
+Causality, a window, documents and ranges of keys are run by all schedules, and skip blocks without
+a look at each pair. What cannot be said by these stays a function.
+"""
+
+import math
+from functools import partial, reduce
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rnnattn.attention.masking import key_range
+from rnnattn.attention.problem import Masking, Options
+from rnnattn.masks import And, Causal, Document, Not, Or, Prefix, Sinks, Window
+
+
+def reduced(check, arrays, options):
+    """The arguments, whose mask function is left with what has no other words."""
+    _check_arrays(check, arrays, options.mask_function)
+    documents: list[Any] = []
+    ranges: list[Any] = []
+    rest: list[Any] = []
+    for mask in _all_of(options.mask_function):
+        if isinstance(mask, Causal):
+            options = options._replace(is_causal=True)
+        elif isinstance(mask, Window):
+            options = options._replace(window=_narrower(options.window, mask))
+        elif isinstance(mask, Document):
+            documents.append(mask)
+        else:
+            (ranges if _is_range(mask) else rest).append(mask)
+    if arrays.query_segment_ids is None and documents:
+        arrays = _with_segments(arrays, documents.pop(0))
+    if ranges:
+        arrays, options = _with_ranges(arrays, options, tuple(ranges))
+    rest += documents
+    return arrays, options._replace(mask_function=reduce(And, rest) if rest else None)
+
+
+def _check_arrays(check, arrays, mask):
+    """What a mask has of rows, queries and keys has to be of those of the call."""
+    *batch, T, _, _ = arrays.query.shape
+    B, S = math.prod(batch), arrays.key.shape[-3]
+    match mask:
+        case And(left=left, right=right) | Or(left=left, right=right):
+            _check_arrays(check, arrays, left)
+            _check_arrays(check, arrays, right)
+        case Not(mask=inner):
+            _check_arrays(check, arrays, inner)
+        case Prefix(lengths=lengths):
+            expected = f"a prefix of one length or of {B}, one for each row"
+            check(lengths.shape in ((), (B,)), "mask_function", expected, lengths.shape)
+        case Document(query_ids=of_queries, key_ids=of_keys):
+            expected = f"a document of at least {T} queries, of one row or of {B}"
+            fits = of_queries.shape[-1] >= T and of_queries.shape[:-1] in ((), (B,))
+            check(fits, "mask_function", expected, of_queries.shape)
+            expected = f"a document of {S} keys, of one row or of {B}"
+            check(of_keys.shape in ((S,), (B, S)), "mask_function", expected, of_keys.shape)
+
+
+def _all_of(mask):
+    """The masks that all have to show a key."""
+    if mask is None:
+        return []
+    return [*_all_of(mask.left), *_all_of(mask.right)] if isinstance(mask, And) else [mask]
+
+
+def _narrower(window, mask):
+    """A window as an option, None where it has no sides."""
+    sides = zip(window or (None, None), (mask.left, mask.right), strict=True)
+    left, right = (min((n for n in pair if n is not None), default=None) for pair in sides)
+    return None if left is None and right is None else (left, right)
+
+
+def _flat(arrays):
+    """Positions of queries, (#B, T), and the numbers of rows, (B, 1)."""
+    *batch, T, _, _ = arrays.query.shape
+    offset = 0 if arrays.query_offset is None else arrays.query_offset
+    offset = jnp.asarray(offset, jnp.int32).reshape(-1, 1)
+    rows = jnp.arange(math.prod(batch), dtype=jnp.int32)[:, None]
+    return offset + jnp.arange(T, dtype=jnp.int32)[None], rows
+
+
+def _with_segments(arrays, document):
+    *batch, T, _, _ = arrays.query.shape
+    S = arrays.key.shape[-3]
+    t, b = _flat(arrays)
+    s = jnp.arange(S, dtype=jnp.int32)[None]
+    ids = lambda found, n: jnp.broadcast_to(found, (b.size, n)).reshape(*batch, n)
+    return arrays._replace(
+        query_segment_ids=ids(document.ids_of_queries(b, t), T),
+        key_value_segment_ids=ids(document.ids_of_keys(b, s), S),
+    )
+
+
+# ----------------------------------------------------------------------------------- ranges of keys
+
+
+def _sides(mask):
+    """On which sides (before, behind) a mask bounds the keys of a query; None if it has gaps."""
+    match mask:
+        case Causal() | Prefix() | Sinks():
+            return False, True
+        case Window(left=left, right=right):
+            return left is not None, right is not None
+        case And(left=left, right=right):
+            a, b = _sides(left), _sides(right)
+            return None if a is None or b is None else (a[0] or b[0], a[1] or b[1])
+        case Or(left=left, right=right):
+            a, b = _sides(left), _sides(right)
+            return a if a == b and a in ((True, False), (False, True)) else None
+        case Not(mask=inner):
+            sides = _sides(inner)
+            return sides[::-1] if sides in ((True, False), (False, True)) else None
+    return None
+
+
+def _is_range(mask):
+    return _sides(mask) is not None
+
+
+def _range(mask, b, t):
+    """The keys [first, past) of the query at t that a mask shows, None for an open side."""
+    match mask:
+        case Causal():
+            return None, t + 1
+        case Prefix():
+            return None, mask.of_row(b)
+        case Sinks(count=count):
+            return None, jnp.int32(count)
+        case Window(left=left, right=right):
+            return None if left is None else t - left, None if right is None else t + right + 1
+        case Not(mask=inner):
+            return _range(inner, b, t)[::-1]
+        case And(left=left, right=right):
+            first, past = zip(_range(left, b, t), _range(right, b, t), strict=True)
+            return _extreme(jnp.maximum, first), _extreme(jnp.minimum, past)
+        case Or(left=left, right=right):
+            first, past = zip(_range(left, b, t), _range(right, b, t), strict=True)
+            return _extreme(jnp.minimum, first), _extreme(jnp.maximum, past)
+
+
+def _extreme(of, bounds, least=None):
+    """The largest or smallest of the bounds that there are; None if there is none."""
+    known = [x for x in (*bounds, least) if x is not None]
+    return reduce(of, known) if known else None
+
+
+def _with_ranges(arrays, options, masks):
+    """Positions, windows and lengths as ranges, too: they take the place of all of these."""
+    *batch, T, _, _ = arrays.query.shape
+    of_rows = lambda x: None if x is None else jnp.asarray(x, jnp.int32).reshape(-1, 1)
+    offset = 0 if arrays.query_offset is None else arrays.query_offset
+    given = (offset, arrays.query_seq_lengths, arrays.key_value_seq_lengths)
+    rows = math.prod(batch), T, arrays.key.shape[-3]
+    stated = Options(options.is_causal, options.window)
+    ranges = _key_ranges(stated, rows, masks, *map(of_rows, given)).reshape(*batch, T, 2)
+    arrays = arrays._replace(key_ranges=ranges, query_seq_lengths=None, key_value_seq_lengths=None)
+    return arrays, options._replace(is_causal=False, window=None)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _key_ranges(options, sizes, masks, offset, query_lengths, key_lengths):
+    """The keys [first, past) of each query, (B, T, 2)."""
+    B, T, S = sizes
+    t = jnp.arange(T, dtype=jnp.int32)[None]
+    b = jnp.arange(B, dtype=jnp.int32)[:, None]
+    rows = Masking(offset, query_lengths=query_lengths, key_lengths=key_lengths)
+    found = [key_range(options, rows, t, t), *(_range(mask, b, t + offset) for mask in masks)]
+    first, past = zip(*found, strict=True)
+    bounds = _extreme(jnp.maximum, first, 0), _extreme(jnp.minimum, past, S)
+    return jnp.stack([jnp.broadcast_to(x, (B, T)) for x in bounds], 2)
