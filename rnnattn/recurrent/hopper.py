@@ -48,6 +48,11 @@ from rnnattn.recurrent.units.lstm import (
 UNITS = 64
 TILE = 16
 AHEAD = 4
+_KEPT = {64: 64, 128: 128, 512: 128}
+
+
+def shares(H):
+    return 2 if H > 256 else 1
 
 _i32, _f32 = jnp.int32, jnp.float32
 _FRAGMENTS = plgpu.Layout.WGMMA  # of an array (UNITS, TILE) in the registers of a block
@@ -87,6 +92,10 @@ def _ptx(text):
     llvm.inline_asm(ir.Type.parse("!llvm.void"), [], text, "", has_side_effects=True)
 
 
+def _int(bits):
+    return ir.IntegerType.get_signless(bits)
+
+
 def _barrier(words, n):
     no_phases: Any = None  # who waits says for which
     return mgpu.utils.BarrierRef(mgpu.utils.memref_ptr(words), n.registers.item(), no_phases, 1)
@@ -106,7 +115,7 @@ class _ByStores(NamedTuple):
     def open(self):
         @plgpu.inline_mgpu(arg_types=(_WORDS,))
         def initialise(_, words):
-            i32, i64 = (ir.IntegerType.get_signless(n) for n in (32, 64))
+            i32, i64 = _int(32), _int(64)
             first = mgpu.utils.single_thread_predicate(scope=mgpu.utils.ThreadSubset.BLOCK)
             for n in range(2):
                 address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(words), [n], i64)
@@ -128,29 +137,31 @@ class _ByStores(NamedTuple):
     def wait(self, slot, turn, *, for_product):
         @plgpu.inline_mgpu(arg_types=(_WORDS, _SCALAR, _SCALAR))
         def received(_, words, slot, turn):
-            odd = arith.trunci(ir.IntegerType.get_signless(1), turn.registers.item())
+            odd = arith.trunci(_int(1), turn.registers.item())
             _barrier(words, slot).wait_parity(odd)
             if for_product:  # the tensor core reads by another way than stores go
                 _ptx("fence.proxy.async.shared::cta;")
 
         received(self.words, slot, lax.rem(turn, _i32(2)))
 
-    def send(self, value, ref, slot, how, to):
+    def send(self, value, ref, slot, how, first, count, apart=1):
+        """To `count` blocks from the first on, so far apart."""
         tiling, swizzle = how
 
-        @plgpu.inline_mgpu(arg_types=(_FRAGMENTS, plgpu.RefType(how), _WORDS, _SCALAR))
-        def store(_, value, ref, words, slot):
-            for block in to:
+        @plgpu.inline_mgpu(arg_types=(_FRAGMENTS, plgpu.RefType(how), _WORDS, _SCALAR, _SCALAR))
+        def store(_, value, ref, words, slot, first):
+            for n in range(count):
+                block = arith.addi(first.registers.item(), mgpu.utils.c(n * apart, _int(32)))
                 value.store_tiled_async(
                     ref,
                     _barrier(words, slot),
                     cluster_dim=gpu.Dimension.x,
-                    cluster_idx=mgpu.utils.c(block, ir.IndexType.get()),
+                    cluster_idx=arith.index_cast(ir.IndexType.get(), block),
                     swizzle=swizzle.swizzle,
                     tiling_rank=len(tiling.tiling),
                 )
 
-        store(value, ref, self.words, slot)
+        store(value, ref, self.words, slot, first)
 
 
 # ---- forward ----------------------------------------------------------------------------------
@@ -174,13 +185,14 @@ def forward(x, w, state, masks=None, *, reverse=False, keeps=False, interpret=No
     C, shape = H // UNITS, (UNITS, TILE)
     how = transforms(shape, dtype)  # the tensor core wants the same of both its operands
     plain, alone = interpret is not None, C == 1
-    resident = H <= 128 and not plain  # are the weights kept in registers?
+    kept = 0 if plain else _KEPT.get(H, 0)  # columns of the weights, in registers
     valid, fresh = masks or (None, None)
     given = [m for m in (valid, fresh) if m is not None]
 
     def kernel(x_ref, w_ref, h_ref, c_ref, *refs):
         mask_refs, refs = list(refs[: len(given)]), refs[len(given) :]
-        y_ref, cs_ref, h_out, c_out, through, w_s, h_s, w_bar, *link = refs
+        y_ref, cs_ref, h_out, c_out, through, h_s, h_bar, *refs = refs
+        (w_s, w_bar), link = (refs[:2], refs[2:]) if kept < H else ((None, None), refs)
         valid_ref = mask_refs.pop(0) if valid is not None else None
         fresh_ref = mask_refs.pop(0) if fresh is not None else None
         tile, block = lax.axis_index("tile"), lax.axis_index("block")
@@ -206,13 +218,19 @@ def forward(x, w, state, masks=None, *, reverse=False, keeps=False, interpret=No
 
         if stores:
             stores.open()
-        for g, rows in enumerate(gates):
-            plgpu.copy_gmem_to_smem(w_ref.at[rows, :], w_s.at[g], w_bar)
-        plgpu.copy_gmem_to_smem(h_ref.at[tile], h_s.at[0], w_bar)
+        for g, rows in enumerate(gates if kept < H else ()):
+            plgpu.copy_gmem_to_smem(w_ref.at[rows, pl.ds(kept, H - kept)], w_s.at[g], w_bar)
+        plgpu.copy_gmem_to_smem(h_ref.at[tile], h_s.at[0], h_bar)
         h, c = load(h_ref.at[tile, mine]), load(c_ref.at[tile, mine])
         inputs = fetch(_i32(0))
-        plgpu.barrier_wait(w_bar)
-        w_g = [_load(w_s.at[g]) if resident else w_s.at[g] for g in range(4)]
+        parts = []  # of the product: weights, and the rows of h that they meet
+        if kept:
+            w_g = [load(w_ref.at[rows, pl.ds(0, kept)]) for rows in gates]
+            parts.append((w_g, pl.ds(0, kept)))
+        if kept < H:
+            plgpu.barrier_wait(w_bar)
+            parts.append(([w_s.at[g] for g in range(4)], pl.ds(kept, H - kept)))
+        plgpu.barrier_wait(h_bar)
 
         def step(t, carry):
             h, c, (x, valid, fresh) = carry
@@ -226,8 +244,9 @@ def forward(x, w, state, masks=None, *, reverse=False, keeps=False, interpret=No
                     stores.wait(slot, (t - 1) // 2, for_product=True)
 
             def product(*sums):
-                for g in range(4):
-                    plgpu.wgmma(sums[g], w_g[g], h_s.at[slot])
+                for w_g, rows in parts:
+                    for g in range(4):
+                        plgpu.wgmma(sums[g], w_g[g], h_s.at[slot, rows])
                 if alone:
 
                     @pl.when(t > 0)
@@ -239,7 +258,7 @@ def forward(x, w, state, masks=None, *, reverse=False, keeps=False, interpret=No
 
             accumulators = 4 * [plgpu.ACC(shape, _f32)]
             z, later = pl.run_scoped(product, *accumulators)
-            kept, c_prev = h, c
+            held, c_prev = h, c
             if fresh is not None:
                 new = _row(fresh, shape)
                 z, c_prev = [jnp.where(new, 0.0, s) for s in z], jnp.where(new, 0.0, c)
@@ -248,11 +267,11 @@ def forward(x, w, state, masks=None, *, reverse=False, keeps=False, interpret=No
             h = m.astype(dtype)
             if valid is not None:
                 counts = _row(valid, shape)
-                h, c = jnp.where(counts, h, kept), jnp.where(counts, c_next, c)
+                h, c = jnp.where(counts, h, held), jnp.where(counts, c_next, c)
             else:
                 c = c_next
             if stores:
-                stores.send(h, h_s.at[after, mine], after, how, range(C))
+                stores.send(h, h_s.at[after, mine], after, how, _i32(0), C)
             elif alone:
                 h_s[after, ...] = h
                 plgpu.commit_smem()
@@ -284,11 +303,13 @@ def forward(x, w, state, masks=None, *, reverse=False, keeps=False, interpret=No
         out((2, N, H, TILE) if plain and not alone else (1, 1, 8, 128), dtype),
     ]
     scratch: list[Any] = [
-        plgpu.SMEM((4, UNITS, H), dtype, transforms=how),
         plgpu.SMEM((2, H, TILE), dtype, transforms=how),
-        plgpu.Barrier(num_arrivals=5),
+        plgpu.Barrier(),
         *_link(C, plain, alone),
     ]
+    if kept < H:
+        weights = plgpu.SMEM((4, UNITS, H - kept), dtype, transforms=how)
+        scratch[2:2] = [weights, plgpu.Barrier(num_arrivals=4)]
     arrays = (x, w, *state, *given)
     y, c, h_last, c_last, _ = _call(kernel, results, scratch, N, C, interpret)(*arrays)
     return y, c if keeps else None, h_last, c_last
@@ -334,7 +355,8 @@ def backward(slopes, dy, w, cotangents, masks=None, *, reverse=False, interpret=
     Returns: dz (T, N, 4, H, TILE) in the dtype of w, dh and dc (N, H, TILE) in float32.
     """
     (T, N, H, _), dtype = dy.shape, w.dtype
-    C, shape = H // UNITS, (UNITS, TILE)
+    C, S, shape = H // UNITS, shares(H), (UNITS, TILE)
+    P = C // S  # parts of dh₋ that a block makes
     how, how_part = transforms(shape, dtype), transforms(shape, _f32)
     plain, alone = interpret is not None, C == 1
     # the gates whose weights are kept in registers: there are no more at H 128
@@ -349,10 +371,12 @@ def backward(slopes, dy, w, cotangents, masks=None, *, reverse=False, interpret=
         valid_ref = mask_refs.pop(0) if valid is not None else None
         fresh_ref = mask_refs.pop(0) if fresh is not None else None
         tile, block = lax.axis_index("tile"), lax.axis_index("block")
+        block, share = lax.rem(block, _i32(C)), block // C
         mine = pl.ds(pl.multiple_of(block * UNITS, UNITS), UNITS)
         gates = [pl.ds(pl.multiple_of(g * H + block * UNITS, UNITS), UNITS) for g in range(4)]
         of_gate = [pl.ds(g * UNITS, UNITS) for g in range(4)]
-        of_block = [pl.ds(p * UNITS, UNITS) for p in range(C)]
+        of_part = [pl.ds(p * UNITS, UNITS) for p in range(P)]
+        of_share = pl.ds(pl.multiple_of(share * (P * UNITS), UNITS), P * UNITS)
         until = lambda n: jnp.minimum(n, _i32(T - 1))
         time = lambda n: n if reverse else T - 1 - n
         load = partial(_load, optimized=False)
@@ -369,13 +393,13 @@ def backward(slopes, dy, w, cotangents, masks=None, *, reverse=False, interpret=
         if stores:
             stores.open()
         for g, columns in enumerate(gates):
-            plgpu.copy_gmem_to_smem(w_ref.at[:, columns], w_s.at[g], w_bar)
+            plgpu.copy_gmem_to_smem(w_ref.at[of_share, columns], w_s.at[g], w_bar)
         dh, dc = load(dh_ref.at[tile, mine]), load(dc_ref.at[tile, mine])
         inputs = fetch(_i32(0))
         plgpu.barrier_wait(w_bar)
-        read = lambda p, g: w_s.at[g, of_block[p]]
+        read = lambda p, g: w_s.at[g, of_part[p]]
         kept = lambda p, g: _load(read(p, g))
-        w_pg = [[(kept if g < resident else read)(p, g) for g in range(4)] for p in range(C)]
+        w_pg = [[(kept if g < resident else read)(p, g) for g in range(4)] for p in range(P)]
 
         def step(n, carry):
             dh, dc, (slopes, dy, valid, fresh) = carry
@@ -390,25 +414,31 @@ def backward(slopes, dy, w, cotangents, masks=None, *, reverse=False, interpret=
             plgpu.commit_smem()
 
             def product(*sums):
-                for p in range(C):
+                for p in range(P):
                     for g in range(4):
                         plgpu.wgmma(sums[p], w_pg[p][g], z_s.at[slot, of_gate[g]])
-                for g in range(4):
-                    _store(dz_ref.at[t, tile, g, mine], dz[g])
+                for s in range(S):
+
+                    @_when(S == 1, share == s)
+                    def _(s=s):
+                        for g in range(4)[s * 4 // S : (s + 1) * 4 // S]:
+                            _store(dz_ref.at[t, tile, g, mine], dz[g])
+
                 later = fetch(n + 1)
                 return [s[...] for s in sums], later
 
-            parts, later = pl.run_scoped(product, *(C * [plgpu.ACC(shape, _f32)]))
+            parts, later = pl.run_scoped(product, *(P * [plgpu.ACC(shape, _f32)]))
             if alone:
                 total = parts[0]
             elif stores:
-                for p in range(C):
-                    stores.send(parts[p], part_s.at[slot, block], slot, how_part, [p])
+                for p in range(P):
+                    to = share * P + p
+                    stores.send(parts[p], part_s.at[slot, block], slot, how_part, to, S, C)
                 stores.wait(slot, n // 2, for_product=False)
                 total = _sum([_load(part_s.at[slot, q]) for q in range(C)])
             else:
-                for p in range(C):
-                    through[slot, tile, p, block] = parts[p]
+                for p in range(P):
+                    through[slot, tile, share * P + p, block] = parts[p]
                 plgpu.barrier_arrive(link[0])
                 plgpu.barrier_wait(link[0])
                 total = _sum([load(through.at[slot, tile, block, q]) for q in range(C)])
@@ -419,8 +449,10 @@ def backward(slopes, dy, w, cotangents, masks=None, *, reverse=False, interpret=
             return total, dc, later
 
         dh, dc, _ = lax.fori_loop(_i32(0), _i32(T), step, (dh, dc, inputs))
-        _store(dh_out.at[tile, mine], dh)
-        _store(dc_out.at[tile, mine], dc)
+        @_when(S == 1, share == 0)
+        def _():
+            _store(dh_out.at[tile, mine], dh)
+            _store(dc_out.at[tile, mine], dc)
 
     out: Any = jax.ShapeDtypeStruct
     results = [
@@ -430,15 +462,19 @@ def backward(slopes, dy, w, cotangents, masks=None, *, reverse=False, interpret=
         out((2, N, C, C, UNITS, TILE) if plain and not alone else (1, 1, 1, 1, 8, 128), _f32),
     ]
     scratch: list[Any] = [
-        plgpu.SMEM((4, H, UNITS), dtype, transforms=how),
+        plgpu.SMEM((4, P * UNITS, UNITS), dtype, transforms=how),
         plgpu.SMEM((2, 4 * UNITS, TILE), dtype, transforms=how),
         plgpu.SMEM((2, C, UNITS, TILE), _f32, transforms=how_part),
         plgpu.Barrier(num_arrivals=4),
         *_link(C, plain, alone)[:1],
     ]
     arrays = (*slopes, dy, w, *cotangents, *given)
-    dz, dh, dc, _ = _call(kernel, results, scratch, N, C, interpret)(*arrays)
+    dz, dh, dc, _ = _call(kernel, results, scratch, N, S * C, interpret)(*arrays)
     return dz, dh, dc
+
+
+def _when(always, condition):
+    return (lambda do: do()) if always else pl.when(condition)
 
 
 def _sum(parts):

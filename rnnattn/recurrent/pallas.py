@@ -22,7 +22,7 @@ from rnnattn.recurrent.unit import dot
 from rnnattn.recurrent.units.lstm import LSTM, LSTMParams, LSTMState, Slopes
 from rnnattn.steps import select
 
-_WIDTHS = (64, 128, 256)
+_WIDTHS = (64, 128, 256, 384, 512)
 _HOPPER = (9, 0)
 _FEWEST_STEPS, _MOST_ROWS = 16, 128  # of what was measured to be faster
 
