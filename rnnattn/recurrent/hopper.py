@@ -48,6 +48,7 @@ from rnnattn.recurrent.units.lstm import (
 UNITS = 64
 TILE = 16
 AHEAD = 4
+DEPTH = 64
 _KEPT = {64: 64, 128: 128, 512: 128}
 
 
@@ -164,6 +165,22 @@ class _ByStores(NamedTuple):
         store(value, ref, self.words, slot, first)
 
 
+def _zero():
+    """0, of which the compiler knows nothing: what is made with it in a loop stays in the loop.
+
+    Else the addresses of all tiles of the weights are made before, and fill the registers.
+    """
+
+    scalar = plgpu.ShapeDtypeStruct((), _i32, layout=plgpu.Layout.WG_SPLAT(()))
+
+    @plgpu.inline_mgpu(return_type=scalar)
+    def make(_):
+        zero = llvm.inline_asm(_int(32), [], "mov.u32 $0, 0;", "=r", has_side_effects=True)
+        return mgpu.FragmentedArray.splat(zero, (), is_signed=True)
+
+    return make()
+
+
 # ---- forward ----------------------------------------------------------------------------------
 
 
@@ -223,13 +240,12 @@ def forward(x, w, state, masks=None, *, reverse=False, keeps=False, interpret=No
         plgpu.copy_gmem_to_smem(h_ref.at[tile], h_s.at[0], h_bar)
         h, c = load(h_ref.at[tile, mine]), load(c_ref.at[tile, mine])
         inputs = fetch(_i32(0))
-        parts = []  # of the product: weights, and the rows of h that they meet
-        if kept:
-            w_g = [load(w_ref.at[rows, pl.ds(0, kept)]) for rows in gates]
-            parts.append((w_g, pl.ds(0, kept)))
+        w_g = [
+            [load(w_ref.at[rows, pl.ds(n, DEPTH)]) for rows in gates]
+            for n in range(0, kept, DEPTH)
+        ]
         if kept < H:
             plgpu.barrier_wait(w_bar)
-            parts.append(([w_s.at[g] for g in range(4)], pl.ds(kept, H - kept)))
         plgpu.barrier_wait(h_bar)
 
         def step(t, carry):
@@ -244,9 +260,14 @@ def forward(x, w, state, masks=None, *, reverse=False, keeps=False, interpret=No
                     stores.wait(slot, (t - 1) // 2, for_product=True)
 
             def product(*sums):
-                for w_g, rows in parts:
+                for n in range(0, kept, DEPTH):
                     for g in range(4):
-                        plgpu.wgmma(sums[g], w_g[g], h_s.at[slot, rows])
+                        plgpu.wgmma(sums[g], w_g[n // DEPTH][g], h_s.at[slot, pl.ds(n, DEPTH)])
+                zero = _i32(0) if plain else _zero()
+                for n in range(0, H - kept, DEPTH):
+                    for g in range(4):
+                        w = w_s.at[g + zero, :, pl.ds(n, DEPTH)]
+                        plgpu.wgmma(sums[g], w, h_s.at[slot, pl.ds(kept + n, DEPTH)])
                 if alone:
 
                     @pl.when(t > 0)
@@ -397,9 +418,7 @@ def backward(slopes, dy, w, cotangents, masks=None, *, reverse=False, interpret=
         dh, dc = load(dh_ref.at[tile, mine]), load(dc_ref.at[tile, mine])
         inputs = fetch(_i32(0))
         plgpu.barrier_wait(w_bar)
-        read = lambda p, g: w_s.at[g, of_part[p]]
-        kept = lambda p, g: _load(read(p, g))
-        w_pg = [[(kept if g < resident else read)(p, g) for g in range(4)] for p in range(P)]
+        w_pg = [[_load(w_s.at[g, of_part[p]]) for g in range(resident)] for p in range(P)]
 
         def step(n, carry):
             dh, dc, (slopes, dy, valid, fresh) = carry
@@ -414,9 +433,11 @@ def backward(slopes, dy, w, cotangents, masks=None, *, reverse=False, interpret=
             plgpu.commit_smem()
 
             def product(*sums):
-                for p in range(P):
-                    for g in range(4):
-                        plgpu.wgmma(sums[p], w_pg[p][g], z_s.at[slot, of_gate[g]])
+                zero = _i32(0) if plain else _zero()
+                for g in range(4):
+                    for p in range(P):
+                        w = w_pg[p][g] if g < resident else w_s.at[g + zero, of_part[p]]
+                        plgpu.wgmma(sums[p], w, z_s.at[slot, of_gate[g]])
                 for s in range(S):
 
                     @_when(S == 1, share == s)
