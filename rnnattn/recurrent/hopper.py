@@ -49,7 +49,10 @@ UNITS = 64
 TILE = 16
 AHEAD = 4
 DEPTH = 64
-_KEPT = {64: 64, 128: 128, 512: 128}
+_KEPT = {64: 64, 128: 128, 256: 128, 384: 128, 512: 128}
+
+
+GATES = {64: 4, 128: 3, 256: 1, 512: 1}
 
 
 def shares(H):
@@ -105,20 +108,20 @@ def _barrier(words, n):
 class _ByStores(NamedTuple):
     """From registers into the shared memory of every block of the cluster."""
 
-    words: Any  # two barriers
-    blocks: int
+    words: Any  # a barrier for each buffer
+    buffers: int
     expected: int  # the bytes that a block receives in a step
 
     @staticmethod
-    def scratch(blocks):
-        return [plgpu.SMEM((4,), _i32)]
+    def scratch(buffers):
+        return [plgpu.SMEM((2 * buffers,), _i32)]
 
     def open(self):
         @plgpu.inline_mgpu(arg_types=(_WORDS,))
         def initialise(_, words):
             i32, i64 = _int(32), _int(64)
             first = mgpu.utils.single_thread_predicate(scope=mgpu.utils.ThreadSubset.BLOCK)
-            for n in range(2):
+            for n in range(self.buffers):
                 address = mgpu.utils.getelementptr(mgpu.utils.memref_ptr(words), [n], i64)
                 nvvm.mbarrier_init(address, mgpu.utils.c(1, i32), predicate=first)
             _ptx("fence.mbarrier_init.release.cluster;")
@@ -135,7 +138,7 @@ class _ByStores(NamedTuple):
 
         expect(self.words, slot)
 
-    def wait(self, slot, turn, *, for_product):
+    def wait(self, step, *, for_product):
         @plgpu.inline_mgpu(arg_types=(_WORDS, _SCALAR, _SCALAR))
         def received(_, words, slot, turn):
             odd = arith.trunci(_int(1), turn.registers.item())
@@ -143,6 +146,7 @@ class _ByStores(NamedTuple):
             if for_product:  # the tensor core reads by another way than stores go
                 _ptx("fence.proxy.async.shared::cta;")
 
+        turn, slot = step // self.buffers, lax.rem(step, _i32(self.buffers))
         received(self.words, slot, lax.rem(turn, _i32(2)))
 
     def send(self, value, ref, slot, how, first, count, apart=1):
@@ -218,7 +222,7 @@ def forward(x, w, state, masks=None, *, reverse=False, keeps=False, interpret=No
         until = lambda t: jnp.minimum(t, _i32(T - 1))
         time = lambda t: T - 1 - t if reverse else t
         load = partial(_load, optimized=False)
-        stores = None if plain or alone else _ByStores(link[0], C, H * TILE * 2)
+        stores = None if plain or alone else _ByStores(link[0], 2, H * TILE * 2)
 
         def fetch(t):
             if alone:
@@ -253,11 +257,11 @@ def forward(x, w, state, masks=None, *, reverse=False, keeps=False, interpret=No
             slot = lax.rem(t, _i32(2))
             after = 1 - slot
             if stores:
-                stores.arm(after)
+                stores.arm(slot)
 
                 @pl.when(t > 0)
                 def _():
-                    stores.wait(slot, (t - 1) // 2, for_product=True)
+                    stores.wait(t - 1, for_product=True)
 
             def product(*sums):
                 for n in range(0, kept, DEPTH):
@@ -292,7 +296,7 @@ def forward(x, w, state, masks=None, *, reverse=False, keeps=False, interpret=No
             else:
                 c = c_next
             if stores:
-                stores.send(h, h_s.at[after, mine], after, how, _i32(0), C)
+                stores.send(h, h_s.at[after, mine], slot, how, _i32(0), C)
             elif alone:
                 h_s[after, ...] = h
                 plgpu.commit_smem()
@@ -313,7 +317,7 @@ def forward(x, w, state, masks=None, *, reverse=False, keeps=False, interpret=No
         _store(h_out.at[tile, mine], h)
         _store(c_out.at[tile, mine], c)
         if stores:  # a block that is gone can receive nothing
-            stores.wait(_i32(T % 2), _i32((T - 1) // 2), for_product=False)
+            stores.wait(_i32(T - 1), for_product=False)
 
     out: Any = jax.ShapeDtypeStruct
     results = [
@@ -326,7 +330,7 @@ def forward(x, w, state, masks=None, *, reverse=False, keeps=False, interpret=No
     scratch: list[Any] = [
         plgpu.SMEM((2, H, TILE), dtype, transforms=how),
         plgpu.Barrier(),
-        *_link(C, plain, alone),
+        *_link(2, plain, alone),
     ]
     if kept < H:
         weights = plgpu.SMEM((4, UNITS, H - kept), dtype, transforms=how)
@@ -336,11 +340,11 @@ def forward(x, w, state, masks=None, *, reverse=False, keeps=False, interpret=No
     return y, c if keeps else None, h_last, c_last
 
 
-def _link(blocks, plain, alone):
+def _link(buffers, plain, alone):
     if alone:
         return []
     if not plain:
-        return _ByStores.scratch(blocks)
+        return _ByStores.scratch(buffers)
     return [plgpu.ClusterBarrier(collective_axes=("block",)), plgpu.Barrier(num_barriers=2)]
 
 
@@ -380,15 +384,15 @@ def backward(slopes, dy, w, cotangents, masks=None, *, reverse=False, interpret=
     P = C // S  # parts of dh₋ that a block makes
     how, how_part = transforms(shape, dtype), transforms(shape, _f32)
     plain, alone = interpret is not None, C == 1
-    # the gates whose weights are kept in registers: there are no more at H 128
-    resident = 0 if plain else {64: 4, 128: 3}.get(H, 0)
+    kept = 0 if plain else GATES.get(H, 0)  # gates whose weights are in registers
     valid, fresh = masks or (None, None)
     given = [m for m in (valid, fresh) if m is not None]
 
     def kernel(*refs):
         per_step, (w_ref, dh_ref, dc_ref), refs = refs[:7], refs[7:10], refs[10:]
         mask_refs, refs = list(refs[: len(given)]), refs[len(given) :]
-        dz_ref, dh_out, dc_out, through, w_s, z_s, part_s, w_bar, *link = refs
+        dz_ref, dh_out, dc_out, through, z_s, part_s, *refs = refs
+        (w_s, w_bar), link = (refs[:2], refs[2:]) if kept < 4 else ((None, None), refs)
         valid_ref = mask_refs.pop(0) if valid is not None else None
         fresh_ref = mask_refs.pop(0) if fresh is not None else None
         tile, block = lax.axis_index("tile"), lax.axis_index("block")
@@ -401,7 +405,7 @@ def backward(slopes, dy, w, cotangents, masks=None, *, reverse=False, interpret=
         until = lambda n: jnp.minimum(n, _i32(T - 1))
         time = lambda n: n if reverse else T - 1 - n
         load = partial(_load, optimized=False)
-        stores = None if plain or alone else _ByStores(link[0], C, C * UNITS * TILE * 4)
+        stores = None if plain or alone else _ByStores(link[0], S + 1, C * UNITS * TILE * 4)
 
         def fetch(n):
             for ref in per_step if alone else ():
@@ -413,18 +417,22 @@ def backward(slopes, dy, w, cotangents, masks=None, *, reverse=False, interpret=
 
         if stores:
             stores.open()
-        for g, columns in enumerate(gates):
-            plgpu.copy_gmem_to_smem(w_ref.at[of_share, columns], w_s.at[g], w_bar)
+        for g in range(kept, 4):
+            plgpu.copy_gmem_to_smem(w_ref.at[of_share, gates[g]], w_s.at[g - kept], w_bar)
         dh, dc = load(dh_ref.at[tile, mine]), load(dc_ref.at[tile, mine])
         inputs = fetch(_i32(0))
-        plgpu.barrier_wait(w_bar)
-        w_pg = [[_load(w_s.at[g, of_part[p]]) for g in range(resident)] for p in range(P)]
+        w_pg = [
+            [load(w_ref.at[part, gates[g]]) for g in range(kept)]
+            for part in (pl.ds((share * P + p) * UNITS, UNITS) for p in range(P))
+        ]
+        if kept < 4:
+            plgpu.barrier_wait(w_bar)
 
         def step(n, carry):
             dh, dc, (slopes, dy, valid, fresh) = carry
-            slot, t = lax.rem(n, _i32(2)), time(n)
+            slot, to, t = lax.rem(n, _i32(2)), lax.rem(n, _i32(S + 1)), time(n)
             if stores:
-                stores.arm(slot)
+                stores.arm(to)
             dh = dh + dy.astype(_f32)
             dz, dc = gradient_of_gates(Slopes(*slopes), dh, dc, None)
             dz = [d.astype(dtype) for d in dz]
@@ -436,7 +444,7 @@ def backward(slopes, dy, w, cotangents, masks=None, *, reverse=False, interpret=
                 zero = _i32(0) if plain else _zero()
                 for g in range(4):
                     for p in range(P):
-                        w = w_pg[p][g] if g < resident else w_s.at[g + zero, of_part[p]]
+                        w = w_pg[p][g] if g < kept else w_s.at[g - kept + zero, of_part[p]]
                         plgpu.wgmma(sums[p], w, z_s.at[slot, of_gate[g]])
                 for s in range(S):
 
@@ -453,10 +461,10 @@ def backward(slopes, dy, w, cotangents, masks=None, *, reverse=False, interpret=
                 total = parts[0]
             elif stores:
                 for p in range(P):
-                    to = share * P + p
-                    stores.send(parts[p], part_s.at[slot, block], slot, how_part, to, S, C)
-                stores.wait(slot, n // 2, for_product=False)
-                total = _sum([_load(part_s.at[slot, q]) for q in range(C)])
+                    first = share * P + p
+                    stores.send(parts[p], part_s.at[to, block], to, how_part, first, S, C)
+                stores.wait(n, for_product=False)
+                total = _sum([_load(part_s.at[to, q]) for q in range(C)])
             else:
                 for p in range(P):
                     through[slot, tile, share * P + p, block] = parts[p]
@@ -483,12 +491,13 @@ def backward(slopes, dy, w, cotangents, masks=None, *, reverse=False, interpret=
         out((2, N, C, C, UNITS, TILE) if plain and not alone else (1, 1, 1, 1, 8, 128), _f32),
     ]
     scratch: list[Any] = [
-        plgpu.SMEM((4, P * UNITS, UNITS), dtype, transforms=how),
         plgpu.SMEM((2, 4 * UNITS, TILE), dtype, transforms=how),
-        plgpu.SMEM((2, C, UNITS, TILE), _f32, transforms=how_part),
-        plgpu.Barrier(num_arrivals=4),
-        *_link(C, plain, alone)[:1],
+        plgpu.SMEM((S + 1, C, UNITS, TILE), _f32, transforms=how_part),
+        *_link(S + 1, plain, alone)[:1],
     ]
+    if kept < 4:
+        weights = plgpu.SMEM((4 - kept, P * UNITS, UNITS), dtype, transforms=how)
+        scratch[2:2] = [weights, plgpu.Barrier(num_arrivals=4 - kept)]
     arrays = (*slopes, dy, w, *cotangents, *given)
     dz, dh, dc, _ = _call(kernel, results, scratch, N, S * C, interpret)(*arrays)
     return dz, dh, dc
