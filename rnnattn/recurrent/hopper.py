@@ -49,14 +49,14 @@ UNITS = 64
 TILE = 16
 AHEAD = 4
 DEPTH = 64
-_KEPT = {64: 64, 128: 128, 256: 128, 384: 128, 512: 128}
+_KEPT = {64: 64, 128: 128, 512: 128}
 
 
-GATES = {64: 4, 128: 3, 256: 1, 512: 1}
+GATES = {64: 4, 128: 3, 512: 1}
 
 
 def shares(H):
-    return 2 if H > 256 else 1
+    return 2 if H > 64 else 1
 
 _i32, _f32 = jnp.int32, jnp.float32
 _FRAGMENTS = plgpu.Layout.WGMMA  # of an array (UNITS, TILE) in the registers of a block
