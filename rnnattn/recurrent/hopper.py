@@ -48,15 +48,7 @@ from rnnattn.recurrent.units.lstm import (
 UNITS = 64
 TILE = 16
 AHEAD = 4
-DEPTH = 64
-_KEPT = {64: 64, 128: 128, 512: 128}
-
-
-GATES = {64: 4, 128: 3, 512: 1}
-
-
-def shares(H):
-    return 2 if H > 64 else 1
+MOST_COLUMNS = 384  # of the weights forward, in shared memory
 
 _i32, _f32 = jnp.int32, jnp.float32
 _FRAGMENTS = plgpu.Layout.WGMMA  # of an array (UNITS, TILE) in the registers of a block
@@ -206,19 +198,19 @@ def forward(x, w, state, masks=None, *, reverse=False, keeps=False, interpret=No
     C, shape = H // UNITS, (UNITS, TILE)
     how = transforms(shape, dtype)  # the tensor core wants the same of both its operands
     plain, alone = interpret is not None, C == 1
-    kept = 0 if plain else _KEPT.get(H, 0)  # columns of the weights, in registers
+    kept = 0 if plain else max(0, H - MOST_COLUMNS)  # columns of the weights, in registers
     valid, fresh = masks or (None, None)
     given = [m for m in (valid, fresh) if m is not None]
 
     def kernel(x_ref, w_ref, h_ref, c_ref, *refs):
         mask_refs, refs = list(refs[: len(given)]), refs[len(given) :]
-        y_ref, cs_ref, h_out, c_out, through, h_s, h_bar, *refs = refs
-        (w_s, w_bar), link = (refs[:2], refs[2:]) if kept < H else ((None, None), refs)
+        y_ref, cs_ref, h_out, c_out, through, w_s, h_s, w_bar, *link = refs
         valid_ref = mask_refs.pop(0) if valid is not None else None
         fresh_ref = mask_refs.pop(0) if fresh is not None else None
         tile, block = lax.axis_index("tile"), lax.axis_index("block")
         mine = pl.ds(pl.multiple_of(block * UNITS, UNITS), UNITS)
         gates = [pl.ds(pl.multiple_of(g * H + block * UNITS, UNITS), UNITS) for g in range(4)]
+        first, others = pl.ds(0, kept), pl.ds(kept, H - kept)
         until = lambda t: jnp.minimum(t, _i32(T - 1))
         time = lambda t: T - 1 - t if reverse else t
         load = partial(_load, optimized=False)
@@ -239,18 +231,13 @@ def forward(x, w, state, masks=None, *, reverse=False, keeps=False, interpret=No
 
         if stores:
             stores.open()
-        for g, rows in enumerate(gates if kept < H else ()):
-            plgpu.copy_gmem_to_smem(w_ref.at[rows, pl.ds(kept, H - kept)], w_s.at[g], w_bar)
-        plgpu.copy_gmem_to_smem(h_ref.at[tile], h_s.at[0], h_bar)
+        for g, rows in enumerate(gates):
+            plgpu.copy_gmem_to_smem(w_ref.at[rows, others], w_s.at[g], w_bar)
+        plgpu.copy_gmem_to_smem(h_ref.at[tile], h_s.at[0], w_bar)
         h, c = load(h_ref.at[tile, mine]), load(c_ref.at[tile, mine])
         inputs = fetch(_i32(0))
-        w_g = [
-            [load(w_ref.at[rows, pl.ds(n, DEPTH)]) for rows in gates]
-            for n in range(0, kept, DEPTH)
-        ]
-        if kept < H:
-            plgpu.barrier_wait(w_bar)
-        plgpu.barrier_wait(h_bar)
+        w_g = [load(w_ref.at[rows, first]) for rows in gates] if kept else None
+        plgpu.barrier_wait(w_bar)
 
         def step(t, carry):
             h, c, (x, valid, fresh) = carry
@@ -264,14 +251,13 @@ def forward(x, w, state, masks=None, *, reverse=False, keeps=False, interpret=No
                     stores.wait(t - 1, for_product=True)
 
             def product(*sums):
-                for n in range(0, kept, DEPTH):
-                    for g in range(4):
-                        plgpu.wgmma(sums[g], w_g[n // DEPTH][g], h_s.at[slot, pl.ds(n, DEPTH)])
+                for g in range(4 if kept else 0):
+                    plgpu.wgmma(sums[g], w_g[g], h_s.at[slot, first])
                 zero = _i32(0) if plain else _zero()
-                for n in range(0, H - kept, DEPTH):
+                for n in range(0, H - kept, UNITS):
                     for g in range(4):
-                        w = w_s.at[g + zero, :, pl.ds(n, DEPTH)]
-                        plgpu.wgmma(sums[g], w, h_s.at[slot, pl.ds(kept + n, DEPTH)])
+                        w = w_s.at[g + zero, :, pl.ds(n, UNITS)]
+                        plgpu.wgmma(sums[g], w, h_s.at[slot, pl.ds(kept + n, UNITS)])
                 if alone:
 
                     @pl.when(t > 0)
@@ -328,13 +314,11 @@ def forward(x, w, state, masks=None, *, reverse=False, keeps=False, interpret=No
         out((2, N, H, TILE) if plain and not alone else (1, 1, 8, 128), dtype),
     ]
     scratch: list[Any] = [
+        plgpu.SMEM((4, UNITS, H - kept), dtype, transforms=how),
         plgpu.SMEM((2, H, TILE), dtype, transforms=how),
-        plgpu.Barrier(),
+        plgpu.Barrier(num_arrivals=5),
         *_link(2, plain, alone),
     ]
-    if kept < H:
-        weights = plgpu.SMEM((4, UNITS, H - kept), dtype, transforms=how)
-        scratch[2:2] = [weights, plgpu.Barrier(num_arrivals=4)]
     arrays = (x, w, *state, *given)
     y, c, h_last, c_last, _ = _call(kernel, results, scratch, N, C, interpret)(*arrays)
     return y, c if keeps else None, h_last, c_last
@@ -380,11 +364,12 @@ def backward(slopes, dy, w, cotangents, masks=None, *, reverse=False, interpret=
     Returns: dz (T, N, 4, H, TILE) in the dtype of w, dh and dc (N, H, TILE) in float32.
     """
     (T, N, H, _), dtype = dy.shape, w.dtype
-    C, S, shape = H // UNITS, shares(H), (UNITS, TILE)
+    C, shape = H // UNITS, (UNITS, TILE)
+    S = min(C, 2)  # blocks that have the same units
     P = C // S  # parts of dh₋ that a block makes
     how, how_part = transforms(shape, dtype), transforms(shape, _f32)
     plain, alone = interpret is not None, C == 1
-    kept = 0 if plain else GATES.get(H, 0)  # gates whose weights are in registers
+    kept = 0 if plain else 4 // P  # gates whose weights are in registers
     valid, fresh = masks or (None, None)
     given = [m for m in (valid, fresh) if m is not None]
 
