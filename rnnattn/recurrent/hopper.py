@@ -48,7 +48,6 @@ from rnnattn.recurrent.units.lstm import (
 UNITS = 64
 TILE = 16
 AHEAD = 4
-MOST_COLUMNS = 384  # of the weights forward, in shared memory
 
 _i32, _f32 = jnp.int32, jnp.float32
 _FRAGMENTS = plgpu.Layout.WGMMA  # of an array (UNITS, TILE) in the registers of a block
@@ -180,6 +179,15 @@ def _zero():
 # ---- forward ----------------------------------------------------------------------------------
 
 
+def columns_in_registers(H):
+    """Of a block's weights, the first ones: all where they fit, else what shared memory lacks.
+
+    A product takes no less time with weights from registers than from shared memory, but for these
+    widths (measured: benchmarks/README.md, "On a GPU").
+    """
+    return H if H <= 128 else max(0, H - 384)
+
+
 def _row(mask, shape):
     """A mask of columns (TILE,) on an array of that shape."""
     return lax.broadcast_in_dim(mask, shape, (1,)) > 0
@@ -198,13 +206,14 @@ def forward(x, w, state, masks=None, *, reverse=False, keeps=False, interpret=No
     C, shape = H // UNITS, (UNITS, TILE)
     how = transforms(shape, dtype)  # the tensor core wants the same of both its operands
     plain, alone = interpret is not None, C == 1
-    kept = 0 if plain else max(0, H - MOST_COLUMNS)  # columns of the weights, in registers
+    kept = 0 if plain else columns_in_registers(H)
     valid, fresh = masks or (None, None)
     given = [m for m in (valid, fresh) if m is not None]
 
     def kernel(x_ref, w_ref, h_ref, c_ref, *refs):
         mask_refs, refs = list(refs[: len(given)]), refs[len(given) :]
-        y_ref, cs_ref, h_out, c_out, through, w_s, h_s, w_bar, *link = refs
+        y_ref, cs_ref, h_out, c_out, through, h_s, h_bar, *refs = refs
+        (w_s, w_bar), link = (refs[:2], refs[2:]) if kept < H else ((None, None), refs)
         valid_ref = mask_refs.pop(0) if valid is not None else None
         fresh_ref = mask_refs.pop(0) if fresh is not None else None
         tile, block = lax.axis_index("tile"), lax.axis_index("block")
@@ -231,13 +240,14 @@ def forward(x, w, state, masks=None, *, reverse=False, keeps=False, interpret=No
 
         if stores:
             stores.open()
-        for g, rows in enumerate(gates):
+        for g, rows in enumerate(gates if kept < H else ()):
             plgpu.copy_gmem_to_smem(w_ref.at[rows, others], w_s.at[g], w_bar)
-        plgpu.copy_gmem_to_smem(h_ref.at[tile], h_s.at[0], w_bar)
+        plgpu.copy_gmem_to_smem(h_ref.at[tile], h_s.at[0], h_bar)
         h, c = load(h_ref.at[tile, mine]), load(c_ref.at[tile, mine])
         inputs = fetch(_i32(0))
         w_g = [load(w_ref.at[rows, first]) for rows in gates] if kept else None
-        plgpu.barrier_wait(w_bar)
+        for barrier in (h_bar, w_bar) if kept < H else (h_bar,):
+            plgpu.barrier_wait(barrier)
 
         def step(t, carry):
             h, c, (x, valid, fresh) = carry
@@ -253,7 +263,7 @@ def forward(x, w, state, masks=None, *, reverse=False, keeps=False, interpret=No
             def product(*sums):
                 for g in range(4 if kept else 0):
                     plgpu.wgmma(sums[g], w_g[g], h_s.at[slot, first])
-                zero = _i32(0) if plain else _zero()
+                zero = _i32(0) if plain or kept == H else _zero()
                 for n in range(0, H - kept, UNITS):
                     for g in range(4):
                         w = w_s.at[g + zero, :, pl.ds(n, UNITS)]
@@ -314,11 +324,13 @@ def forward(x, w, state, masks=None, *, reverse=False, keeps=False, interpret=No
         out((2, N, H, TILE) if plain and not alone else (1, 1, 8, 128), dtype),
     ]
     scratch: list[Any] = [
-        plgpu.SMEM((4, UNITS, H - kept), dtype, transforms=how),
         plgpu.SMEM((2, H, TILE), dtype, transforms=how),
-        plgpu.Barrier(num_arrivals=5),
+        plgpu.Barrier(),
         *_link(2, plain, alone),
     ]
+    if kept < H:
+        weights = plgpu.SMEM((4, UNITS, H - kept), dtype, transforms=how)
+        scratch[2:2] = [weights, plgpu.Barrier(num_arrivals=4)]
     arrays = (x, w, *state, *given)
     y, c, h_last, c_last, _ = _call(kernel, results, scratch, N, C, interpret)(*arrays)
     return y, c if keeps else None, h_last, c_last
@@ -426,7 +438,7 @@ def backward(slopes, dy, w, cotangents, masks=None, *, reverse=False, interpret=
             plgpu.commit_smem()
 
             def product(*sums):
-                zero = _i32(0) if plain else _zero()
+                zero = _i32(0) if plain or kept == 4 else _zero()
                 for g in range(4):
                     for p in range(P):
                         w = w_pg[p][g] if g < kept else w_s.at[g - kept + zero, of_part[p]]
