@@ -10,19 +10,25 @@ columns: a small batch wastes nothing, and the four gates of a unit are four acc
 layout, on which the cell is elementwise.
 
     forward    h of all units to each block of the cluster         every step
-    backward   to each block its part of dh₋, one term from each   every step
+    backward   to each block its part of dh₋, in C terms           every step
+
+Backward two blocks have the same units, and each makes half of what is sent for them: half the
+product, and half the weights, so that those of H 512 fit. What is elementwise both do.
 
 What blocks send goes straight from registers to the others' shared memory, and completes on a
-barrier there that each block has armed for itself: nothing else is waited for in a step. Two
-buffers take turns. Who sends a second time into a buffer has received what everybody sent after
-having read it.
+barrier there that each block has armed for itself: nothing else is waited for in a step. Buffers
+take turns. Forward there are two: who sends a second time into a buffer has received what everybody
+sent after having read it. Backward there are three, as a block receives from one only of each two
+that have the same units: when that has come which these sent in step n, all blocks have sent in
+step n − 1, hence have read what came in step n − 2.
 
 x, the slopes and the results go straight between registers and global memory, where what a block
 reads or writes in a step lies together, of a batch in N tiles. It is read a step ahead; by a block
 alone it is asked for `AHEAD` steps before, since its step is shorter than the way to memory and
 back.
 
-Axes: T time, N tiles of the batch, H hidden width, which fits: `rnnattn.recurrent.pallas`.
+Axes: T time, N tiles of the batch, H hidden width, which fits: `rnnattn.recurrent.pallas`;
+C = H / UNITS blocks have all units, and backward there are S times as many.
 """
 
 from functools import partial
@@ -165,7 +171,6 @@ def _zero():
 
     Else the addresses of all tiles of the weights are made before, and fill the registers.
     """
-
     scalar = plgpu.ShapeDtypeStruct((), _i32, layout=plgpu.Layout.WG_SPLAT(()))
 
     @plgpu.inline_mgpu(return_type=scalar)
@@ -180,10 +185,10 @@ def _zero():
 
 
 def columns_in_registers(H):
-    """Of a block's weights, the first ones: all where they fit, else what shared memory lacks.
+    """Of the weights forward, the first: all where they fit, else those without room elsewhere.
 
-    A product takes no less time with weights from registers than from shared memory, but for these
-    widths (measured: benchmarks/README.md, "On a GPU").
+    With half of them in registers a step of H 256 takes longer than with none: see
+    benchmarks/README.md, "On a GPU".
     """
     return H if H <= 128 else max(0, H - 384)
 
@@ -212,8 +217,8 @@ def forward(x, w, state, masks=None, *, reverse=False, keeps=False, interpret=No
 
     def kernel(x_ref, w_ref, h_ref, c_ref, *refs):
         mask_refs, refs = list(refs[: len(given)]), refs[len(given) :]
-        y_ref, cs_ref, h_out, c_out, through, h_s, h_bar, *refs = refs
-        (w_s, w_bar), link = (refs[:2], refs[2:]) if kept < H else ((None, None), refs)
+        y_ref, cs_ref, h_out, c_out, through, h_s, h_bar, *rest = refs
+        (w_s, w_bar), link = (rest[:2], rest[2:]) if kept < H else ((None, None), rest)
         valid_ref = mask_refs.pop(0) if valid is not None else None
         fresh_ref = mask_refs.pop(0) if fresh is not None else None
         tile, block = lax.axis_index("tile"), lax.axis_index("block")
@@ -245,7 +250,7 @@ def forward(x, w, state, masks=None, *, reverse=False, keeps=False, interpret=No
         plgpu.copy_gmem_to_smem(h_ref.at[tile], h_s.at[0], h_bar)
         h, c = load(h_ref.at[tile, mine]), load(c_ref.at[tile, mine])
         inputs = fetch(_i32(0))
-        w_g = [load(w_ref.at[rows, first]) for rows in gates] if kept else None
+        w_g = [load(w_ref.at[rows, first]) for rows in gates if kept]
         for barrier in (h_bar, w_bar) if kept < H else (h_bar,):
             plgpu.barrier_wait(barrier)
 
@@ -261,8 +266,8 @@ def forward(x, w, state, masks=None, *, reverse=False, keeps=False, interpret=No
                     stores.wait(t - 1, for_product=True)
 
             def product(*sums):
-                for g in range(4 if kept else 0):
-                    plgpu.wgmma(sums[g], w_g[g], h_s.at[slot, first])
+                for total, w in zip(sums, w_g, strict=False):
+                    plgpu.wgmma(total, w, h_s.at[slot, first])
                 zero = _i32(0) if plain or kept == H else _zero()
                 for n in range(0, H - kept, UNITS):
                     for g in range(4):
@@ -377,7 +382,7 @@ def backward(slopes, dy, w, cotangents, masks=None, *, reverse=False, interpret=
     """
     (T, N, H, _), dtype = dy.shape, w.dtype
     C, shape = H // UNITS, (UNITS, TILE)
-    S = min(C, 2)  # blocks that have the same units
+    S = min(C, 2)  # blocks with the same units
     P = C // S  # parts of dh₋ that a block makes
     how, how_part = transforms(shape, dtype), transforms(shape, _f32)
     plain, alone = interpret is not None, C == 1
@@ -388,17 +393,18 @@ def backward(slopes, dy, w, cotangents, masks=None, *, reverse=False, interpret=
     def kernel(*refs):
         per_step, (w_ref, dh_ref, dc_ref), refs = refs[:7], refs[7:10], refs[10:]
         mask_refs, refs = list(refs[: len(given)]), refs[len(given) :]
-        dz_ref, dh_out, dc_out, through, z_s, part_s, *refs = refs
-        (w_s, w_bar), link = (refs[:2], refs[2:]) if kept < 4 else ((None, None), refs)
+        dz_ref, dh_out, dc_out, through, z_s, part_s, *rest = refs
+        (w_s, w_bar), link = (rest[:2], rest[2:]) if kept < 4 else ((None, None), rest)
         valid_ref = mask_refs.pop(0) if valid is not None else None
         fresh_ref = mask_refs.pop(0) if fresh is not None else None
         tile, block = lax.axis_index("tile"), lax.axis_index("block")
-        block, share = lax.rem(block, _i32(C)), block // C
+        block, share = (lax.rem(block, _i32(C)), block // C) if S > 1 else (block, 0)
         mine = pl.ds(pl.multiple_of(block * UNITS, UNITS), UNITS)
         gates = [pl.ds(pl.multiple_of(g * H + block * UNITS, UNITS), UNITS) for g in range(4)]
         of_gate = [pl.ds(g * UNITS, UNITS) for g in range(4)]
         of_part = [pl.ds(p * UNITS, UNITS) for p in range(P)]
-        of_share = pl.ds(pl.multiple_of(share * (P * UNITS), UNITS), P * UNITS)
+        first = 0 if alone else pl.multiple_of(share * (P * UNITS), UNITS)
+        rows = lambda p, n: pl.ds(first + p * UNITS, n * UNITS)
         until = lambda n: jnp.minimum(n, _i32(T - 1))
         time = lambda n: n if reverse else T - 1 - n
         load = partial(_load, optimized=False)
@@ -415,13 +421,10 @@ def backward(slopes, dy, w, cotangents, masks=None, *, reverse=False, interpret=
         if stores:
             stores.open()
         for g in range(kept, 4):
-            plgpu.copy_gmem_to_smem(w_ref.at[of_share, gates[g]], w_s.at[g - kept], w_bar)
+            plgpu.copy_gmem_to_smem(w_ref.at[rows(0, P), gates[g]], w_s.at[g - kept], w_bar)
         dh, dc = load(dh_ref.at[tile, mine]), load(dc_ref.at[tile, mine])
         inputs = fetch(_i32(0))
-        w_pg = [
-            [load(w_ref.at[part, gates[g]]) for g in range(kept)]
-            for part in (pl.ds((share * P + p) * UNITS, UNITS) for p in range(P))
-        ]
+        w_pg = [[load(w_ref.at[rows(p, 1), gates[g]]) for g in range(kept)] for p in range(P)]
         if kept < 4:
             plgpu.barrier_wait(w_bar)
 
@@ -445,9 +448,9 @@ def backward(slopes, dy, w, cotangents, masks=None, *, reverse=False, interpret=
                         plgpu.wgmma(sums[p], w, z_s.at[slot, of_gate[g]])
                 for s in range(S):
 
-                    @_when(S == 1, share == s)
-                    def _(s=s):
-                        for g in range(4)[s * 4 // S : (s + 1) * 4 // S]:
+                    @pl.when(share == s)
+                    def record(s=s):
+                        for g in range(s * 4 // S, (s + 1) * 4 // S):
                             _store(dz_ref.at[t, tile, g, mine], dz[g])
 
                 later = fetch(n + 1)
@@ -458,8 +461,8 @@ def backward(slopes, dy, w, cotangents, masks=None, *, reverse=False, interpret=
                 total = parts[0]
             elif stores:
                 for p in range(P):
-                    first = share * P + p
-                    stores.send(parts[p], part_s.at[to, block], to, how_part, first, S, C)
+                    whose = share * P + p
+                    stores.send(parts[p], part_s.at[to, block], to, how_part, whose, S, C)
                 stores.wait(n, for_product=False)
                 total = _sum([_load(part_s.at[to, q]) for q in range(C)])
             else:
@@ -475,7 +478,8 @@ def backward(slopes, dy, w, cotangents, masks=None, *, reverse=False, interpret=
             return total, dc, later
 
         dh, dc, _ = lax.fori_loop(_i32(0), _i32(T), step, (dh, dc, inputs))
-        @_when(S == 1, share == 0)
+
+        @pl.when(share == 0)
         def _():
             _store(dh_out.at[tile, mine], dh)
             _store(dc_out.at[tile, mine], dc)
@@ -498,10 +502,6 @@ def backward(slopes, dy, w, cotangents, masks=None, *, reverse=False, interpret=
     arrays = (*slopes, dy, w, *cotangents, *given)
     dz, dh, dc, _ = _call(kernel, results, scratch, N, S * C, interpret)(*arrays)
     return dz, dh, dc
-
-
-def _when(always, condition):
-    return (lambda do: do()) if always else pl.when(condition)
 
 
 def _sum(parts):
