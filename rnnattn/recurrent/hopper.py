@@ -60,6 +60,7 @@ _FRAGMENTS = plgpu.Layout.WGMMA  # of an array (UNITS, TILE) in the registers of
 _OF_COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # of an array (TILE,) beside it
 _SCALAR = plgpu.Layout.WG_SPLAT
 _WORDS = plgpu.RefType()
+_ABSENT: tuple[Any, Any] = (None, None)  # weights in shared memory, where registers hold all
 
 
 def _load(ref, layout=_FRAGMENTS, **how):
@@ -218,7 +219,7 @@ def forward(x, w, state, masks=None, *, reverse=False, keeps=False, interpret=No
     def kernel(x_ref, w_ref, h_ref, c_ref, *refs):
         mask_refs, refs = list(refs[: len(given)]), refs[len(given) :]
         y_ref, cs_ref, h_out, c_out, through, h_s, h_bar, *rest = refs
-        (w_s, w_bar), link = (rest[:2], rest[2:]) if kept < H else ((None, None), rest)
+        (w_s, w_bar), link = (rest[:2], rest[2:]) if kept < H else (_ABSENT, rest)
         valid_ref = mask_refs.pop(0) if valid is not None else None
         fresh_ref = mask_refs.pop(0) if fresh is not None else None
         tile, block = lax.axis_index("tile"), lax.axis_index("block")
@@ -394,7 +395,7 @@ def backward(slopes, dy, w, cotangents, masks=None, *, reverse=False, interpret=
         per_step, (w_ref, dh_ref, dc_ref), refs = refs[:7], refs[7:10], refs[10:]
         mask_refs, refs = list(refs[: len(given)]), refs[len(given) :]
         dz_ref, dh_out, dc_out, through, z_s, part_s, *rest = refs
-        (w_s, w_bar), link = (rest[:2], rest[2:]) if kept < 4 else ((None, None), rest)
+        (w_s, w_bar), link = (rest[:2], rest[2:]) if kept < 4 else (_ABSENT, rest)
         valid_ref = mask_refs.pop(0) if valid is not None else None
         fresh_ref = mask_refs.pop(0) if fresh is not None else None
         tile, block = lax.axis_index("tile"), lax.axis_index("block")
@@ -480,7 +481,7 @@ def backward(slopes, dy, w, cotangents, masks=None, *, reverse=False, interpret=
         dh, dc, _ = lax.fori_loop(_i32(0), _i32(T), step, (dh, dc, inputs))
 
         @pl.when(share == 0)
-        def _():
+        def end():
             _store(dh_out.at[tile, mine], dh)
             _store(dc_out.at[tile, mine], dc)
 

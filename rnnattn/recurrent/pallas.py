@@ -32,7 +32,7 @@ def unserved(params, x, options):
     H, dtype = params.w_h.shape[1] // 4, jnp.result_type(x)
     reasons = {
         f"the dtype {dtype.name}": dtype not in (jnp.bfloat16, jnp.float16),
-        f"the hidden width {H} (64, 128 and 256 can be)": H not in _WIDTHS,
+        f"the hidden width {H} (64, 128, 256, 384 and 512 can be)": H not in _WIDTHS,
         "peephole weights": params.peephole is not None,
         "a projection": params.projection is not None,
         "`clip` or `coupled`": options.unit != LSTM(),
