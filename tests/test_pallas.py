@@ -71,7 +71,7 @@ CASES = [
     (64, jnp.float16, Options(LSTM(), True, 2), ("lengths",)),
     (64, jnp.bfloat16, Options(LSTM(), True, "gates"), ("resets",)),
     (128, jnp.bfloat16, Options(LSTM(), True, "states"), ("resets",)),
-    (128, jnp.float16, Options(LSTM(), False, "states"), ()),
+    (256, jnp.float16, Options(LSTM(), False, "states"), ()),
 ]
 
 
@@ -79,7 +79,7 @@ CASES = [
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(("H", "dtype", "options", "masks"), CASES)
 def test_the_kernels_are_about_as_exact_as_xla(H, dtype, options, masks):
-    """Beside float32, of all results and gradients; one block, and two of a cluster."""
+    """Beside float32, of all results and gradients; one block, and clusters of two to eight."""
     arguments = problem(H, dtype, masks)
     got = results(pallas.forward, pallas.backward, options, *arguments)
     on_xla = partial(results, placed.forward_on_xla, chunked.backward, options)
@@ -112,7 +112,8 @@ def kernels_for_a_gpu(implementation, H, dtype, steps=T, rows=B):
 
 
 @pytest.mark.parametrize(
-    ("H", "dtype"), [(64, jnp.float16), (128, jnp.bfloat16), (256, jnp.bfloat16)]
+    ("H", "dtype"),
+    [(64, jnp.float16), (128, jnp.bfloat16), (384, jnp.float16), (512, jnp.bfloat16)],
 )
 def test_a_program_for_a_gpu_has_the_kernels(H, dtype):
     assert kernels_for_a_gpu("pallas", H, dtype) == [2, 2]
@@ -189,7 +190,7 @@ def test_what_the_kernels_cannot_serve_is_refused_by_name():
         assert message in str(error.value)
 
     refused("the dtype float32", dtype=jnp.float32)
-    refused("the hidden width 96 (64, 128 and 256 can be)", H=96)
+    refused("the hidden width 96 (64, 128, 256, 384 and 512 can be)", H=96)
     refused("peephole weights", weights={"peephole": True})
     refused("a projection", weights={"projection_size": 64})
     refused("`clip` or `coupled`", clip=1.0)

@@ -23,7 +23,7 @@ from rnnattn.recurrent.unit import dot
 from rnnattn.recurrent.units.lstm import LSTM, LSTMParams, LSTMState, Slopes
 from rnnattn.steps import select
 
-_WIDTHS = (64, 128, 256)
+_WIDTHS = (64, 128, 256, 384, 512)
 _HOPPER = (9, 0)
 _FEWEST_STEPS, _MOST_ROWS = 16, 128  # of what was measured to be faster
 
@@ -33,7 +33,7 @@ def unserved(params, x, options):
     H, dtype = params.w_h.shape[1] // 4, jnp.result_type(x)
     reasons = {
         f"the dtype {dtype.name}": dtype not in (jnp.bfloat16, jnp.float16),
-        f"the hidden width {H} (64, 128 and 256 can be)": H not in _WIDTHS,
+        f"the hidden width {H} (64, 128, 256, 384 and 512 can be)": H not in _WIDTHS,
         "peephole weights": params.peephole is not None,
         "a projection": params.projection is not None,
         "`clip` or `coupled`": options.unit != LSTM(),
