@@ -176,7 +176,7 @@ def _zero():
 
     @plgpu.inline_mgpu(return_type=scalar)
     def make(_):
-        zero = llvm.inline_asm(_int(32), [], "mov.u32 $0, 0;", "=r", has_side_effects=True)
+        zero: Any = llvm.inline_asm(_int(32), [], "mov.u32 $0, 0;", "=r", has_side_effects=True)
         return mgpu.FragmentedArray.splat(zero, (), is_signed=True)
 
     return make()
