@@ -34,8 +34,8 @@ def _lstm_without_the_last_tanh(params, x, state, **options):
 def _slopes(change):
     """The factors of the library's gradient, with a change."""
 
-    def changed(a, c_prev, c, unit):
-        slopes, m = slopes_of(a, c_prev, c, unit)
+    def changed(a, c_prev, c, *others):
+        slopes, m = slopes_of(a, c_prev, c, *others)
         return change(slopes, c_prev, c), m
 
     return changed
