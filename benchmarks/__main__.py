@@ -78,15 +78,15 @@ def cells(results):
     }
 
 
-def slower(old, new, kept="ours"):
-    """(shape, kind, before, now) where peers are relatively faster than they were.
+def slower(old, new):
+    """(shape, kind, peer, before, now) where peers are relatively faster than they were.
 
     Times of two runs are not comparable, but the ratios within each are: against each peer, the
     whole quartile range has to lie below the one before.
     """
     before, now = cells(old), cells(new)
     for key in sorted(before.keys() & now.keys()):
-        if key[2].startswith(kept):
+        if key[2].startswith("ours"):
             continue
         a, b = before[key]["ratio"], now[key]["ratio"]
         if b["upper"] < a["lower"]:

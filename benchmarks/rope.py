@@ -93,34 +93,19 @@ def outputs(programs):
 
 
 def measure_speed(shapes, peers, rounds, dtype):
-    rows = []
-    for shape in shapes:
+    def programs_of(shape):
         problem = make_problem(*shape, dtype=dtype)
         programs = timing.build(ours, {name: PEERS[name] for name in peers}, problem)
         # at T 16,384 the angles of the others are 1e-3 off
         timing.check(programs, outputs, "bfloat16")
-        rows.append({"shape": shape} | timing.compare(KINDS, programs, rounds))
-    return timing.summarize(KINDS, rows)
+        return programs
 
-
-def print_speed(speed):
-    timing.print_ratios(speed, "(B, T, N, K)", 22)
-    timing.print_trust_and_compilation(speed)
-
-
-def parse(argv=None):
-    shapes = {
-        "type": lambda text: timing.counts(text, "B,T,N,K"),
-        "default": SHAPES,
-        "metavar": "B,T,N,K",
-    }
-    return timing.parser(__doc__.splitlines()[0], shapes, PEERS, list(PEERS), {}).parse_args(argv)
+    return timing.table(KINDS, shapes, programs_of, rounds)
 
 
 def main():
-    args = parse()
-    speed = lambda: measure_speed(args.shapes, args.peers, args.rounds, args.dtype)
-    timing.report(args, PACKAGES, speed=timing.Study(speed, print_speed))
+    about = (__doc__, "B,T,N,K", 22, SHAPES, PEERS, PACKAGES)
+    timing.report_speed(*about, measure_speed)
 
 
 if __name__ == "__main__":

@@ -326,6 +326,47 @@ def report(
         write(args.output, results)
 
 
+def report_speed(
+    about: str,
+    axes: str,
+    width: int,
+    shapes: Sequence[tuple[int, ...]],
+    peers: Mapping[str, Any],
+    packages: Sequence[str],
+    measure: Callable[..., Any],
+) -> None:
+    """The command line of a benchmark without studies, whose shapes are whole numbers.
+
+    Args:
+        about: its docstring.
+        axes: the names of a shape's numbers, such as "T,B,D,H", in a column of `width` characters.
+        measure: of shapes, the names of peers, rounds and a dtype, to the table of speeds.
+    """
+    given = {"type": lambda text: counts(text, axes), "default": shapes, "metavar": axes}
+    args = parser(about.splitlines()[0], given, peers, list(peers), {}).parse_args()
+
+    def show(speed: Mapping[str, Any]) -> None:
+        print_ratios(speed, f"({axes.replace(',', ', ')})", width)
+        print_trust_and_compilation(speed)
+
+    speed = lambda: measure(args.shapes, args.peers, args.rounds, args.dtype)
+    report(args, packages, speed=Study(speed, show))
+
+
+def table(
+    kinds: Sequence[str],
+    shapes: Iterable[tuple[int, ...]],
+    programs_of: Callable[[tuple[int, ...]], Mapping[str, Programs]],
+    rounds: int,
+) -> dict[str, Any]:
+    """The table of speeds of the programs of each shape."""
+    rows = []
+    for shape in shapes:
+        rows.append({"shape": shape} | compare(kinds, programs_of(shape), rounds))
+        print(f"  {shape} done", flush=True)
+    return summarize(kinds, rows)
+
+
 def write(path: Path, results: Mapping[str, Any]) -> None:
     """Keep the results as JSON."""
     path.write_text(json.dumps(results, indent=1) + "\n")

@@ -153,8 +153,7 @@ PEERS: dict[str, Any] = {"ours again": ours, "flax": flax, "torch": torch}
 
 
 def measure_speed(shapes, peers, rounds, dtype):
-    rows = []
-    for shape in shapes:
+    def programs_of(shape):
         problem = make_problem(*shape, dtype=dtype)
         programs = timing.build(ours, {name: PEERS[name] for name in peers}, problem)
         for name, each in programs.items():
@@ -162,29 +161,14 @@ def measure_speed(shapes, peers, rounds, dtype):
             y = np.asarray(y.float().cpu() if hasattr(y, "cpu") else y, np.float32)
             if not np.isfinite(y).all():
                 raise AssertionError(f"{name}: logits are not finite")
-        rows.append({"shape": shape} | timing.compare(KINDS, programs, rounds))
-        print(f"  {shape} done", flush=True)
-    return timing.summarize(KINDS, rows)
+        return programs
 
-
-def print_speed(speed):
-    timing.print_ratios(speed, "(B, size, patch, D, depth)", 28)
-    timing.print_trust_and_compilation(speed)
-
-
-def parse(argv=None):
-    shapes = {
-        "type": lambda text: timing.counts(text, "B,size,patch,D,depth"),
-        "default": SHAPES,
-        "metavar": "B,size,patch,D,depth",
-    }
-    return timing.parser(__doc__.splitlines()[0], shapes, PEERS, list(PEERS), {}).parse_args(argv)
+    return timing.table(KINDS, shapes, programs_of, rounds)
 
 
 def main():
-    args = parse()
-    speed = lambda: measure_speed(args.shapes, args.peers, args.rounds, args.dtype)
-    timing.report(args, PACKAGES, speed=timing.Study(speed, print_speed))
+    about = (__doc__, "B,size,patch,D,depth", 28, SHAPES, PEERS, PACKAGES)
+    timing.report_speed(*about, measure_speed)
 
 
 if __name__ == "__main__":

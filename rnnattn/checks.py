@@ -106,6 +106,12 @@ class Check(NamedTuple):
         self(number is not None and 0 <= number < 1, name, "a number in [0, 1)", _shown(rate))
         return float(rate)
 
+    def single_key(self, name: str, key: Any) -> None:
+        """A key of random numbers, of either kind, and no array of them."""
+        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        single = key.ndim == (0 if typed else 1)
+        self(single, name, "a single key", f"an array {key.shape} of them")
+
     def served(self, implementation: str, unserved: list[str]) -> None:
         """An implementation that is asked for by name, and what of the call it cannot serve."""
         if unserved:

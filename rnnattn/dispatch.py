@@ -149,6 +149,15 @@ def _lowered(platform, exported, rules, context, *leaves, **how):
     return rule(context, *leaves, **how)
 
 
+HOPPER = (9, 0)  # the capability of that generation
+
+
+def no_hopper():
+    """What of the GPUs at hand, if there are any, cannot run kernels for one of that generation."""
+    other = gpu_capability() not in ((), HOPPER)
+    return ["a GPU that is not of the Hopper generation"] if other else []
+
+
 def gpu_capability():
     """The least compute capability of the NVIDIA GPUs at hand; none if there is none."""
     try:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from jax import export
 
-from rnnattn import dot_product_attention, packed_attention, reference
+from rnnattn import dispatch, dot_product_attention, packed_attention, reference
 from rnnattn.attention import api, cudnn, pallas, rule
 from rnnattn.attention.arguments import problem, sorted_arguments
 from rnnattn.attention.equations import finite_lse
@@ -360,7 +360,7 @@ def test_what_comes_back_to_the_log_sum_exp_of_cudnn_is_by_the_kernels(monkeypat
 
 
 def test_another_gpu_is_refused_by_name(monkeypatch):
-    monkeypatch.setattr(pallas, "gpu_capability", lambda: (8, 0))
+    monkeypatch.setattr(dispatch, "gpu_capability", lambda: (8, 0))
     with pytest.raises(ValueError, match="cannot serve a GPU that is not of the Hopper"):
         gradient_of(*3 * [jnp.ones((1, 4, 1, 64), jnp.bfloat16)], implementation="pallas")
 

@@ -23,6 +23,7 @@ HELPERS = {"rnnattn.checks", "rnnattn.meshes", "rnnattn.precision", "rnnattn.ste
 PRIMITIVE = HELPERS | {
     "rnnattn.dispatch",
     "rnnattn.divided",
+    "rnnattn.mosaic",
     "rnnattn.native",
     "rnnattn.packing",
 }
@@ -35,6 +36,7 @@ PARTS = {
     "rnnattn.steps": {"rnnattn.checks", "rnnattn.precision"},
     "rnnattn.divided": {"rnnattn.precision"},
     "rnnattn.dispatch": {"rnnattn.divided", "rnnattn.precision"},
+    "rnnattn.mosaic": set(),
     "rnnattn.native": set(),
     "rnnattn.attention": PRIMITIVE | {"rnnattn.masks"},
     "rnnattn.linear": PRIMITIVE,

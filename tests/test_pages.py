@@ -716,7 +716,7 @@ def _bad_calls() -> dict[str, Any]:
         "`cache.lengths` must be of integers, got float": count(
             lengths=cache.lengths.astype(float)
         ),
-        "append: `key` must be of shape (B, T, M, …) to go with the cache's (3, 4, 2, 3), got": (
+        "append: `key` must be of shape (B, T, …) to go with the cache's (3, 4, 2, 3), got": (
             grow(key=k[:1])
         ),
         "append: `key` must be of the dtype of `cache.key`, float32, got bfloat16": grow(

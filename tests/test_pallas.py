@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from jax import export
 
-from rnnattn import LSTMState, init_lstm, lstm
+from rnnattn import LSTMState, dispatch, init_lstm, lstm
 from rnnattn.recurrent import chunked, pallas, placed
 from rnnattn.recurrent.problem import Options, Outputs, Steps
 from rnnattn.recurrent.rule import sequence
@@ -131,7 +131,7 @@ def test_none_chooses_the_kernels_where_they_were_measured(capability, sizes, co
 
 
 def test_another_gpu_is_refused_by_name(monkeypatch):
-    monkeypatch.setattr(pallas, "gpu_capability", lambda: (8, 0))
+    monkeypatch.setattr(dispatch, "gpu_capability", lambda: (8, 0))
     with pytest.raises(ValueError, match="cannot serve a GPU that is not of the Hopper"):
         gradient(
             "pallas",

@@ -66,11 +66,14 @@ def width_like(unit: Unit, inputs: int, read: int, answers: int, count: int) -> 
 
 def answers(unit: Unit, params: UnitParams, x: Float[Array, "B T D"]) -> Float[Array, "B T O"]:
     """What the model answers after each step."""
-    y, *_ = getattr(rnnattn, unit)(params.unit, x @ params.w_in)
-    return y @ params.w + params.b[None, None]
+    return _outputs(unit, params, x) @ params.w + params.b[None, None]
 
 
 def last_answer(unit: Unit, params: UnitParams, x: Float[Array, "B T D"]) -> Float[Array, "B O"]:
     """What it answers after the last step."""
+    return _outputs(unit, params, x)[:, -1] @ params.w + params.b[None]
+
+
+def _outputs(unit, params, x):
     y, *_ = getattr(rnnattn, unit)(params.unit, x @ params.w_in)
-    return y[:, -1] @ params.w + params.b[None]
+    return y

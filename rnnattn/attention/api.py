@@ -28,6 +28,7 @@ from rnnattn.attention.placed import placed
 from rnnattn.attention.rule import attend, plain, with_weights
 from rnnattn.attention.signature import Implementation, Window, typed
 from rnnattn.checks import Check, forward_mode
+from rnnattn.dispatch import no_hopper
 from rnnattn.precision import varying_together
 
 
@@ -212,7 +213,7 @@ def call(function, rule, arguments, schedule=None):
         unserved = native.unserved(arrays.query, arrays.value, options)
         Check(function).served(name, unserved)
     if name == "pallas":
-        unserved = pallas.unserved(arrays, options) or pallas.unserved_here()
+        unserved = pallas.unserved(arrays, options) or no_hopper()
         Check(function).served(name, unserved)
     results = run(function, rule, arrays, options, request, schedule)
     return results[0] if len(results) == 1 else results

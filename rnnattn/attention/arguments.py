@@ -6,7 +6,6 @@ Axes: B batch, T queries, S keys, N query heads, M key/value heads, K head width
 import math
 from typing import Any, NamedTuple, get_args
 
-import jax
 import jax.numpy as jnp
 
 from rnnattn.attention.dropout import dropout_keys
@@ -304,27 +303,31 @@ def checked(function, arrays, options, request):
             check(x.shape == shape, name, f"of shape {shape}", x.shape)
             check.integers(name, x)
 
-    if arrays.scale is not None:
-        shape = jnp.shape(arrays.scale)
-        check(shape in ((), (N,)), "scale", f"a number or of shape () or (N,) = ({N},)", shape)
-        if not isinstance(arrays.scale, int | float):
-            check.floating("scale", arrays.scale)
-    if arrays.sinks is not None:
-        check.shape("sinks", arrays.sinks, (N,), "(N,)")
-        check.floating("sinks", arrays.sinks)
+    check_of_heads(check, N, arrays.scale, arrays.sinks)
     _check_request(check, request)
     return arrays, checked_options(check, options, arrays.dropout_key)
 
 
+def check_of_heads(check, N, scale, sinks):
+    """What there is of each of N query heads, or one of all."""
+    if scale is not None:
+        shape = jnp.shape(scale)
+        check(shape in ((), (N,)), "scale", f"a number or of shape () or (N,) = ({N},)", shape)
+        if not isinstance(scale, int | float):
+            check.floating("scale", scale)
+    if sinks is not None:
+        check.shape("sinks", sinks, (N,), "(N,)")
+        check.floating("sinks", sinks)
+
+
 def checked_options(check, options, dropout_key):
+    """The options in one form, and a key where one is needed."""
     cap, rate = options.soft_cap, check.share("dropout_rate", options.dropout_rate)
     if cap is not None:
         cap = check.number("logits_soft_cap", cap, 0, "a positive number or None")
     if rate > 0:
         check(dropout_key is not None, "dropout_key", "given where `dropout_rate` is above 0", None)
-        typed = jnp.issubdtype(dropout_key.dtype, jax.dtypes.prng_key)
-        single = dropout_key.ndim == (0 if typed else 1)
-        check(single, "dropout_key", "a single key", f"an array {dropout_key.shape} of them")
+        check.single_key("dropout_key", dropout_key)
     window = _checked_window(check, options.window)
     return options._replace(
         is_causal=bool(options.is_causal), window=window, soft_cap=cap, dropout_rate=rate

@@ -194,8 +194,8 @@ def _block(grid, operands, masking, i, j):
     return operands, (masking, *grid.places(i, j))
 
 
-def _scores(options, grid, operands, masking, i, j):
-    operands, places = _block(grid, operands, masking, i, j)
+def _scores(options, grid, operands, places, j):
+    """Of a block of the keys of j, its operands and places."""
     masking, rows, columns = places
     sees = visible(options, *places)
     first_time = grid.keys.first_time(j)
@@ -311,7 +311,8 @@ def _forward_blocks(options, operands, masking, head=None):
         of_i, masking_i = grid.cut_queries(operands, masking, i)
 
         def key_block(j, softmax):
-            return softmax.update(_scores(options, grid, of_i, masking_i, i, j))
+            of_ij, places = _block(grid, of_i, masking_i, i, j)
+            return softmax.update(_scores(options, grid, of_ij, places, j))
 
         start = Softmax.empty(of_i, grid.queries.block)
         block = key_blocks(i).turns(key_block, start).finish()
@@ -346,8 +347,8 @@ def _backward_blocks(options, operands, masking, kept, cotangents, shared, head=
 
         def key_block(j, gradient):
             dq, dk, dv, dscale, dbias, darrays = gradient
-            scores = _scores(options, grid, of_i, masking_i, i, j)
             of_ij, places = _block(grid, of_i, masking_i, i, j)
+            scores = _scores(options, grid, of_ij, places, j)
             added = block_gradient(options, of_ij, places, scores, lse, delta, do, dlse)
             dk = grid.keys.add(dk, added.key, j, 2)
             dv = grid.keys.add(dv, added.value, j, 2)
@@ -488,11 +489,11 @@ def _tangent(options, operands, masking, o, lse, doperands):
         visits = key_blocks(i)
 
         def visit(tangent, j):
-            scores, dscores = jax.jvp(
-                lambda operands: _scores(options, grid, operands, masking_i, i, j),
-                (of_i,),
-                (dof_i,),
-            )
+            def scores_of(of_i):
+                of_ij, places = _block(grid, of_i, masking_i, i, j)
+                return _scores(options, grid, of_ij, places, j)
+
+            scores, dscores = jax.jvp(scores_of, (of_i,), (dof_i,))
             added = block_tangent(scores, lse_i, dscores.s, dscores.value)
             return jax.tree.map(jnp.add, tangent, added)
 

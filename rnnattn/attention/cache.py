@@ -78,13 +78,25 @@ def _check_cache(cache, key, value):
     same = len(cache.value.shape) == 4 and cache.value.shape[:3] == whole[:3]
     expected = f"of shape (B, S, M, V) to go with key's {whole}"
     check(same, "cache.value", expected, cache.value.shape)
-    for name, old, new in (("key", cache.key, key), ("value", cache.value, value)):
-        expected = f"of shape (B, T, …) to go with the cache's {old.shape}"
-        same = new.ndim == 4 and (new.shape[0], *new.shape[2:]) == (B, *old.shape[2:])
-        check(same, name, expected, new.shape)
-        check.dtype_of(name, new, f"cache.{name}", old)
+    check_tokens(check, cache, key, value, B)
     T, length = key.shape[1], cache.length
-    check(T == value.shape[1], "value", f"of as many tokens as key, {T}", value.shape[1])
     check(T <= S, "key", f"of at most the {S} tokens the cache has room for", T)
     check.shape("cache.length", length, (B,), "(B,)")
     check.integers("cache.length", length)
+
+
+def check_tokens(check, cache, key, value, B, counts=None, *, quantised=False):
+    """Keys and values of T tokens of B rows, of which row b may have its first `counts[b]`."""
+    for name, old, new in (("key", cache.key, key), ("value", cache.value, value)):
+        expected = f"of shape (B, T, …) to go with the cache's {old.shape}"
+        fits = new.ndim == 4 and (new.shape[0], *new.shape[2:]) == (B, *old.shape[2:])
+        check(fits, name, expected, new.shape)
+        if quantised:
+            check.floating(name, new)
+        else:
+            check.dtype_of(name, new, f"cache.{name}", old)
+    T = key.shape[1]
+    check(T == value.shape[1], "value", f"of as many tokens as key, {T}", value.shape[1])
+    if counts is not None:
+        check.shape("counts", counts, (B,), "(B,)")
+        check.integers("counts", counts)

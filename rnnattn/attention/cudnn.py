@@ -22,10 +22,10 @@ from rnnattn.attention.pallas import backward_where_faster
 from rnnattn.attention.placed import forward_on_xla, placed, with_sinks
 from rnnattn.attention.problem import Masking, Operands
 from rnnattn.checks import those_that_hold
-from rnnattn.dispatch import gpu_capability
+from rnnattn.dispatch import HOPPER, gpu_capability
 
 _WIDEST = 256  # of a head; 128 before Hopper
-_HOPPER, _AMPERE = (9, 0), (8, 0)
+_AMPERE = (8, 0)
 _FAR_BELOW = -(2.0**41)  # a bias under it stands for −∞: cuDNN subtracts logits of that size
 _FAR_ABOVE = 1e30  # an L that leaves no weight to any logit, and may be multiplied by log₂ e
 
@@ -72,7 +72,7 @@ def known_scale(arrays):
 
 
 def _serves_here(operands):
-    return gpu_capability() >= (_AMPERE if operands.query.shape[-1] <= 128 else _HOPPER)
+    return gpu_capability() >= (_AMPERE if operands.query.shape[-1] <= 128 else HOPPER)
 
 
 def _is_causal(options):

@@ -21,6 +21,7 @@ width, V value width: see `rnnattn.attention.pallas`.
 """
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -38,6 +39,7 @@ from rnnattn.attention.equations import (
     logits_gradient,
     rescaled,
 )
+from rnnattn.mosaic import load, store
 
 ROWS = 64  # of a warpgroup
 TILE = 2 * ROWS
@@ -99,18 +101,7 @@ def _along_columns(x, shape):
     return lax.broadcast_in_dim(x, shape, (1,))
 
 
-def _load(ref, layout):
-    """From memory into registers; jax 0.10 wants an index apart from the reference."""
-    index = ((),) if jax.__version_info__ < (0, 11) else ()
-    return plgpu.load(ref, *index, layout=layout, optimized=False)
-
-
-def _store(ref, value):
-    """From registers into global memory, in pieces smaller than its sectors."""
-    if hasattr(plgpu, "store"):  # from jax 0.12 on, where an assignment wants whole sectors
-        plgpu.store(ref, value, optimized=False)
-    else:
-        ref[...] = value
+_load = partial(load, optimized=False)
 
 
 def _full(shape, value, layout):
@@ -185,6 +176,15 @@ def _fetch(steps, copies):
     lax.fori_loop(_i32(0), steps + _STAGES, step, None)
 
 
+def _fetch_keys(sight, b, m, size, *of_each):
+    """The same for the blocks of keys that a tile visits, of row b and head m."""
+
+    def source(ref):
+        return lambda i: ref.at[b, _part(sight.begin + i, size), m]
+
+    _fetch(sight.count, [(source(ref), *places) for ref, *places in of_each])
+
+
 def _call(kernel, arrays, reach, results, scratch, grid, interpret):
     """`kernel(arrays, reach, results, scratch)`, each but the second a list of references."""
     leaves, tree = jax.tree.flatten(reach)
@@ -255,9 +255,8 @@ def forward(query, key, value, scale, reach, *, soft_cap, dtype, interpret=None)
 
         @pl.when(wg == 2)
         def _():
-            keys_of = lambda ref: lambda i: ref.at[b, _part(sight.begin + i, keys_of_step), m]
-            copies = [(keys_of(k_ref), k_s, k_here, k_free), (keys_of(v_ref), v_s, v_here, v_free)]
-            _fetch(sight.count, copies)
+            of_keys, of_values = (k_ref, k_s, k_here, k_free), (v_ref, v_s, v_here, v_free)
+            _fetch_keys(sight, b, m, keys_of_step, of_keys, of_values)
 
         @pl.when(wg < 2)
         def _():
@@ -296,8 +295,8 @@ def forward(query, key, value, scale, reach, *, soft_cap, dtype, interpret=None)
             peak, total, weighted = lax.fori_loop(_i32(0), sight.count, step, start)
             pl.when(wg == 0)(take_turns)
             o, lse = Softmax(peak * _LN_2, total, weighted).finish()
-            _store(o_ref.at[b, rows, n], o.astype(dtype))
-            _store(lse_ref.at[b, n, rows], lse)
+            store(o_ref.at[b, rows, n], o.astype(dtype))
+            store(lse_ref.at[b, n, rows], lse)
 
     of_16_bits = query.dtype
     scratch = [
@@ -358,9 +357,8 @@ def query_gradient(arrays, scale, reach, *, soft_cap, interpret=None):
 
         @pl.when(wg == 2)
         def _():
-            keys_of = lambda ref: lambda i: ref.at[b, _part(sight.begin + i, keys_of_step), m]
-            copies = [(keys_of(k_ref), k_s, k_here, k_free), (keys_of(v_ref), v_s, v_here, v_free)]
-            _fetch(sight.count, copies)
+            of_keys, of_values = (k_ref, k_s, k_here, k_free), (v_ref, v_s, v_here, v_free)
+            _fetch_keys(sight, b, m, keys_of_step, of_keys, of_values)
 
         @pl.when(wg < 2)
         def _():
@@ -392,7 +390,7 @@ def query_gradient(arrays, scale, reach, *, soft_cap, interpret=None):
                 return dq
 
             dq = lax.fori_loop(_i32(0), sight.count, step, _full((ROWS, K), 0, _LAYOUT))
-            _store(dq_ref.at[b, rows, n], dq.astype(dtype))
+            store(dq_ref.at[b, rows, n], dq.astype(dtype))
 
     scratch = [
         _shared(dtype, 2, ROWS, K),
@@ -504,8 +502,8 @@ def key_gradient(arrays, scale, reach, *, soft_cap, interpret=None):
 
             start = tuple(_full((ROWS, width), 0, _LAYOUT) for width in (K, V))
             dk, dv = lax.fori_loop(_i32(0), steps, step, start)
-            _store(dk_ref.at[b, rows, m], dk.astype(dtype))
-            _store(dv_ref.at[b, rows, m], dv.astype(dtype))
+            store(dk_ref.at[b, rows, m], dk.astype(dtype))
+            store(dv_ref.at[b, rows, m], dv.astype(dtype))
 
     scratch = [
         _shared(dtype, 2, ROWS, K),

@@ -16,7 +16,8 @@ from jaxtyping import Array, Bool, Float, Int, Int32, Num
 
 import rnnattn.attention.xla as xla
 from rnnattn.attention import pages
-from rnnattn.attention.arguments import Arrays, checked_options, problem
+from rnnattn.attention.arguments import Arrays, check_of_heads, checked_options, problem
+from rnnattn.attention.cache import check_tokens
 from rnnattn.attention.problem import Options
 from rnnattn.attention.quantised import quantise
 from rnnattn.attention.signature import Window
@@ -202,18 +203,8 @@ def append(
     """
     check = Check("append")
     cache, key, value = _checked(check, cache), jnp.asarray(key), jnp.asarray(value)
-    B = cache.lengths.shape[0]
-    for name, new, old in (("key", key, cache.key), ("value", value, cache.value)):
-        fits = new.ndim == 4 and (new.shape[0], *new.shape[2:]) == (B, *old.shape[2:])
-        check(fits, name, f"of shape (B, T, M, …) to go with the cache's {old.shape}", new.shape)
-        if cache.key_scale is None:
-            check.dtype_of(name, new, f"cache.{name}", old)
-        check.floating(name, new)
-    T = key.shape[1]
-    check(value.shape[1] == T, "value", f"of as many tokens as key, {T}", value.shape[1])
-    if counts is not None:
-        check.shape("counts", counts, (B,), "(B,)")
-        check.integers("counts", counts)
+    quantised = cache.key_scale is not None
+    check_tokens(check, cache, key, value, cache.lengths.shape[0], counts, quantised=quantised)
     given = {"cache": cache, "key": key, "value": value, "counts": counts}
     return _append(**given) if explicit_mesh(given) is None else _append_in_parts(given)
 
@@ -493,12 +484,7 @@ def paged_attention(
         expected = f"an integer or of shape (B,) = ({B},), or None"
         check(query_offset.shape in ((), (B,)), "query_offset", expected, query_offset.shape)
         check.integers("query_offset", query_offset)
-    if scale is not None:
-        expected = f"a number or of shape () or (N,) = ({N},)"
-        check(jnp.shape(scale) in ((), (N,)), "scale", expected, jnp.shape(scale))
-    if sinks is not None:
-        check.shape("sinks", sinks, (N,), "(N,)")
-        check.floating("sinks", sinks)
+    check_of_heads(check, N, scale, sinks)
     check.one_of("implementation", implementation, (None, "xla", "native"))
     sides: Any = local_window_size
     cap: Any = logits_soft_cap

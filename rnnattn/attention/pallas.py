@@ -21,10 +21,9 @@ from rnnattn.attention.placed import backward_on_xla, forward_on_xla, placed, wi
 from rnnattn.attention.problem import Operands
 from rnnattn.attention.xla import time_last
 from rnnattn.checks import those_that_hold
-from rnnattn.dispatch import gpu_capability
+from rnnattn.dispatch import HOPPER, gpu_capability
 
 _WIDTHS = (64, 128)
-_HOPPER = (9, 0)
 _FEWEST = 256  # queries, and keys, of what was measured to be faster
 _FAR_ABOVE = 1e30  # an L that leaves no weight to any logit, and may be multiplied by log₂ e
 
@@ -48,12 +47,6 @@ def unserved(arrays, options):
     return those_that_hold(reasons)
 
 
-def unserved_here():
-    """What of the GPUs at hand, if there are any, cannot run the kernels."""
-    other = gpu_capability() not in ((), _HOPPER)
-    return those_that_hold({"a GPU that is not of the Hopper generation": other})
-
-
 def serves_here(operands):
     """Whether a program that is lowered here runs where the kernels were measured to be faster.
 
@@ -63,7 +56,7 @@ def serves_here(operands):
     served = {q.shape[-1], v.shape[-1]} <= {*_WIDTHS} and bias is None
     fewest = min(q.shape[1], operands.key.shape[1])
     measured = jax.__version_info__[:2] == (0, 11) and fewest >= _FEWEST
-    return served and measured and gpu_capability() == _HOPPER
+    return served and measured and gpu_capability() == HOPPER
 
 
 def _hopper():

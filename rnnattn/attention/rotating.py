@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rnnattn.attention.api import dot_product_attention
+from rnnattn.attention.cache import check_tokens
 from rnnattn.checks import Check
 from rnnattn.meshes import explicit_mesh, in_parts
 
@@ -55,15 +56,7 @@ def update_rotating_cache(
     """
     check = Check("update_rotating_cache")
     cache, key, value = _checked(check, cache), jnp.asarray(key), jnp.asarray(value)
-    for name, new, old in (("key", key, cache.key), ("value", value, cache.value)):
-        fits = new.ndim == 4 and (new.shape[0], *new.shape[2:]) == (len(old), *old.shape[2:])
-        check(fits, name, f"of shape (B, T, …) to go with the cache's {old.shape}", new.shape)
-        check.dtype_of(name, new, f"cache.{name}", old)
-    (B, T), (_, of_values) = key.shape[:2], value.shape[:2]
-    check(T == of_values, "value", f"of as many tokens as key, {T}", of_values)
-    if counts is not None:
-        check.shape("counts", counts, (B,), "(B,)")
-        check.integers("counts", counts)
+    check_tokens(check, cache, key, value, len(cache.key), counts)
     given = {"cache": cache, "key": key, "value": value, "counts": counts}
     return _update(**given) if explicit_mesh(given) is None else _update_in_parts(given)
 

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 import rnnattn.recurrent as recurrent
-from rnnattn.checks import Check
+from rnnattn.checks import Check, several
 from rnnattn.nn.weights import Held
 from rnnattn.precision import accumulator
 from rnnattn.recurrent import LSTMState, SLSTMState
@@ -271,7 +271,8 @@ class _Stack(nnx.Module):
 
     @property
     def _draws_in_steps(self):
-        rates = self.zoneout if isinstance(self.zoneout, tuple) else (self.zoneout,)
+        zoneout: Any = self.zoneout
+        rates = zoneout if several(zoneout) else (zoneout,)
         return any(rate > 0 for rate in (*rates, self.recurrent_dropout, self.candidate_dropout))
 
     @property

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 import rnnattn.recurrent.native as native
 import rnnattn.recurrent.pallas as pallas
 from rnnattn.checks import Check, forward_mode
+from rnnattn.dispatch import no_hopper
 from rnnattn.recurrent.arguments import (
     Arguments,
     NoiseOptions,
@@ -223,7 +224,7 @@ def _suited(function, implementation, params, x, options):
         check.served("native", unserved[0])
         return native.NATIVE
     if implementation == "pallas":
-        check.served("pallas", unserved[1] or pallas.unserved_here())
+        check.served("pallas", unserved[1] or no_hopper())
         return pallas.PALLAS
     by_cpu, by_gpu = (not reasons for reasons in unserved)
     return _FASTEST[by_cpu, by_gpu]

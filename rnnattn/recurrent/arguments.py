@@ -237,9 +237,7 @@ def checked_noise(
     noise = Noise(rates if any(rates) else (), recurrent, of_candidate)
     if key is None:
         return Noise(noise.zoneout), None
-    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    single = key.ndim == (0 if typed else 1)
-    check(single, "key", "a single key", f"an array {key.shape} of them")
+    check.single_key("key", key)
     return noise, key if noise != QUIET else None
 
 

@@ -43,6 +43,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm
 
+from rnnattn.mosaic import load, store
 from rnnattn.recurrent.units.lstm import (
     LSTM,
     Slopes,
@@ -64,17 +65,8 @@ _ABSENT: tuple[Any, Any] = (None, None)  # weights in shared memory, where regis
 
 
 def _load(ref, layout=_FRAGMENTS, **how):
-    """From memory into registers; jax 0.10 wants an index apart from the reference."""
-    index = ((),) if jax.__version_info__ < (0, 11) else ()
-    return plgpu.load(ref, *index, layout=layout, **how)
-
-
-def _store(ref, value):
-    """From registers into global memory, in pieces smaller than its sectors."""
-    if hasattr(plgpu, "store"):  # from jax 0.12 on, where an assignment wants whole sectors
-        plgpu.store(ref, value, optimized=False)
-    else:
-        ref[...] = value
+    """As most of what is loaded is laid out."""
+    return load(ref, layout, **how)
 
 
 def transforms(shape, dtype):
@@ -240,9 +232,9 @@ def forward(x, w, state, masks=None, *, reverse=False, keeps=False, interpret=No
             return z, row(valid_ref), row(fresh_ref)
 
         def record(t, h, c):
-            _store(y_ref.at[time(t), tile, mine], h)
+            store(y_ref.at[time(t), tile, mine], h)
             if keeps:
-                _store(cs_ref.at[time(t), tile, mine], c)
+                store(cs_ref.at[time(t), tile, mine], c)
 
         if stores:
             stores.open()
@@ -316,8 +308,8 @@ def forward(x, w, state, masks=None, *, reverse=False, keeps=False, interpret=No
         h, c, _ = lax.fori_loop(_i32(0), _i32(T), step, (h, c, inputs))
         if alone:
             record(_i32(T - 1), h, c)
-        _store(h_out.at[tile, mine], h)
-        _store(c_out.at[tile, mine], c)
+        store(h_out.at[tile, mine], h)
+        store(c_out.at[tile, mine], c)
         if stores:  # a block that is gone can receive nothing
             stores.wait(_i32(T - 1), for_product=False)
 
@@ -452,7 +444,7 @@ def backward(slopes, dy, w, cotangents, masks=None, *, reverse=False, interpret=
                     @pl.when(share == s)
                     def record(s=s):
                         for g in range(s * 4 // S, (s + 1) * 4 // S):
-                            _store(dz_ref.at[t, tile, g, mine], dz[g])
+                            store(dz_ref.at[t, tile, g, mine], dz[g])
 
                 later = fetch(n + 1)
                 return [s[...] for s in sums], later
@@ -482,8 +474,8 @@ def backward(slopes, dy, w, cotangents, masks=None, *, reverse=False, interpret=
 
         @pl.when(share == 0)
         def end():
-            _store(dh_out.at[tile, mine], dh)
-            _store(dc_out.at[tile, mine], dc)
+            store(dh_out.at[tile, mine], dh)
+            store(dc_out.at[tile, mine], dc)
 
     out: Any = jax.ShapeDtypeStruct
     results = [

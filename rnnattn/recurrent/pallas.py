@@ -14,7 +14,7 @@ from jax import lax
 
 import rnnattn.recurrent.chunked as chunked
 from rnnattn.checks import those_that_hold
-from rnnattn.dispatch import gpu_capability
+from rnnattn.dispatch import HOPPER, gpu_capability
 from rnnattn.precision import accumulator
 from rnnattn.recurrent.noise import QUIET
 from rnnattn.recurrent.placed import forward_on_xla, interval, placed, unserved_by_kernels
@@ -24,7 +24,6 @@ from rnnattn.recurrent.units.lstm import LSTM, LSTMParams, LSTMState, Slopes
 from rnnattn.steps import select
 
 _WIDTHS = (64, 128, 256, 384, 512)
-_HOPPER = (9, 0)
 _FEWEST_STEPS, _MOST_ROWS = 16, 128  # of what was measured to be faster
 
 
@@ -43,12 +42,6 @@ def unserved(params, x, options):
     return those_that_hold(reasons | unserved_by_kernels(params, x))
 
 
-def unserved_here():
-    """What of the GPUs at hand, if there are any, cannot run the kernels."""
-    other = gpu_capability() not in ((), _HOPPER)
-    return those_that_hold({"a GPU that is not of the Hopper generation": other})
-
-
 def serves_here(steps):
     """Whether a program that is lowered here runs where the kernels were measured to be faster.
 
@@ -56,7 +49,7 @@ def serves_here(steps):
     """
     T, B, _ = steps.x.shape
     measured = jax.__version_info__[:2] == (0, 11) and T >= _FEWEST_STEPS and B <= _MOST_ROWS
-    return measured and gpu_capability() == _HOPPER
+    return measured and gpu_capability() == HOPPER
 
 
 def _hopper():
