@@ -3,6 +3,8 @@
     ```math …```                       formulas, as MathML: a browser needs no script and no network
     <!-- source: FILE NAME [NAME …] -->   functions or classes, as they stand in the repository
     links to files outside of docs/    lead to the repository
+    what the theme would fetch         comes from this folder, or not at all; what it leaves
+                                       without a name for screen readers gets one
 
 and pages that lie elsewhere in the repository, where whoever reads the source looks for them.
 """
@@ -80,3 +82,25 @@ def on_page_markdown(markdown, page, config, files):
         return f"{config.repo_url}/{kind}/main/{target}{match[2] or ''}"
 
     return _LINK.sub(link, sources(markdown))
+
+
+def finish(html, assets):
+    """A page as the theme made it, without what it would fetch and with the names it lacks."""
+    for made, wanted in [
+        # the script that searches without a server; assets is where those of the site are
+        ("https://unpkg.com/iframe-worker/shim", f"{assets}/worker.js"),
+        # stars and forks, asked of the repository's host
+        (' data-md-component="source"', ""),
+        ('role="dialog">', 'role="dialog" aria-label="Search">'),
+        ("<th></th>", "<td></td>"),
+    ]:
+        html = html.replace(made, wanted)
+    return html
+
+
+def on_post_page(output, page, config):
+    return finish(output, posixpath.relpath("assets", posixpath.dirname(page.url) or "."))
+
+
+def on_post_template(output, template_name, config):
+    return finish(output, "/assets") if template_name.endswith(".html") else output

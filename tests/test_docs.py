@@ -110,6 +110,18 @@ def test_every_page_is_in_the_menu():
         assert f" {page.relative_to(DOCS)}\n" in menu
 
 
+def test_a_page_fetches_nothing_and_names_what_it_has():
+    made = (
+        '<script src="https://unpkg.com/iframe-worker/shim"></script><th></th>'
+        '<div role="dialog"><a href="https://github.com" data-md-component="source">'
+    )
+    assert hooks.finish(made, "../assets") == (
+        '<script src="../assets/worker.js"></script><td></td>'
+        '<div role="dialog" aria-label="Search"><a href="https://github.com">'
+    )
+    assert (DOCS / "assets" / "worker.js").exists()
+
+
 def test_formulas_are_typeset_and_named():
     shown = hooks.math("x^2 \\tag{L1}", "math", "formula", {}, None)
     assert (
