@@ -5,6 +5,7 @@
     python -m benchmarks all --quick              the usual ones, one after another
     python -m benchmarks compare OLD.json NEW.json    what became slower, beyond the spread
     python -m benchmarks figure                   figures and tables of README, from results/
+    python -m benchmarks history                  the figure of all releases, from results/releases
 
 `--platform cpu`, `gpu` or `tpu`, before a name, says where JAX runs.
 """
@@ -41,7 +42,9 @@ def parse(argv=None):
         epilog="names: " + ", ".join(names),
     )
     parser.add_argument("--platform", choices=["cpu", "gpu", "tpu"])
-    parser.add_argument("name", choices=[*names, "all", "compare", "figure"], metavar="NAME")
+    parser.add_argument(
+        "name", choices=[*names, "all", "compare", "figure", "history"], metavar="NAME"
+    )
     parser.add_argument("options", nargs=argparse.REMAINDER, metavar="options of NAME")
     return parser, parser.parse_args(argv)
 

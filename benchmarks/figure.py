@@ -27,6 +27,7 @@ FIGURES = ROOT / "docs" / "assets"
 START, END = "<!-- speed -->", "<!-- /speed -->"
 NAMES = {"ours": "rnnattn", "jax.nn": "jax.nn", "torch": "torch", "flax": "Flax", "haiku": "Haiku"}
 COLOURS = {"ours": "#4051b5", "jax.nn": "#d9822b", "torch": "#c23b3b", "flax": "#3a9a5b"}
+COLOURS |= {"haiku": "#8a5bb5"}
 SHADES = {"light": ("#222222", "#cccccc"), "dark": ("#dddddd", "#555555")}
 
 
@@ -107,23 +108,34 @@ def draw(shade):
     return path
 
 
-def table():
-    """README's rows of speed: geometric means of a peer's time over ours."""
+def means():
+    """Geometric means of each peer's time over ours, by what was timed."""
     lstm = results("2-cores-lstm")["speed"]["rows"]
     # a window, at which ours skips what others compute, is not of the mean
     attention = [r for r in results("2-cores-attention")["speed"]["rows"] if r["shape"][5] is None]
-    mean = lambda rows, kind, name: geometric_mean(medians(rows, name, [kind]))
-    cell = lambda rows, kind, names: ", ".join(
-        f"{NAMES[name]} {mean(rows, kind, name):.1f}" for name in names
-    )
+    return {
+        f"{what}, {kind}": {name: geometric_mean(medians(rows, name, [kind])) for name in peers}
+        for what, rows, kinds, peers in [
+            ("LSTM", lstm, ("forward", "training"), ("torch", "flax", "haiku")),
+            ("attention", attention, ("forward", "gradient"), ("torch", "jax.nn")),
+        ]
+        for kind in kinds
+    }
+
+
+def table():
+    """README's rows of speed."""
     sizes = results("memory-attention")["memory"]["gradient"]
     at_most = lambda name: max(of_T["4096"] for of_T in sizes[name].values())
-    peers = ("torch", "flax", "haiku")
     rows = [
-        ("LSTM, forward", cell(lstm, "forward", peers), "lstm"),
-        ("LSTM, training", cell(lstm, "training", peers), "lstm"),
-        ("attention, forward", cell(attention, "forward", ("torch", "jax.nn")), "attention"),
-        ("attention, gradient", cell(attention, "gradient", ("torch", "jax.nn")), "attention"),
+        (
+            what,
+            ", ".join(f"{NAMES[name]} {ratio:.1f}" for name, ratio in ratios.items()),
+            what.split(",")[0].lower(),
+        )
+        for what, ratios in means().items()
+    ]
+    rows += [
         (
             "its temporary memory at T 4096, on XLA",
             f"{at_most('ours'):.0f} MiB, where jax.nn takes {at_most('jax.nn'):.0f}",

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 import rnnattn
-from benchmarks import figure
+from benchmarks import figure, history
 from docs import hooks
 from rnnattn.recurrent.units.lstm import LSTM
 
@@ -47,6 +47,18 @@ def test_the_figure_is_of_the_committed_results(shade, tmp_path, monkeypatch):
     drawn = re.findall(r"<!-- (.*?) -->", figure.draw(shade).read_text())
     kept = (DOCS / "assets" / f"speed-{shade}.svg").read_text()
     assert drawn == re.findall(r"<!-- (.*?) -->", kept)  # what is written in it, letter by letter
+
+
+def test_the_figure_of_releases_is_of_what_each_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(history, "FIGURE", tmp_path / "history.svg")
+    shapes = lambda path: re.findall(r"<!-- (.*?) -->|<path d=(.*?)>", path.read_text(), re.S)
+    assert shapes(history.draw()) == shapes(DOCS / "assets" / "history.svg")
+
+
+def test_a_release_is_numbers_and_points(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        history.main(["--add", "next"])
+    assert "got next" in capsys.readouterr().err
 
 
 GUIDES = [page for page in PAGES if "\n```python\n" in page.read_text(encoding="utf-8")]
