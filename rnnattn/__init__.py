@@ -1,4 +1,4 @@
-"""LSTM, attention and rotary positions for JAX, with gradients derived by hand."""
+"""Recurrent units, attention and rotary positions for JAX, with gradients derived by hand."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING

@@ -113,17 +113,17 @@ def lstm(
             state of a run forwards, and leaves the returned state of a run in reverse. NaN in steps
             of an episode of which the loss reads nothing reaches no gradient.
         reverse: run from the last valid step to the first; outputs stay in the order of x.
-        time_major: x, y and resets have T before B. Saves two transpositions.
+        time_major: x, y, mask and resets have T before B. Saves two transpositions.
         clip: bounds every pre-activation to ±clip, peephole terms included; None bounds nothing.
         coupled: f = 1 − i (CIFG); the forget gate's own weights then get a gradient of zero.
         residuals: what is kept for the gradient, beside y: "gates" (c and the pre-activations of
             each step), "states" (c of each step) or n (the state every n steps); what is not kept
             is computed again. The gradient is the same. Temporary memory of the gradient at T 4096,
-            B 8, D = H = 256 in float32: 210 MiB, 84 MiB, and 13 MiB for n = 64; the plain twin
-            takes 516 (`python benchmarks/lstm.py --memory`). None chooses, the fastest first:
-            "gates" where these take no more than 256 MiB (5 T B H numbers, in float32 for 16-bit
-            inputs), "states" where c takes no more than 1 GiB, and beyond that n = ⌊√T⌋; "states"
-            where T or B is symbolic.
+            B 8, D = H = 256 in float32: 210 MiB, 84 MiB, and 13 MiB for n = 64;
+            `rnnattn.reference.lstm` takes 516 (`python benchmarks/lstm.py --memory`). None chooses
+            the fastest that is not too large: "gates" up to 256 MiB of these (5 T B H numbers, in
+            float32 for 16-bit inputs), "states" up to 1 GiB of c, and beyond that n = ⌊√T⌋;
+            "states" where T or B is symbolic.
         return_cells: also give c of every step, zero where y is; "xla" alone can.
         zoneout: the share of h and of c, in [0, 1), that keeps its last value in a step, drawn for
             each step; or a pair, of h and of c. Without `key`, each is made of that share of the
@@ -159,9 +159,8 @@ def lstm(
     Gradient:
         L3 to L8, with respect to `params`, `x` and `state`, from cotangents of y, of the cells and
         of both parts of the final state; lengths, mask, resets and what is drawn are constants. It
-        can be
-        differentiated again in reverse and forward mode; for `jax.jvp` of the function itself use
-        `rnnattn.reference.lstm`.
+        can be differentiated again in reverse and forward mode; for `jax.jvp` of the function
+        itself use `rnnattn.reference.lstm`.
         Under `jax.vmap` over x with shared weights, the weight gradient is one product for each
         example: let B be the batch instead.
     Example:
