@@ -136,16 +136,20 @@ def lstm(
         key: what these three are drawn from, for each row and step by its number, so alike in every
             schedule (in `jax.shard_map`, by the row's number on its device). None draws nothing:
             dropout has no effect then, and zoneout that of its expectation.
-        implementation: "xla"; "native", the kernels of `rnnattn.native` on a CPU (and "xla"
-            elsewhere), for 32 and 16 bits; "pallas", the kernels of `rnnattn.recurrent.hopper` on
-            one NVIDIA GPU of the Hopper generation (and "xla" elsewhere), for 16 bits without a
-            variant and H 64, 128, 256, 384 or 512, in exported programs too; "cudnn", on an NVIDIA
-            GPU, for float32 without a variant, resets or `reverse`, and lengths of at least 1 (its
-            gradient is cuDNN's own, of first order), before jax 0.11, with which its results were
-            measured to be wrong; or None, which is "native" and "pallas" where these serve, the
-            latter for 16 steps or more of up to 128 rows and with jax 0.11, as it was measured, and
-            "xla" elsewhere. "xla" is one loop of several steps a turn on a GPU or TPU, and chunks
-            that fit a cache on a CPU; what it takes of memory above is a CPU's.
+        implementation: None takes "native" or "pallas" where they serve and were measured to be
+            faster, and "xla" elsewhere.
+            "xla" runs everywhere: one loop of several steps a turn on a GPU or TPU, and chunks that
+            fit a cache on a CPU; what it takes of memory above is a CPU's.
+            "native" is the kernels of `rnnattn.native` on a CPU, for 32 and 16 bits, and "xla" on
+            other platforms.
+            "pallas" is the kernels of `rnnattn.recurrent.hopper` on one NVIDIA GPU of the Hopper
+            generation, in exported programs too, and "xla" on other platforms. It is for 16 bits
+            and H 64, 128, 256, 384 or 512, without peepholes, projection, `clip`, `coupled`,
+            `return_cells` and what is drawn. None takes it for 16 steps or more of up to 128 rows,
+            with jax 0.11.
+            "cudnn" is for float32 on an NVIDIA GPU, without the same, `mask`, `resets` or
+            `reverse`, and for lengths of at least 1; its gradient is cuDNN's own, of first order.
+            It is refused from jax 0.11 on, with which its results were measured to be wrong.
     Returns:
         y (B, T, R), or (T, B, R) with `time_major`, in the dtype of x, (with `return_cells`) c
         (B, T, H) or (T, B, H), in the dtype of the state's c, and the final state, in the
