@@ -39,7 +39,7 @@ def parse(argv=None):
         prog="python -m benchmarks",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="names: " + ", ".join(names),
+        epilog=f"NAME: {', '.join(names)}; all, compare, figure",
     )
     parser.add_argument("--platform", choices=["cpu", "gpu", "tpu"])
     parser.add_argument(
@@ -97,10 +97,10 @@ def slower(old, new):
 
 
 def compare(parser, options):
-    args = argparse.ArgumentParser(prog=f"{parser.prog} compare")
-    args.add_argument("old", type=Path)
-    args.add_argument("new", type=Path)
-    args = args.parse_args(options)
+    compared = argparse.ArgumentParser(prog=f"{parser.prog} compare")
+    compared.add_argument("old", type=Path)
+    compared.add_argument("new", type=Path)
+    args = compared.parse_args(options)
     old, new = (_read(parser, path) for path in (args.old, args.new))
     found = list(slower(old, new))
     for shape, kind, peer, before, now in found:

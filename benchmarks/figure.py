@@ -14,6 +14,7 @@ the last with RNNATTN_NATIVE=off in the environment, since XLA does not see what
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 
@@ -69,7 +70,7 @@ def memory():
 
 def draw(shade):
     ink, grid = SHADES[shade]
-    style = {"text.color": ink, "axes.labelcolor": ink, "xtick.color": ink, "ytick.color": ink}
+    style: Any = {"text.color": ink, "axes.labelcolor": ink, "xtick.color": ink, "ytick.color": ink}
     style |= {"axes.edgecolor": grid, "font.size": 9, "svg.hashsalt": "rnnattn"}
     with plt.rc_context(style):
         figure, (left, middle, right) = plt.subplots(1, 3, figsize=(10, 2.9), layout="constrained")

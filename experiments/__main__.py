@@ -138,7 +138,7 @@ class Seeds:
 
 @dataclass(frozen=True)
 class Compare:
-    """Compare finished runs of one experiment in a table and a figure."""
+    """Compare finished runs of one experiment: scores, settings that differ, and curves."""
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN RUN …")]
     """Folders of the runs. Those that differ only in the seed are averaged: mean ± deviation."""
@@ -430,6 +430,7 @@ def _execute(study: Study, group: str) -> tuple[Path, Any]:
 
     from experiments.engine import processes, runs, weights
     from experiments.engine.files import locked
+    from experiments.engine.session import Stopped
 
     path, arguments, experiment, config, options = study
     table = to_table(experiment.name, config)
@@ -458,6 +459,8 @@ def _execute(study: Study, group: str) -> tuple[Path, Any]:
                 for change in start.changes:
                     print(f"{config.train.init}: {change}", file=sys.stderr)
             return folder, runs.record(experiment, config, folder, start=start, **asked)
+        except Stopped as stopped:  # --resume wants the name, which may be the date and time
+            raise Stopped(f"{folder}: {stopped}") from None
         except jax.errors.JaxRuntimeError as error:
             reason = str(error).splitlines()[0]
             if "RESOURCE_EXHAUSTED" not in reason:
@@ -667,6 +670,8 @@ def _compare(command: Compare) -> int:
     rows = {run.name: [run] for run in found} if command.each else compare.by_config(found)
     save(compare.curves(rows, labels), command.output)
     print(compare.score_table(rows, labels))
+    if settings := compare.differences(rows):
+        print("The settings that differ:", *settings, sep="\n  ", end="\n\n")
     print(command.output)
     return 0
 
@@ -677,11 +682,14 @@ def _export(command: Export) -> int:
     from rnnattn.interop import write_safetensors
 
     if not (command.folder / runs.CONFIG).is_file():
-        raise UsageError(f"{command.folder}: is not the folder of a run")
+        raise UsageError(
+            f"{command.folder}: is not the folder of a run, such as outputs/CONFIG/NAME"
+        )
     if command.output.is_dir():
         raise UsageError(f"--output: {command.output} is a folder")
     checkpoints = command.folder / runs.CHECKPOINTS / command.training
     params = read_params(checkpoints, best=command.best, ema=command.ema)
+    command.output.parent.mkdir(parents=True, exist_ok=True)
     write_safetensors(command.output, params)
     print(command.output)
     return 0

@@ -1,4 +1,8 @@
-"""LSTM, attention and rotary positions for JAX, with gradients derived by hand."""
+"""Recurrent units, attention and rotary positions for JAX, with gradients derived by hand.
+
+Labels such as (L3) or (G2) in docstrings are those of equations: at the head of the file that has
+them, and in the book of gradients, docs/gradients.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING

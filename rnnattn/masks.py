@@ -1,4 +1,4 @@
-"""Who may see whom, and what logits become, as functions of places.
+"""Which keys a query may see, and what logits become, as functions of positions.
 
 For `mask_function` and `score_function` of `rnnattn.dot_product_attention`: b counts the rows of
 the batch, n the query heads, t is the position of a query among the keys, `query_offset` counted

@@ -366,7 +366,7 @@ def _chosen(check, method, arrays, options, of_logits):
     reasons = {f"`{name}`": x is not None for name, x in of_logits.items()}
     functions = has_functions(options) or arrays.key_ranges is not None
     reasons |= {"`sinks`": arrays.sinks is not None, "dropout": options.dropout_rate > 0}
-    reasons |= {"a function of places": functions}
+    reasons |= {"a function as mask or score": functions}
     unserved = those_that_hold(reasons)
     if method == "ring":
         names = ", ".join(unserved)

@@ -726,6 +726,16 @@ def test_the_names_that_came_are_told(names):
         lstm_from_torch(weights, layer=2)
 
 
+def test_weights_that_lie_further_down_are_pointed_at():
+    for read, weights in (
+        (lstm_from_torch, {f"rnn.{key}": w for key, w in lstm_to_torch(PLAIN).items()}),
+        (lstm_from_flax, {"rnn": lstm_to_flax(PLAIN)}),
+        (lstm_from_flax, {"rnn": OPTIMIZED}),
+    ):
+        with pytest.raises(ValueError, match=r"is missing.*; give what is below `rnn`, alone$"):
+            read(weights)
+
+
 def test_long_lists_of_names_are_cut():
     weights = {f"encoder.{n}.weight": np.ones(1) for n in range(1000)}
     with pytest.raises(ValueError, match=r"is missing, got \['encoder.0.weight'.* and 980 more$"):

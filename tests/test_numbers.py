@@ -252,6 +252,13 @@ def test_twins_take_every_option_of_their_namesakes():
         assert list(ours.parameters) == list(twin.parameters), name
 
 
+def test_an_unknown_option_of_a_unit_is_named():
+    gru: Any = rnnattn.gru
+    params = rnnattn.init_gru(jax.random.key(0), 1, 2)
+    with pytest.raises(TypeError, match=r"^gru\(\) got an unexpected keyword argument 'length'"):
+        gru(params, jnp.ones((1, 2, 1), jnp.float32), length=1)
+
+
 @pytest.mark.parametrize("name", ["dot_product_attention", "dot_product_attention_jvp"])
 def test_an_unknown_option_is_named(name):
     q = jnp.ones((1, 2, 1, 2))

@@ -642,8 +642,11 @@ def _bad_calls():
     short = jnp.zeros(3, jnp.int32)
     return {
         "`x` must be of shape (*B, T, D), got (3,)": run(x=x[0, 0]),
+        "`params` must be a NamedTuple of weights, as its `init_…` gives, got dict": run(
+            params=params._asdict()
+        ),
         "`x` must be of a floating dtype, got int64": run(x=x.astype(jnp.int64)),
-        "`params.w_x` must be of shape (D, 4H) = (3, 20), got (4, 20)": run(
+        "`params.w_x` must be of shape (D of `x`, 4H) = (3, 20), got (4, 20)": run(
             params=params._replace(w_x=jnp.zeros((4, 20)))
         ),
         "`params.w_h` must be of shape (H, 4H), got (5, 21)": run(
@@ -696,7 +699,9 @@ def _bad_calls():
         "`dropout_key` must be given where `dropout_rate` is above 0, got None": lambda: (
             stacked_lstm([params], x, dropout_rate=0.1)
         ),
-        "`hidden_size` must be at least 1, got 0": lambda: init_lstm(jax.random.key(0), 1, 0),
+        "`hidden_size` must be an integer of at least 1, got 0": lambda: init_lstm(
+            jax.random.key(0), 1, 0
+        ),
         "`recurrent_init` must be 'orthogonal' or 'uniform', got 'glorot'": lambda: init_lstm(
             jax.random.key(0),
             1,
@@ -714,6 +719,13 @@ def _bad_calls():
 def test_a_bad_argument_is_an_error_that_names_it(message):
     with pytest.raises(ValueError, match=re.escape(message)):
         _bad_calls()[message]()
+
+
+def test_the_layer_that_does_not_fit_is_named():
+    params, x, *_ = make_case(4, 2, 3, 5)
+    with pytest.raises(ValueError, match=r"`params\.w_x`") as refusal:
+        stacked_lstm([params, params], x)
+    assert refusal.value.__notes__ == ["In `layers[1]`."]
 
 
 @pytest.mark.parametrize("name", ["lstm", "lstm_step"])

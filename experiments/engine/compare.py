@@ -4,8 +4,8 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -45,7 +45,7 @@ def read_run(folder: Path) -> Run:
         UsageError: if there is none, if it is not finished, or if a file of it is damaged.
     """
     if not (folder / runs.CONFIG).is_file():
-        raise UsageError(f"{folder}: is not the folder of a run")
+        raise UsageError(f"{folder}: is not the folder of a run, such as outputs/CONFIG/NAME")
     if not runs.finished(folder):
         raise UsageError(f"{folder}: is not finished; `run … --resume` goes on with it")
     experiment, config = read(folder / runs.CONFIG)
@@ -77,6 +77,26 @@ def score_table(rows: Mapping[str, Sequence[Run]], labels: Mapping[str, str]) ->
         [cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines
     ]
     return "\n".join(f"| {' | '.join(line)} |" for line in padded) + "\n"
+
+
+def differences(rows: Mapping[str, Sequence[Run]]) -> list[str]:
+    """A line for each setting that is not the same in all rows, seeds and devices apart."""
+    settings = {name: dict(_settings(asdict(row[0].config))) for name, row in rows.items()}
+    names = dict.fromkeys(key for each in settings.values() for key in each)
+    lines = []
+    for key in names:
+        values = {name: each.get(key) for name, each in settings.items()}
+        if key != SEED and len({repr(value) for value in values.values()}) > 1:
+            lines.append(f"{key}: " + ", ".join(f"{v} ({name})" for name, v in values.items()))
+    return lines
+
+
+def _settings(table: Mapping[str, Any], group: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _settings(value, f"{group}{key}.")
+        elif group != f"{runs.WHERE}.":
+            yield f"{group}{key}", value
 
 
 def by_config(found: Sequence[Run]) -> dict[str, list[Run]]:

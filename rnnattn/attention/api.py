@@ -74,18 +74,19 @@ def dot_product_attention(
         local_window_size: the keys (left, right) of a query's position that it sees, besides the
             one at it; None for all of a side, one number for both. A negative size is refused:
             `jax.nn` hides the query's own key with it, other libraries mean all of a side.
-        implementation: "dense" (all logits at once), "blockwise" (memory linear in T + S), "xla"
-            (the better of the two, blockwise from 2¹⁶ logits for each head on), "native" (kernels
-            for a CPU, see `rnnattn.native`; no float64, no dropout), "pallas" (kernels for one
-            Hopper GPU, and XLA elsewhere: `rnnattn.attention.hopper`; 16 bits, widths of 64 and
-            128, no mask, bias or dropout; as all that is said here, but that weights are rounded to
-            16 bits before their product with the values, and a value of ∞ that a query sees makes
-            its output NaN); "cudnn" and "tokamax" hand the call over to `jax.nn` and to tokamax,
-            for what they can serve, with their own gradients and rules for rows that see nothing;
-            None chooses: "native" on a CPU where it can serve; in 16 bits, on one NVIDIA GPU and in
-            a program that is not exported, cuDNN where it can (`rnnattn.attention.cudnn`, which
-            rounds the weights, too), or "pallas" where it can, from 256 queries and keys on and
-            with jax 0.11, as it was measured; else "xla".
+        implementation: None chooses: "native" on a CPU where it can serve; in 16 bits, on one
+            NVIDIA GPU and in a program that is not exported, cuDNN where it can
+            (`rnnattn.attention.cudnn`, which rounds the weights, too), or "pallas" where it can,
+            from 256 queries and keys on and with jax 0.11, as it was measured; else "xla".
+            "dense" has all logits at once, "blockwise" memory linear in T + S; "xla" is the better
+            of the two, blockwise from 2¹⁶ logits for each head on.
+            "native" is the kernels for a CPU, see `rnnattn.native`: no float64, no dropout.
+            "pallas" is the kernels for one Hopper GPU, and XLA elsewhere
+            (`rnnattn.attention.hopper`): 16 bits, widths of 64 and 128, no mask, bias or dropout.
+            All that is said here is true of them, but that weights are rounded to 16 bits before
+            their product with the values, and a value of ∞ that a query sees makes its output NaN.
+            "cudnn" and "tokamax" hand the call over to `jax.nn` and to tokamax, for what they can
+            serve, with their own gradients and rules for rows that see nothing.
         return_residual: also return the log-sum-exp L, (B, T, N), in float32 for 16-bit inputs and
             with a true gradient, where that of `jax.nn` has the key's dtype and none for L.
         query_offset: a number or (B,): query t stands at position t + offset among the keys. A
@@ -102,9 +103,9 @@ def dot_product_attention(
         mask_function: (b, n, t, s) → Boolean, False hides key s of row b from query head n of the
             query at position t, `query_offset` counted in; several batch axes are numbered through.
             Of integers that broadcast; traced once, on single ones. `rnnattn.masks` has some ready,
-            which compose. Blocks in which it shows nothing are skipped. Where such a mask comes
-            down to causality, a window, segments or a range of keys for each query, as a prefix
-            does, it is run as these are, by the kernels, too; else on XLA.
+            which compose. Blocks in which it shows nothing are skipped. A mask that amounts to
+            causality, a window, segments or a range of keys for each query, as a prefix does, is
+            run as these are, by the kernels, too; any other on XLA.
         score_function: (logit, b, n, t, s) → logit, of the logits after bias, before masks;
             likewise traced once, on a number in the dtype that sums have. On XLA. To have finite
             gradients it has to be finite for hidden keys, too.

@@ -181,7 +181,7 @@ def has_functions(options):
 
 
 def with_functions(function, arrays, options):
-    """The arguments with the functions of places traced, and apart from these what they close over.
+    """The arguments with functions of positions traced, and apart from these what they close over.
 
     What a mask says in other words is said in those (`rnnattn.attention.reduced`).
     """

@@ -1,4 +1,4 @@
-"""Functions of places that a caller gives: whom a query sees, and what becomes of a logit.
+"""Functions of positions that a caller gives: which keys a query sees, and what becomes of a logit.
 
 Such a function is traced once, on single integers: arrays that it closes over become operands, of
 which those of floats have a gradient. Schedules then ask for whole blocks of its values, which only

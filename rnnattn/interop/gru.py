@@ -121,8 +121,9 @@ def gru_from_flax(params: Mapping[str, Any]) -> GRUParams:
         >>> gru_from_flax({"dense_i": dense_i, "dense_h": {"kernel": np.ones((5, 15))}}).w_x.shape
         (3, 15)
     """
-    read = Reader("gru_from_flax", flatten(params))
-    if "dense_i" in params or "dense_h" in params:
+    weights = flatten(params)
+    read = Reader("gru_from_flax", weights)
+    if any("dense_" in str(name) for name in weights):
         w_h = read("dense_h.kernel", "H 3H")
         w_x = read("dense_i.kernel", "D 3H")
         b, b_n = read("dense_i.bias", "3H"), np.zeros(len(w_h), w_h.dtype)

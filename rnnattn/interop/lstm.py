@@ -115,7 +115,8 @@ def lstm_from_flax(params: Mapping[str, Any]) -> LSTMParams:
 
     Args:
         params: the arrays of the cell itself: `variables["params"]` of a linen cell,
-            `variables["params"]["cell"]` of a linen `RNN`, `nnx.state(cell)`.
+            `variables["params"]["cell"]` of a linen `RNN`, `nnx.state(cell)`. In a linen model
+            the cell has a name of its own, as `variables["params"]["LSTMCell_0"]`.
     Raises:
         ValueError: a key is missing or unknown, or its array has a wrong shape or dtype.
     Example:
@@ -123,8 +124,9 @@ def lstm_from_flax(params: Mapping[str, Any]) -> LSTMParams:
         >>> lstm_from_flax({"dense_i": {"kernel": np.ones((3, 20))}, "dense_h": dense_h}).w_x.shape
         (3, 20)
     """
-    read = Reader("lstm_from_flax", flatten(params))
-    if "dense_i" in params or "dense_h" in params:
+    weights = flatten(params)
+    read = Reader("lstm_from_flax", weights)
+    if any("dense_" in str(name) for name in weights):
         w_h = read("dense_h.kernel", "H 4H")
         w_x = read("dense_i.kernel", "D 4H")
         b = read("dense_h.bias", "4H")

@@ -22,7 +22,10 @@ class Reader:
         if key not in self.weights:
             names = list(self.weights)
             more = f" and {len(names) - 20} more" if len(names) > 20 else ""
-            raise ValueError(f"{self.check.function}: `{key}` is missing, got {names[:20]}{more}")
+            below = [name.removesuffix(key) for name in map(str, names) if name.endswith(f".{key}")]
+            hint = f"; give what is below `{below[0][:-1]}`, alone" if below else ""
+            missing = f"`{key}` is missing, got {names[:20]}{more}{hint}"
+            raise ValueError(f"{self.check.function}: {missing}")
         array = as_numpy(self.check, key, self.weights[key])
         terms = [_term(axis) for axis in axes.split()]
         if array.ndim == len(terms):

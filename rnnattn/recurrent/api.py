@@ -113,17 +113,17 @@ def lstm(
             state of a run forwards, and leaves the returned state of a run in reverse. NaN in steps
             of an episode of which the loss reads nothing reaches no gradient.
         reverse: run from the last valid step to the first; outputs stay in the order of x.
-        time_major: x, y and resets have T before B. Saves two transpositions.
+        time_major: x, y, mask and resets have T before B. Saves two transpositions.
         clip: bounds every pre-activation to ±clip, peephole terms included; None bounds nothing.
         coupled: f = 1 − i (CIFG); the forget gate's own weights then get a gradient of zero.
         residuals: what is kept for the gradient, beside y: "gates" (c and the pre-activations of
             each step), "states" (c of each step) or n (the state every n steps); what is not kept
             is computed again. The gradient is the same. Temporary memory of the gradient at T 4096,
-            B 8, D = H = 256 in float32: 210 MiB, 84 MiB, and 13 MiB for n = 64; the plain twin
-            takes 516 (`python benchmarks/lstm.py --memory`). None chooses, the fastest first:
-            "gates" where these take no more than 256 MiB (5 T B H numbers, in float32 for 16-bit
-            inputs), "states" where c takes no more than 1 GiB, and beyond that n = ⌊√T⌋; "states"
-            where T or B is symbolic.
+            B 8, D = H = 256 in float32: 210 MiB, 84 MiB, and 13 MiB for n = 64;
+            `rnnattn.reference.lstm` takes 516 (`python benchmarks/lstm.py --memory`). None chooses
+            the fastest that is not too large: "gates" up to 256 MiB of these (5 T B H numbers, in
+            float32 for 16-bit inputs), "states" up to 1 GiB of c, and beyond that n = ⌊√T⌋;
+            "states" where T or B is symbolic.
         return_cells: also give c of every step, zero where y is; "xla" alone can.
         zoneout: the share of h and of c, in [0, 1), that keeps its last value in a step, drawn for
             each step; or a pair, of h and of c. Without `key`, each is made of that share of the
@@ -136,16 +136,20 @@ def lstm(
         key: what these three are drawn from, for each row and step by its number, so alike in every
             schedule (in `jax.shard_map`, by the row's number on its device). None draws nothing:
             dropout has no effect then, and zoneout that of its expectation.
-        implementation: "xla"; "native", the kernels of `rnnattn.native` on a CPU (and "xla"
-            elsewhere), for 32 and 16 bits; "pallas", the kernels of `rnnattn.recurrent.hopper` on
-            one NVIDIA GPU of the Hopper generation (and "xla" elsewhere), for 16 bits without a
-            variant and H 64, 128, 256, 384 or 512, in exported programs too; "cudnn", on an NVIDIA
-            GPU, for float32 without a variant, resets or `reverse`, and lengths of at least 1 (its
-            gradient is cuDNN's own, of first order), before jax 0.11, with which its results were
-            measured to be wrong; or None, which is "native" and "pallas" where these serve, the
-            latter for 16 steps or more of up to 128 rows and with jax 0.11, as it was measured, and
-            "xla" elsewhere. "xla" is one loop of several steps a turn on a GPU or TPU, and chunks
-            that fit a cache on a CPU; what it takes of memory above is a CPU's.
+        implementation: None takes "native" or "pallas" where they serve and were measured to be
+            faster, and "xla" elsewhere.
+            "xla" runs everywhere: one loop of several steps a turn on a GPU or TPU, and chunks that
+            fit a cache on a CPU; what it takes of memory above is a CPU's.
+            "native" is the kernels of `rnnattn.native` on a CPU, for 32 and 16 bits, and "xla" on
+            other platforms.
+            "pallas" is the kernels of `rnnattn.recurrent.hopper` on one NVIDIA GPU of the Hopper
+            generation, in exported programs too, and "xla" on other platforms. It is for 16 bits
+            and H 64, 128, 256, 384 or 512, without peepholes, projection, `clip`, `coupled`,
+            `return_cells` and what is drawn. None takes it for 16 steps or more of up to 128 rows,
+            with jax 0.11.
+            "cudnn" is for float32 on an NVIDIA GPU, without the same, `mask`, `resets` or
+            `reverse`, and for lengths of at least 1; its gradient is cuDNN's own, of first order.
+            It is refused from jax 0.11 on, with which its results were measured to be wrong.
     Returns:
         y (B, T, R), or (T, B, R) with `time_major`, in the dtype of x, (with `return_cells`) c
         (B, T, H) or (T, B, H), in the dtype of the state's c, and the final state, in the
@@ -159,9 +163,8 @@ def lstm(
     Gradient:
         L3 to L8, with respect to `params`, `x` and `state`, from cotangents of y, of the cells and
         of both parts of the final state; lengths, mask, resets and what is drawn are constants. It
-        can be
-        differentiated again in reverse and forward mode; for `jax.jvp` of the function itself use
-        `rnnattn.reference.lstm`.
+        can be differentiated again in reverse and forward mode; for `jax.jvp` of the function
+        itself use `rnnattn.reference.lstm`.
         Under `jax.vmap` over x with shared weights, the weight gradient is one product for each
         example: let B be the batch instead.
     Example:

@@ -221,8 +221,14 @@ def checked_noise(
     recurrent_dropout: Any = 0.0,
     candidate_dropout: Any = 0.0,
     key: Any = None,
+    **unknown: Any,
 ):
-    """The rates of what has an effect, and the key where there is something to draw."""
+    """The rates of what has an effect, and the key where there is something to draw.
+
+    Options that no unit has end here, too.
+    """
+    if unknown:
+        raise TypeError(f"{function}() got an unexpected keyword argument {next(iter(unknown))!r}")
     check = Check(function)
     fields = unit.widths(params)._fields
     zoned = fields[: unit.zoned_fields]
@@ -265,6 +271,8 @@ def suited_residuals(unit, params, x, time_major):
 
 
 def _check_params(check, unit, params, x):
+    expected = "a NamedTuple of weights, as its `init_…` gives"
+    check(hasattr(params, "_asdict"), "params", expected, type(params).__name__)
     unit.verify(check, params, x.shape[-1])
     for name, value in params._asdict().items():
         if value is not None:

@@ -46,7 +46,8 @@ def init_lstm(
     """
     H, R = hidden_size, projection_size
     check = Check("init_lstm")
-    check(R is None or R >= 1, "projection_size", "at least 1", R)
+    if R is not None:
+        check.integer("projection_size", R, 1, "an integer of at least 1, or None")
     width = H if R is None else R
     w_x, w_h = _weights(check, key, input_size, H, width, 4, recurrent_init, dtype)
     b = jnp.zeros(4 * H, dtype).at[H : 2 * H].set(forget_bias)
@@ -208,7 +209,7 @@ def _weights(check, key, D, H, width, blocks, recurrent_init, dtype):
 
 def _input_weights(check, key, D, H, blocks, recurrent_init, dtype):
     for name, size in {"input_size": D, "hidden_size": H}.items():
-        check(size >= 1, name, "at least 1", size)
+        check.integer(name, size, 1, "an integer of at least 1")
     check.one_of("recurrent_init", recurrent_init, ("orthogonal", "uniform"))
     check.float_dtype("dtype", dtype)
     bound = H**-0.5 if recurrent_init == "uniform" else (3 / D) ** 0.5

@@ -177,10 +177,14 @@ def stacked(
         state = None if states is None else states[n]
         if of_layers is not None:
             options["key"] = of_layers[n]
-        if hasattr(layer, "_fields"):  # parameters, and no pair of them
-            x, final = run(layer, x, state, **options)
-        else:
-            x, final = _both_directions(function, run, layer, x, state, options)
+        try:
+            if hasattr(layer, "_fields"):  # parameters, and no pair of them
+                x, final = run(layer, x, state, **options)
+            else:
+                x, final = _both_directions(function, run, layer, x, state, options)
+        except ValueError as error:
+            error.add_note(f"In `layers[{n}]`.")
+            raise
         finals.append(final)
     return x, tuple(finals)
 

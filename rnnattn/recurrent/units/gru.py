@@ -90,7 +90,7 @@ class _GRU(Unit):
         H = params.w_h.shape[0]
         check(H > 0, "params.w_h", "of at least one row", jnp.shape(params.w_h))
         check.shape("params.w_h", params.w_h, (H, 3 * H), "(H, 3H)")
-        check.shape("params.w_x", params.w_x, (D, 3 * H), "(D, 3H)")
+        check.shape("params.w_x", params.w_x, (D, 3 * H), "(D of `x`, 3H)")
         check.shape("params.b", params.b, (3 * H,), "(3H,)")
         if params.b_n is not None:
             check.shape("params.b_n", params.b_n, (H,), "(H,)")

@@ -123,7 +123,7 @@ def _verify(check, params, D, blocks):
     H = params.w_h.shape[0]
     check(H > 0, "params.w_h", "of at least one row", jnp.shape(params.w_h))
     check.shape("params.w_h", params.w_h, (H, blocks * H), f"(H, {name})")
-    check.shape("params.w_x", params.w_x, (D, blocks * H), f"(D, {name})")
+    check.shape("params.w_x", params.w_x, (D, blocks * H), f"(D of `x`, {name})")
     for field in ("b", "k_x", "k_h"):
         check.shape(f"params.{field}", getattr(params, field), (blocks * H,), f"({name},)")
     for field in {"k_c", "b_c", "b_n"} & set(params._fields):

@@ -214,7 +214,7 @@ class LSTM(Unit):
         whole = jnp.ndim(params.w_h) == 2 and params.w_h.shape[1] % 4 == 0 < params.w_h.shape[1]
         check(whole, "params.w_h", "of shape (H, 4H)", jnp.shape(params.w_h))
         R, H = params.w_h.shape[0], params.w_h.shape[1] // 4
-        check.shape("params.w_x", params.w_x, (D, 4 * H), "(D, 4H)")
+        check.shape("params.w_x", params.w_x, (D, 4 * H), "(D of `x`, 4H)")
         check.shape("params.b", params.b, (4 * H,), "(4H,)")
         if params.projection is None:
             check.shape("params.w_h", params.w_h, (H, 4 * H), "(H, 4H)")

@@ -55,7 +55,7 @@ class RNN(Unit):
         H = params.w_h.shape[0]
         check(H > 0, "params.w_h", "of at least one row", jnp.shape(params.w_h))
         check.shape("params.w_h", params.w_h, (H, H), "(H, H)")
-        check.shape("params.w_x", params.w_x, (D, H), "(D, H)")
+        check.shape("params.w_x", params.w_x, (D, H), "(D of `x`, H)")
         check.shape("params.b", params.b, (H,), "(H,)")
 
     def inputs(self, weights, x):

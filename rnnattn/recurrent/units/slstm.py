@@ -90,7 +90,7 @@ class SLSTM(Unit):
         H = N * width
         check(H > 0, "params.w_h", "of at least one head of one unit", params.w_h.shape)
         check.shape("params.w_h", params.w_h, (N, width, 4 * width), "(N, H/N, 4H/N)")
-        check.shape("params.w_x", params.w_x, (D, 4 * H), "(D, 4H)")
+        check.shape("params.w_x", params.w_x, (D, 4 * H), "(D of `x`, 4H)")
         check.shape("params.b", params.b, (4 * H,), "(4H,)")
 
     def inputs(self, weights, x):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -99,6 +100,14 @@ def test_runs_are_compared_by_their_curves_and_scores(swept, tmp_path, capsys):
     assert main(["compare", *folders, "--each", "--output", str(figure)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "seed-0" in lines[2] and "seed-1" in lines[3] and "±" not in lines[2] + lines[3]
+
+
+def test_what_the_settings_of_runs_differ_in_is_told(swept):
+    run = compare.read_run(swept / "learning_rate-1e-3_seed-0")
+    train = replace(run.config.train, learning_rate=0.1)
+    other = run._replace(config=replace(run.config, train=train, seed=3))
+    lines = compare.differences({"a": [run], "b": [other]})
+    assert lines == ["train.learning_rate: 0.001 (a), 0.1 (b)"]
 
 
 def test_what_cannot_be_compared_is_said_in_a_line(swept, tmp_path, capsys):

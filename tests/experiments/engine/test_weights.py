@@ -124,6 +124,7 @@ def test_the_mean_of_the_parameters_writes_text(averaged, capsys):
 def test_of_a_run_without_a_mean_there_is_none(command, finished, tmp_path, monkeypatch, capsys):
     folder = finished(TEXT)
     monkeypatch.chdir(tmp_path)
+    capsys.readouterr()  # of the run, where it is made here
     assert main([command, str(folder), "--ema"]) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1
