@@ -17,8 +17,8 @@ def test_a_changed_sign_or_factor_is_noticed(problems):
     for function in functions:
         found = [m for m in mutants() if m.function is function]
         found = [m for m in found if (m.name, m.change) not in EQUIVALENT]
-        for mutant in (found[len(found) // 4], found[3 * len(found) // 4]):
-            assert noticed(mutant), f"{mutant.place}: {mutant.change}"
+        mutant = found[len(found) // 2]
+        assert noticed(mutant), f"{mutant.place}: {mutant.change}"
 
 
 def test_changes_listed_as_equivalent_exist():
