@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rnnattn.checks import Check
+from rnnattn.precision import accumulator
 
 __all__ = [
     "Mask",
@@ -350,7 +351,7 @@ def alibi(slopes: Float[Array, " N"]) -> Callable:
     check = Check("masks.alibi")
     check(jnp.ndim(slopes) == 1, "slopes", "of shape (N,)", jnp.shape(slopes))
     check.floating("slopes", slopes)
-    return ALiBi(jnp.asarray(slopes))
+    return ALiBi(_wide(slopes))
 
 
 def alibi_slopes(heads: int) -> Float[Array, " N"]:
@@ -399,7 +400,13 @@ def relative_bias(
     max_distance = check.integer(
         "max_distance", max_distance, buckets // least + 1, f"above {buckets // least}, an integer"
     )
-    return RelativeBias(_by_distance(jnp.asarray(table), bool(bidirectional), max_distance))
+    return RelativeBias(_by_distance(_wide(table), bool(bidirectional), max_distance))
+
+
+def _wide(x):
+    """Floats in a dtype that their gradient can be summed in."""
+    x = jnp.asarray(x)
+    return x.astype(accumulator(x.dtype))
 
 
 @partial(jax.jit, static_argnums=(1, 2))

@@ -248,17 +248,32 @@ def test_a_score_by_distance_in_all_transformations():
     run = scored(dot_product_attention)
     assert_same(second_order(run, **NATIVE)(*arguments), expected, TOLERANCE)
 
-    program = first_order(run, **NATIVE)
-    given = cotangents_for(case)
-    for name in ("query", "slopes"):
-        several = jnp.stack([case.floats[name], 2 * case.floats[name]])
+    slopes = case.floats.pop("slopes")
+    floats, given = case.floats, cotangents_for(case)
 
-        def one(x, name=name):
-            return program(case.floats | {name: x}, case.others, given)
+    def gradients(query, slopes, floats):
+        call = lambda floats: run(
+            **(floats | {"slopes": floats.get("slopes", slopes)}),
+            **case.others,
+            return_residual=True,
+            **NATIVE,
+        )
+        results, pullback = jax.vjp(call, floats | {"query": query})
+        return results, pullback(given)[0]
 
-        expected = [one(x) for x in several]
-        actual = quick(jax.vmap(one))(several)
-        for n, right in enumerate(expected):
+    query = floats["query"]
+    several = jnp.stack([query, 2 * query]), jnp.stack([slopes, 2 * slopes])
+    for axes, more in (((0, None), {}), ((0, None), {"slopes": slopes}), ((0, 0), {})):
+        one = partial(gradients, floats=floats | more)
+        program = jax.jit(jax.vmap(one, axes))
+        arguments = tuple(
+            x if n is None else xs for n, x, xs in zip(axes, (query, slopes), several, strict=True)
+        )
+        kernels = "rnnattn.attention_backward" in program.lower(*arguments).as_text()
+        assert kernels == (axes == (0, None) and not more)
+        actual = program(*arguments)
+        for n in range(2):
+            right = quick(one)(several[0][n], several[1][n] if axes[1] == 0 else slopes)
             assert_same(jax.tree.map(lambda x, n=n: x[n], actual), right, TOLERANCE)
 
 
