@@ -138,6 +138,12 @@ static float* distances_of(const Attention& p, float* distances, int64_t b, int6
   return distances ? distances + ((b * p.M + m) * p.G + g) * (p.T + p.S - 1) : nullptr;
 }
 
+// Of a row, that of the key 0.
+static float* distances_of_row(const Attention& p, float* distances, const Rows& rows, int64_t r) {
+  float* of_head = distances_of(p, distances, rows.b, rows.m, rows.head(r));
+  return of_head ? of_head + (p.T - 1 - rows.time(r)) : nullptr;
+}
+
 // Whether a row of logits sees no key of its block.
 static bool sees_nothing(const Block& block, const float* s) {
   for (int64_t j = block.from; j < block.to; ++j)
@@ -198,8 +204,8 @@ static void weights_and_gradient(const AttentionBackward<Number>& p, const Block
   for (int64_t r = 0; r < block.rows; ++r) {
     float* dbias = p.dbias.data ? p.dbias.row(rows.b, rows.m, rows.head(r), rows.time(r)) : nullptr;
     if (dbias && p.dbias.s) dbias += block.first;
-    float* d_by_distance = distances_of(p, sums.d_by_distance, rows.b, rows.m, rows.head(r));
-    if (d_by_distance) d_by_distance += p.T - 1 - rows.time(r) + block.first;
+    float* d_by_distance = distances_of_row(p, sums.d_by_distance, rows, r);
+    if (d_by_distance) d_by_distance += block.first;
     logits_gradient(block, my.lse[r], my.delta[r], finite,
                     my.uncap ? my.uncap + r * STRIDE : nullptr, my.s + r * STRIDE,
                     my.dp + r * STRIDE, dbias, p.dbias.s, d_by_distance, block.count);
@@ -345,6 +351,10 @@ struct SharedMemory {
     parts_of_distances = distances ? memory.take(plan.parts * distances_size(p)) : nullptr;
     seen = memory.take<Range>(p.B * blocks.times.count);
   }
+  // Where a part of the keys has its d_by_distance.
+  float* distances_of_part(float* whole, int64_t part, int64_t size) const {
+    return parts_of_distances ? parts_of_distances + part * size : whole;
+  }
 };
 
 template <class Number>
@@ -378,8 +388,7 @@ static bool backward(Threads& threads, const AttentionBackward<Number>& p) {
     float* dq = shared.parts_of_dq + part * dq_size;
     if constexpr (IS_WIDE<Number>)
       if (plan.parts == 1) dq = p.dq;
-    float* distances = p.d_by_distance;
-    if (shared.parts_of_distances) distances = shared.parts_of_distances + part * distances_size(p);
+    float* distances = shared.distances_of_part(p.d_by_distance, part, distances_size(p));
     for (int64_t ib = 0; ib < plan.b_shared; ++ib) {
       const int64_t b = group / m_groups * plan.b_shared + ib;
       const Range* seen = shared.seen + b * blocks.times.count;
@@ -405,17 +414,17 @@ static bool backward(Threads& threads, const AttentionBackward<Number>& p) {
                            threads_for(p, heads * p.T * p.S * (3 * p.K + 2 * p.V)),
                            BackwardMemory<Number>(p, plan, nullptr).memory.used, gradient_of_part);
   if (shared.parts_of_distances) {
-    const int64_t size = distances_size(p), of_head = p.T + p.S - 1;
+    const int64_t of_part = distances_size(p), of_head = p.T + p.S - 1;
     const auto sum_of_distances = [&](int64_t head, float*) {
       for (int64_t i = head * of_head; i < (head + 1) * of_head; i += W) {
         const int lanes = static_cast<int>(least(W, (head + 1) * of_head - i));
         V sums{};
         for (int64_t n = 0; n < plan.parts; ++n)
-          sums += load(shared.parts_of_distances + n * size + i, lanes);
+          sums += load(shared.parts_of_distances + n * of_part + i, lanes);
         store(p.d_by_distance + i, sums, lanes);
       }
     };
-    done = done && parallel_for(threads, heads, size * plan.parts / WORK_OF_A_THREAD + 1, 0,
+    done = done && parallel_for(threads, heads, of_part * plan.parts / WORK_OF_A_THREAD + 1, 0,
                                 sum_of_distances);
   }
   if (IS_WIDE<Number> && plan.parts == 1) return done;

@@ -30,6 +30,18 @@ void fill_pages(Checks& checks, Arguments& p, Buffer pages, int64_t count, int64
     checks.require(0 <= p.pages[i] && p.pages[i] < p.P, "pages", "a page that there is not");
 }
 
+// What a logit grows by, by distance: the row of a query begins one number before the last one's.
+OfLogits<const float> of_distances(Checks& checks, Buffer given, const Attention& p) {
+  const int64_t distances = p.T + p.S - 1;
+  OfLogits<const float> of =
+      checks.of_logits<const float>("by_distance", given, {p.B, p.M, p.G, 1, distances});
+  if (!of.data) return of;
+  checks.require(given.dimensions()[4] == distances, "by_distance", "too few distances");
+  of.data += p.T - 1;
+  of.t = -1;
+  return of;
+}
+
 template <class Number, class Arguments>
 void fill(Checks& checks, Arguments& p, Buffer query, Buffer key, Buffer value, Buffer scale,
           Buffer bias, Buffer mask, Buffer offset, Buffer query_lengths, Buffer key_lengths,
@@ -63,14 +75,7 @@ void fill(Checks& checks, Arguments& p, Buffer query, Buffer key, Buffer value, 
   p.key_segments = checks.optional<const int32_t>("key_segments", key_segments, {p.B, p.S});
   checks.require(!p.query_segments == !p.key_segments, "segments", "one without the other");
   p.key_ranges = checks.optional<const int32_t>("key_ranges", key_ranges, {p.B, p.T, 2});
-  const int64_t distances = p.T + p.S - 1;
-  p.by_distance =
-      checks.of_logits<const float>("by_distance", by_distance, {p.B, p.M, p.G, 1, distances});
-  if (p.by_distance.data) {
-    checks.require(by_distance.dimensions()[4] == distances, "by_distance", "too few distances");
-    p.by_distance.data += p.T - 1;
-    p.by_distance.t = -1;
-  }
+  p.by_distance = of_distances(checks, by_distance, p);
   p.is_causal = options.is_causal;
   p.left = options.left, p.right = options.right;
   p.soft_cap = options.soft_cap;
