@@ -188,6 +188,7 @@ EQUIVALENT = [
     "query_least != key_least",
     "key_most || key_least",
     "seen.all.first <= keys.first - block.from",
+    "of_part.first - skipped",
     # for the sanitizers
     "p.query_segments - rows.b",
     "p.T - rows.t",
