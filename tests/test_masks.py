@@ -632,6 +632,7 @@ def test_a_module_passes_them_on():
 
 X = jnp.ones((2, 3, 2, 4), jnp.float32)
 attend: Any = partial(dot_product_attention, X, X, X)
+packed: Any = partial(rnnattn.packed_attention, X[0], X[0], X[0], jnp.array([0, 3]))
 WRONG: dict[str, Any] = {
     "dot_product_attention: `mask_function` must be a function or None, got True": lambda: attend(
         mask_function=True
@@ -657,13 +658,11 @@ WRONG: dict[str, Any] = {
     "cannot serve `mask_function`": lambda: attend(
         mask_function=masks.prefix(2), implementation="tokamax"
     ),
-    "packed_attention: `mask_function` must be a function or None, got True": lambda: (
-        rnnattn.packed_attention(*(X[0], X[0], X[0]), jnp.array([0, 3]), mask_function=True)
+    "packed_attention: `mask_function` must be a function or None, got True": lambda: packed(
+        mask_function=True
     ),
-    "packed_attention: `mask_function` must be a prefix of one length or of 1": lambda: (
-        rnnattn.packed_attention(
-            *(X[0], X[0], X[0]), jnp.array([0, 3]), mask_function=masks.prefix(jnp.arange(2))
-        )
+    "packed_attention: `mask_function` must be a prefix of one length or of 1": lambda: packed(
+        mask_function=masks.prefix(jnp.arange(2))
     ),
     "masks.window: `left` must be an integer of at least 0, or None, got -1": lambda: masks.window(
         -1

@@ -263,12 +263,11 @@ def test_a_score_by_distance_in_all_transformations():
 
     query = floats["query"]
     several = jnp.stack([query, 2 * query]), jnp.stack([slopes, 2 * slopes])
-    for axes, more in (((0, None), {}), ((0, None), {"slopes": slopes}), ((0, 0), {})):
+    tries: Any = (((0, None), {}), ((0, None), {"slopes": slopes}), ((0, 0), {}))
+    for axes, more in tries:
         one = partial(gradients, floats=floats | more)
         program = jax.jit(jax.vmap(one, axes))
-        arguments = tuple(
-            x if n is None else xs for n, x, xs in zip(axes, (query, slopes), several, strict=True)
-        )
+        arguments = several[0], several[1] if axes[1] == 0 else slopes
         kernels = "rnnattn.attention_backward" in program.lower(*arguments).as_text()
         assert kernels == (axes == (0, None) and not more)
         actual = program(*arguments)

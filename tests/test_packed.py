@@ -198,17 +198,13 @@ MASK = (
 
 
 def test_functions_of_places_within_a_sequence(small_blocks):  # noqa: F811
-    """Of a sequence's number, and of places in it: those of the first begin with 0, as all do."""
+    """Of a sequence's number, and of places in it: its last query is at its last key."""
     case = make_packed([3, 0, 4], [4, 2, 3])
     case = case._replace(floats=case.floats | {"slopes": jnp.arange(1.0, N + 1)})
-    places = (
-        jnp.array([0] * 3 + [2] * 5)[None, :, None],
-        jnp.arange(N)[:, None, None],
-        jnp.array([1, 2, 3, -1, 0, 1, 2, 3])[None, :, None],  # the last with the last key
-        jnp.array([0, 1, 2, 3, 0, 1, 0, 1, 2, 3])[None, None],
-    )
-
-    places = tuple(x.astype(jnp.int32) for x in places)
+    b, t = jnp.array([0] * 3 + [2] * 5), jnp.array([1, 2, 3, -1, 0, 1, 2, 3])
+    s = jnp.array([0, 1, 2, 3, 0, 1, 0, 1, 2, 3])
+    axes = b[None, :, None], jnp.arange(N)[:, None, None], t[None, :, None], s[None, None]
+    places = [x.astype(jnp.int32) for x in axes]
 
     def dense(slopes, mask, **arguments):
         bias = a_score(slopes[:, None, None], jnp.float64(0), *places)
