@@ -267,10 +267,10 @@ def test_a_score_by_distance_in_all_transformations():
     for axes, more in tries:
         one = partial(gradients, floats=floats | more)
         program = jax.jit(jax.vmap(one, axes))
-        arguments = several[0], several[1] if axes[1] == 0 else slopes
-        kernels = "rnnattn.attention_backward" in program.lower(*arguments).as_text()
+        of_each = several[0], several[1] if axes[1] == 0 else slopes
+        kernels = "rnnattn.attention_backward" in program.lower(*of_each).as_text()
         assert kernels == (axes == (0, None) and not more)
-        actual = program(*arguments)
+        actual = program(*of_each)
         for n in range(2):
             right = quick(one)(several[0][n], several[1][n] if axes[1] == 0 else slopes)
             assert_same(jax.tree.map(lambda x, n=n: x[n], actual), right, TOLERANCE)
