@@ -18,13 +18,14 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-USUAL = ("lstm", "attention", "rope", "vit", "units", "linear", "masks", "decoding")
+USUAL = ("lstm", "attention", "rope", "vit", "units", "linear", "masks", "packed", "decoding")
 MORE = ("sweep", "attention_gpu", "native", "sixteen_bits", "scaling", "devices", "visit")
 WITH_RESULTS = ("lstm", "attention", "rope", "vit", "decoding")  # which can write theirs
 QUICK = {
     "lstm": ["--shapes", "64,8,16,32"],
     "attention": ["--shapes", "2,128,2,32,causal"],
-    "masks": ["--T", "256", "--heads", "2", "--rounds", "3"],
+    "masks": ["--T", "256", "--heads", "2", "--rounds", "3", "--peers"],
+    "packed": ["--T", "64", "--heads", "2"],
     "rope": ["--shapes", "2,128,2,32"],
     "vit": ["--shapes", "4,16,4,64,2"],
     "units": ["--shapes", "16,4,8,16"],

@@ -6,7 +6,8 @@
 Attention forward and with its gradient, B 1, float32, on one thread: the least processor time of a
 few calls, in turns, which other jobs disturb little. A row names a function and what it is compared
 with: the ratio is the other's time over that by the function. Temporaries are those of the
-gradient, in MiB.
+gradient, in MiB. Forward, torch's flex attention is another peer, compiled, which has no gradient
+on a CPU; it has to be there, with a C++ compiler, and is left out with a note otherwise.
 """
 
 import argparse
@@ -56,6 +57,53 @@ def pairs(T, N):
     }
 
 
+def flex(name, T, N, q, k, v):
+    """The same of torch: a compiled function of a mask and a score for each pair."""
+    import torch
+    from torch.nn.attention import flex_attention
+
+    torch.set_num_threads(1)
+    slopes = timing.to_torch(torch, masks.alibi_slopes(N))
+    places = masks.relative_bias(jnp.arange(32.0, dtype=jnp.float32)[:, None]).by_distance
+    buckets = timing.to_torch(torch, places[:, 0].astype(jnp.int32))
+    table, farthest = torch.ones(32, N), buckets.shape[0] // 2
+
+    def relative(logit, b, n, t, s):
+        return logit + table[buckets[torch.clamp(s - t, -farthest, farthest) + farthest], n]
+
+    causal = lambda b, n, t, s: s <= t
+    shown, score = {
+        "causal": (causal, None),
+        "prefix-LM": (lambda b, n, t, s: (s <= t) | (s < T // 8), None),
+        "window and sinks": (lambda b, n, t, s: (s <= t) & ((t - s < 256) | (s < 4)), None),
+        "ALiBi": (causal, lambda logit, b, n, t, s: logit - slopes[n] * (t - s).abs()),
+        "T5": (causal, relative),
+    }[name.partition(",")[0]]
+    blocks = flex_attention.create_block_mask(shown, None, None, T, T, device="cpu")
+    arrays = [timing.to_torch(torch, jnp.moveaxis(x, 2, 1)) for x in (q, k, v)]
+    attend = torch.compile(flex_attention.flex_attention, dynamic=False)
+
+    def launch():
+        with torch.no_grad():
+            return attend(*arrays, score_mod=score, block_mask=blocks)
+
+    return timing.Program(launch, wait=lambda out: out.transpose(1, 2))
+
+
+def beside_flex(name, args, ours, arrays):
+    """The time of flex attention over ours, forward; why there is none, where it fails."""
+    try:
+        program = flex(name, args.T, args.heads, *arrays)
+        found, expected = program.call(), ours.call()
+        assert jnp.abs(jnp.asarray(found.numpy()) - expected).max() < 1e-4, "flex: another result"
+    except AssertionError:
+        raise
+    except Exception as error:  # whatever a compiler that is not there leads to
+        return f"without flex: {type(error).__name__}"
+    times = processor_seconds({"ours": ours, "flex": program}, args.rounds)
+    return f"flex {times['flex'] / times['ours']:5.2f}"
+
+
 def forward(options, q, k, v):
     return dot_product_attention(q, k, v, **options)
 
@@ -70,25 +118,28 @@ def main():
     parser.add_argument("--heads", type=timing.count, default=8)
     parser.add_argument("--width", type=timing.count, default=64)
     parser.add_argument("--rounds", type=timing.count, default=5)
+    parser.add_argument("--peers", nargs="*", choices=["flex"], default=["flex"])
     args = parser.parse_args()
     calls.threads = 1
     shape = (3, 1, args.T, args.heads, args.width)
     q, k, v = jax.random.normal(jax.random.key(0), shape, jnp.float32)
     print(f"T {args.T}, {args.heads} heads of width {args.width}: the other's time over ours")
     for name, (ours, other) in pairs(args.T, args.heads).items():
-        shown = []
+        shown, beside = [], ""
         for run in (forward, training):
             programs = [timing.compiled(partial(run, of), q, k, v) for of in (ours, other)]
             times = processor_seconds(
                 dict(zip(("ours", "other"), programs, strict=True)), args.rounds
             )
             shown.append(f"{times['other'] / times['ours']:5.2f} ({1e3 * times['ours']:.0f} ms)")
+            if run is forward and args.peers:
+                beside = beside_flex(name, args, programs[0], (q, k, v))
         memory = [
             timing.temporary_mebibytes(partial(training, of), q, k, v) for of in (ours, other)
         ]
         print(
             f"{name:<34}forward {shown[0]}  training {shown[1]}  "
-            f"temporaries {memory[0]:.0f} beside {memory[1]:.0f} MiB",
+            f"temporaries {memory[0]:.0f} beside {memory[1]:.0f} MiB  {beside}",
             flush=True,
         )
 

@@ -31,7 +31,7 @@ class Division(NamedTuple):
     def of(self, words, tree):
         """For each axis of each array, the letter that it can be divided along, or None."""
         leaves = jax.tree.leaves(tree)
-        words = jax.tree.leaves(jax.tree.broadcast(words, tree))
+        words = jax.tree.leaves(jax.tree.broadcast(_present(words, tree), tree))
         return [
             [
                 letter if letter in self.letters and size != 1 else None
@@ -39,6 +39,14 @@ class Division(NamedTuple):
             ]
             for word, x in zip(words, leaves, strict=True)
         ]
+
+
+def _present(words, tree):
+    """The words of what there is of a tree."""
+    if tree is None or not isinstance(words, tuple):
+        return None if tree is None else words
+    found = [_present(*pair) for pair in zip(words, tree, strict=True)]
+    return words._make(found) if hasattr(words, "_make") else tuple(found)
 
 
 def can_be_divided(platform, count):

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rnnattn.checks import Check
+from rnnattn.precision import accumulator
 
 __all__ = [
     "Mask",
@@ -299,27 +300,39 @@ def sinks(count: int) -> Mask:
 # ---------------------------------------------------------------------------------- score functions
 
 
+class ByDistance:
+    """A `score_function` that adds what depends on the head and the distance s − t alone.
+
+    Schedules then may do with a number for each distance.
+    """
+
+    def bias(self, n: Any, distance: Any, dtype: Any) -> Any:
+        raise NotImplementedError
+
+    def __call__(self, logit: Any, b: Any, n: Any, t: Any, s: Any) -> Any:
+        return logit + self.bias(n, s - t, logit.dtype)
+
+
 @_tree
-class ALiBi:
+class ALiBi(ByDistance):
     """Made by `alibi`."""
 
     slopes: Any  # (N,)
 
-    def __call__(self, logit, b, n, t, s):
-        slope = _at(self.slopes, n).astype(logit.dtype)
-        return logit - slope * jnp.asarray(abs(t - s), logit.dtype)
+    def bias(self, n, distance, dtype):
+        return -_at(self.slopes, n).astype(dtype) * jnp.asarray(abs(distance), dtype)
 
 
 @_tree
-class RelativeBias:
+class RelativeBias(ByDistance):
     """Made by `relative_bias`: of the distances s − t, the farthest of either side shared."""
 
     by_distance: Any  # (distances, N)
 
-    def __call__(self, logit, b, n, t, s):
+    def bias(self, n, distance, dtype):
         farthest = self.by_distance.shape[0] // 2
-        place = jnp.clip(s - t, -farthest, farthest) + farthest
-        return logit + _at(self.by_distance, place, n).astype(logit.dtype)
+        place = jnp.clip(distance, -farthest, farthest) + farthest
+        return _at(self.by_distance, place, n).astype(dtype)
 
 
 def alibi(slopes: Float[Array, " N"]) -> Callable:
@@ -338,7 +351,7 @@ def alibi(slopes: Float[Array, " N"]) -> Callable:
     check = Check("masks.alibi")
     check(jnp.ndim(slopes) == 1, "slopes", "of shape (N,)", jnp.shape(slopes))
     check.floating("slopes", slopes)
-    return ALiBi(jnp.asarray(slopes))
+    return ALiBi(_wide(slopes))
 
 
 def alibi_slopes(heads: int) -> Float[Array, " N"]:
@@ -387,7 +400,13 @@ def relative_bias(
     max_distance = check.integer(
         "max_distance", max_distance, buckets // least + 1, f"above {buckets // least}, an integer"
     )
-    return RelativeBias(_by_distance(jnp.asarray(table), bool(bidirectional), max_distance))
+    return RelativeBias(_by_distance(_wide(table), bool(bidirectional), max_distance))
+
+
+def _wide(x):
+    """Floats in a dtype that their gradient can be summed in."""
+    x = jnp.asarray(x)
+    return x.astype(accumulator(x.dtype))
 
 
 @partial(jax.jit, static_argnums=(1, 2))

@@ -23,12 +23,7 @@ import jaxlib
 
 ROOT = Path(__file__).resolve().parent.parent
 NATIVE = Path("rnnattn/native/src")
-HANDLERS = (
-    "module",
-    "attention_handlers",
-    "linear_handlers",
-    "recurrent_handlers",
-)  # no change touches these
+HANDLERS = ("module", "attention_handlers", "linear_handlers", "recurrent_handlers")
 # Tests, and which of them compare.
 COMPARING = (
     "16_bits or twin or feature or sizes or several_blocks or window_and or bias_that_is or hidden"
@@ -42,6 +37,8 @@ LINEAR = (
     "instruction_set or 16_bits or close_to or all_but or episodes_that",
 )
 HIDDEN = ("tests/test_hidden.py", "test_attention and native")
+PAGES = ("tests/test_pages.py", "kernels_read or every_instruction_set or wrong_pages")
+EITHER = (f"{ATTENTION[0]} {PAGES[0]}", f"{COMPARING} or {PAGES[1]}")
 # Functions by file, and the tests of each.
 FUNCTIONS = [
     (
@@ -130,6 +127,10 @@ FUNCTIONS = [
         [
             "row_sums(const AttentionBackward",
             "logits_gradient(const Block",
+            "distances_of(const Attention",
+            "distances_of_row(const Attention",
+            "distances_of_part(float",
+            "sum_of_distances = [&]",
             "stream_gradient(const Attention",
         ],
     ),
@@ -139,6 +140,10 @@ FUNCTIONS = [
         ATTENTION,
         ["pack_query(const Attention", "add_row(const float"],
     ),
+    ("attention_packing-inl.h", EITHER, ["key_at(const Attention"]),
+    ("attention_forward-inl.h", EITHER, ["keys_of_blocks(const", "seen_of_part(const"]),
+    ("attention_handlers.cc", PAGES, ["fill_pages(Checks"]),
+    ("attention_handlers.cc", ATTENTION, ["of_distances(Checks"]),
     ("attention_packing-inl.h", HIDDEN, ["is_finite(const float", "are_finite(KeyRows<Number>"]),
     (
         "attention_gradient-inl.h",
@@ -168,6 +173,7 @@ CHANGES = [
     (r" \| (?=\(a)", " & "),
     (r"splat\(-", "splat("),
     (r"variant\.coupled \?", "!variant.coupled ?"),
+    (r"p\.pages \?", "!p.pages ?"),
 ]
 EQUIVALENT = [
     "0.0f + my.delta[r] == 0",  # more rows are looked at, with the same result
@@ -182,6 +188,7 @@ EQUIVALENT = [
     "query_least != key_least",
     "key_most || key_least",
     "seen.all.first <= keys.first - block.from",
+    "of_part.first - skipped",
     # for the sanitizers
     "p.query_segments - rows.b",
     "p.T - rows.t",
@@ -258,11 +265,13 @@ def noticed(mutant: Mutant | None, folder: Path, tests: tuple[str, str]) -> str 
         lines[mutant.line] = mutant.after
         (folder / NATIVE / mutant.file).write_text("\n".join(lines) + "\n")
     try:
-        objects = [str(NATIVE / "baseline.cc"), *(f"{name}.o" for name in (*HANDLERS, "none"))]
+        changed = mutant.file if mutant and mutant.file.endswith(".cc") else "baseline.cc"
+        others = (name for name in ("baseline", *HANDLERS, "none") if f"{name}.cc" != changed)
+        objects = [str(NATIVE / changed), *(f"{name}.o" for name in others)]
         if compiler(folder, "-shared", *objects, "-o", "rnnattn/native/kernels.abi3.so").returncode:
             return "the compiler"
         file, which = tests
-        pytest = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", file, "-k", which]
+        pytest = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", *file.split(), "-k", which]
         environment = os.environ | {"RNNATTN_NATIVE": "baseline"}
         run = subprocess.run(pytest, cwd=folder, capture_output=True, text=True, env=environment)
         if run.returncode == 0:
@@ -297,14 +306,15 @@ def prepare(folder: Path) -> None:
     (folder / "none.cc").write_text(
         f'#include "{NATIVE}/kernels.h"\nnamespace rnnattn {{\n{none}}}\n'
     )
-    for source in (*(NATIVE / f"{name}.cc" for name in HANDLERS), Path("none.cc")):
+    built = ("baseline", *HANDLERS)
+    for source in (*(NATIVE / f"{name}.cc" for name in built), Path("none.cc")):
         compiler(folder, "-c", str(source), "-o", f"{source.stem}.o").check_returncode()
 
 
 def main(part: str = "") -> int:
     folder = ROOT / "build/mutated"
     prepare(folder)
-    for tests in (LSTM, GRU, LINEAR, ATTENTION, HIDDEN):
+    for tests in (LSTM, GRU, LINEAR, ATTENTION, HIDDEN, PAGES):
         if error := noticed(None, folder, tests):
             print(f"{tests[0]} fails as it is: {error}")
             return 1

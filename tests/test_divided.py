@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from rnnattn import LSTMParams, dot_product_attention, lstm, native
+from rnnattn import LSTMParams, dot_product_attention, lstm, masks, native
 from tests.attention_cases import assert_same, quick
 
 pytestmark = pytest.mark.skipif(
@@ -37,8 +37,11 @@ def _lstm(residuals, **options):
     return run
 
 
-def _attention(**arrays):
-    return dot_product_attention(**arrays, is_causal=True, return_residual=True)
+def _attention(slopes=None, **arrays):
+    score = None if slopes is None else masks.alibi(slopes)
+    return dot_product_attention(
+        **arrays, score_function=score, is_causal=True, return_residual=True
+    )
 
 
 def _sequence(B, rows, dtype=jnp.float32):
@@ -91,6 +94,11 @@ CASES = {
     ),
     "attention, what rows and heads share": Case(
         _attention, _heads(2, "data", "model", shared=True), P("data", None, "model")
+    ),
+    "attention, a score by distance": Case(
+        _attention,
+        _heads(2, "data", "model") | {"slopes": (masks.alibi_slopes(N), P())},
+        P("data", None, "model"),
     ),
     "attention, one key head": Case(
         _attention, _heads(2, "data", "model", kv=1, divides_keys=False), P("data", None, "model")

@@ -30,7 +30,7 @@ PRIMITIVE = HELPERS | {
 PARTS = {
     "rnnattn.checks": set(),
     "rnnattn.meshes": set(),
-    "rnnattn.masks": {"rnnattn.checks"},
+    "rnnattn.masks": {"rnnattn.checks", "rnnattn.precision"},
     "rnnattn.packing": {"rnnattn.checks"},
     "rnnattn.precision": set(),
     "rnnattn.steps": {"rnnattn.checks", "rnnattn.precision"},

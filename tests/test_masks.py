@@ -632,6 +632,7 @@ def test_a_module_passes_them_on():
 
 X = jnp.ones((2, 3, 2, 4), jnp.float32)
 attend: Any = partial(dot_product_attention, X, X, X)
+packed: Any = partial(rnnattn.packed_attention, X[0], X[0], X[0], jnp.array([0, 3]))
 WRONG: dict[str, Any] = {
     "dot_product_attention: `mask_function` must be a function or None, got True": lambda: attend(
         mask_function=True
@@ -651,16 +652,17 @@ WRONG: dict[str, Any] = {
     "a document of 3 keys, of one row or of 2, got (4,)": lambda: attend(
         mask_function=masks.document(jnp.arange(4))
     ),
-    "cannot serve `score_function`; 'xla' can": lambda: attend(
-        score_function=masks.alibi(jnp.ones(2)), implementation="native"
+    "cannot serve a `score_function` that is no bias by distance; 'xla' can": lambda: attend(
+        score_function=lambda logit, b, n, t, s: -logit, implementation="native"
     ),
     "cannot serve `mask_function`": lambda: attend(
         mask_function=masks.prefix(2), implementation="tokamax"
     ),
-    "packed_attention_jvp: `mask_function` must be left out": lambda: (
-        rnnattn.attention.packed_attention_jvp(
-            *(X[0], X[0], X[0]), jnp.array([0, 3]), mask_function=masks.causal()
-        )
+    "packed_attention: `mask_function` must be a function or None, got True": lambda: packed(
+        mask_function=True
+    ),
+    "packed_attention: `mask_function` must be a prefix of one length or of 1": lambda: packed(
+        mask_function=masks.prefix(jnp.arange(2))
     ),
     "masks.window: `left` must be an integer of at least 0, or None, got -1": lambda: masks.window(
         -1

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from rnnattn import dot_product_attention, native, packed_attention, reference
+from rnnattn import dot_product_attention, masks, native, packed_attention, reference
 from rnnattn.attention import api, dot_product_attention_jvp
 from rnnattn.native import calls, load
 from tests.attention_cases import (
@@ -197,6 +197,96 @@ def test_a_mask_that_is_shared_by_several_blocks(shape):
     assert_native_is_right(make_case(Sizes(3, 70, 300, 4, 2, 4, 4), mask=shape))
 
 
+def scored(function):
+    """`function` with a score of distances, its floats an argument like any other."""
+
+    def call(*, slopes=None, table=None, **arguments):
+        score = masks.alibi(slopes) if table is None else masks.relative_bias(table)
+        return function(**arguments, score_function=score)
+
+    return call
+
+
+def scored_case(name):
+    """With one offset for all rows, or one for each; heads of a group have numbers of their own."""
+    of_blocks, of_streamed = Sizes(2, 130, 530, 4, 2, 7, 9), Sizes(2, 3, 530, 4, 2, 16, 20)
+    each = jnp.array([200, 520])
+    rng = np.random.default_rng(4)
+    if name == "blocks":
+        case, floats = _of_all_kinds(of_blocks, query_offset=320), {"slopes": rng.uniform(size=4)}
+    elif name == "streamed":
+        cap = {"logits_soft_cap": 2.0, "local_window_size": (250, 40)}
+        case = _of_all_kinds(of_streamed, query_offset=each, **cap)
+        floats = {"table": rng.normal(size=(8, 4))}
+    else:
+        sizes = Sizes(1, 1, 1, 1, 1, 1, 1) if name == "one of all" else of_blocks
+        how = {} if name == "one of all" else {"is_causal": True, "query_offset": each[::-1]}
+        case, floats = make_case(sizes, scale=(), **how), {"table": rng.normal(size=(8, sizes.N))}
+    return narrow(case._replace(floats=case.floats | jax.tree.map(jnp.asarray, floats)))
+
+
+@cache
+def expected_of_scored(name):
+    case = scored_case(name)
+    expect = first_order(scored(reference.dot_product_attention), **case.options)
+    return expect(wide(case.floats), case.others, wide(cotangents_for(case)))
+
+
+@pytest.mark.parametrize("name", ["blocks", "streamed", "in a table", "one of all"])
+def test_sizes_of_a_score_by_distance(name, instruction_set):
+    """Values and gradients, those of the slopes and the table as well."""
+    actual = value_and_gradients(scored_case(name), scored(dot_product_attention), **NATIVE)
+    assert_same(actual, expected_of_scored(name), TOLERANCE)
+
+
+def test_a_score_by_distance_in_all_transformations():
+    """Twice differentiated, and under `vmap`: its own floats as well as what it adds to."""
+    case = narrow(make_case(Sizes(2, 5, 9, 4, 2, 3, 3), query_offset=jnp.array([4, 3])))
+    case = case._replace(floats=case.floats | {"slopes": jnp.arange(1.0, 5, dtype=jnp.float32)})
+    arguments = (case.floats, case.others, cotangents_for(case), like(case.floats, seed=5))
+    expected = second_order(scored(reference.dot_product_attention))(*wide(arguments))
+    run = scored(dot_product_attention)
+    assert_same(second_order(run, **NATIVE)(*arguments), expected, TOLERANCE)
+
+    slopes = case.floats.pop("slopes")
+    floats, given = case.floats, cotangents_for(case)
+
+    def gradients(query, slopes, floats):
+        call = lambda floats: run(
+            **(floats | {"slopes": floats.get("slopes", slopes)}),
+            **case.others,
+            return_residual=True,
+            **NATIVE,
+        )
+        results, pullback = jax.vjp(call, floats | {"query": query})
+        return results, pullback(given)[0]
+
+    query = floats["query"]
+    several = jnp.stack([query, 2 * query]), jnp.stack([slopes, 2 * slopes])
+    tries: Any = (((0, None), {}), ((0, None), {"slopes": slopes}), ((0, 0), {}))
+    for axes, more in tries:
+        one = partial(gradients, floats=floats | more)
+        program = jax.jit(jax.vmap(one, axes))
+        of_each = several[0], several[1] if axes[1] == 0 else slopes
+        kernels = "rnnattn.attention_backward" in program.lower(*of_each).as_text()
+        assert kernels == (axes == (0, None) and not more)
+        actual = program(*of_each)
+        for n in range(2):
+            right = quick(one)(several[0][n], several[1][n] if axes[1] == 0 else slopes)
+            assert_same(jax.tree.map(lambda x, n=n: x[n], actual), right, TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_a_score_by_distance_in_16_bits(dtype):
+    case = scored_case("in a table")
+    case = case._replace(floats=jax.tree.map(lambda x: x.astype(dtype), case.floats))
+    case.floats.pop("scale")  # whose gradient is made in float32
+    expect = first_order(scored(reference.dot_product_attention), **case.options)
+    given = cotangents_for(case)
+    expected = expect(wide(case.floats), case.others, wide(given))
+    assert_rounded_once(case, given, expected, scored(dot_product_attention))
+
+
 def test_any_number_of_threads_gives_the_same_bits(monkeypatch):
     """Also where the keys of one head are shared out, and with a bias that heads share."""
     for case in (
@@ -204,11 +294,13 @@ def test_any_number_of_threads_gives_the_same_bits(monkeypatch):
         make_case(Sizes(3, 200, 300, 4, 4, 16, 16), bias=(1, 1, 200, 1), mask=(200, 300)),
         make_case(Sizes(1, 50, 9000, 1, 1, 64, 64), mask=(50, 9000), sinks=True),
         make_case(Sizes(1, 2, 9000, 4, 2, 64, 64), bias=(1, 1, 2, 9000), is_causal=True),
+        scored_case("blocks"),
     ):
         results = []
+        run = scored(dot_product_attention) if "slopes" in case.floats else dot_product_attention
         for threads in (1, 0):
             set_how(monkeypatch, threads=threads)
-            results.append(value_and_gradients(narrow(case), dot_product_attention, **NATIVE))
+            results.append(value_and_gradients(narrow(case), run, **NATIVE))
         jax.tree.map(np.testing.assert_array_equal, *results)
 
 
@@ -267,8 +359,8 @@ def test_the_gradient_of_a_scale_in_16_bits():
     assert_rounded_once(case, cotangents_for(case), _exact(case))
 
 
-def assert_rounded_once(case, cotangents, expected):
-    run = first_order(dot_product_attention, **case.options, **NATIVE)
+def assert_rounded_once(case, cotangents, expected, function=dot_product_attention):
+    run = first_order(function, **case.options, **NATIVE)
     actual = run(case.floats, case.others, cotangents)
     given = ((case.floats["value"], jnp.zeros((), jnp.float32)), case.floats)
     for ours, right, of in zip(*map(jax.tree.leaves, (actual, expected, given)), strict=True):
@@ -449,7 +541,11 @@ def test_wrong_shapes_are_errors_of_the_call():
     scale = np.ones((1,) * 5, f32)
     results = [shape((1, 4, 1, 1, 2), f32), shape((1, 1, 1, 4), f32)]
 
-    def call(q=q, k=k, v=v, scale=scale, offset=(0,), results=results, **attributes):
+    none = np.zeros(0, f32)
+
+    def call(
+        q=q, k=k, v=v, scale=scale, offset=(0,), distances=none, results=results, **attributes
+    ):
         arguments = (
             q,
             k,
@@ -458,7 +554,8 @@ def test_wrong_shapes_are_errors_of_the_call():
             *absent,
             np.asarray(offset, np.int32),
             *integers,
-            np.zeros(0, f32),
+            distances,
+            none,
         )
         options = {
             "is_causal": False,
@@ -468,7 +565,7 @@ def test_wrong_shapes_are_errors_of_the_call():
             **calls.call_attributes(),
             **attributes,
         }
-        return jax.ffi.ffi_call("rnnattn.attention_forward.v3", results)(*arguments, **options)
+        return jax.ffi.ffi_call("rnnattn.attention_forward.v4", results)(*arguments, **options)
 
     np.testing.assert_allclose(call()[0], np.ones((1, 4, 1, 1, 2)))
     for wrong, name in (
@@ -481,6 +578,8 @@ def test_wrong_shapes_are_errors_of_the_call():
         ({"scale": np.ones((2, 1, 1, 1, 1), f32)}, "scale"),
         ({"scale": np.ones((0, 1, 1, 1, 1), f32)}, "scale"),
         ({"offset": (0, 0)}, "offset"),
+        ({"distances": np.ones((1, 1, 1, 1, 1), f32)}, "by_distance: too few"),
+        ({"distances": np.ones((1, 1, 1, 4, 8), f32)}, "by_distance"),
         ({"results": [results[0], shape((1, 1, 1, 5), f32)]}, "lse"),
         ({"instruction_set": np.int64(7)}, "instruction_set"),
     ):

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import rnnattn
-from rnnattn import packed_attention, reference
+from rnnattn import masks, native, packed_attention, reference
 from rnnattn.attention import packed_attention_jvp
 from rnnattn.precision import accumulator
 from tests.attention_cases import (
@@ -71,9 +71,9 @@ def visible(case, *, is_causal=False, local_window_size=(None, None)):
     return jnp.asarray(sees)
 
 
-def masked(query, key, value, mask, **options):
+def masked(query, key, value, mask, bias=None, **options):
     """The same problem to the oracle: one row, and a mask of all queries and keys."""
-    return reference.dot_product_attention(query, key, value, None, mask, **options)
+    return reference.dot_product_attention(query, key, value, bias, mask, **options)
 
 
 def without_nan(case, **options):
@@ -171,6 +171,71 @@ def test_one_by_one():
     how: dict[str, Any] = {"is_causal": True, "return_residual": True}
     for function in (reference.packed_attention, packed_attention):
         assert_same(quick(partial(function, **how))(**arrays, **case.others), expected)
+
+
+def a_score(slope, logit, b, n, t, s):
+    return logit + slope * jnp.sin((2 * t - s + b).astype(logit.dtype))
+
+
+def with_slopes(function):
+    """`function` with functions of places within a sequence; that of scores has slopes."""
+
+    def call(*, slopes, **arguments):
+        score = lambda logit, b, n, t, s: a_score(slopes[n], logit, b, n, t, s)
+        return function(**arguments, mask_function=MASK, score_function=score)
+
+    return call
+
+
+LENGTHS = jnp.array([2, 0, 3])  # of each sequence
+IDS = jnp.array([[0, 0, 1, 1, 1], [3] * 5, [1, 1, 1, 2, 2]])
+MASK = (
+    (masks.causal() | masks.prefix(LENGTHS))
+    & masks.window(3)
+    & masks.document(IDS)
+    & (lambda b, n, t, s: (b + n + t + s) % 3 > 0)
+)
+
+
+def test_functions_of_places_within_a_sequence(small_blocks):  # noqa: F811
+    """Of a sequence's number, and of places in it: its last query is at its last key."""
+    case = make_packed([3, 0, 4], [4, 2, 3])
+    case = case._replace(floats=case.floats | {"slopes": jnp.arange(1.0, N + 1)})
+    b, t = jnp.array([0] * 3 + [2] * 5), jnp.array([1, 2, 3, -1, 0, 1, 2, 3])
+    s = jnp.array([0, 1, 2, 3, 0, 1, 0, 1, 2, 3])
+    axes = b[None, :, None], jnp.arange(N)[:, None, None], t[None, :, None], s[None, None]
+    places = [x.astype(jnp.int32) for x in axes]
+
+    def dense(slopes, mask, **arguments):
+        bias = a_score(slopes[:, None, None], jnp.float64(0), *places)
+        return masked(**arguments, mask=mask[None] & MASK(*places), bias=bias)
+
+    truth = without_nan(case)
+    given_back, plain = cotangents(case)
+    expected = first_order(dense)(truth.floats, truth.others, plain)
+    run = first_order(with_slopes(partial(packed_attention, implementation="blockwise")))
+    assert_same(run(case.floats, case.others, given_back), expected)
+    twin = with_slopes(reference.packed_attention)
+    whole = jax.tree.map(jnp.nan_to_num, case.floats)
+    assert_same(first_order(twin)(whole, case.others, plain), expected)
+
+
+@pytest.mark.skipif(not native.status().available, reason=f"no kernels: {native.status().reason}")
+def test_ranges_and_scores_by_distance_run_by_the_kernels():
+    case = make_packed([3, 0, 4], [3, 0, 4], sizes=(T, T, N, M, K, V), dtype=jnp.float32)
+    del case.others["cu_seqlens_key"]
+    case = case._replace(floats=case.floats | {"slopes": jnp.arange(1.0, N + 1, dtype=jnp.float32)})
+
+    def attend(slopes, **arguments):
+        shown = masks.causal() | masks.prefix(LENGTHS)
+        score = masks.alibi(slopes)
+        return packed_attention(**arguments, mask_function=shown, score_function=score)
+
+    given_back, plain = cotangents(case)
+    whole = jax.tree.map(jnp.nan_to_num, case.floats)
+    expected = first_order(partial(attend, implementation="dense"))(whole, case.others, plain)
+    run = first_order(partial(attend, implementation="native"))
+    assert_same(run(case.floats, case.others, given_back), expected, 1e-5)
 
 
 def test_dropout_drops_what_it_says():

@@ -239,6 +239,40 @@ def test_every_instruction_set_reads_through_the_page_table(instruction_set, mon
         assert_same(attend("native"), attend("xla"), 1e-5 if dtype == "float32" else 1e-2)
 
 
+@pytest.mark.skipif(not SETS, reason="no kernels")
+def test_wrong_pages_are_errors_of_the_call():
+    """Which `paged_attention` never hands over: it would read where nothing is."""
+    f32, ints = np.float32, partial(np.array, dtype=np.int32)
+    none, absent = np.zeros(0, f32), np.zeros(0, np.int32)
+    shapes = (2, 1, 1, 1, 4), (2, 1, 1, 1)
+    results = [jax.ShapeDtypeStruct(shape, f32) for shape in shapes]
+
+    def call(pages=((2, 0), (1, 2)), page_size=64):
+        key = np.ones((3, page_size, 1, 4), f32)
+        scale, mask = np.ones((1,) * 5, f32), np.zeros(0, np.bool_)
+        return jax.ffi.ffi_call("rnnattn.attention_paged_forward.v4", results)(
+            *(np.ones((2, 1, 1, 1, 4), f32), key, key, scale, none, mask, ints([0])),
+            *([absent] * 5),
+            *(none, none, ints(pages)),
+            is_causal=False,
+            left=np.int64(-1),
+            right=np.int64(-1),
+            soft_cap=f32(0),
+            **calls.call_attributes(),
+        )
+
+    np.testing.assert_allclose(call()[0], np.ones((2, 1, 1, 1, 4)))
+    for wrong, message in (
+        ({"pages": ((2, 0), (1, 3))}, "pages: a page that there is not"),
+        ({"pages": ((-1, 0), (1, 2))}, "pages: a page that there is not"),
+        ({"pages": (2, 0)}, "pages: another rank than 2"),
+        ({"page_size": 96}, "key: pages of an odd size"),
+        ({"page_size": 0}, "key: pages of an odd size"),
+    ):
+        with pytest.raises(Exception, match=f"rnnattn: {message}"):
+            jax.block_until_ready(call(**wrong))
+
+
 def test_attention_is_mapped_over_an_axis_and_exported():
     floats, empty = problem(1, [3, 2, 1], 64, dtype=jnp.float32)
     cache = filled(empty, floats["key"], floats["value"], [3, 2, 1])

@@ -107,8 +107,10 @@ def dot_product_attention(
             causality, a window, segments or a range of keys for each query, as a prefix does, is
             run as these are, by the kernels, too; any other on XLA.
         score_function: (logit, b, n, t, s) → logit, of the logits after bias, before masks;
-            likewise traced once, on a number in the dtype that sums have. On XLA. To have finite
-            gradients it has to be finite for hidden keys, too.
+            likewise traced once, on a number in the dtype that sums have. To have finite gradients
+            it has to be finite for hidden keys, too. `masks.alibi` and `masks.relative_bias` are
+            run by the kernels for a CPU, of a number for each head and distance, (B, N, T + S − 1)
+            at most; others on XLA.
     Returns:
         The output (B, T, N, V) in the dtype of `value`; a tuple with L and the weights after it, if
         they are asked for. A query that may see no key gets zeros, and L = −∞ (its sink, if there

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rnnattn.masks import ByDistance
 from rnnattn.precision import varying_together
 
 _PLACES = ("b", "n", "t", "s")
@@ -24,10 +25,11 @@ class Traced:
     Equal to another that does the same steps, so that what was compiled for one serves both.
     """
 
-    def __init__(self, jaxpr):
+    def __init__(self, jaxpr, *, by_distance):
         self.jaxpr = jaxpr
         self.reads = _read(jaxpr, len(_PLACES))
-        self._form = _form(jaxpr)
+        self.by_distance = by_distance  # adds to a logit what depends on n and s − t alone
+        self._form = _form(jaxpr), by_distance
         self._hash = hash(self._form)
 
     def __eq__(self, other):
@@ -57,7 +59,8 @@ def trace(check, name, function, dtype=None):
     holds = one and (result.shape, result.dtype) == ((), wanted)
     expected = f"a function that gives {wanted.name} of the shape of its arguments, ()"
     check(holds, name, expected, shown)
-    return Traced(closed.jaxpr), tuple(map(jnp.asarray, closed.consts))
+    traced = Traced(closed.jaxpr, by_distance=isinstance(function, ByDistance))
+    return traced, tuple(map(jnp.asarray, closed.consts))
 
 
 def _run(jaxpr, arrays, arguments):
@@ -205,3 +208,13 @@ def scored(function, places, s, floats):
         return s
     arrays = in_order(function, floats, places[0].functions.of_score)
     return _over_block(function, arrays, _places(*places), s)
+
+
+def of_distances(function, masking, T, S, floats):
+    """What a function that is `by_distance` adds, (#B, M, G, 1, T + S − 1): of s − t from 1 − T on.
+
+    That is what the last of T queries would add to its logits with as many keys.
+    """
+    shape = (masking.offset.size, *masking.functions.heads.shape, 1, T + S - 1)
+    last, keys = jnp.full(1, T - 1, jnp.int32), jnp.arange(T + S - 1, dtype=jnp.int32)
+    return scored(function, (masking, last, keys), jnp.zeros(shape, jnp.float32), floats)

@@ -7,6 +7,7 @@ import numpy as np
 import rnnattn.attention.xla as xla
 import rnnattn.native as native
 from rnnattn.attention.equations import sum_to
+from rnnattn.attention.functions import of_distances
 from rnnattn.attention.placed import as_given, forward_results, placed
 from rnnattn.attention.problem import Operands
 from rnnattn.checks import those_that_hold
@@ -25,10 +26,30 @@ def unserved(query, value, options):
             f"the dtype {query.dtype.name}": accumulator(query.dtype) != jnp.float32,
             "dropout": options.dropout_rate > 0,
             "a `mask_function` that is no range of keys": options.mask_function is not None,
-            "`score_function`": options.score_function is not None,
+            "a `score_function` that is no bias by distance": not _is_by_distance(options),
             "an array without elements": 0 in (query.size, value.size),
         }
     )
+
+
+def _is_by_distance(options):
+    """Whether all that a score function does is to add what depends on s − t."""
+    return options.score_function is None or options.score_function.by_distance
+
+
+def _by_distance(options, operands, masking):
+    """What the score function adds to logits, by distance; None where there is none."""
+    if options.score_function is None:
+        return None
+    sizes = operands.query.shape[1], operands.key.shape[1]
+    return of_distances(options.score_function, masking, *sizes, operands.score_arrays)
+
+
+def _score_gradient(options, operands, masking, ddistances):
+    """That of the floats of the score function, from that of what it adds, of each row and head."""
+    of = lambda floats: _by_distance(options, operands._replace(score_arrays=floats), masking)
+    added, pullback = jax.vjp(of, operands.score_arrays)
+    return pullback(sum_to(ddistances, added.shape))[0]
 
 
 def _given(x, dtype=jnp.float32):
@@ -47,9 +68,10 @@ def _call(name, options, operands, masking, others, results):
     integers = [masking.query_lengths, masking.key_lengths]
     integers += [masking.query_segments, masking.key_segments, masking.key_ranges]
     arguments += [_given(x, jnp.int32) for x in integers]
+    arguments.append(_given(_by_distance(options, operands, masking)))
     left, right = options.window or (None, None)
     side = lambda x: np.int64(-1 if x is None else x)
-    return jax.ffi.ffi_call(f"rnnattn.attention_{name}.v3", results)(
+    return jax.ffi.ffi_call(f"rnnattn.attention_{name}.v4", results)(
         *arguments,
         *others,
         is_causal=options.is_causal,
@@ -75,14 +97,22 @@ def forward_over_pages(options, operands, masking, table):
 def _backward(options, operands, masking, o, lse, do, dlse):
     bias, scale = operands.bias, operands.scale
     wants_dbias = bias is not None and options.bias_gradient
+    wants_dscore = operands.score_arrays is not None and options.score_gradient
 
     def gradient(operands, do):
         q, k, v, *_ = operands
+        (B, T, M, G, _), S = q.shape, k.shape[1]
         results = [q, k, v, _float32(*bias.shape) if wants_dbias else _float32(0)]
-        dq, dk, dv, dbias = _call(
-            "backward", options, operands, masking, [o, lse, do, dlse], results
+        results.append(_float32(B, M, G, 1, T + S - 1) if wants_dscore else _float32(0))
+        others = [o, lse, do, dlse]
+        dq, dk, dv, dbias, ddistances = _call(
+            "backward", options, operands, masking, others, results
         )
-        return Operands(dq, dk, dv, None, dbias if wants_dbias else None)
+        dbias = dbias if wants_dbias else None
+        dscore = None
+        if wants_dscore:
+            dscore = _score_gradient(options, operands, masking, ddistances)
+        return Operands(dq, dk, dv, None, dbias, None, dscore)
 
     if not options.scale_gradient:
         return gradient(operands, do)

@@ -5,8 +5,9 @@ sequence that its position, causality and a window leave to it. Ranges of few ke
 wherever they lie; so the cost is that of the sequences, one by one.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, SupportsFloat, SupportsIndex
+from typing import Any, Literal, NamedTuple, SupportsFloat, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,11 @@ from rnnattn.attention.api import call
 from rnnattn.attention.arguments import checked, sorted_arguments
 from rnnattn.attention.masking import key_range
 from rnnattn.attention.problem import Masking
+from rnnattn.attention.reduced import check_arrays, extreme, joined, parts, range_of
 from rnnattn.attention.rule import attend, plain
 from rnnattn.attention.signature import Window
 from rnnattn.checks import Check
+from rnnattn.masks import ByDistance
 from rnnattn.packing import checked_cu_seqlens, cu_seqlens_to_segment_ids
 
 PackedImplementation = Literal["dense", "blockwise", "xla", "native", "pallas"]
@@ -41,6 +44,8 @@ def packed_attention(
     sinks: Float[Array, " N"] | None = None,
     dropout_rate: SupportsFloat = 0.0,
     dropout_key: PRNGKeyArray | None = None,
+    mask_function: Callable | None = None,
+    score_function: Callable | None = None,
 ) -> Any:
     """`dot_product_attention` of sequences of several lengths, packed behind one another.
 
@@ -65,6 +70,10 @@ def packed_attention(
         scale, local_window_size, logits_soft_cap, sinks: as in `dot_product_attention`.
         dropout_rate, dropout_key: as well; which weights are dropped depends on where a sequence
             lies.
+        mask_function, score_function: as in `dot_product_attention`, of places within a sequence:
+            b is its number, t the position of the query among its keys, and s that of the key.
+            Masks that come down to ranges of keys are run as these; `masks.alibi` and
+            `masks.relative_bias` by the kernels where the keys are those of the queries.
     Returns:
         The output (T, N, V), and L behind it if it is asked for. A query that may see no key, as
         one of no sequence, gets zeros and L = −∞ (its sink, if there is one).
@@ -72,9 +81,9 @@ def packed_attention(
         ValueError: a shape, dtype or option is off; the message says which, what was expected and
             what came.
     Gradient:
-        That of `dot_product_attention`, with respect to query, key, value, sinks and an array
-        `scale`. Tokens that belong to no sequence, or else reach nothing, may hold NaN and get
-        zeros. Forward mode: `rnnattn.attention.packed_attention_jvp`.
+        That of `dot_product_attention`, with respect to query, key, value, sinks, an array `scale`
+        and what a score function closes over. Tokens that belong to no sequence, or else reach
+        nothing, may hold NaN and get zeros. Forward mode: `rnnattn.attention.packed_attention_jvp`.
     Example:
         >>> q, k, v = jnp.ones((3, 7, 4, 8))
         >>> starts = jnp.array([0, 2, 7])  # two sequences, of 2 and 5 tokens
@@ -94,6 +103,8 @@ def packed_attention(
         "sinks": sinks,
         "dropout_rate": dropout_rate,
         "dropout_key": dropout_key,
+        "mask_function": mask_function,
+        "score_function": score_function,
     }
     starts = cu_seqlens_query, cu_seqlens_key
     return call_packed("packed_attention", attend, query, key, value, starts, query_offset, options)
@@ -130,6 +141,8 @@ def call_packed(function, rule, query, key, value, starts, query_offset, options
     check = Check(function)
     check.axes("query", query, "(T, N, K)")
     names = ("cu_seqlens_query", "cu_seqlens_key")
+    aligned = query_offset is None or (isinstance(query_offset, int) and query_offset == 0)
+    alike = aligned and starts[1] is None
     starts = starts[0], starts[0] if starts[1] is None else starts[1]
     of_queries, of_keys = (
         checked_cu_seqlens(function, name, x) for name, x in zip(names, starts, strict=True)
@@ -145,20 +158,29 @@ def call_packed(function, rule, query, key, value, starts, query_offset, options
     schedules = (None, "dense", "blockwise", "xla", "native", "pallas")
     check.one_of("implementation", request.implementation, schedules)
     check(not request.return_weights, "return_weights", "left out", True)
-    for name in ("mask_function", "score_function"):
-        check(getattr(stated, name) is None, name, "left out", "a function")
     arrays, stated = checked(function, arrays, stated, request)
-    ranges = _key_ranges(stated, arrays.query.shape[0], of_queries, of_keys, query_offset)
-    arrays = arrays._replace(key_ranges=ranges)
-    stated = stated._replace(is_causal=False, window=None)  # the ranges say so
+    check_arrays(check, (of_keys.size - 1, 0, None), stated.mask_function)
+    T, S = arrays.query.shape[0], arrays.key.shape[0]
+    starts = of_queries, of_keys, query_offset
+    stated, ranges, documents, rest = parts(stated)
+    mask, score = joined(rest + documents), stated.score_function
+    bounds = stated._replace(mask_function=None, score_function=None)
+    arrays = arrays._replace(key_ranges=_key_ranges(bounds, T, tuple(ranges), *starts))
+    in_row = lambda function: (
+        partial(_in_row, function, _places(T, S, *starts)) if callable(function) else function
+    )
+    if not (alike and isinstance(score, ByDistance)):  # else distances are the same in the row
+        score = in_row(score)
+    stated = stated._replace(  # the ranges say so
+        is_causal=False, window=None, mask_function=in_row(mask), score_function=score
+    )
     return call(function, rule, (arrays, stated, request), schedule)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _key_ranges(options, T, of_queries, of_keys, offset):
-    """The keys [first, past) of each query, (T, 2), where all are numbered through.
+def _of_queries(T, of_queries, of_keys, offset):
+    """Of each query: its sequence, clipped to those there are, if it is of one, and its position.
 
-    Each query is a row by itself here, with an offset and a length of the keys of its own.
+    The position is that among the keys of its sequence.
     """
     if offset is None:
         offset = jnp.diff(of_keys) - jnp.diff(of_queries)
@@ -167,9 +189,43 @@ def _key_ranges(options, T, of_queries, of_keys, offset):
     ids = cu_seqlens_to_segment_ids(of_queries, T)
     inside = (ids >= 0) & (ids < sequences)
     ids = jnp.clip(ids, 0, sequences - 1)
+    return ids, inside, jnp.arange(T, dtype=jnp.int32) - of_queries[ids] + offset[ids]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _key_ranges(options, T, masks, of_queries, of_keys, offset):
+    """The keys [first, past) of each query, (T, 2), where all are numbered through.
+
+    Each query is a row by itself here, with an offset and a length of the keys of its own.
+    """
+    ids, inside, at = _of_queries(T, of_queries, of_keys, offset)
     start, end = of_keys[ids], of_keys[ids + 1]
-    rows = Masking(offset=start - of_queries[ids] + offset[ids], key_lengths=end)
     t = jnp.arange(T, dtype=jnp.int32)
-    first, past = key_range(options, rows, t, t)
-    first = jnp.maximum(first, start)
+    rows = Masking(offset=start + at - t, key_lengths=end)
+    found = [range_of(mask, ids, at) for mask in masks]
+    found = [tuple(x if x is None else x + start for x in bounds) for bounds in found]
+    first, past = zip(key_range(options, rows, t, t), *found, strict=True)
+    first, past = extreme(jnp.maximum, first, start), extreme(jnp.minimum, past)
     return jnp.stack([first, jnp.where(inside, past, first)], 1)
+
+
+class _Places(NamedTuple):
+    """Where the tokens of a packed row are in their sequences."""
+
+    sequence: Int[Array, " T"]
+    query: Int[Array, " T"]  # among the keys of its sequence
+    key: Int[Array, " S"]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _places(T, S, of_queries, of_keys, offset):
+    ids, _, at = _of_queries(T, of_queries, of_keys, offset)
+    of_each = jnp.clip(cu_seqlens_to_segment_ids(of_keys, S), 0, of_keys.size - 2)
+    return _Places(ids, at, jnp.arange(S, dtype=jnp.int32) - of_keys[of_each])
+
+
+def _in_row(function, places, *arguments):
+    """A function of places within a sequence, of those in the packed row."""
+    *logit, _, n, t, s = arguments
+    at = lambda x, place: jnp.take(x, place, mode="clip")
+    return function(*logit, at(places.sequence, t), n, at(places.query, t), at(places.key, s))

@@ -15,13 +15,14 @@ import jax.numpy as jnp
 import rnnattn.attention.xla as xla
 from rnnattn.attention.equations import joined_by_sinks, row_sums, sinks_gradient
 from rnnattn.attention.masking import only_seeing, rows_in_reach
-from rnnattn.attention.problem import Masking, Operands, Schedule
+from rnnattn.attention.problem import Functions, Masking, Operands, Schedule
 from rnnattn.dispatch import dispatched
 from rnnattn.divided import Division
 
 # The letters of the axes along which the kernels can be divided, and of those before them.
-_OPERANDS: Any = Operands("BTMG", "BSM", "BSM", "BMG", "BMG", "BMG")  # type: ignore[arg-type]
-_MASKING: Any = Masking("B", "BMG", "B", "B", "B", "B", "BMG", "B")  # type: ignore[arg-type]
+_OPERANDS: Any = Operands("BTMG", "BSM", "BSM", "BMG", "BMG", "BMG", "")  # type: ignore[arg-type]
+_FUNCTIONS: Any = Functions("B", "MG", "", "")  # type: ignore[arg-type]
+_MASKING: Any = Masking("B", "BMG", "B", "B", "B", "B", "BMG", "B", _FUNCTIONS)  # type: ignore[arg-type]
 _ARGUMENTS = (_OPERANDS, _MASKING)
 
 
@@ -94,9 +95,13 @@ def forward_on_xla(options, operands, masking):
 
 
 def as_given(gradient, operands):
-    """The gradient, that of query, key and value in their dtypes."""
+    """The gradient, that of query, key and value in their dtypes.
+
+    That of a score function is in float32.
+    """
     dq, dk, dv = (d.astype(x.dtype) for d, x in zip(gradient[:3], operands[:3], strict=True))
-    return gradient._replace(query=dq, key=dk, value=dv)
+    dscore = jax.tree.map(lambda d: d.astype(jnp.float32), gradient.score_arrays)
+    return gradient._replace(query=dq, key=dk, value=dv, score_arrays=dscore)
 
 
 def backward_on_xla(options, operands, masking, o, lse, do, dlse):
@@ -133,7 +138,10 @@ def _backward_results(options, operands, *_):
     q, k, v, scale, bias, *_ = operands
     dscale = _wide(*scale.shape) if options.scale_gradient else None
     dbias = _wide(*bias.shape) if bias is not None and options.bias_gradient else None
-    return Operands(_like(q), _like(k), _like(v), dscale, dbias)
+    dscore = None
+    if operands.score_arrays is not None and options.score_gradient:
+        dscore = tuple(_wide(*x.shape) for x in operands.score_arrays)
+    return Operands(_like(q), _like(k), _like(v), dscale, dbias, None, dscore)
 
 
 # -------------------------------------------------------------------------------------- under vmap
@@ -154,10 +162,15 @@ def _joined(trees, batched, size, rows, apart):
         x = x if is_batched else x[None]
         return jnp.broadcast_to(x, (size, rows, *x.shape[2:])).reshape(size * rows, *x.shape[2:])
 
+    def join_field(name, x, batched):
+        if name == "score_arrays" or x is None:
+            return x
+        if name == "functions":
+            return x._replace(rows=join(x.rows, batched.rows))
+        return join(x, batched, name in _SHARED and name not in apart)
+
     def join_fields(tree, batched):
-        fields = zip(tree._fields, tree, batched, strict=True)
-        shared = [name for name in _SHARED if name not in apart]
-        return type(tree)(*(join(x, b, name in shared) for name, x, b in fields))
+        return type(tree)(*map(join_field, tree._fields, tree, batched))
 
     (operands, masking, *others), (of_operands, of_masking, *of_others) = trees, batched
     joined = [join_fields(operands, of_operands), join_fields(masking, of_masking)]
@@ -165,9 +178,15 @@ def _joined(trees, batched, size, rows, apart):
 
 
 def _over_axis(run, on_xla, apart, options, trees, batched, size):
-    """The results of all rows; sinks of their own for each are left to XLA."""
-    operands, of_operands = trees[0], batched[0]
-    if of_operands.sinks:
+    """The results of all rows.
+
+    Left to XLA are sinks of their own for each, and score functions, too, and the gradients of what
+    these close over.
+    """
+    (operands, *_), (of_operands, of_masking, *_) = trees, batched
+    of_functions = (of_operands.sinks, of_operands.score_arrays, of_masking.functions)
+    wants_dscore = operands.score_arrays is not None and "score_arrays" in apart
+    if wants_dscore or any(jax.tree.leaves(of_functions)):
         axes = jax.tree.map(lambda b: 0 if b else None, batched)
         return jax.vmap(partial(on_xla, options), axes)(*trees)
     rows = operands.query.shape[1 if of_operands.query else 0]
@@ -178,6 +197,7 @@ def _over_axis(run, on_xla, apart, options, trees, batched, size):
 def _backward_over_axis(run, options, trees, batched, size):
     """Scale and bias have a gradient for each row, which is summed where the rows share them."""
     apart = ("scale",) * options.scale_gradient + ("bias",) * options.bias_gradient
+    apart += ("score_arrays",) * options.score_gradient
     gradient = _over_axis(run, backward_on_xla, apart, options, trees, batched, size)
 
     def shared(d, x, is_batched):

@@ -18,7 +18,21 @@ from rnnattn.masks import And, Causal, Document, Not, Or, Prefix, Sinks, Window
 
 def reduced(check, arrays, options):
     """The arguments, whose mask function is left with what has no other words."""
-    _check_arrays(check, arrays, options.mask_function)
+    *batch, T, _, _ = arrays.query.shape
+    check_arrays(check, (math.prod(batch), T, arrays.key.shape[-3]), options.mask_function)
+    options, ranges, documents, rest = parts(options)
+    if arrays.query_segment_ids is None and documents:
+        arrays = _with_segments(arrays, documents.pop(0))
+    if ranges:
+        arrays, options = _with_ranges(arrays, options, tuple(ranges))
+    return arrays, options._replace(mask_function=joined(rest + documents))
+
+
+def parts(options):
+    """The options with causality and windows of their mask function, and the rest of it in parts.
+
+    Which are ranges of keys, documents, and all others; each has to show a key.
+    """
     documents: list[Any] = []
     ranges: list[Any] = []
     rest: list[Any] = []
@@ -31,24 +45,23 @@ def reduced(check, arrays, options):
             documents.append(mask)
         else:
             (ranges if _is_range(mask) else rest).append(mask)
-    if arrays.query_segment_ids is None and documents:
-        arrays = _with_segments(arrays, documents.pop(0))
-    if ranges:
-        arrays, options = _with_ranges(arrays, options, tuple(ranges))
-    rest += documents
-    return arrays, options._replace(mask_function=reduce(And, rest) if rest else None)
+    return options, ranges, documents, rest
 
 
-def _check_arrays(check, arrays, mask):
-    """What a mask has of rows, queries and keys has to be of those of the call."""
-    *batch, T, _, _ = arrays.query.shape
-    B, S = math.prod(batch), arrays.key.shape[-3]
+def joined(masks):
+    """What all of the masks show; None where there is none."""
+    return reduce(And, masks) if masks else None
+
+
+def check_arrays(check, sizes, mask):
+    """What a mask has of rows, queries and keys has to be of B, T and S of them; None is any S."""
+    B, T, S = sizes
     match mask:
         case And(left=left, right=right) | Or(left=left, right=right):
-            _check_arrays(check, arrays, left)
-            _check_arrays(check, arrays, right)
+            check_arrays(check, sizes, left)
+            check_arrays(check, sizes, right)
         case Not(mask=inner):
-            _check_arrays(check, arrays, inner)
+            check_arrays(check, sizes, inner)
         case Prefix(lengths=lengths):
             expected = f"a prefix of one length or of {B}, one for each row"
             check(lengths.shape in ((), (B,)), "mask_function", expected, lengths.shape)
@@ -56,6 +69,7 @@ def _check_arrays(check, arrays, mask):
             expected = f"a document of at least {T} queries, of one row or of {B}"
             fits = of_queries.shape[-1] >= T and of_queries.shape[:-1] in ((), (B,))
             check(fits, "mask_function", expected, of_queries.shape)
+            S = of_keys.shape[-1] if S is None else S
             expected = f"a document of {S} keys, of one row or of {B}"
             check(of_keys.shape in ((S,), (B, S)), "mask_function", expected, of_keys.shape)
 
@@ -121,7 +135,7 @@ def _is_range(mask):
     return _sides(mask) is not None
 
 
-def _range(mask, b, t):
+def range_of(mask, b, t):
     """The keys [first, past) of the query at t that a mask shows, None for an open side."""
     match mask:
         case Causal():
@@ -133,16 +147,16 @@ def _range(mask, b, t):
         case Window(left=left, right=right):
             return None if left is None else t - left, None if right is None else t + right + 1
         case Not(mask=inner):
-            return _range(inner, b, t)[::-1]
+            return range_of(inner, b, t)[::-1]
         case And(left=left, right=right):
-            first, past = zip(_range(left, b, t), _range(right, b, t), strict=True)
-            return _extreme(jnp.maximum, first), _extreme(jnp.minimum, past)
+            first, past = zip(range_of(left, b, t), range_of(right, b, t), strict=True)
+            return extreme(jnp.maximum, first), extreme(jnp.minimum, past)
         case Or(left=left, right=right):
-            first, past = zip(_range(left, b, t), _range(right, b, t), strict=True)
-            return _extreme(jnp.minimum, first), _extreme(jnp.maximum, past)
+            first, past = zip(range_of(left, b, t), range_of(right, b, t), strict=True)
+            return extreme(jnp.minimum, first), extreme(jnp.maximum, past)
 
 
-def _extreme(of, bounds, least=None):
+def extreme(of, bounds, least=None):
     """The largest or smallest of the bounds that there are; None if there is none."""
     known = [x for x in (*bounds, least) if x is not None]
     return reduce(of, known) if known else None
@@ -168,7 +182,7 @@ def _key_ranges(options, sizes, masks, offset, query_lengths, key_lengths):
     t = jnp.arange(T, dtype=jnp.int32)[None]
     b = jnp.arange(B, dtype=jnp.int32)[:, None]
     rows = Masking(offset, query_lengths=query_lengths, key_lengths=key_lengths)
-    found = [key_range(options, rows, t, t), *(_range(mask, b, t + offset) for mask in masks)]
+    found = [key_range(options, rows, t, t), *(range_of(mask, b, t + offset) for mask in masks)]
     first, past = zip(*found, strict=True)
-    bounds = _extreme(jnp.maximum, first, 0), _extreme(jnp.minimum, past, S)
+    bounds = extreme(jnp.maximum, first, 0), extreme(jnp.minimum, past, S)
     return jnp.stack([jnp.broadcast_to(x, (B, T)) for x in bounds], 2)

@@ -21,6 +21,11 @@
 RNNATTN_BEFORE_NAMESPACE();
 namespace rnnattn::RNNATTN_SET::attention {
 
+// Keys of a block: of pages as many as lie in one of them at least.
+static int64_t keys_of_blocks(const Attention& p, bool streamed) {
+  return p.pages ? PAGE_KEYS : streamed ? STREAMED_KEYS : KEYS;
+}
+
 // What one work item does: a part of the keys, for a set of rows of one key/value head, or of
 // several heads where keys are streamed. How many parts there are depends on the shapes alone; what
 // they make of the softmax is joined in the end.
@@ -31,7 +36,7 @@ struct ForwardPlan {
 
   explicit ForwardPlan(const Attention& p)
       : streamed(is_streamed(p)), blocks(p, FORWARD_ROWS), heads(streamed ? streamed_heads(p) : 1) {
-    keys = p.pages ? PAGE_KEYS : streamed ? STREAMED_KEYS : KEYS;
+    keys = keys_of_blocks(p, streamed);
     key_blocks = ceil_div(p.S, keys);
     sets = p.B * (p.M / heads) * blocks.count();
     const int64_t most_parts = ceil_div(p.S, streamed ? keys : LEAST_KEYS_OF_A_PART);
@@ -46,6 +51,14 @@ struct ForwardPlan {
   }
   Range keys_of_part(const Attention& p, int64_t part) const {
     return {key_blocks * part / parts * keys, least(key_blocks * (part + 1) / parts * keys, p.S)};
+  }
+  // Of a part, those that are seen: whole vectors from its first key on, so that no vector reaches
+  // into the next part; of pages whole blocks, so that no block does into the next page.
+  Range seen_of_part(const Attention& p, int64_t part, Range seen) const {
+    const Range of_part = keys_of_part(p, part);
+    const int64_t step = p.pages ? keys : W;
+    const int64_t skipped = most(seen.first - of_part.first, 0) / step * step;
+    return {of_part.first + skipped, least(seen.past, of_part.past)};
   }
 };
 
@@ -229,12 +242,7 @@ static void forward_part(const AttentionForward<Number>& p, const ForwardPlan& p
     of_head(head, [&](const Rows& rows, const ForwardMemory<Number>& my) {
       begin_rows(p, rows, part == 0, my);
     });
-  // Whole vectors from the first key of the part on, so that no vector reaches into the next part;
-  // of pages whole blocks, so that no block does into the next page.
-  const Range seen = seen_by(all.ranges, count).any, of_part = plan.keys_of_part(p, part);
-  const int64_t step = p.pages ? plan.keys : W;
-  const int64_t skipped = most(seen.first - of_part.first, 0) / step * step;
-  const Range keys{of_part.first + skipped, least(seen.past, of_part.past)};
+  const Range keys = plan.seen_of_part(p, part, seen_by(all.ranges, count).any);
   for (int64_t key = keys.first; key < keys.past; key += plan.keys)
     for (int64_t head = 0; head < plan.heads; ++head)
       of_head(head, [&](const Rows& rows, const ForwardMemory<Number>& my) {

@@ -109,19 +109,18 @@ static void row_sums(const AttentionBackward<Number>& p, int64_t b, int64_t head
   }
 }
 
-// P in place of s, dS before the soft cap in place of dP, and dbias grown by dS.
+// P in place of s, dS before the soft cap in place of dP, and dbias and d_by_distance grown by dS.
 static void logits_gradient(const Block& block, float lse, float delta, bool finite,
                             const float* uncap, float* s, float* dp, float* dbias,
-                            int64_t dbias_stride, int64_t keys) {
+                            int64_t dbias_stride, float* d_by_distance, int64_t keys) {
   V shared{};
   for (int64_t j = block.from; j < block.to; j += W) {
     const V weight = exp(load(s + j) - lse);
     V ds = weight * (load(dp + j) - delta);
     if (!finite) ds = weight == 0 ? V{} : ds;
-    if (dbias && dbias_stride) {
-      const int width = static_cast<int>(least(W, keys - j));
-      store(dbias + j, load(dbias + j, width) + ds, width);
-    }
+    const int width = static_cast<int>(least(W, keys - j));
+    if (dbias && dbias_stride) store(dbias + j, load(dbias + j, width) + ds, width);
+    if (d_by_distance) store(d_by_distance + j, load(d_by_distance + j, width) + ds, width);
     if (dbias) shared += ds;
     // of a key that is not seen it may be NaN
     if (uncap) ds = weight == 0 ? V{} : ds * load(uncap + j);
@@ -129,6 +128,20 @@ static void logits_gradient(const Block& block, float lse, float delta, bool fin
     store(dp + j, ds);
   }
   if (dbias && !dbias_stride) *dbias += sum(shared);
+}
+
+// Of d_by_distance.
+static int64_t distances_size(const Attention& p) { return p.B * p.M * p.G * (p.T + p.S - 1); }
+
+// Of a head, what `distances` has of it, (B, M, G, T + S − 1); null as these are.
+static float* distances_of(const Attention& p, float* distances, int64_t b, int64_t m, int64_t g) {
+  return distances ? distances + ((b * p.M + m) * p.G + g) * (p.T + p.S - 1) : nullptr;
+}
+
+// Of a row, that of the key 0.
+static float* distances_of_row(const Attention& p, float* distances, const Rows& rows, int64_t r) {
+  float* of_head = distances_of(p, distances, rows.b, rows.m, rows.head(r));
+  return of_head ? of_head + (p.T - 1 - rows.time(r)) : nullptr;
 }
 
 // Whether a row of logits sees no key of its block.
@@ -155,12 +168,18 @@ static void hide_unseeing(const AttentionBackward<Number>& p, const Block& block
   }
 }
 
-// P in place of s, dS in place of dP, of a block of rows and keys; what they add to dbias.
+// Sums of one part of the keys; of distances null where nobody asked.
+struct PartSums {
+  float *dq, *d_by_distance;
+};
+
+// P in place of s, dS in place of dP, of a block of rows and keys; what they add to dbias and
+// d_by_distance.
 template <class Number>
 static void weights_and_gradient(const AttentionBackward<Number>& p, const Block& block,
                                  const Rows& rows, const Against<Operand<Number>>& k,
                                  const Against<Operand<Number>>& v, const float* delta, bool finite,
-                                 const BackwardMemory<Number>& my) {
+                                 const PartSums& sums, const BackwardMemory<Number>& my) {
   using Operand = RNNATTN_SET::Operand<Number>;
   const int64_t k_width = whole_vectors(p.K), v_width = whole_vectors(p.V);
   for (int64_t r = 0; r < block.rows; ++r) {
@@ -185,9 +204,11 @@ static void weights_and_gradient(const AttentionBackward<Number>& p, const Block
   for (int64_t r = 0; r < block.rows; ++r) {
     float* dbias = p.dbias.data ? p.dbias.row(rows.b, rows.m, rows.head(r), rows.time(r)) : nullptr;
     if (dbias && p.dbias.s) dbias += block.first;
+    float* d_by_distance = distances_of_row(p, sums.d_by_distance, rows, r);
+    if (d_by_distance) d_by_distance += block.first;
     logits_gradient(block, my.lse[r], my.delta[r], finite,
                     my.uncap ? my.uncap + r * STRIDE : nullptr, my.s + r * STRIDE,
-                    my.dp + r * STRIDE, dbias, p.dbias.s, block.count);
+                    my.dp + r * STRIDE, dbias, p.dbias.s, d_by_distance, block.count);
   }
 }
 
@@ -203,12 +224,12 @@ static void add_to_dq(const AttentionBackward<Number>& p, const Block& block, co
     add_row(my.dq + r * k_width, scale_of(p, rows, r), p.K, dq + query_at(p, p.K, rows, r));
 }
 
-// dk and dv of a block of keys of a key/value head, and what they add to dq and dbias; `seen` are
-// the keys that each block of queries sees.
+// dk and dv of a block of keys of a key/value head, and what they add to dbias and the sums; `seen`
+// are the keys that each block of queries sees.
 template <class Number>
 static void backward_keys(const AttentionBackward<Number>& p, const RowBlocks& blocks,
                           const Range* seen, int64_t b, int64_t m, Range keys, const float* delta,
-                          float* dq, const BackwardMemory<Number>& my) {
+                          const PartSums& sums, const BackwardMemory<Number>& my) {
   const int64_t k_width = whole_vectors(p.K), v_width = whole_vectors(p.V);
   const int64_t count = keys.past - keys.first;
   bool packed = false, finite = true;
@@ -236,12 +257,12 @@ static void backward_keys(const AttentionBackward<Number>& p, const RowBlocks& b
       zero(my.dv, count * v_width);
     }
     const int64_t from = block.from, met = block.seen();
-    weights_and_gradient(p, block, rows, k_columns, v_columns, delta, finite, my);
+    weights_and_gradient(p, block, rows, k_columns, v_columns, delta, finite, sums, my);
     product<Stored::by_step, From::c>(met, v_width / W, block.rows, my.s + from, STRIDE, my.d_o,
                                       v_width, TILE_COLUMNS, my.dv + from * v_width, v_width);
     product<Stored::by_step, From::c>(met, k_width / W, block.rows, my.dp + from, STRIDE, my.q,
                                       k_width, TILE_COLUMNS, my.dk + from * k_width, k_width);
-    add_to_dq(p, block, rows, KeyRows<float>{my.k, k_width}, dq, my);
+    add_to_dq(p, block, rows, KeyRows<float>{my.k, k_width}, sums.dq, my);
     if (!finite) pack_rows(p, p.key, p.K, b, m, keys, my.k);
   }
   if (!packed) {
@@ -280,7 +301,8 @@ static void stream_gradient(const Attention& p, const Block& block, const float*
 // block of rows, which writes dk and dv at once.
 template <class Number>
 static void stream_backward_keys(const AttentionBackward<Number>& p, const Rows& rows, Range keys,
-                                 const float* delta, float* dq, const BackwardMemory<Number>& my) {
+                                 const float* delta, const PartSums& sums,
+                                 const BackwardMemory<Number>& my) {
   const int64_t k_width = whole_vectors(p.K), m = rows.m;
   for (int64_t r = 0; r < rows.count(); ++r) my.ranges[r] = keys_of(p, rows.b, rows.time(r));
   const Block block = block_of(p, rows, keys, my.ranges, rows.count());
@@ -294,17 +316,17 @@ static void stream_backward_keys(const AttentionBackward<Number>& p, const Rows&
     if (!in_place) pack_rows(p, p.key, p.K, rows.b, m, keys, my.k);
     KeyRows<float> packed_k{my.k, k_width};
     if constexpr (ALIKE<Number>) {
-      weights_and_gradient(p, block, rows, {nullptr, k}, {nullptr, v}, delta, finite, my);
+      weights_and_gradient(p, block, rows, {nullptr, k}, {nullptr, v}, delta, finite, sums, my);
     } else {
       // in the memory of dv, which is not begun yet
       pack_rows(p, p.value, p.V, rows.b, m, keys, my.dv);
       const KeyRows<float> packed_v{my.dv, whole_vectors(p.V)};
       weights_and_gradient(p, block, rows, {nullptr, packed_k}, {nullptr, packed_v}, delta, finite,
-                           my);
+                           sums, my);
     }
     if constexpr (IS_WIDE<Number>)
       if (in_place) packed_k = k;
-    add_to_dq(p, block, rows, packed_k, dq, my);
+    add_to_dq(p, block, rows, packed_k, sums.dq, my);
   }
   stream_gradient(p, block, my.s, my.d_o, p.V, p.dv + key_at(p, p.V, rows.b, m, keys.first), my.dv);
   stream_gradient(p, block, my.dp, my.q, p.K, p.dk + key_at(p, p.K, rows.b, m, keys.first), my.dk);
@@ -314,6 +336,7 @@ static void stream_backward_keys(const AttentionBackward<Number>& p, const Rows&
 struct SharedMemory {
   Memory memory;
   float *delta, *parts_of_dq;  // null where there is one part, in float32
+  float* parts_of_distances;   // null where there is one part, or nobody asked
   Range* seen;                 // the keys that some query of a block sees, (B, blocks of times)
 
   template <class Number>
@@ -324,7 +347,13 @@ struct SharedMemory {
     delta = memory.take(rows);
     const bool apart = plan.parts > 1 || !IS_WIDE<Number>;
     parts_of_dq = apart ? memory.take(plan.parts * rows * p.K) : nullptr;
+    const bool distances = p.d_by_distance && plan.parts > 1;
+    parts_of_distances = distances ? memory.take(plan.parts * distances_size(p)) : nullptr;
     seen = memory.take<Range>(p.B * blocks.times.count);
+  }
+  // Where a part of the keys has its d_by_distance.
+  float* distances_of_part(float* whole, int64_t part, int64_t size) const {
+    return parts_of_distances ? parts_of_distances + part * size : whole;
   }
 };
 
@@ -359,6 +388,7 @@ static bool backward(Threads& threads, const AttentionBackward<Number>& p) {
     float* dq = shared.parts_of_dq + part * dq_size;
     if constexpr (IS_WIDE<Number>)
       if (plan.parts == 1) dq = p.dq;
+    float* distances = shared.distances_of_part(p.d_by_distance, part, distances_size(p));
     for (int64_t ib = 0; ib < plan.b_shared; ++ib) {
       const int64_t b = group / m_groups * plan.b_shared + ib;
       const Range* seen = shared.seen + b * blocks.times.count;
@@ -367,13 +397,15 @@ static bool backward(Threads& threads, const AttentionBackward<Number>& p) {
       const int64_t past_t = blocks.times.start(begun.past);
       for (int64_t t = blocks.times.start(begun.first); t < past_t; ++t)
         zero(dq + ((b * p.T + t) * p.M + m_first) * p.G * p.K, plan.m_shared * p.G * p.K);
+      for (int64_t m = m_first; distances && m < m_past; ++m)
+        zero(distances_of(p, distances, b, m, 0), p.G * (p.T + p.S - 1));
       for (int64_t key = of_part.first; key < of_part.past; key += plan.keys) {
         const Range keys{key, least(key + plan.keys, p.S)};
         for (int64_t m = m_first; m < m_past; ++m)
           if (plan.streamed)
-            stream_backward_keys(p, blocks.rows(b, m, 0), keys, shared.delta, dq, my);
+            stream_backward_keys(p, blocks.rows(b, m, 0), keys, shared.delta, {dq, distances}, my);
           else
-            backward_keys(p, blocks, seen, b, m, keys, shared.delta, dq, my);
+            backward_keys(p, blocks, seen, b, m, keys, shared.delta, {dq, distances}, my);
       }
     }
   };
@@ -381,6 +413,20 @@ static bool backward(Threads& threads, const AttentionBackward<Number>& p) {
       done && parallel_for(threads, plan.groups * plan.parts,
                            threads_for(p, heads * p.T * p.S * (3 * p.K + 2 * p.V)),
                            BackwardMemory<Number>(p, plan, nullptr).memory.used, gradient_of_part);
+  if (shared.parts_of_distances) {
+    const int64_t of_part = distances_size(p), of_head = p.T + p.S - 1;
+    const auto sum_of_distances = [&](int64_t head, float*) {
+      for (int64_t i = head * of_head; i < (head + 1) * of_head; i += W) {
+        const int lanes = static_cast<int>(least(W, (head + 1) * of_head - i));
+        V sums{};
+        for (int64_t n = 0; n < plan.parts; ++n)
+          sums += load(shared.parts_of_distances + n * of_part + i, lanes);
+        store(p.d_by_distance + i, sums, lanes);
+      }
+    };
+    done = done && parallel_for(threads, heads, of_part * plan.parts / WORK_OF_A_THREAD + 1, 0,
+                                sum_of_distances);
+  }
   if (IS_WIDE<Number> && plan.parts == 1) return done;
 
   // Of a block of queries, the parts whose keys it sees.

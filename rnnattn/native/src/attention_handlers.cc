@@ -30,10 +30,22 @@ void fill_pages(Checks& checks, Arguments& p, Buffer pages, int64_t count, int64
     checks.require(0 <= p.pages[i] && p.pages[i] < p.P, "pages", "a page that there is not");
 }
 
+// What a logit grows by, by distance: the row of a query begins one number before the last one's.
+OfLogits<const float> of_distances(Checks& checks, Buffer given, const Attention& p) {
+  const int64_t distances = p.T + p.S - 1;
+  OfLogits<const float> of =
+      checks.of_logits<const float>("by_distance", given, {p.B, p.M, p.G, 1, distances});
+  if (!of.data) return of;
+  checks.require(given.dimensions()[4] == distances, "by_distance", "too few distances");
+  of.data += p.T - 1;
+  of.t = -1;
+  return of;
+}
+
 template <class Number, class Arguments>
 void fill(Checks& checks, Arguments& p, Buffer query, Buffer key, Buffer value, Buffer scale,
           Buffer bias, Buffer mask, Buffer offset, Buffer query_lengths, Buffer key_lengths,
-          Buffer query_segments, Buffer key_segments, Buffer key_ranges,
+          Buffer query_segments, Buffer key_segments, Buffer key_ranges, Buffer by_distance,
           const AttentionOptions& options, const Buffer* pages = nullptr) {
   checks.require(query.dimensions().size() == 5, "query", "another rank than 5");
   checks.require(key.dimensions().size() == 4, "key", "another rank than 4");
@@ -63,6 +75,7 @@ void fill(Checks& checks, Arguments& p, Buffer query, Buffer key, Buffer value, 
   p.key_segments = checks.optional<const int32_t>("key_segments", key_segments, {p.B, p.S});
   checks.require(!p.query_segments == !p.key_segments, "segments", "one without the other");
   p.key_ranges = checks.optional<const int32_t>("key_ranges", key_ranges, {p.B, p.T, 2});
+  p.by_distance = of_distances(checks, by_distance, p);
   p.is_causal = options.is_causal;
   p.left = options.left, p.right = options.right;
   p.soft_cap = options.soft_cap;
@@ -72,12 +85,12 @@ template <class Number>
 ffi::Error forward_over(const Buffer* pages, ffi::ThreadPool pool, Buffer query, Buffer key,
                         Buffer value, Buffer scale, Buffer bias, Buffer mask, Buffer offset,
                         Buffer query_lengths, Buffer key_lengths, Buffer query_segments,
-                        Buffer key_segments, Buffer key_ranges, Buffer sinks, Result o, Result lse,
-                        AttentionOptions options) {
+                        Buffer key_segments, Buffer key_ranges, Buffer by_distance, Buffer sinks,
+                        Result o, Result lse, AttentionOptions options) {
   Checks checks;
   AttentionForward<Number> p{};
   fill<Number>(checks, p, query, key, value, scale, bias, mask, offset, query_lengths, key_lengths,
-               query_segments, key_segments, key_ranges, options, pages);
+               query_segments, key_segments, key_ranges, by_distance, options, pages);
   p.sinks = checks.optional<const float>("sinks", sinks, {1, p.M, p.G, 1});
   if (o->element_type() == ffi::F32)
     p.o = checks.data<float>("o", *o, {p.B, p.T, p.M, p.G, p.V});
@@ -93,23 +106,25 @@ template <class Number>
 ffi::Error paged_forward_of(ffi::ThreadPool pool, Buffer query, Buffer key, Buffer value,
                             Buffer scale, Buffer bias, Buffer mask, Buffer offset,
                             Buffer query_lengths, Buffer key_lengths, Buffer query_segments,
-                            Buffer key_segments, Buffer key_ranges, Buffer sinks, Buffer pages,
-                            Result o, Result lse, AttentionOptions options) {
+                            Buffer key_segments, Buffer key_ranges, Buffer by_distance,
+                            Buffer sinks, Buffer pages, Result o, Result lse,
+                            AttentionOptions options) {
   return forward_over<Number>(&pages, pool, query, key, value, scale, bias, mask, offset,
                               query_lengths, key_lengths, query_segments, key_segments, key_ranges,
-                              sinks, o, lse, options);
+                              by_distance, sinks, o, lse, options);
 }
 
 template <class Number>
 ffi::Error backward_of(ffi::ThreadPool pool, Buffer query, Buffer key, Buffer value, Buffer scale,
                        Buffer bias, Buffer mask, Buffer offset, Buffer query_lengths,
                        Buffer key_lengths, Buffer query_segments, Buffer key_segments,
-                       Buffer key_ranges, Buffer o, Buffer lse, Buffer d_o, Buffer dlse, Result dq,
-                       Result dk, Result dv, Result dbias, AttentionOptions options) {
+                       Buffer key_ranges, Buffer by_distance, Buffer o, Buffer lse, Buffer d_o,
+                       Buffer dlse, Result dq, Result dk, Result dv, Result dbias,
+                       Result d_by_distance, AttentionOptions options) {
   Checks checks;
   AttentionBackward<Number> p{};
   fill<Number>(checks, p, query, key, value, scale, bias, mask, offset, query_lengths, key_lengths,
-               query_segments, key_segments, key_ranges, options);
+               query_segments, key_segments, key_ranges, by_distance, options);
   p.o = checks.data<const float>("o", o, {p.B, p.T, p.M, p.G, p.V});
   p.lse = checks.data<const float>("lse", lse, {p.B, p.M, p.G, p.T});
   p.d_o = checks.data<const Number>("do", d_o, {p.B, p.T, p.M, p.G, p.V});
@@ -119,6 +134,8 @@ ffi::Error backward_of(ffi::ThreadPool pool, Buffer query, Buffer key, Buffer va
   p.dv = checks.data<Number>("dv", *dv, {p.B, p.S, p.M, p.V});
   p.dbias = checks.of_logits<float>("dbias", *dbias, {p.B, p.M, p.G, p.T, p.S});
   p.dbias_size = dbias->element_count();
+  p.d_by_distance =
+      checks.optional<float>("d_by_distance", *d_by_distance, {p.B, p.M, p.G, 1, p.T + p.S - 1});
   return run(
       "an attention", [](const Kernels& of) { return of.attention(Number{}).backward; }, checks,
       pool, options, p);
@@ -172,6 +189,7 @@ auto attention_arguments() {
       .Arg<Buffer>()
       .Arg<Buffer>()
       .Arg<Buffer>()
+      .Arg<Buffer>()
       .Arg<Buffer>();
 }
 
@@ -195,6 +213,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(rnnattn_attention_backward, attention_backward,
                                   .Arg<Buffer>()
                                   .Arg<Buffer>()
                                   .Arg<Buffer>()
+                                  .Ret<Buffer>()
                                   .Ret<Buffer>()
                                   .Ret<Buffer>()
                                   .Ret<Buffer>()

@@ -37,11 +37,13 @@ static void mask_outside(const Row& row, float* s) {
   for (; j < row.to; j += W) store(s + j, splat(-INFINITY));
 }
 
-// s from q kᵀ: the soft cap, the bias, −∞ where masked. `uncap` is 1 − (s / c)², if asked for.
+// s from q kᵀ: the soft cap, the biases, −∞ where masked. `uncap` is 1 − (s / c)², if asked for.
 static void finish_logits(const Attention& p, const Row& row, bool segments, float* s,
                           float* uncap) {
   const V hidden = splat(-INFINITY);
   const float* bias = p.bias.data ? p.bias.row(row.b, row.m, row.g, row.t) : nullptr;
+  const float* by_distance =
+      p.by_distance.data ? p.by_distance.row(row.b, row.m, row.g, row.t) : nullptr;
   const uint8_t* mask = p.mask.data ? p.mask.row(row.b, row.m, row.g, row.t) : nullptr;
   const int32_t* of_keys = segments ? p.key_segments + row.b * p.S : nullptr;
   const int32_t segment = segments ? p.query_segments[row.b * p.T + row.t] : 0;
@@ -56,6 +58,7 @@ static void finish_logits(const Attention& p, const Row& row, bool segments, flo
       if (uncap) store(uncap + j, 1.0f - y * y);
     }
     if (bias) x += p.bias.s ? load(bias + key, count) : splat(bias[0]);
+    if (by_distance) x += load(by_distance + key, count);
     if (mask && p.mask.s) x = where(nonzero(mask + key, count), x, hidden);
     if (of_keys) x = where(equal(of_keys + key, count, segment), x, hidden);
     store(s + j, all_hidden ? hidden : x);

@@ -201,7 +201,8 @@ static Block block_of(const Attention& p, const Rows& of, Range keys, const Rang
   const int64_t past = least(seen.any.past, keys.past) - keys.first;
   if (first >= past) return {rows, keys.first, count, 0, 0};
   Block block{rows, keys.first, count, first / TILE_COLUMNS * TILE_COLUMNS, whole_vectors(past)};
-  block.bare = one_segment && p.soft_cap == 0 && !p.bias.data && !p.mask.data;
+  block.bare =
+      one_segment && p.soft_cap == 0 && !p.bias.data && !p.by_distance.data && !p.mask.data;
   block.in_range =
       seen.all.first <= keys.first + block.from && seen.all.past >= keys.first + block.to;
   block.all_seen = seen.all.first <= keys.first && seen.all.past >= keys.past;

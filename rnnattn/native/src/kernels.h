@@ -39,6 +39,9 @@ struct Attention {
   int64_t B, M, G, T, S, K, V;
   OfLogits<const float> scale;  // of the logits, and of dq; (#B, #M, #G, 1, 1)
   OfLogits<const float> bias;
+  // What a logit grows by that depends on s − t alone, (#B, #M, #G, 1, T + S − 1): that of s − t
+  // lies T − 1 behind it, so that the row of a query begins one number before that of the last one.
+  OfLogits<const float> by_distance;
   OfLogits<const uint8_t> mask;
   const int32_t* offset;
   int64_t offset_stride;
@@ -70,6 +73,7 @@ struct AttentionBackward : Attention {
   Number *dq, *dk, *dv;
   OfLogits<float> dbias;
   int64_t dbias_size;
+  float* d_by_distance;  // (B, M, G, T + S − 1)
 };
 
 template <class Number>
