@@ -109,8 +109,8 @@ def gru(
         key: what these three are drawn from; None draws nothing. All of these are as in `lstm`,
             which says more of each.
         implementation: "xla"; "native", the kernels of `rnnattn.native` on a CPU (and "xla"
-            elsewhere), for 32 and 16 bits and the reset after the product; or None, which is
-            "native" where these serve and "xla" elsewhere.
+            elsewhere), for 32 and 16 bits; or None, which is "native" where these serve and "xla"
+            elsewhere.
     Returns:
         y (B, T, H), or (T, B, H) with `time_major`, and the final h, in the dtype of x.
     Raises:

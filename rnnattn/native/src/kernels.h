@@ -81,7 +81,8 @@ struct AttentionKernels {
 
 // Axes and letters are those of rnnattn/recurrent/units; time-major. Pointers are null where an
 // argument is absent, as those of other units are, or a result not wanted. A `Number` is a float, a
-// Bfloat16 or a Float16; c, the gates and all sums are float32. G is 4 for the LSTM, 3 for the GRU.
+// Bfloat16 or a Float16; c, the gates and all sums are float32. G is 4 for the LSTM, 3 for the GRU,
+// 1 for the plain unit.
 template <class Number>
 struct Recurrent {
   int64_t T, B, D, H, R;  // R: the width of h, H where nothing is projected
@@ -95,6 +96,7 @@ struct Recurrent {
   const Number* projection;  // (H, R)
   float clip;                // 0: none
   bool coupled;
+  bool relu;
   const Number* h;  // the initial state
   const float* c;
   const uint8_t *valid, *fresh;  // (T, B)
@@ -104,7 +106,7 @@ template <class Number>
 struct RecurrentForward : Recurrent<Number> {
   Number *y, *h_last;
   float* c_last;
-  float *c_all, *a;  // (T, B, H); (T, B, 4H), the gates in the order of the unit
+  float *c_all, *a;  // (T, B, H); (T, B, gates H), in the order of the unit
   Number* h_starts;  // (⌈T / interval⌉, B, R)
   float* c_starts;
 };
@@ -184,6 +186,12 @@ struct Kernels {
   RecurrentKernels<float> gru_f32;
   RecurrentKernels<Bfloat16> gru_bf16;
   RecurrentKernels<Float16> gru_f16;
+  RecurrentKernels<float> gru_before_f32;  // the reset before the product
+  RecurrentKernels<Bfloat16> gru_before_bf16;
+  RecurrentKernels<Float16> gru_before_f16;
+  RecurrentKernels<float> rnn_f32;
+  RecurrentKernels<Bfloat16> rnn_bf16;
+  RecurrentKernels<Float16> rnn_f16;
   LinearScanKernels<float> linear_f32;
   LinearScanKernels<Bfloat16> linear_bf16;
   LinearScanKernels<Float16> linear_f16;
@@ -197,6 +205,12 @@ struct Kernels {
   const RecurrentKernels<float>& gru(float) const { return gru_f32; }
   const RecurrentKernels<Bfloat16>& gru(Bfloat16) const { return gru_bf16; }
   const RecurrentKernels<Float16>& gru(Float16) const { return gru_f16; }
+  const RecurrentKernels<float>& gru_before(float) const { return gru_before_f32; }
+  const RecurrentKernels<Bfloat16>& gru_before(Bfloat16) const { return gru_before_bf16; }
+  const RecurrentKernels<Float16>& gru_before(Float16) const { return gru_before_f16; }
+  const RecurrentKernels<float>& rnn(float) const { return rnn_f32; }
+  const RecurrentKernels<Bfloat16>& rnn(Bfloat16) const { return rnn_bf16; }
+  const RecurrentKernels<Float16>& rnn(Float16) const { return rnn_f16; }
   const LinearScanKernels<float>& linear(float) const { return linear_f32; }
   const LinearScanKernels<Bfloat16>& linear(Bfloat16) const { return linear_bf16; }
   const LinearScanKernels<Float16>& linear(Float16) const { return linear_f16; }
