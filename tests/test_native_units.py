@@ -133,10 +133,6 @@ NARROW = [
     ("after", jnp.float16, (12, 2, 3, 131), ("lengths",), True, "states"),
     ("after", jnp.bfloat16, (7, 13, 17, 33), ("resets",), False, 3),
     ("after", jnp.float16, (7, 13, 17, 33), ("resets",), False, 3),
-    ("before", jnp.bfloat16, (12, 2, 3, 131), ("lengths",), True, "states"),
-    ("before", jnp.float16, (7, 13, 17, 33), ("resets",), False, 3),
-    ("rnn", jnp.bfloat16, (12, 2, 3, 131), ("lengths",), True, "states"),
-    ("relu", jnp.float16, (7, 13, 17, 75), ("resets",), False, 3),
 ]
 
 

@@ -20,8 +20,6 @@ from rnnattn.recurrent.units.gru import ResetAfter, ResetBefore
 from rnnattn.recurrent.units.lstm import LSTM
 from rnnattn.recurrent.units.rnn import RNN
 
-_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
-
 
 def _kernel(unit, half):
     """The name of a unit's kernel, and what of the unit it takes; None if it has none."""
@@ -35,13 +33,19 @@ def _kernel(unit, half):
     return None
 
 
+def _dtypes(unit):
+    """Those that a unit's kernels are for."""
+    narrow = (jnp.bfloat16, jnp.float16) if isinstance(unit, LSTM | ResetAfter) else ()
+    return (jnp.float32, *narrow)
+
+
 def unserved(params, x, options):
     """What of a call the kernels cannot serve."""
     if not native.status().available:
         return [f"this installation ({native.status().reason})"]
     dtype, kernel = jnp.result_type(x), _kernel(options.unit, "forward")
     reasons = {
-        f"the dtype {dtype.name}": dtype not in _DTYPES,
+        f"the dtype {dtype.name}": dtype not in _dtypes(options.unit),
         "units but the LSTM, the GRU and the plain one": kernel is None,
         "`return_cells`": options.every_state,
         "zoneout or dropout": options.noise != QUIET,

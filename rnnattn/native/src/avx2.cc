@@ -29,11 +29,7 @@ const Kernels* avx2_kernels() {
                                    avx2::recurrent::kernels<avx2::gru::ResetAfter, Bfloat16>,
                                    avx2::recurrent::kernels<avx2::gru::ResetAfter, Float16>,
                                    avx2::recurrent::kernels<avx2::gru::ResetBefore, float>,
-                                   avx2::recurrent::kernels<avx2::gru::ResetBefore, Bfloat16>,
-                                   avx2::recurrent::kernels<avx2::gru::ResetBefore, Float16>,
                                    avx2::recurrent::kernels<avx2::rnn::Unit, float>,
-                                   avx2::recurrent::kernels<avx2::rnn::Unit, Bfloat16>,
-                                   avx2::recurrent::kernels<avx2::rnn::Unit, Float16>,
                                    avx2::linear::kernels<float>,
                                    avx2::linear::kernels<Bfloat16>,
                                    avx2::linear::kernels<Float16>};

@@ -29,11 +29,7 @@ const Kernels* avx512_kernels() {
                                    avx512::recurrent::kernels<avx512::gru::ResetAfter, Bfloat16>,
                                    avx512::recurrent::kernels<avx512::gru::ResetAfter, Float16>,
                                    avx512::recurrent::kernels<avx512::gru::ResetBefore, float>,
-                                   avx512::recurrent::kernels<avx512::gru::ResetBefore, Bfloat16>,
-                                   avx512::recurrent::kernels<avx512::gru::ResetBefore, Float16>,
                                    avx512::recurrent::kernels<avx512::rnn::Unit, float>,
-                                   avx512::recurrent::kernels<avx512::rnn::Unit, Bfloat16>,
-                                   avx512::recurrent::kernels<avx512::rnn::Unit, Float16>,
                                    avx512::linear::kernels<float>,
                                    avx512::linear::kernels<Bfloat16>,
                                    avx512::linear::kernels<Float16>};

@@ -27,11 +27,7 @@ const Kernels* baseline_kernels() {
       baseline::recurrent::kernels<baseline::gru::ResetAfter, Bfloat16>,
       baseline::recurrent::kernels<baseline::gru::ResetAfter, Float16>,
       baseline::recurrent::kernels<baseline::gru::ResetBefore, float>,
-      baseline::recurrent::kernels<baseline::gru::ResetBefore, Bfloat16>,
-      baseline::recurrent::kernels<baseline::gru::ResetBefore, Float16>,
       baseline::recurrent::kernels<baseline::rnn::Unit, float>,
-      baseline::recurrent::kernels<baseline::rnn::Unit, Bfloat16>,
-      baseline::recurrent::kernels<baseline::rnn::Unit, Float16>,
       baseline::linear::kernels<float>,
       baseline::linear::kernels<Bfloat16>,
       baseline::linear::kernels<Float16>};

@@ -186,12 +186,8 @@ struct Kernels {
   RecurrentKernels<float> gru_f32;
   RecurrentKernels<Bfloat16> gru_bf16;
   RecurrentKernels<Float16> gru_f16;
-  RecurrentKernels<float> gru_before_f32;  // the reset before the product
-  RecurrentKernels<Bfloat16> gru_before_bf16;
-  RecurrentKernels<Float16> gru_before_f16;
-  RecurrentKernels<float> rnn_f32;
-  RecurrentKernels<Bfloat16> rnn_bf16;
-  RecurrentKernels<Float16> rnn_f16;
+  RecurrentKernels<float> gru_before;  // the reset before the product; in 32 bits alone
+  RecurrentKernels<float> rnn;         // likewise
   LinearScanKernels<float> linear_f32;
   LinearScanKernels<Bfloat16> linear_bf16;
   LinearScanKernels<Float16> linear_f16;
@@ -205,12 +201,6 @@ struct Kernels {
   const RecurrentKernels<float>& gru(float) const { return gru_f32; }
   const RecurrentKernels<Bfloat16>& gru(Bfloat16) const { return gru_bf16; }
   const RecurrentKernels<Float16>& gru(Float16) const { return gru_f16; }
-  const RecurrentKernels<float>& gru_before(float) const { return gru_before_f32; }
-  const RecurrentKernels<Bfloat16>& gru_before(Bfloat16) const { return gru_before_bf16; }
-  const RecurrentKernels<Float16>& gru_before(Float16) const { return gru_before_f16; }
-  const RecurrentKernels<float>& rnn(float) const { return rnn_f32; }
-  const RecurrentKernels<Bfloat16>& rnn(Bfloat16) const { return rnn_bf16; }
-  const RecurrentKernels<Float16>& rnn(Float16) const { return rnn_f16; }
   const LinearScanKernels<float>& linear(float) const { return linear_f32; }
   const LinearScanKernels<Bfloat16>& linear(Bfloat16) const { return linear_bf16; }
   const LinearScanKernels<Float16>& linear(Float16) const { return linear_f16; }

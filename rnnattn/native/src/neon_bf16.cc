@@ -14,7 +14,6 @@
 #include "lstm_cell-inl.h"
 #include "recurrent_forward-inl.h"
 #include "recurrent_gradient-inl.h"
-#include "rnn_cell-inl.h"
 
 namespace rnnattn {
 
@@ -32,12 +31,8 @@ const Kernels* neon_bf16_kernels() {
                                others->gru_f32,
                                neon_bf16::recurrent::kernels<neon_bf16::gru::ResetAfter, Bfloat16>,
                                others->gru_f16,
-                               others->gru_before_f32,
-                               neon_bf16::recurrent::kernels<neon_bf16::gru::ResetBefore, Bfloat16>,
-                               others->gru_before_f16,
-                               others->rnn_f32,
-                               neon_bf16::recurrent::kernels<neon_bf16::rnn::Unit, Bfloat16>,
-                               others->rnn_f16,
+                               others->gru_before,
+                               others->rnn,
                                others->linear_f32,
                                others->linear_bf16,
                                others->linear_f16};

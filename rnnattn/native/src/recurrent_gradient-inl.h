@@ -183,7 +183,7 @@ class Backward {
     if constexpr (PAIRS) {
       narrow_stride_ = 2 * rest_of<Unit>(H) + LINE;
       narrow_ = memory.take<Operand>(2 * s_.B * narrow_stride_);
-      xh_stride_ = ceil_div(operand_of_q() + (HAS_Q<Unit> ? R : 0), W) * W + LINE;
+      xh_stride_ = ceil_div(whole_steps<Operand>(D) + R, W) * W + LINE;
       if (recomputes_a_) xh_pairs_ = memory.take<Operand>(rows * xh_stride_);
     }
     if constexpr (std::is_same_v<Number, float>) {
@@ -206,9 +206,8 @@ class Backward {
     to_x_ = {packed_x_, D, H};
   }
 
-  // Where in a row [x h₋ q 1] q ends, and where it begins in one of operands, as [x h₋ q].
+  // Where in a row [x h₋ q 1] q ends.
   int64_t past_q() const { return s_.D + (HAS_Q<Unit> ? 2 : 1) * s_.R; }
-  int64_t operand_of_q() const { return whole_steps<Operand>(s_.D) + whole_steps<Operand>(s_.R); }
 
   // What is packed of a tile of units.
   void pack_units(int64_t u) const {
@@ -317,23 +316,18 @@ class Backward {
 
   // q of rows [lo, hi) of the chunk, and what its products add to their a.
   void second_products(int64_t lo, int64_t hi) const {
-    const int64_t H = s_.H, stride = PAIRS ? xh_stride_ : width_, at = operand_of_q();
-    for (int64_t r = lo; r < hi; ++r) {
-      for (int64_t u = 0; u < tiles_across<Unit>(H); ++u) {
+    static_assert(!PAIRS, "q is an operand as it is");
+    const int64_t H = s_.H, tiles = tiles_across<Unit>(H);
+    for (int64_t r = lo; r < hi; ++r)
+      for (int64_t u = 0; u < tiles; ++u) {
         const int64_t j = first_unit<Unit>(u, 0);
         const int n = units_of<Unit>(u, 0, H);
         put_q(Unit::template of<Number>(s_, j, n), r, j, n, dz_.get(r, Unit::RESET, u, n),
               load_units(xh_ + r * width_ + s_.D + j, n));
       }
-      if constexpr (PAIRS) {
-        copy_numbers(xh_ + r * width_ + s_.D + s_.R, s_.R, xh_pairs_ + r * stride + at);
-        if (s_.R % 2) xh_pairs_[r * stride + at + s_.R] = Operand{};
-      }
-    }
-    for (int64_t u = 0; u < tiles_across<Unit>(H); ++u)
-      over_tiles<GATE_TILE_ROWS>(
-          lo, hi,
-          SecondProductTile<Unit, Operand>{cells_, rows_of_operands() + at, stride, dz_, u});
+    const float* q = xh_ + s_.D + s_.R;
+    for (int64_t u = 0; u < tiles; ++u)
+      over_tiles<GATE_TILE_ROWS>(lo, hi, SecondProductTile<Unit, float>{cells_, q, width_, dz_, u});
   }
 
   // The state before the chunk is all there is: run its steps again, from where `state_before` is.

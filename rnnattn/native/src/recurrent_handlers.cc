@@ -1,6 +1,7 @@
 // The handlers of the recurrent units.
 
 #include <cstdint>
+#include <type_traits>
 
 #include "checks.h"
 #include "handlers.h"
@@ -74,11 +75,12 @@ void fill_gru(Checks& checks, Recurrent<Number>& p, ffi::ThreadPool pool, Buffer
   fill(checks, p, pool, 3, x, w_x, w_h, b, h, valid, fresh, options);
   p.b_n = checks.optional<const Number>("b_n", b_n, {p.H});
   checks.require(options.reset_after || !p.b_n, "b_n", "one where the reset is before the product");
+  checks.require(options.reset_after || std::is_same_v<Number, float>, "x",
+                 "16 bits where the reset is before the product");
   checks.require(p.R == p.H, "w_h", "another shape than expected");
 }
 
-template <class Number>
-void fill_rnn(Checks& checks, Recurrent<Number>& p, ffi::ThreadPool pool, Buffer x, Buffer w_x,
+void fill_rnn(Checks& checks, Recurrent<float>& p, ffi::ThreadPool pool, Buffer x, Buffer w_x,
               Buffer w_h, Buffer b, Buffer h, Buffer valid, Buffer fresh,
               const RnnOptions& options) {
   fill(checks, p, pool, 1, x, w_x, w_h, b, h, valid, fresh, options);
@@ -179,7 +181,9 @@ void fill_gradient(Checks& checks, RecurrentBackward<Number>& p, int64_t gates, 
 
 template <class Number>
 const RecurrentKernels<Number>& gru_kernels(const Kernels& of, const GruOptions& options) {
-  return options.reset_after ? of.gru(Number{}) : of.gru_before(Number{});
+  if constexpr (std::is_same_v<Number, float>)
+    if (!options.reset_after) return of.gru_before;
+  return of.gru(Number{});
 }
 int64_t gates_of(const GruOptions& options) { return options.reset_after ? 4 : 3; }
 
@@ -211,31 +215,25 @@ ffi::Error gru_backward_of(ffi::ThreadPool pool, Buffer x, Buffer w_x, Buffer w_
       pool, options, p);
 }
 
-template <class Number>
-ffi::Error rnn_forward_of(ffi::ThreadPool pool, Buffer x, Buffer w_x, Buffer w_h, Buffer b,
-                          Buffer h, Buffer valid, Buffer fresh, Result y, Result h_last, Result a,
-                          Result h_starts, RnnOptions options) {
+ffi::Error rnn_forward(ffi::ThreadPool pool, Buffer x, Buffer w_x, Buffer w_h, Buffer b, Buffer h,
+                       Buffer valid, Buffer fresh, Result y, Result h_last, Result a,
+                       Result h_starts, RnnOptions options) {
   Checks checks;
-  RecurrentForward<Number> p{};
+  RecurrentForward<float> p{};
   fill_rnn(checks, p, pool, x, w_x, w_h, b, h, valid, fresh, options);
   fill_results(checks, p, 1, y, h_last, a, h_starts);
-  return run(
-      "an RNN", [](const Kernels& of) { return of.rnn(Number{}).forward; }, checks, pool, options,
-      p);
+  return run("an RNN", [](const Kernels& of) { return of.rnn.forward; }, checks, pool, options, p);
 }
 
-template <class Number>
-ffi::Error rnn_backward_of(ffi::ThreadPool pool, Buffer x, Buffer w_x, Buffer w_h, Buffer b,
-                           Buffer h, Buffer valid, Buffer fresh, Buffer y, Buffer a,
-                           Buffer h_starts, Buffer dy, Buffer dh_last, Result dx, Result dw_x,
-                           Result dw_h, Result db, Result dh, RnnOptions options) {
+ffi::Error rnn_backward(ffi::ThreadPool pool, Buffer x, Buffer w_x, Buffer w_h, Buffer b, Buffer h,
+                        Buffer valid, Buffer fresh, Buffer y, Buffer a, Buffer h_starts, Buffer dy,
+                        Buffer dh_last, Result dx, Result dw_x, Result dw_h, Result db, Result dh,
+                        RnnOptions options) {
   Checks checks;
-  RecurrentBackward<Number> p{};
+  RecurrentBackward<float> p{};
   fill_rnn(checks, p, pool, x, w_x, w_h, b, h, valid, fresh, options);
   fill_gradient(checks, p, 1, y, a, h_starts, dy, dh_last, dx, dw_x, dw_h, db, dh);
-  return run(
-      "an RNN", [](const Kernels& of) { return of.rnn(Number{}).backward; }, checks, pool, options,
-      p);
+  return run("an RNN", [](const Kernels& of) { return of.rnn.backward; }, checks, pool, options, p);
 }
 
 constexpr auto lstm_forward = [](ffi::ThreadPool pool, Buffer x, auto... others) {
@@ -260,18 +258,6 @@ constexpr auto gru_forward = [](ffi::ThreadPool pool, Buffer x, auto... others) 
 constexpr auto gru_backward = [](ffi::ThreadPool pool, Buffer x, auto... others) {
   const auto of = [](auto number, auto... all) {
     return gru_backward_of<decltype(number)>(all...);
-  };
-  return by_dtype(of, pool, x, others...);
-};
-
-constexpr auto rnn_forward = [](ffi::ThreadPool pool, Buffer x, auto... others) {
-  const auto of = [](auto number, auto... all) { return rnn_forward_of<decltype(number)>(all...); };
-  return by_dtype(of, pool, x, others...);
-};
-
-constexpr auto rnn_backward = [](ffi::ThreadPool pool, Buffer x, auto... others) {
-  const auto of = [](auto number, auto... all) {
-    return rnn_backward_of<decltype(number)>(all...);
   };
   return by_dtype(of, pool, x, others...);
 };
