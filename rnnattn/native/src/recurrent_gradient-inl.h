@@ -447,7 +447,8 @@ class Backward {
           const V before = load_units(xh_ + row * width_ + s_.D + j, n);
           float* dh = dh_ + r * stride + j;
           V d = load(dh);
-          const V dz = reset_gradient(unit, a, before, load(dq_ + r * stride + j), d);
+          const V dq = load_units(dq_ + r * stride + j, n);  // nothing is written beyond H
+          const V dz = reset_gradient(unit, a, before, dq, d);
           store(dh, d);
           put_q(unit, row, j, n, a, before);
           put_dz(row, narrow(t, r), Unit::RESET, u, dz, n);
