@@ -28,7 +28,7 @@ TOLERANCE = 1e-5
 pytestmark = pytest.mark.skipif(not SETS, reason=f"no kernels: {native.status().reason}")
 
 # By name: blocks of columns in a weight, the functions, their twins and the options.
-UNITS = {
+UNITS: dict[str, Any] = {
     "after": (3, gru, gru_step, reference.gru, {}),
     "after, no b_n": (3, gru, gru_step, reference.gru, {}),
     "before": (3, gru, gru_step, reference.gru, {"reset_after": False}),
@@ -60,7 +60,7 @@ def scaled_case(name, T, B, D, H, dtype=jnp.float32) -> Case:
     weights = draw(D, blocks * H) / D**0.5, draw(H, blocks * H) / H**0.5, draw(blocks * H) / 2
     if blocks == 1:
         # relu grows without bound where weights are larger
-        params = RNNParams(weights[0], weights[1] / 2, weights[2])
+        params: Any = RNNParams(weights[0], weights[1] / 2, weights[2])
     else:
         params = GRUParams(*weights, draw(H) / 2 if name == "after" else None)
     return Case(params, draw(B, T, D), draw(B, H), (draw(B, T, H), draw(B, H)))
@@ -119,7 +119,8 @@ def test_every_instruction_set_matches_the_plain_twin(which, instruction_set):
 @cache
 def narrow_problem(name, dtype, shape, names, reverse, residuals):
     """A case, the options of a call, what must come out, and what comes out on XLA."""
-    case = scaled_case(name, *shape, dtype)
+    T, B, D, H = shape
+    case = scaled_case(name, T, B, D, H, dtype)
     options = {"reverse": reverse, **masks(shape[0], shape[1], names)}
     expected = value_and_gradients(twin(name, **options), wide(case))
     if "lengths" in names:
@@ -192,8 +193,8 @@ def test_a_kernel_refuses_a_wrong_shape(wrong):
     after = wrong != "reset_after"
     if after:
         shapes[wrong] = (*shapes[wrong][:-1], shapes[wrong][-1] + 1)
-    results = [shapes.pop("y"), (B, H), shapes.pop("a"), (0,)]
-    results = [jax.ShapeDtypeStruct(s, jnp.float32) for s in results]
+    made = (shapes.pop("y"), (B, H), shapes.pop("a"), (0,))
+    results = [jax.ShapeDtypeStruct(s, jnp.float32) for s in made]
     flags = ("valid", "fresh")
     arrays = [jnp.ones(s, bool if name in flags else jnp.float32) for name, s in shapes.items()]
     options = {"reverse": False, "reset_after": after, "interval": np.int64(0)}
