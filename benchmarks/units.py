@@ -20,9 +20,10 @@ import rnnattn
 from benchmarks import timing
 
 UNITS = (
-    *("lstm", "gru", "rnn", "layer_norm_lstm", "layer_norm_gru", "slstm"),
+    *("lstm", "gru", "gru_reset_before", "rnn", "layer_norm_lstm", "layer_norm_gru", "slstm"),
     *("mingru", "minlstm"),
 )
+OF_GRU = {"gru_reset_before": {"reset_after": False}}  # a name here is the GRU with these options
 SHAPES = [(128, 32, 64, 128), (64, 64, 256, 256)]
 
 
@@ -30,9 +31,15 @@ def size(params):
     return sum(w.size for w in jax.tree.leaves(params))
 
 
+def function(prefix, name):
+    """That of a unit, with its options."""
+    options = OF_GRU.get(name, {})
+    return partial(getattr(rnnattn, prefix + ("gru" if options else name)), **options)
+
+
 def params_like(name, D, count):
     """The weights of a unit that have about so many numbers."""
-    init = getattr(rnnattn, f"init_{name}")
+    init = function("init_", name)
     shapes = lambda H: jax.eval_shape(lambda key: init(key, D, H), jax.random.key(0))
     H = 8
     while size(shapes(H + 8)) <= count:
@@ -44,7 +51,7 @@ def programs(name, T, B, D, H, implementation):
     """By kind: "forward" and "training"."""
     params = params_like(name, D, size(rnnattn.init_lstm(jax.random.key(0), D, H)))
     x = jax.random.normal(jax.random.key(1), (B, T, D))
-    run = partial(getattr(rnnattn, name), implementation=implementation)
+    run = partial(function("", name), implementation=implementation)
     forward = lambda params, x: run(params, x)[0]
     loss = lambda params, x: jnp.sum(forward(params, x) ** 2)
     return {

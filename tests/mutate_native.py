@@ -30,7 +30,7 @@ COMPARING = (
     " or streamed"
 )
 LSTM = ("tests/test_native_lstm.py", COMPARING)
-GRU = ("tests/test_native_gru.py", COMPARING)
+UNITS = ("tests/test_native_units.py", COMPARING)
 ATTENTION = ("tests/test_native.py", COMPARING)
 LINEAR = (
     "tests/test_linear.py",
@@ -58,10 +58,28 @@ FUNCTIONS = [
     ),
     (
         "gru_cell-inl.h",
-        GRU,
-        ["V gate(V a", "gate_slope(V g", "candidate(V a", "cell(const Unit", "cell_gradient(const"],
+        UNITS,
+        [
+            "V gate(V a",
+            "gate_slope(V g",
+            "candidate(V a",
+            "interpolated(V z",
+            "interpolated_gradient(V z",
+            "cell(const ResetAfter",
+            "cell(const ResetBefore",
+            "cell_gradient(const ResetAfter",
+            "cell_gradient(const ResetBefore",
+            "reset(const ResetBefore",
+            "reset_gradient(const ResetBefore",
+        ],
     ),
-    ("recurrent_tiles-inl.h", GRU, ["bias_block(const Recurrent"]),
+    ("rnn_cell-inl.h", UNITS, ["cell(const Unit", "cell_gradient(const Unit"]),
+    ("recurrent_tiles-inl.h", UNITS, ["bias_block(const Recurrent"]),
+    (
+        "recurrent_gradient-inl.h",
+        UNITS,
+        ["waits_for_dq(int", "resets(const Chunk", "put_q(const Unit", "second_products(int64_t"],
+    ),
     (
         "recurrent_forward-inl.h",
         LSTM,
@@ -172,8 +190,9 @@ CHANGES = [
     (r" < (?=splat)", " > "),
     (r" \| (?=\(a)", " & "),
     (r"splat\(-", "splat("),
-    (r"variant\.coupled \?", "!variant.coupled ?"),
     (r"p\.pages \?", "!p.pages ?"),
+    (r"\bunit\.(coupled|relu) \?", r"!unit.\1 ?"),
+    (r"if \(unit\.relu", "if (!unit.relu"),
 ]
 EQUIVALENT = [
     "0.0f + my.delta[r] == 0",  # more rows are looked at, with the same result
@@ -314,7 +333,7 @@ def prepare(folder: Path) -> None:
 def main(part: str = "") -> int:
     folder = ROOT / "build/mutated"
     prepare(folder)
-    for tests in (LSTM, GRU, LINEAR, ATTENTION, HIDDEN, PAGES):
+    for tests in (LSTM, UNITS, LINEAR, ATTENTION, HIDDEN, PAGES):
         if error := noticed(None, folder, tests):
             print(f"{tests[0]} fails as it is: {error}")
             return 1

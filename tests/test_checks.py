@@ -207,7 +207,7 @@ def _of_units():
         run(gru, reset_after=False),
         run(gru, reset_after="after"),
         run(gru, implementation="cudnn"),
-        run(gru._replace(b_n=None), reset_after=False, implementation="native"),
+        lambda: rnnattn.slstm(slstm, x, implementation="native"),
         lambda: rnnattn.gru_step(gru, x[:, 0], gru.w_h[:1, :3], implementation="no"),  # type: ignore[arg-type]
         lambda: reference.gru(gru, x, implementation="no"),  # type: ignore[arg-type]
         lambda: init_lstm(jax.random.key(0), 2, 3, projection_size=0),
@@ -243,6 +243,7 @@ def _of_gru_formats():
     gru = rnnattn.init_gru(jax.random.key(0), 2, 3)
     onnx = interop.gru_to_onnx(gru, linear_before_reset=True)
     yield from (
+        lambda: interop.rnn_to_flax(rnnattn.init_rnn(jax.random.key(0), 2, 3), form="haiku"),  # type: ignore[arg-type]
         lambda: interop.gru_to_haiku(gru),
         lambda: interop.gru_to_flax(gru, form="haiku"),  # type: ignore[arg-type]
         lambda: interop.gru_to_flax(gru._replace(b_n=jnp.ones(3, jnp.float32)), form="nnx"),

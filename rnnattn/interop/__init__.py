@@ -19,6 +19,9 @@ GRUs have blocks r, z, n here, and b_n, a bias of h w_hn alone, where the reset 
     ONNX        z, r, n    transposed, a leading axis; two biases; reset after where it says
                            `linear_before_reset`
 
+A plain recurrent network has one block. torch has it transposed, with two biases, added; Keras
+(`SimpleRNN`) and Flax (`SimpleCell`) as here.
+
 Each format is a plain mapping from names to arrays (anything `numpy.asarray` takes), so none of
 these packages is imported. What is read is copied, what is written is NumPy. The dtype is kept,
 but for float64 where `jax_enable_x64` is off: JAX then makes it float32. An import of an export
@@ -62,6 +65,14 @@ from rnnattn.interop.lstm import (
     lstm_to_onnx,
     lstm_to_torch,
 )
+from rnnattn.interop.rnn import (
+    rnn_from_flax,
+    rnn_from_keras,
+    rnn_from_torch,
+    rnn_to_flax,
+    rnn_to_keras,
+    rnn_to_torch,
+)
 from rnnattn.interop.vit import vit_from_google, vit_from_timm, vit_to_google, vit_to_timm
 
 __all__ = [
@@ -86,6 +97,12 @@ __all__ = [
     "lstm_to_onnx",
     "lstm_to_torch",
     "read_safetensors",
+    "rnn_from_flax",
+    "rnn_from_keras",
+    "rnn_from_torch",
+    "rnn_to_flax",
+    "rnn_to_keras",
+    "rnn_to_torch",
     "vit_from_google",
     "vit_from_timm",
     "vit_to_google",

@@ -109,8 +109,8 @@ def gru(
         key: what these three are drawn from; None draws nothing. All of these are as in `lstm`,
             which says more of each.
         implementation: "xla"; "native", the kernels of `rnnattn.native` on a CPU (and "xla"
-            elsewhere), for 32 and 16 bits and the reset after the product; or None, which is
-            "native" where these serve and "xla" elsewhere.
+            elsewhere), for float32 and, with the reset after the product, 16 bits; or None, which
+            is "native" where these serve and "xla" elsewhere.
     Returns:
         y (B, T, H), or (T, B, H) with `time_major`, and the final h, in the dtype of x.
     Raises:
@@ -183,7 +183,7 @@ def rnn(
         activation: φ, "tanh" or "relu".
         options: those of `gru`, which says what each is; the states' other fields are kept for the
             gradient with "states", and the pre-activations as well with "gates".
-            `candidate_dropout` is refused: h is all that there is.
+            `candidate_dropout` is refused: h is all that there is. The kernels are for float32.
     Returns:
         y (B, T, H), or (T, B, H) with `time_major`, in the dtype of x, and the final h, too.
     Raises:

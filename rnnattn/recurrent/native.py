@@ -1,4 +1,4 @@
-"""The native schedule of the LSTM and the GRU on a CPU: the kernels of `rnnattn/native/src`."""
+"""The native schedule of the LSTM, the GRU and the plain unit on a CPU: `rnnattn/native/src`."""
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,9 @@ from rnnattn.recurrent.placed import (
     unserved_by_kernels,
 )
 from rnnattn.recurrent.problem import Trace
-from rnnattn.recurrent.units.gru import ResetAfter
+from rnnattn.recurrent.units.gru import ResetAfter, ResetBefore
 from rnnattn.recurrent.units.lstm import LSTM
-
-_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+from rnnattn.recurrent.units.rnn import RNN
 
 
 def _kernel(unit, half):
@@ -27,9 +26,17 @@ def _kernel(unit, half):
     match unit:
         case LSTM(clip, coupled):
             return f"rnnattn.lstm_{half}.v2", {"clip": np.float32(clip or 0), "coupled": coupled}
-        case ResetAfter():
-            return f"rnnattn.gru_{half}.v1", {}
+        case ResetAfter() | ResetBefore():
+            return f"rnnattn.gru_{half}.v2", {"reset_after": isinstance(unit, ResetAfter)}
+        case RNN(relu):
+            return f"rnnattn.rnn_{half}.v1", {"relu": relu}
     return None
+
+
+def _dtypes(unit):
+    """Those that a unit's kernels are for."""
+    narrow = (jnp.bfloat16, jnp.float16) if isinstance(unit, LSTM | ResetAfter) else ()
+    return (jnp.float32, *narrow)
 
 
 def unserved(params, x, options):
@@ -38,8 +45,8 @@ def unserved(params, x, options):
         return [f"this installation ({native.status().reason})"]
     dtype, kernel = jnp.result_type(x), _kernel(options.unit, "forward")
     reasons = {
-        f"the dtype {dtype.name}": dtype not in _DTYPES,
-        "units but the LSTM and the GRU, its reset after the product": kernel is None,
+        f"the dtype {dtype.name}": dtype not in _dtypes(options.unit),
+        "units but the LSTM, the GRU and the plain one": kernel is None,
         "`return_cells`": options.every_state,
         "zoneout or dropout": options.noise != QUIET,
     }

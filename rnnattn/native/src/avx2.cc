@@ -13,6 +13,7 @@
 #include "lstm_cell-inl.h"
 #include "recurrent_forward-inl.h"
 #include "recurrent_gradient-inl.h"
+#include "rnn_cell-inl.h"
 
 namespace rnnattn {
 
@@ -24,9 +25,11 @@ const Kernels* avx2_kernels() {
                                    avx2::recurrent::kernels<avx2::lstm::Unit, float>,
                                    avx2::recurrent::kernels<avx2::lstm::Unit, Bfloat16>,
                                    avx2::recurrent::kernels<avx2::lstm::Unit, Float16>,
-                                   avx2::recurrent::kernels<avx2::gru::Unit, float>,
-                                   avx2::recurrent::kernels<avx2::gru::Unit, Bfloat16>,
-                                   avx2::recurrent::kernels<avx2::gru::Unit, Float16>,
+                                   avx2::recurrent::kernels<avx2::gru::ResetAfter, float>,
+                                   avx2::recurrent::kernels<avx2::gru::ResetAfter, Bfloat16>,
+                                   avx2::recurrent::kernels<avx2::gru::ResetAfter, Float16>,
+                                   avx2::recurrent::kernels<avx2::gru::ResetBefore, float>,
+                                   avx2::recurrent::kernels<avx2::rnn::Unit, float>,
                                    avx2::linear::kernels<float>,
                                    avx2::linear::kernels<Bfloat16>,
                                    avx2::linear::kernels<Float16>};

@@ -13,6 +13,7 @@
 #include "lstm_cell-inl.h"
 #include "recurrent_forward-inl.h"
 #include "recurrent_gradient-inl.h"
+#include "rnn_cell-inl.h"
 
 namespace rnnattn {
 
@@ -24,9 +25,11 @@ const Kernels* avx512_kernels() {
                                    avx512::recurrent::kernels<avx512::lstm::Unit, float>,
                                    avx512::recurrent::kernels<avx512::lstm::Unit, Bfloat16>,
                                    avx512::recurrent::kernels<avx512::lstm::Unit, Float16>,
-                                   avx512::recurrent::kernels<avx512::gru::Unit, float>,
-                                   avx512::recurrent::kernels<avx512::gru::Unit, Bfloat16>,
-                                   avx512::recurrent::kernels<avx512::gru::Unit, Float16>,
+                                   avx512::recurrent::kernels<avx512::gru::ResetAfter, float>,
+                                   avx512::recurrent::kernels<avx512::gru::ResetAfter, Bfloat16>,
+                                   avx512::recurrent::kernels<avx512::gru::ResetAfter, Float16>,
+                                   avx512::recurrent::kernels<avx512::gru::ResetBefore, float>,
+                                   avx512::recurrent::kernels<avx512::rnn::Unit, float>,
                                    avx512::linear::kernels<float>,
                                    avx512::linear::kernels<Bfloat16>,
                                    avx512::linear::kernels<Float16>};

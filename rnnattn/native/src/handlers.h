@@ -14,6 +14,8 @@ XLA_FFI_DECLARE_HANDLER_SYMBOL(rnnattn_lstm_forward);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(rnnattn_lstm_backward);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(rnnattn_gru_forward);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(rnnattn_gru_backward);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(rnnattn_rnn_forward);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(rnnattn_rnn_backward);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(rnnattn_linear_forward);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(rnnattn_linear_backward);
 

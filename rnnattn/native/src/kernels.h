@@ -85,7 +85,8 @@ struct AttentionKernels {
 
 // Axes and letters are those of rnnattn/recurrent/units; time-major. Pointers are null where an
 // argument is absent, as those of other units are, or a result not wanted. A `Number` is a float, a
-// Bfloat16 or a Float16; c, the gates and all sums are float32. G is 4 for the LSTM, 3 for the GRU.
+// Bfloat16 or a Float16; c, the gates and all sums are float32. G is 4 for the LSTM, 3 for the GRU,
+// 1 for the plain unit.
 template <class Number>
 struct Recurrent {
   int64_t T, B, D, H, R;  // R: the width of h, H where nothing is projected
@@ -99,6 +100,7 @@ struct Recurrent {
   const Number* projection;  // (H, R)
   float clip;                // 0: none
   bool coupled;
+  bool relu;
   const Number* h;  // the initial state
   const float* c;
   const uint8_t *valid, *fresh;  // (T, B)
@@ -108,7 +110,7 @@ template <class Number>
 struct RecurrentForward : Recurrent<Number> {
   Number *y, *h_last;
   float* c_last;
-  float *c_all, *a;  // (T, B, H); (T, B, 4H), the gates in the order of the unit
+  float *c_all, *a;  // (T, B, H); (T, B, gates H), in the order of the unit
   Number* h_starts;  // (⌈T / interval⌉, B, R)
   float* c_starts;
 };
@@ -188,6 +190,8 @@ struct Kernels {
   RecurrentKernels<float> gru_f32;
   RecurrentKernels<Bfloat16> gru_bf16;
   RecurrentKernels<Float16> gru_f16;
+  RecurrentKernels<float> gru_before;  // the reset before the product; in 32 bits alone
+  RecurrentKernels<float> rnn;         // likewise
   LinearScanKernels<float> linear_f32;
   LinearScanKernels<Bfloat16> linear_bf16;
   LinearScanKernels<Float16> linear_f16;

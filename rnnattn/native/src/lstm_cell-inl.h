@@ -23,6 +23,8 @@ struct Unit {
   using OfX = recurrent::Blocks<0, 0, 1, 2, 3>;
   using OfH = OfX;
   using OfBias = OfX;
+  using OfQ = recurrent::NoBlocks;
+  static constexpr int CELLS = 1;
   static constexpr float scale(int g) { return g == 2 ? 1.0f : 0.5f; }
   static constexpr bool CARRIES_C = true;
 

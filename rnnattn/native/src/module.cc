@@ -36,8 +36,10 @@ PyObject* targets(PyObject*, PyObject*) {
       {"rnnattn.attention_backward.v4", rnnattn_attention_backward},
       {"rnnattn.lstm_forward.v2", rnnattn_lstm_forward},
       {"rnnattn.lstm_backward.v2", rnnattn_lstm_backward},
-      {"rnnattn.gru_forward.v1", rnnattn_gru_forward},
-      {"rnnattn.gru_backward.v1", rnnattn_gru_backward},
+      {"rnnattn.gru_forward.v2", rnnattn_gru_forward},
+      {"rnnattn.gru_backward.v2", rnnattn_gru_backward},
+      {"rnnattn.rnn_forward.v1", rnnattn_rnn_forward},
+      {"rnnattn.rnn_backward.v1", rnnattn_rnn_backward},
       {"rnnattn.linear_forward.v1", rnnattn_linear_forward},
       {"rnnattn.linear_backward.v1", rnnattn_linear_backward},
   };

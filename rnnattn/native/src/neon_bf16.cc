@@ -29,8 +29,10 @@ const Kernels* neon_bf16_kernels() {
                                neon_bf16::recurrent::kernels<neon_bf16::lstm::Unit, Bfloat16>,
                                others->lstm_f16,
                                others->gru_f32,
-                               neon_bf16::recurrent::kernels<neon_bf16::gru::Unit, Bfloat16>,
+                               neon_bf16::recurrent::kernels<neon_bf16::gru::ResetAfter, Bfloat16>,
                                others->gru_f16,
+                               others->gru_before,
+                               others->rnn,
                                others->linear_f32,
                                others->linear_bf16,
                                others->linear_f16};

@@ -19,42 +19,61 @@
 RNNATTN_BEFORE_NAMESPACE();
 namespace rnnattn::RNNATTN_SET::recurrent {
 
+// z of rows that were computed before; and their biases.
+template <class Unit, int R, int N>
+RNNATTN_INLINE void get_gates(V (&z)[R][N], const Gates& from, int64_t r, int64_t u, int64_t H) {
+  using All = Columns<Unit, typename Unit::OfBias>;
+  unrolled<R>([&](auto i) RNNATTN_LAMBDA {
+    unrolled<N>([&](auto v)
+                    RNNATTN_LAMBDA { z[i][v] = from.get(r + i, v, u, All::lanes(v, u, H)); });
+  });
+}
+template <class Unit, int R, int N>
+RNNATTN_INLINE void put_gates(const V (&z)[R][N], const Gates& to, int64_t r, int64_t u,
+                              int64_t H) {
+  using All = Columns<Unit, typename Unit::OfBias>;
+  unrolled<R>([&](auto i) RNNATTN_LAMBDA {
+    unrolled<N>([&](auto v) RNNATTN_LAMBDA { to.put(r + i, v, u, z[i][v], All::lanes(v, u, H)); });
+  });
+}
+template <class Unit, class Operand, int R, int N>
+RNNATTN_INLINE void get_biases(V (&z)[R][N], const Cells<Unit, Operand>& cells, int64_t u) {
+  unrolled<R>([&](auto i) RNNATTN_LAMBDA {
+    unrolled<N>([&](auto v) RNNATTN_LAMBDA { z[i][v] = cells.bias(u, v); });
+  });
+}
+
 // The scaled pre-activations of rows [lo, hi), biases + x w_x + h₋ w_h: rows of `xh` are [x h₋],
 // each in whole steps, or x alone.
 template <class Unit, class Operand>
 struct PreactivationTile {
-  const Cells<Unit, Operand>& cells;
+  using Cells = recurrent::Cells<Unit, Operand>;
+  const Cells& cells;
   const Operand* xh;
   int64_t stride;
   bool has_h;
   const Gates& out;
   int64_t u;
-  int n;
 
   template <int R>
   void run(int64_t r) const {
     const int64_t D = whole_steps<Operand>(cells.D);
     const Operand* x = xh + r * stride;
-    V z[R][GATES];
-    unrolled<R>([&](auto i) RNNATTN_LAMBDA {
-      unrolled<GATES>([&](auto g) RNNATTN_LAMBDA { z[i][g] = cells.bias(u, g); });
-    });
-    accumulate_gates<typename Unit::OfX>(z, D, x, stride, cells.x(u));
+    V z[R][VECTORS<Unit>];
+    get_biases(z, cells, u);
+    accumulate_gates<typename Cells::OfX>(z, D, x, stride, cells.x(u));
     if (has_h)
-      accumulate_gates<typename Unit::OfH>(z, whole_steps<Operand>(cells.R), x + D, stride,
-                                           cells.h(u));
-    unrolled<R>([&](auto i) RNNATTN_LAMBDA {
-      unrolled<GATES>([&](auto g) RNNATTN_LAMBDA { out.put(r + i, g, u, z[i][g], n); });
-    });
+      accumulate_gates<typename Cells::OfH>(z, whole_steps<Operand>(cells.R), x + D, stride,
+                                            cells.h(u));
+    put_gates<Unit>(z, out, r, u, cells.H);
   }
 };
 
 template <class Unit, class Operand>
 static void preactivate(const Cells<Unit, Operand>& cells, const Operand* xh, int64_t stride,
                         bool has_h, const Gates& out, int64_t u, int64_t lo, int64_t hi) {
-  const int n = static_cast<int>(least(W, cells.H - u * W));
   over_tiles<GATE_TILE_ROWS>(lo, hi,
-                             PreactivationTile<Unit, Operand>{cells, xh, stride, has_h, out, u, n});
+                             PreactivationTile<Unit, Operand>{cells, xh, stride, has_h, out, u});
 }
 
 // Copies rows [lo, hi) of `width` between arrays of different strides, zero beyond the width.
@@ -100,11 +119,12 @@ static bool project(Threads& threads, const Recurrent<Number>& s,
                       [&](int64_t block, float*) {
                         inputs.rows(t, first_of(block), first_of(block + 1));
                       }) &&
-         parallel_for(threads, ceil_div(s.H, W) * blocks, s.threads, 0, [&](int64_t item, float*) {
-           const int64_t u = item / blocks, block = item % blocks;
-           preactivate(cells, x, inputs.stride(s.D), false, out, u, first_of(block),
-                       first_of(block + 1));
-         });
+         parallel_for(threads, tiles_across<Unit>(s.H) * blocks, s.threads, 0,
+                      [&](int64_t item, float*) {
+                        const int64_t u = item / blocks, block = item % blocks;
+                        preactivate(cells, x, inputs.stride(s.D), false, out, u, first_of(block),
+                                    first_of(block + 1));
+                      });
 }
 
 // What a step projects, h = m P: P packed, m of all rows, and h before it is rounded. Null where
@@ -113,30 +133,42 @@ struct Projection {
   float *packed, *m, *h;
 };
 
+// What a step hands from its first product to its second: q, and the gates as far as they are. Null
+// where there is no second.
+template <class Operand>
+struct Between {
+  Operand* q;
+  Gates a;
+};
+
 // The state of all rows as the steps go: h before and after the step, c in place, null if the unit
-// has none. Rows of h are `stride` apart, those of c and m `c_stride`, whole vectors.
+// has none. Rows of h and q are `stride` apart, those of c and m `c_stride`, whole vectors.
 template <class Operand>
 struct State {
   Operand *h, *h_next;
   float* c;
   Projection projection;
+  Between<Operand> between;
   int64_t stride, c_stride;
   bool turned = false;  // the step goes through the weights backwards
 
   State after(int64_t steps) const {
-    return steps % 2 ? State{h_next, h, c, projection, stride, c_stride, !turned} : *this;
+    return steps % 2 ? State{h_next, h, c, projection, between, stride, c_stride, !turned} : *this;
   }
 };
 
-// What of a step one thread does: units [u, past) and columns [v, v_past) of h, in vectors. The
-// same without a projection.
+// What of a step one thread does: tiles of units [u, past) and columns [v, v_past) of h, in
+// vectors. Those of the same units without a projection.
 struct Share {
   int64_t u, past, v, v_past;
 
+  template <class Unit>
   static Share of(int64_t H, int64_t R, int64_t member, int64_t members) {
-    const int64_t units = ceil_div(H, W), columns = ceil_div(R, W);
-    return {units * member / members, units * (member + 1) / members, columns * member / members,
-            columns * (member + 1) / members};
+    const int64_t tiles = tiles_across<Unit>(H), columns = ceil_div(R, W);
+    const int64_t u = tiles * member / members, past = tiles * (member + 1) / members;
+    if (Unit::CELLS > 1)
+      return {u, past, least(u * Unit::CELLS, columns), least(past * Unit::CELLS, columns)};
+    return {u, past, columns * member / members, columns * (member + 1) / members};
   }
 };
 
@@ -163,6 +195,72 @@ RNNATTN_INLINE void put_h(const State<Operand<Number>>& state, const Step<Number
   store_units(step.y + r * R + v * W, y, static_cast<int>(least(W, R - v * W)));
 }
 
+// z of R rows, biases + x w_x + h₋ w_h.
+template <class Unit, class Number, int R, int N>
+RNNATTN_INLINE void products(V (&z)[R][N], const Cells<Unit, Operand<Number>>& cells,
+                             const State<Operand<Number>>& state, const Step<Number>& step,
+                             int64_t r, int64_t u) {
+  using Cells = recurrent::Cells<Unit, Operand<Number>>;
+  if (step.from_x) {
+    get_gates<Unit>(z, step.from_x, r, u, cells.H);
+  } else {
+    get_biases(z, cells, u);
+    accumulate_gates<typename Cells::OfX>(z, whole_steps<Operand<Number>>(cells.D),
+                                          step.x + r * step.x_stride, step.x_stride, cells.x(u));
+  }
+  accumulate_gates<typename Cells::OfH>(z, whole_steps<Operand<Number>>(cells.R),
+                                        state.h + r * state.stride, state.stride, cells.h(u));
+}
+
+// The first product of a step that has two: q.
+template <class Unit, class Number>
+struct ResetTile {
+  const Recurrent<Number>& s;
+  const Cells<Unit, Operand<Number>>& cells;
+  const State<Operand<Number>>& state;
+  const Step<Number>& step;
+  int64_t u;
+
+  template <int R>
+  void run(int64_t r) const {
+    const int64_t j = first_unit<Unit>(u, 0);
+    V z[R][VECTORS<Unit>];
+    products<Unit>(z, cells, state, step, r, u);
+    put_gates<Unit>(z, state.between.a, r, u, cells.H);
+    const Unit unit = Unit::of(s, j, units_of<Unit>(u, 0, cells.H));
+    unrolled<R>([&](auto i) RNNATTN_LAMBDA {
+      const int64_t at = (r + i) * state.stride + j;
+      store_units(state.between.q + at, reset(unit, z[i][Unit::RESET], load_units(state.h + at, W)),
+                  W);
+    });
+  }
+};
+
+// The second of many rows at once, q being known: it joins what `a` holds.
+template <class Unit, class Operand>
+struct SecondProductTile {
+  using Cells = recurrent::Cells<Unit, Operand>;
+  const Cells& cells;
+  const Operand* q;
+  int64_t stride;
+  const Gates& a;
+  int64_t u;
+
+  template <int R>
+  RNNATTN_INLINE void add(V (&z)[R][VECTORS<Unit>], const SecondProductTile& of, int64_t r) {
+    get_gates<Unit>(z, of.a, r, of.u, of.cells.H);
+    accumulate_gates<typename Cells::OfQ>(z, whole_steps<Operand>(of.cells.R), of.q + r * of.stride,
+                                          of.stride, of.cells.q(of.u));
+  }
+
+  template <int R>
+  void run(int64_t r) const {
+    V z[R][VECTORS<Unit>];
+    add(z, *this, r);
+    put_gates<Unit>(z, a, r, u, cells.H);
+  }
+};
+
 template <class Unit, class Number>
 struct CellTile {
   const Recurrent<Number>& s;
@@ -170,51 +268,50 @@ struct CellTile {
   const State<Operand<Number>>& state;
   const Step<Number>& step;
   int64_t u;
-  int n;
 
   template <int R>
   void run(int64_t r) const {
-    const int64_t H = cells.H, j = u * W;
+    constexpr int CELLS = Unit::CELLS, GATES = recurrent::GATES<Unit>;
+    const int64_t H = cells.H;
     float* const projected = state.projection.m;
-    V z[R][GATES];
-    if (step.from_x) {
-      unrolled<R>([&](auto i) RNNATTN_LAMBDA {
-        unrolled<GATES>([&](auto g) RNNATTN_LAMBDA { z[i][g] = step.from_x.get(r + i, g, u, n); });
-      });
+    V z[R][VECTORS<Unit>];
+    if constexpr (HAS_Q<Unit>) {
+      using Second = SecondProductTile<Unit, Operand<Number>>;
+      const Between<Operand<Number>>& between = state.between;
+      Second::add(z, Second{cells, between.q, state.stride, between.a, u}, r);
     } else {
-      unrolled<R>([&](auto i) RNNATTN_LAMBDA {
-        unrolled<GATES>([&](auto g) RNNATTN_LAMBDA { z[i][g] = cells.bias(u, g); });
-      });
-      accumulate_gates<typename Unit::OfX>(z, whole_steps<Operand<Number>>(cells.D),
-                                           step.x + r * step.x_stride, step.x_stride, cells.x(u));
+      products<Unit>(z, cells, state, step, r, u);
     }
-    accumulate_gates<typename Unit::OfH>(z, whole_steps<Operand<Number>>(cells.R),
-                                         state.h + r * state.stride, state.stride, cells.h(u));
     // in memory, so that one body does for all rows
-    V a[R][GATES];
+    V a[R][CELLS][GATES];
     unrolled<R>([&](auto i) RNNATTN_LAMBDA {
-      unrolled<GATES>([&](auto g) RNNATTN_LAMBDA { a[i][g] = z[i][g]; });
+      unrolled<CELLS * GATES>([&](auto v) RNNATTN_LAMBDA { a[i][v / GATES][v % GATES] = z[i][v]; });
     });
-    const Unit unit = Unit::of(s, j, n);
-    for (int i = 0; i < R; ++i) {
-      const int64_t row = r + i, at = row * state.c_stride + j;
-      const V before =
-          Unit::CARRIES_C ? load(state.c + at) : load_units(state.h + row * state.stride + j, W);
-      V c = before, m = splat(0);
-      if (!step.valid || step.valid[row]) {
-        cell(unit, a[i], before, c, m);
-        m = rounded(Number{}, m);
-      } else {
-        for (int g = 0; g < GATES; ++g) a[i][g] = splat(0);
+    for (int k = 0; k < CELLS; ++k) {
+      const int n = units_of<Unit>(u, k, H);
+      if (CELLS > 1 && n == 0) break;
+      const int64_t j = first_unit<Unit>(u, k);
+      const Unit unit = Unit::of(s, j, n);
+      for (int i = 0; i < R; ++i) {
+        const int64_t row = r + i, at = row * state.c_stride + j;
+        const V before =
+            Unit::CARRIES_C ? load(state.c + at) : load_units(state.h + row * state.stride + j, W);
+        V c = before, m = splat(0);
+        if (!step.valid || step.valid[row]) {
+          cell(unit, a[i][k], before, c, m);
+          m = rounded(Number{}, m);
+        } else {
+          for (int g = 0; g < GATES; ++g) a[i][k][g] = splat(0);
+        }
+        if (Unit::CARRIES_C) store(state.c + at, c);
+        if (projected)
+          store(projected + at, m);
+        else
+          put_h(state, step, row, H, j / W, m);
+        if (step.c) store_units(step.c + row * H + j, c, n);
+        if (step.a)
+          for (int g = 0; g < GATES; ++g) step.a.put(row, k * GATES + g, u, a[i][k][g], n);
       }
-      if (Unit::CARRIES_C) store(state.c + at, c);
-      if (projected)
-        store(projected + at, m);
-      else
-        put_h(state, step, row, H, u, m);
-      if (step.c) store_units(step.c + row * H + j, c, n);
-      if (step.a)
-        for (int g = 0; g < GATES; ++g) step.a.put(row, g, u, a[i][g], n);
     }
   }
 };
@@ -236,15 +333,15 @@ static void zero_fresh(const State<Operand>& state, const uint8_t* fresh, const 
   if (state.c) zero_fresh(state.c, state.c_stride, fresh, valid, lo, hi, share.u, share.past);
 }
 
-// One step of blocks of units [u, past) and rows [lo, hi), of a state that is not turned over yet.
-template <class Unit, class Number>
+// One step of tiles of units [u, past) and rows [lo, hi), of a state that is not turned over yet;
+// or its first product, where it has two.
+template <class Tile, class Unit, class Number>
 static void advance(const Recurrent<Number>& s, const Cells<Unit, Operand<Number>>& cells,
                     const State<Operand<Number>>& state, const Step<Number>& step, int64_t u,
                     int64_t past, int64_t lo, int64_t hi) {
   // To and fro, so that a step begins with the weights that the one before left in the cache.
   over_steps(state.turned, u, past, [&](int64_t i) {
-    const int n = static_cast<int>(least(W, cells.H - i * W));
-    over_tiles<GATE_TILE_ROWS>(lo, hi, CellTile<Unit, Number>{s, cells, state, step, i, n});
+    over_tiles<GATE_TILE_ROWS>(lo, hi, Tile{s, cells, state, step, i});
   });
 }
 
@@ -262,15 +359,42 @@ static void project_state(const Recurrent<Number>& s, const State<Operand<Number
       put_h(state, step, r, s.R, i, rounded(Number{}, load(p.h + r * state.stride + i * W)));
 }
 
+// A step is of one round or two: of the units, then of what waits for all of them.
+template <class Unit, class Number>
+static int64_t rounds_of_step(const Recurrent<Number>& s) {
+  return HAS_Q<Unit> || s.projection ? 2 : 1;
+}
+
+// A round of a share of the rows [lo, hi).
+template <class Unit, class Number>
+static void run_round(int64_t round, const Recurrent<Number>& s,
+                      const Cells<Unit, Operand<Number>>& cells,
+                      const State<Operand<Number>>& state, const Step<Number>& step,
+                      const Share& share, int64_t lo, int64_t hi) {
+  using Cell = CellTile<Unit, Number>;
+  if constexpr (HAS_Q<Unit>) {
+    using Reset = ResetTile<Unit, Number>;
+    if (round == 0)
+      advance<Reset>(s, cells, state, step, share.u, share.past, lo, hi);
+    else
+      advance<Cell>(s, cells, state, step, share.u, share.past, lo, hi);
+  } else {
+    if (round == 0)
+      advance<Cell>(s, cells, state, step, share.u, share.past, lo, hi);
+    else
+      project_state(s, state, step, share.v, share.v_past, lo, hi);
+  }
+}
+
 // One step of rows [lo, hi).
 template <class Unit, class Number>
 static void advance_rows(const Recurrent<Number>& s, const Cells<Unit, Operand<Number>>& cells,
                          State<Operand<Number>>& state, const Step<Number>& step,
                          const uint8_t* fresh, int64_t lo, int64_t hi) {
-  const Share all = Share::of(s.H, s.R, 0, 1);
+  const Share all = Share::of<Unit>(s.H, s.R, 0, 1);
   zero_fresh(state, fresh, step.valid, lo, hi, all);
-  advance(s, cells, state, step, 0, all.past, lo, hi);
-  if (s.projection) project_state(s, state, step, 0, all.v_past, lo, hi);
+  for (int64_t round = 0; round < rounds_of_step<Unit>(s); ++round)
+    run_round(round, s, cells, state, step, all, lo, hi);
   state = state.after(1);
 }
 
@@ -281,18 +405,18 @@ static int64_t groups_of(const Recurrent<Number>& s) {
 }
 
 // How many threads can share out the units: none that has less to do than waiting takes.
-template <class Number>
+template <class Unit, class Number>
 static int64_t members_of(const Recurrent<Number>& s) {
   const int64_t worth = s.B * s.R * s.G * s.H / SHARE;
-  return most(1, least(least(s.threads, ceil_div(s.H, W)), worth));
+  return most(1, least(least(s.threads, tiles_across<Unit>(s.H)), worth));
 }
 
 // Whether they do, there being too few rows to share out: each then reads a part of the weights
 // alone, and waits for the others after every step.
-template <class Number>
+template <class Unit, class Number>
 static bool shares_units(const Recurrent<Number>& s) {
   const int64_t with_enough = most(1, least(s.threads, s.B / ENOUGH_ROWS));
-  return s.B < FEW_ROWS || members_of(s) > with_enough;
+  return s.B < FEW_ROWS || members_of<Unit>(s) > with_enough;
 }
 
 // The steps whose biases + x w_x are computed at once.
@@ -318,12 +442,6 @@ RNNATTN_INLINE Float* at(Float* array, int64_t t, int64_t floats) {
   return array ? array + t * floats : nullptr;
 }
 
-// The rounds of a step whose units are shared out: what is projected waits for all of m.
-template <class Number>
-static int64_t rounds_of_step(const Recurrent<Number>& s) {
-  return s.projection ? 2 : 1;
-}
-
 // Steps [from, to) of all rows, the units shared out. `step_of(t)` is what step t reads and writes,
 // `before(state, t, share)` looks at a share of the state before it. Every member zeroes the fresh
 // part of its share before it ends the step before.
@@ -331,36 +449,37 @@ template <class Unit, class Number, class StepOf, class Before>
 static void share_units(Threads& threads, const Recurrent<Number>& s,
                         const Cells<Unit, Operand<Number>>& cells, State<Operand<Number>>& state,
                         int64_t from, int64_t to, StepOf step_of, Before before) {
-  const int64_t steps = to - from, rounds = rounds_of_step(s);
+  const int64_t steps = to - from, rounds = rounds_of_step<Unit>(s);
   const auto step_at = [&](int64_t step) { return s.reverse ? to - 1 - step : from + step; };
   const auto begin = [&](const State<Operand<Number>>& now, int64_t t, const Share& share) {
     before(now, t, share);
     zero_fresh(now, mask_at(s.fresh, t, s.B), mask_at(s.valid, t, s.B), 0, s.B, share);
   };
   if (steps <= 0) return;
-  begin(state, step_at(0), Share::of(s.H, s.R, 0, 1));
+  begin(state, step_at(0), Share::of<Unit>(s.H, s.R, 0, 1));
   const auto round_of = [&](int64_t round, int64_t member, int64_t members) {
     const int64_t done = round / rounds;
-    const Share share = Share::of(s.H, s.R, member, members);
+    const Share share = Share::of<Unit>(s.H, s.R, member, members);
     const State<Operand<Number>> now = state.after(done);
     const Step<Number> step = step_of(step_at(done));
-    if (round % rounds == 0) advance(s, cells, now, step, share.u, share.past, 0, s.B);
-    if (round % rounds != rounds - 1) return;
-    if (s.projection) project_state(s, now, step, share.v, share.v_past, 0, s.B);
-    if (done + 1 < steps) begin(now.after(1), step_at(done + 1), share);
+    run_round(round % rounds, s, cells, now, step, share, 0, s.B);
+    if (round % rounds == rounds - 1 && done + 1 < steps)
+      begin(now.after(1), step_at(done + 1), share);
   };
-  over_rounds(threads, steps * rounds, members_of(s), round_of);
+  over_rounds(threads, steps * rounds, members_of<Unit>(s), round_of);
   state = state.after(steps);
 }
 
-template <class Number>
+template <class Unit, class Number>
 static State<Operand<Number>> take_state(Memory& memory, const Recurrent<Number>& s) {
   using Operand = rnnattn::RNNATTN_SET::Operand<Number>;
   const int64_t h = s.B * whole_vectors(s.R), c = s.B * whole_vectors(s.H);
-  State<Operand> state{memory.take<Operand>(h), memory.take<Operand>(h), nullptr, {}, 0, 0};
+  State<Operand> state{memory.take<Operand>(h), memory.take<Operand>(h), nullptr, {}, {}, 0, 0};
   if (s.c) state.c = memory.take(c);
   if (s.projection)
     state.projection = {memory.take(s.H * padded(s.R)), memory.take(c), memory.take(h)};
+  if constexpr (HAS_Q<Unit>)
+    state.between = {memory.take<Operand>(h), take_panels<Unit>(memory, s.H, s.B)};
   state.stride = whole_vectors(s.R);
   state.c_stride = whole_vectors(s.H);
   return state;
@@ -388,42 +507,43 @@ class Forward {
 
   bool run() {
     const int64_t T = s_.T, B = s_.B, H = s_.H, weights = Cells::size(s_.D, H, s_.R);
-    const bool once = T == 1 && weights > CACHED, by_units = !once && shares_units(s_);
+    const bool once = T == 1 && weights > CACHED && !HAS_Q<Unit>;
+    const bool by_units = !once && shares_units<Unit>(s_);
     length_ = by_units ? chunk_of(s_) : s_.interval ? s_.interval : most(T, 1);
     rows_of_x_ = by_units ? least(length_, T) * B : B;
     const int64_t packed = once ? 0 : weights;
-    const int64_t projected = by_units && !s_.a ? ceil_div(H, W) * Gates::panel(rows_of_x_) : 0;
+    const bool has_panels = by_units && !s_.a;
     Memory size{nullptr};
-    lay_out(size, packed, projected);
+    lay_out(size, packed, has_panels);
     const Allocation allocation(size.used);
     if (!allocation.data()) return false;
     advise_huge_pages(allocation.data(), size.used);
     Memory memory{allocation.data()};
-    lay_out(memory, packed, projected);
+    lay_out(memory, packed, has_panels);
     advise_huge_pages(s_.y, T * B * s_.R);
     advise_huge_pages(s_.c_all, T * B * H);
-    advise_huge_pages(s_.a, T * B * GATES * H);
+    advise_huge_pages(s_.a, T * B * GATES<Unit> * H);
     if (once) return block_by_block();
     return pack() && (by_units ? units_shared_out() : rows_shared_out());
   }
 
  private:
-  void lay_out(Memory& memory, int64_t packed, int64_t projected) {
+  void lay_out(Memory& memory, int64_t packed, bool has_panels) {
     packed_ = memory.take<Operand>(packed);
     inputs_.copied = memory.take<Operand>(Inputs<Number>::size(s_.D, rows_of_x_));
-    from_x_ = projected ? memory.take(projected) : nullptr;
-    state_ = take_state(memory, s_);
+    if (has_panels) from_x_ = take_panels<Unit>(memory, s_.H, rows_of_x_);
+    state_ = take_state<Unit>(memory, s_);
     cells_ = {packed_, s_.D, s_.H, s_.R};
   }
 
   bool pack() const {
-    return parallel_for(threads_, ceil_div(s_.H, W), s_.threads, 0, [&](int64_t u, float*) {
+    return parallel_for(threads_, tiles_across<Unit>(s_.H), s_.threads, 0, [&](int64_t u, float*) {
       pack_cells<Unit, Number>(s_, u, packed_ + u * cells_.stride(s_.D, s_.R));
       if (s_.projection) pack_projection(s_, u * W, state_.projection.packed);
     });
   }
 
-  Share all_of_it() const { return Share::of(s_.H, s_.R, 0, 1); }
+  Share all_of_it() const { return Share::of<Unit>(s_.H, s_.R, 0, 1); }
 
   // What step t reads and writes: x, or the biases + x w_x.
   Step step_at(int64_t t, const Operand* x, const Gates& from_x) const {
@@ -433,7 +553,7 @@ class Forward {
             mask_at(s_.valid, t, s_.B),
             s_.y + t * s_.B * s_.R,
             at(s_.c_all, t, s_.B * s_.H),
-            Gates::in_rows(s_.a, s_.H).from(t * s_.B)};
+            Gates::in_rows<Unit>(s_.a, s_.H).from(t * s_.B)};
   }
 
   void enter_rows(int64_t lo, int64_t hi) const { enter<Number>(s_, state_, s_.h, s_.c, lo, hi); }
@@ -467,13 +587,13 @@ class Forward {
                          if (s_.interval) keep(state_, 0, all, lo, hi);
                          zero_fresh(state_, s_.fresh, s_.valid, lo, hi, all);
                        }) &&
-           parallel_for(threads_, ceil_div(s_.H, W), s_.threads, floats,
+           parallel_for(threads_, tiles_across<Unit>(s_.H), s_.threads, floats,
                         [&](int64_t u, float* memory) {
                           Operand* block = reinterpret_cast<Operand*>(memory);
                           pack_cells<Unit, Number>(s_, u, block);
                           if (s_.projection) pack_projection(s_, u * W, state_.projection.packed);
-                          advance<Unit, Number>(s_, Cells{block, s_.D, s_.H, s_.R, u}, state_, step,
-                                                u, u + 1, 0, s_.B);
+                          advance<CellTile<Unit, Number>>(s_, Cells{block, s_.D, s_.H, s_.R, u},
+                                                          state_, step, u, u + 1, 0, s_.B);
                         }) &&
            parallel_for(threads_, panels, s_.threads, 0,
                         [&](int64_t panel, float*) {
@@ -503,13 +623,13 @@ class Forward {
   // The biases + x w_x of many steps at once, then these.
   bool units_shared_out() const {
     const int64_t T = s_.T, B = s_.B, n = s_.interval;
-    const Gates gates = Gates::in_rows(s_.a, s_.H);
+    const Gates gates = Gates::in_rows<Unit>(s_.a, s_.H);
     State state = state_;
     enter_rows(0, B);
     bool ok = true;
     over_steps(s_.reverse, 0, ceil_div(T, length_), [&](int64_t k) {
       const int64_t from = k * length_, to = least(from + length_, T);
-      const Gates out = gates ? gates.from(from * B) : Gates::in_panels(from_x_, rows_of_x_);
+      const Gates out = gates ? gates.from(from * B) : from_x_;
       ok = ok && project<Unit, Number>(threads_, s_, cells_, inputs_, out, from, to - from);
       share_units<Unit, Number>(
           threads_, s_, cells_, state, from, to,
@@ -527,7 +647,7 @@ class Forward {
   const RecurrentForward<Number>& s_;
   int64_t length_ = 0, rows_of_x_ = 0;
   Operand* packed_ = nullptr;
-  float* from_x_ = nullptr;
+  Gates from_x_{};
   Cells cells_{};
   Inputs<Number> inputs_{s_, nullptr};
   State state_{};
@@ -538,25 +658,24 @@ class Forward {
 // Weights that are hardly read again are not worth packing: they are read along their rows.
 
 // z += a w for R rows and those of G gates that have a block in w; z (R, G, `units`) of the units
-// from `first` on, a (R, K), w (K, blocks, H).
+// from `first` on, a (R, K), w (K, `width`), with blocks of H columns.
 template <int R, int G, class Blocks, class Number>
-static void add_product(const float* a, const Number* w, int64_t K, int64_t H, int64_t first,
-                        int64_t units, float* z) {
+static void add_product(const float* a, const Number* w, int64_t width, int64_t K, int64_t H,
+                        int64_t first, int64_t units, float* z) {
   constexpr int AT_ONCE = 8 / R;
-  constexpr int64_t WIDTH = Blocks::COUNT;
   for (int64_t k = 0; k < K; k += AT_ONCE) {
     const int64_t depth = least(AT_ONCE, K - k);
     V e[R][AT_ONCE];
     for (int r = 0; r < R; ++r)
       for (int i = 0; i < AT_ONCE; ++i) e[r][i] = splat(i < depth ? a[r * K + k + i] : 0);
     for (int g = Blocks::FIRST; g < Blocks::PAST; ++g) {
-      const Number* block = w + (k * WIDTH + Blocks::of(g)) * H + first;
+      const Number* block = w + k * width + Blocks::of(g) * H + first;
       for (int64_t j = 0; j < units; j += W) {
         const int n = static_cast<int>(least(W, units - j));
         V sum[R];
         for (int r = 0; r < R; ++r) sum[r] = load_units(z + (r * G + g) * units + j, n);
         const auto add = [&](int i) {
-          const V v = load_units(block + i * WIDTH * H + j, n);
+          const V v = load_units(block + i * width + j, n);
           for (int r = 0; r < R; ++r) sum[r] = fma(e[r][i], v, sum[r]);
         };
         if (depth == AT_ONCE)
@@ -577,12 +696,13 @@ RNNATTN_INLINE const float* in_float(const Number* numbers, int64_t count, float
   return copied;
 }
 
-// `m` is what is projected, or null.
+// The pre-activations of units [first, first + units) in z, (R, GATES, `units`), not yet scaled, as
+// far as x and h₋ go.
 template <int R, class Unit, class Number>
-static void step_of_units(const RecurrentForward<Number>& s, float* m, int64_t first, int64_t units,
-                          float* z) {
-  const int64_t H = s.H;
-  float* copied = z + R * GATES * STEP_UNITS;
+static void products_of_units(const RecurrentForward<Number>& s, int64_t first, int64_t units,
+                              float* z, float* copied) {
+  constexpr int GATES = recurrent::GATES<Unit>;
+  const int64_t H = s.H, width = s.G * H;
   for (int r = 0; r < R; ++r)
     for (int g = 0; g < GATES; ++g) {
       const Number* bias = bias_block(s, Unit::OfBias::of(g));
@@ -592,30 +712,72 @@ static void step_of_units(const RecurrentForward<Number>& s, float* m, int64_t f
       else
         zero(of_gate, units);
     }
-  add_product<R, GATES, typename Unit::OfX>(in_float(s.x, R * s.D, copied), s.w_x, s.D, H, first,
-                                            units, z);
-  add_product<R, GATES, typename Unit::OfH>(in_float(s.h, R * s.R, copied), s.w_h, s.R, H, first,
-                                            units, z);
+  add_product<R, GATES, typename Unit::OfX>(in_float(s.x, R * s.D, copied), s.w_x, width, s.D, H,
+                                            first, units, z);
+  add_product<R, GATES, typename Unit::OfH>(in_float(s.h, R * s.R, copied), s.w_h, width, s.R, H,
+                                            first, units, z);
+}
+
+// f(row, unit, count, a, before) for W units each, with what their cell meets.
+template <int R, class Unit, class Number, class F>
+static void over_cells(const RecurrentForward<Number>& s, int64_t first, int64_t units,
+                       const float* z, F f) {
+  constexpr int GATES = recurrent::GATES<Unit>;
   for (int r = 0; r < R; ++r)
     for (int64_t j = 0; j < units; j += W) {
       const int n = static_cast<int>(least(W, units - j));
-      const int64_t at = r * H + first + j;
+      const int64_t at = r * s.H + first + j;
       const V before = Unit::CARRIES_C ? load_units(s.c + at, n) : load_units(s.h + at, n);
-      V a[GATES], c = before, h;
+      V a[GATES];
       for (int g = 0; g < GATES; ++g)
         a[g] = load_units(z + (r * GATES + g) * units + j, n) * splat(Unit::scale(g));
-      cell(Unit::of(s, first + j, n), a, before, c, h);
-      if (m) {
-        store_units(m + at, rounded(Number{}, h), n);
-      } else {
-        store_units(s.y + at, h, n);
-        store_units(s.h_last + at, h, n);
-      }
-      if (Unit::CARRIES_C) store_units(s.c_last + at, c, n);
-      if (s.c_all) store_units(s.c_all + at, c, n);
-      if (s.a)
-        for (int g = 0; g < GATES; ++g) store_units(s.a + (r * GATES + g) * H + first + j, a[g], n);
+      f(r, first + j, n, a, before);
     }
+}
+
+// `m` is what is projected, or null.
+template <int R, class Unit, class Number>
+static void cells_of_units(const RecurrentForward<Number>& s, float* m, int64_t first,
+                           int64_t units, const float* z) {
+  constexpr int GATES = recurrent::GATES<Unit>;
+  over_cells<R, Unit>(s, first, units, z, [&](int r, int64_t j, int n, V(&a)[GATES], V before) {
+    const int64_t at = r * s.H + j;
+    V c = before, h;
+    cell(Unit::of(s, j, n), a, before, c, h);
+    if (m) {
+      store_units(m + at, rounded(Number{}, h), n);
+    } else {
+      store_units(s.y + at, h, n);
+      store_units(s.h_last + at, h, n);
+    }
+    if (Unit::CARRIES_C) store_units(s.c_last + at, c, n);
+    if (s.c_all) store_units(s.c_all + at, c, n);
+    if (s.a)
+      for (int g = 0; g < GATES; ++g) store_units(s.a + (r * GATES + g) * s.H + j, a[g], n);
+  });
+}
+
+// Of a step with two products what the first gives: q, and z for the second in `a`, block for block
+// of units.
+template <int R, class Unit, class Number>
+static void reset_units(const RecurrentForward<Number>& s, float* q, float* a, int64_t first,
+                        int64_t units, float* z) {
+  constexpr int GATES = recurrent::GATES<Unit>;
+  products_of_units<R, Unit>(s, first, units, z, z + R * GATES * STEP_UNITS);
+  copy(z, R * GATES * units, a + R * GATES * first);
+  over_cells<R, Unit>(s, first, units, z,
+                      [&](int r, int64_t j, int n, const V(&of)[GATES], V before) {
+                        const V all = reset(Unit::of(s, j, n), of[Unit::RESET], before);
+                        store_units(q + r * s.H + j, rounded(Number{}, all), n);
+                      });
+}
+template <int R, class Unit, class Number>
+static void cells_after_reset(const RecurrentForward<Number>& s, const float* q, const float* a,
+                              int64_t first, int64_t units, float* z) {
+  constexpr int GATES = recurrent::GATES<Unit>;
+  copy(a + R * GATES * first, R * GATES * units, z);
+  add_product<R, GATES, typename Unit::OfQ>(q, s.w_h, s.G * s.H, s.R, s.H, first, units, z);
+  cells_of_units<R, Unit>(s, nullptr, first, units, z);
 }
 
 // h = m P of columns [first, first + columns).
@@ -623,7 +785,7 @@ template <int R, class Number>
 static void project_step(const RecurrentForward<Number>& s, const float* m, int64_t first,
                          int64_t columns, float* z) {
   zero(z, R * columns);
-  add_product<R, 1, Blocks<0, 0>>(m, s.projection, s.H, s.R, first, columns, z);
+  add_product<R, 1, Blocks<0, 0>>(m, s.projection, s.R, s.H, s.R, first, columns, z);
   for (int r = 0; r < R; ++r) {
     copy_numbers(z + r * columns, columns, s.y + r * s.R + first);
     copy_numbers(z + r * columns, columns, s.h_last + r * s.R + first);
@@ -638,8 +800,12 @@ static bool are_few_steps(const RecurrentForward<Number>& s) {
 
 template <class Unit, class Number>
 static bool single_step(Threads& threads, const RecurrentForward<Number>& s) {
-  const Allocation m(s.projection ? ceil_div(s.B * s.H, LINE) * LINE : 0);
-  if (s.projection && !m.data()) return false;
+  constexpr int GATES = recurrent::GATES<Unit>;
+  // of all units, for what waits for them: m, or q and z
+  const int64_t numbers = HAS_Q<Unit> ? (1 + GATES) * s.B * s.H : s.projection ? s.B * s.H : 0;
+  const Allocation between(ceil_div(numbers, LINE) * LINE);
+  if (numbers && !between.data()) return false;
+  float *m = numbers ? between.data() : nullptr, *q = m;
   const int64_t limit = (s.D + s.R) * s.G * s.H < SMALL_STEP ? 1 : s.threads;
   const int64_t floats = s.B * (GATES * STEP_UNITS + most(s.D, s.R));
   // f(rows, first, units, workspace) of `width` units in blocks
@@ -650,13 +816,23 @@ static bool single_step(Threads& threads, const RecurrentForward<Number>& s) {
           as_constant<STEP_ROWS>(s.B, [&](auto rows) { f(rows, first, units, z); });
         });
   };
-  const auto cells = [&](auto rows, int64_t first, int64_t units, float* z) {
-    step_of_units<rows, Unit>(s, s.projection ? m.data() : nullptr, first, units, z);
-  };
-  const auto projected = [&](auto rows, int64_t first, int64_t columns, float* z) {
-    project_step<rows>(s, m.data(), first, columns, z);
-  };
-  return over_blocks(s.H, cells) && (!s.projection || over_blocks(s.R, projected));
+  if constexpr (HAS_Q<Unit>) {
+    float* a = q + s.B * s.H;
+    return over_blocks(s.H, [&](auto rows, int64_t first, int64_t units,
+                                float* z) { reset_units<rows, Unit>(s, q, a, first, units, z); }) &&
+           over_blocks(s.H, [&](auto rows, int64_t first, int64_t units, float* z) {
+             cells_after_reset<rows, Unit>(s, q, a, first, units, z);
+           });
+  } else {
+    const auto cells = [&](auto rows, int64_t first, int64_t units, float* z) {
+      products_of_units<rows, Unit>(s, first, units, z, z + rows * GATES * STEP_UNITS);
+      cells_of_units<rows, Unit>(s, m, first, units, z);
+    };
+    const auto projected = [&](auto rows, int64_t first, int64_t columns, float* z) {
+      project_step<rows>(s, m, first, columns, z);
+    };
+    return over_blocks(s.H, cells) && (!s.projection || over_blocks(s.R, projected));
+  }
 }
 
 template <class Unit, class Number>
@@ -668,7 +844,7 @@ static bool few_steps(Threads& threads, const RecurrentForward<Number>& s) {
     step.x = s.x + t * s.B * s.D;
     step.y = s.y + t * BR;
     step.c_all = at(s.c_all, t, BH);
-    step.a = at(s.a, t, GATES * BH);
+    step.a = at(s.a, t, GATES<Unit> * BH);
     ok = ok && single_step<Unit>(threads, step);
     // While one unit writes its y others still read h: it is y of the step before, not of this one.
     step.h = step.y;

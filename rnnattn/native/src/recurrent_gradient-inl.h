@@ -21,21 +21,25 @@ RNNATTN_BEFORE_NAMESPACE();
 namespace rnnattn::RNNATTN_SET::recurrent {
 
 // How far behind its first part the second part of dz lies, see `Panels`.
-RNNATTN_INLINE int64_t rest_of(int64_t H) { return ceil_div(H, W) * PANEL; }
-
-template <class Operand>
-RNNATTN_INLINE void put_parts(Operand* to, V v, int64_t H) {
-  store_units(to, v, W);
-  store_units(to + rest_of(H), v - rounded(Operand{}, v), W);
+template <class Unit>
+RNNATTN_INLINE int64_t rest_of(int64_t H) {
+  return tiles_across<Unit>(H) * PANEL;
 }
 
-// A block of the weight gradient, rows [m, m + R) of [x h₋ 1]ᵀ dz and one panel of dz, of those
+template <class Unit, class Operand>
+RNNATTN_INLINE void put_parts(Operand* to, V v, int64_t H) {
+  store_units(to, v, W);
+  store_units(to + rest_of<Unit>(H), v - rounded(Operand{}, v), W);
+}
+
+// A block of the weight gradient, rows [m, m + R) of [x h₋ q 1]ᵀ dz and one panel of dz, of those
 // gates that have a block in these rows.
-template <class Blocks>
+template <class Columns>
 struct WeightTile {
-  int64_t D, K, H;          // K = D + R
+  int64_t D, K, past_q;  // where in a row x, h₋ and q end
+  int64_t width, H;
   float *dw_x, *dw_h, *db;  // db of all gates
-  const float* a;           // [x h₋ 1] of the first row of dz
+  const float* a;           // [x h₋ q 1] of the first row of dz
   int64_t stride;
   const float* panel;  // of dz
   int64_t depth, u;
@@ -43,23 +47,26 @@ struct WeightTile {
 
   template <int R>
   void run(int64_t m) const {
-    constexpr int COUNT = Blocks::COUNT;
-    const int n = static_cast<int>(least(W, H - u * W));
+    constexpr int FIRST = Columns::FIRST, COUNT = Columns::COUNT;
     float* row[R];
     for (int i = 0; i < R; ++i) {
       const int64_t k = m + i;
-      float* of = k < D ? dw_x + k * COUNT * H : k < K ? dw_h + (k - D) * COUNT * H : db;
-      row[i] = of + u * W;
+      row[i] = k < D        ? dw_x + k * width
+               : k < K      ? dw_h + (k - D) * width
+               : k < past_q ? dw_h + (k - K) * width
+                            : db;
       // fetched while the product is computed, which is then added to them
       if (adds)
-        for (int g = 0; g < COUNT; ++g) __builtin_prefetch(row[i] + g * H, 1);
+        for (int v = 0; v < COUNT; ++v)
+          __builtin_prefetch(row[i] + Columns::at(FIRST + v, u, H), 1);
     }
     V sum[R][COUNT] = {};
-    multiply<Held::a>(sum, depth, a + m, 1, stride, panel + Blocks::FIRST * W, PANEL);
+    multiply<Held::a>(sum, depth, a + m, 1, stride, panel + FIRST * W, PANEL);
     unrolled<R>([&](auto i) RNNATTN_LAMBDA {
-      unrolled<COUNT>([&](auto g) RNNATTN_LAMBDA {
-        float* to = row[i] + Blocks::of(Blocks::FIRST + g) * H;
-        store_units(to, adds ? load_units(to, n) + sum[i][g] : sum[i][g], n);
+      unrolled<COUNT>([&](auto v) RNNATTN_LAMBDA {
+        const int n = Columns::lanes(FIRST + v, u, H);
+        float* to = row[i] + Columns::at(FIRST + v, u, H);
+        store_units(to, adds ? load_units(to, n) + sum[i][v] : sum[i][v], n);
       });
     });
   }
@@ -82,8 +89,9 @@ class Backward {
   using OfH = typename Unit::OfH;
   using Operand = rnnattn::RNNATTN_SET::Operand<Number>;
   using Cells = recurrent::Cells<Unit, Operand>;
-  using TransposedH = Transposed<OfH, Operand>;
-  using TransposedX = Transposed<OfX, float>;
+  using TransposedH = Transposed<Unit, OfH, Operand>;
+  using TransposedQ = Transposed<Unit, typename Unit::OfQ, Operand>;
+  using TransposedX = Transposed<Unit, OfX, float>;
   using Chunk = recurrent::Chunk<Number>;
   using State = recurrent::State<Operand>;
   using Step = recurrent::Step<Number>;
@@ -91,6 +99,7 @@ class Backward {
   // dx, dw and db are of float32: dz rounded for them would make their errors 1.4 times as large,
   // and two parts of it are no faster.
   static constexpr bool PAIRS = !std::is_same_v<Operand, float>;
+  static constexpr int GATES = recurrent::GATES<Unit>, VECTORS = recurrent::VECTORS<Unit>;
 
  public:
   Backward(Threads& threads, const RecurrentBackward<Number>& s) : threads_(threads), s_(s) {}
@@ -100,9 +109,11 @@ class Backward {
     const int64_t stride = whole_vectors(R), c_stride = whole_vectors(H);
     recomputes_steps_ = s_.interval > 0;
     recomputes_a_ = !recomputes_steps_ && !s_.a;
-    length_ = recomputes_steps_
-                  ? least(s_.interval, most(T, 1))
-                  : most(1, least(T, least(CHUNK_ROWS, CHUNK_FLOATS / (GATES * H)) / most(B, 1)));
+    length_ =
+        recomputes_steps_
+            ? least(s_.interval, most(T, 1))
+            : most(1, least(T, least(CHUNK_ROWS, CHUNK_FLOATS / (tiles_across<Unit>(H) * PANEL)) /
+                                   most(B, 1)));
     Memory size{nullptr};
     lay_out(size);
     const Allocation allocation(size.used);
@@ -111,18 +122,21 @@ class Backward {
     Memory memory{allocation.data()};
     lay_out(memory);
 
-    const int64_t blocks = packed_cells_ || s_.projection ? ceil_div(H, W) : 0,
-                  panels = TransposedH::panels(R);
-    bool ok =
-        parallel_for(threads_, blocks + panels + TransposedX::panels(D), s_.threads, 0,
-                     [&](int64_t item, float*) {
-                       if (item < blocks)
-                         pack_units(item);
-                       else if (item < blocks + panels)
-                         pack_transposed<OfH>(s_.w_h, R, H, item - blocks, packed_h_);
-                       else
-                         pack_transposed<OfX>(s_.w_x, D, H, item - blocks - panels, packed_x_);
-                     });
+    const int64_t blocks = packed_cells_ || s_.projection ? tiles_across<Unit>(H) : 0,
+                  panels = TransposedH::panels(R), width = s_.G * H;
+    bool ok = parallel_for(threads_, blocks + panels + TransposedX::panels(D), s_.threads, 0,
+                           [&](int64_t item, float*) {
+                             if (item < blocks) return pack_units(item);
+                             item -= blocks;
+                             if (item < panels) {
+                               pack_transposed<TransposedH>(s_.w_h, width, R, H, item, packed_h_);
+                               if constexpr (HAS_Q<Unit>)
+                                 pack_transposed<TransposedQ>(s_.w_h, width, R, H, item, packed_q_);
+                             } else {
+                               pack_transposed<TransposedX>(s_.w_x, width, D, H, item - panels,
+                                                            packed_x_);
+                             }
+                           });
     advise_huge_pages(s_.dx, T * B * D);
     advise_huge_pages(s_.dw_x, D * s_.G * H);
     advise_huge_pages(s_.dw_h, R * s_.G * H);
@@ -133,7 +147,7 @@ class Backward {
     over_steps(!s_.reverse, 0, ceil_div(T, length_), [&](int64_t k) {
       const Chunk chunk = chunk_at(k);
       if (recomputes_a_) ok = ok && preactivations(chunk);
-      if (shares_units(s_))
+      if (shares_units<Unit>(s_))
         ok = ok && steps_by_units(chunk);
       else
         ok = ok && over_groups(threads_, s_, [&](int64_t lo, int64_t hi) { steps(chunk, lo, hi); });
@@ -151,11 +165,13 @@ class Backward {
     const bool recomputes = recomputes_steps_ || recomputes_a_;
     packed_cells_ = recomputes ? memory.take<Operand>(Cells::size(D, H, R)) : nullptr;
     packed_h_ = memory.take<Operand>(TransposedH::size(R, H));
+    packed_q_ = memory.take<Operand>(TransposedQ::size(R, H));
     packed_x_ = memory.take(TransposedX::size(D, H));
-    dz_ = Gates::in_panels(memory.take(ceil_div(H, W) * Gates::panel(rows)), rows);
-    width_ = ceil_div(D + R + 1, LINE) * LINE + LINE;
+    dz_ = take_panels<Unit>(memory, H, rows);
+    width_ = ceil_div(past_q() + 1, LINE) * LINE + LINE;
     xh_ = memory.take(rows * width_);
     dh_ = memory.take(s_.B * whole_vectors(R));
+    if (HAS_Q<Unit>) dq_ = memory.take(s_.B * whole_vectors(R));
     if (s_.c) dc_ = memory.take(s_.B * whole_vectors(H));
     if (s_.projection) {
       packed_p_ = memory.take(R * padded(H));
@@ -165,7 +181,7 @@ class Backward {
       dprojection_ = memory.take(H * whole_vectors(R));
     }
     if constexpr (PAIRS) {
-      narrow_stride_ = 2 * rest_of(H) + LINE;
+      narrow_stride_ = 2 * rest_of<Unit>(H) + LINE;
       narrow_ = memory.take<Operand>(2 * s_.B * narrow_stride_);
       xh_stride_ = ceil_div(whole_steps<Operand>(D) + R, W) * W + LINE;
       if (recomputes_a_) xh_pairs_ = memory.take<Operand>(rows * xh_stride_);
@@ -179,17 +195,21 @@ class Backward {
     }
     db_ = memory.take(GATES * H);
     if (recomputes_steps_) {
-      state_ = take_state<Number>(memory, s_);
+      state_ = take_state<Unit, Number>(memory, s_);
       y_ = memory.take<Number>(rows * R);
       if (s_.c) c_ = memory.take(rows * H);
       inputs_.copied = memory.take<Operand>(inputs_.size(D, rows));
     }
     cells_ = {packed_cells_, D, H, R};
     to_h_ = {packed_h_, R, H};
+    to_q_ = {packed_q_, R, H};
     to_x_ = {packed_x_, D, H};
   }
 
-  // What is packed of W units.
+  // Where in a row [x h₋ q 1] q ends.
+  int64_t past_q() const { return s_.D + (HAS_Q<Unit> ? 2 : 1) * s_.R; }
+
+  // What is packed of a tile of units.
   void pack_units(int64_t u) const {
     if (packed_cells_)
       pack_cells<Unit, Number>(s_, u, packed_cells_ + u * cells_.stride(s_.D, s_.R));
@@ -206,7 +226,7 @@ class Backward {
     const int64_t before = s_.reverse ? to : from - 1;
     const bool is_first = before < 0 || before >= s_.T;
     // only read from
-    const Gates kept = Gates::in_rows(const_cast<float*>(s_.a), s_.H);
+    const Gates kept = Gates::in_rows<Unit>(const_cast<float*>(s_.a), s_.H);
     return {from,
             to,
             s_.y + from * BR,
@@ -236,12 +256,13 @@ class Backward {
     return chunk.c + ((before - chunk.from) * s_.B + b) * s_.H;
   }
 
-  // [x h₋ 1] of one row; zeros where it is not valid, so that no NaN of the padding passes.
+  // [x h₋ q 1] of one row, q to come; zeros where it is not valid, so that no NaN of the padding
+  // passes.
   void gather(const Chunk& chunk, int64_t t, int64_t b) const {
     const int64_t D = s_.D, R = s_.R;
     float* row = xh_ + ((t - chunk.from) * s_.B + b) * width_;
     if (!is_valid(t, b)) {
-      zero(row, D + R + 1);
+      zero(row, past_q() + 1);
       return;
     }
     copy_numbers(s_.x + (t * s_.B + b) * D, D, row);
@@ -249,7 +270,7 @@ class Backward {
       copy_numbers(h, R, row + D);
     else
       zero(row + D, R);
-    row[D + R] = 1;
+    row[past_q()] = 1;
   }
 
   const Operand* rows_of_operands() const {
@@ -287,9 +308,26 @@ class Backward {
         make_operand(r);
       }
       const Operand* first = rows_of_operands();
-      for (int64_t u = 0; u * W < s_.H; ++u)
+      for (int64_t u = 0; u < tiles_across<Unit>(s_.H); ++u)
         preactivate(cells_, first, PAIRS ? xh_stride_ : width_, true, dz_, u, lo, hi);
+      if constexpr (HAS_Q<Unit>) second_products(lo, hi);
     });
+  }
+
+  // q of rows [lo, hi) of the chunk, and what its products add to their a.
+  void second_products(int64_t lo, int64_t hi) const {
+    static_assert(!PAIRS, "q is an operand as it is");
+    const int64_t H = s_.H, tiles = tiles_across<Unit>(H);
+    for (int64_t r = lo; r < hi; ++r)
+      for (int64_t u = 0; u < tiles; ++u) {
+        const int64_t j = first_unit<Unit>(u, 0);
+        const int n = units_of<Unit>(u, 0, H);
+        put_q(Unit::template of<Number>(s_, j, n), r, j, n, dz_.get(r, Unit::RESET, u, n),
+              load_units(xh_ + r * width_ + s_.D + j, n));
+      }
+    const float* q = xh_ + s_.D + s_.R;
+    for (int64_t u = 0; u < tiles; ++u)
+      over_tiles<GATE_TILE_ROWS>(lo, hi, SecondProductTile<Unit, float>{cells_, q, width_, dz_, u});
   }
 
   // The state before the chunk is all there is: run its steps again, from where `state_before` is.
@@ -339,42 +377,89 @@ class Backward {
         cells_of_row(chunk, t, r, u, past);
       else
         for (int64_t i = u; i < past; ++i)
-          for (int g = 0; g < GATES; ++g) {
-            dz_.put(k, g, i, splat(0), W);
-            if (PAIRS) put_parts(narrow(t, r) + i * PANEL + g * W, splat(0), H);
-          }
+          for (int v = 0; v < VECTORS; ++v) put_dz(k, narrow(t, r), v, i, splat(0), W);
       if (s_.projection && !is_valid(t, r)) zero(m_ + k * padded(H) + u * W, (past - u) * W);
     }
   }
 
+  void put_dz(int64_t row, Operand* pairs, int v, int64_t u, V dz, int n) const {
+    dz_.put(row, v, u, dz, n);
+    if constexpr (PAIRS) put_parts<Unit>(pairs + u * PANEL + v * W, dz, s_.H);
+  }
+
   // The same of a row that is valid; m's cotangent is dh + dy, or what is projected back of it.
   void cells_of_row(const Chunk& chunk, int64_t t, int64_t r, int64_t u, int64_t past) const {
-    const int64_t H = s_.H, k = (t - chunk.from) * s_.B + r, stride = whole_vectors(H);
+    const int64_t H = s_.H, row = (t - chunk.from) * s_.B + r, stride = whole_vectors(H);
     const bool projects = s_.projection != nullptr;
     // what the unit meets of the states around the step
-    const float* c = Unit::CARRIES_C ? chunk.c + k * H : nullptr;
-    const float* prev = Unit::CARRIES_C ? c_before(chunk, t, r) : xh_ + k * width_ + s_.D;
+    const float* c = Unit::CARRIES_C ? chunk.c + row * H : nullptr;
+    const float* prev = Unit::CARRIES_C ? c_before(chunk, t, r) : xh_ + row * width_ + s_.D;
     const Number* dy = projects ? nullptr : s_.dy + (t * s_.B + r) * H;
     const float* dm = (projects ? dm_ : dh_) + r * stride;
     float* dprev = (Unit::CARRIES_C ? dc_ : dh_) + r * stride;
     Operand* pairs = narrow(t, r);
-    for (int64_t j = u * W; u < past; ++u, j += W) {
-      const int n = static_cast<int>(least(W, H - j));
-      const Unit unit = Unit::template of<Number>(s_, j, n);
-      V a[GATES], dz[GATES], d = load(dprev + j);
-      for (int g = 0; g < GATES; ++g) a[g] = chunk.a.get(k, g, u, n);
-      const V after = Unit::CARRIES_C ? load_units(c + j, n) : splat(0);
-      const V before = prev ? load_units(prev + j, n) : splat(0);
-      if (recomputes_a_) see(unit, before, after, a);
-      const V back = dy ? load(dm + j) + load_units(dy + j, n) : load(dm + j);
-      const V m = cell_gradient(unit, a, before, after, back, d, dz);
-      store(dprev + j, d);
-      if (projects) store(m_ + k * padded(H) + j, m);
-      for (int g = 0; g < GATES; ++g) {
-        dz_.put(k, g, u, dz[g], n);
-        if (PAIRS) put_parts(pairs + u * PANEL + g * W, dz[g], H);
+    for (; u < past; ++u) {
+      for (int k = 0; k < Unit::CELLS; ++k) {
+        const int64_t j = first_unit<Unit>(u, k);
+        const int n = units_of<Unit>(u, k, H);
+        if (Unit::CELLS > 1 && n == 0) {
+          for (int v = k * GATES; v < VECTORS; ++v) put_dz(row, pairs, v, u, splat(0), n);
+          break;
+        }
+        const Unit unit = Unit::template of<Number>(s_, j, n);
+        V a[GATES], dz[GATES], d = load(dprev + j);
+        for (int g = 0; g < GATES; ++g) a[g] = chunk.a.get(row, k * GATES + g, u, n);
+        const V after = Unit::CARRIES_C ? load_units(c + j, n) : splat(0);
+        const V before = prev ? load_units(prev + j, n) : splat(0);
+        if (recomputes_a_) see(unit, before, after, a);
+        const V back = dy ? load(dm + j) + load_units(dy + j, n) : load(dm + j);
+        const V m = cell_gradient(unit, a, before, after, back, d, dz);
+        store(dprev + j, d);
+        if (projects) store(m_ + row * padded(H) + j, m);
+        for (int g = 0; g < GATES; ++g)
+          if (!waits_for_dq(g)) put_dz(row, pairs, k * GATES + g, u, dz[g], n);
       }
     }
+  }
+
+  // Whether dz of a gate is made of dq: until then dz_ holds its a, if that is where it was made.
+  static constexpr bool waits_for_dq(int g) {
+    if constexpr (HAS_Q<Unit>)
+      return g == Unit::RESET;
+    else
+      return false;
+  }
+
+  // Of a step with two products, from dz of the second of all units: dq, and what is made of it.
+  void resets(const Chunk& chunk, int64_t t, const Share& share, int64_t lo, int64_t hi) const {
+    if constexpr (HAS_Q<Unit>) {
+      const int64_t stride = whole_vectors(s_.R);
+      times_transposed(operand_of_step(chunk, t), to_q_, dq_, false, stride,
+                       mask_at(s_.valid, t, s_.B), share.v, share.v_past, lo, hi);
+      for (int64_t r = lo; r < hi; ++r) {
+        if (!is_valid(t, r)) continue;
+        const int64_t row = (t - chunk.from) * s_.B + r;
+        for (int64_t u = share.u; u < share.past; ++u) {
+          const int64_t j = first_unit<Unit>(u, 0);
+          const int n = units_of<Unit>(u, 0, s_.H);
+          const Unit unit = Unit::template of<Number>(s_, j, n);
+          const V a = chunk.a.get(row, Unit::RESET, u, n);
+          const V before = load_units(xh_ + row * width_ + s_.D + j, n);
+          float* dh = dh_ + r * stride + j;
+          V d = load(dh);
+          const V dq = load_units(dq_ + r * stride + j, n);  // nothing is written beyond H
+          const V dz = reset_gradient(unit, a, before, dq, d);
+          store(dh, d);
+          put_q(unit, row, j, n, a, before);
+          put_dz(row, narrow(t, r), Unit::RESET, u, dz, n);
+        }
+      }
+    }
+  }
+
+  // q of n units from j on, in its place in [x h₋ q 1].
+  void put_q(const Unit& unit, int64_t row, int64_t j, int n, V a, V before) const {
+    store_units(xh_ + row * width_ + s_.D + s_.R + j, reset(unit, a, before), n);
   }
 
   // dz of a step as pairs, or null: while one step is read, the one before it is written.
@@ -384,12 +469,12 @@ class Backward {
 
   Panels<Operand> operand_of_step(const Chunk& chunk, int64_t t) const {
     if constexpr (PAIRS)
-      return {narrow(t, 0), narrow_stride_, PANEL, rest_of(s_.H)};
+      return {narrow(t, 0), narrow_stride_, PANEL, rest_of<Unit>(s_.H)};
     else
       return panels_of(dz_.from((t - chunk.from) * s_.B));
   }
 
-  static Panels<float> panels_of(const Gates& dz) { return {dz.data, dz.row, dz.unit, 0}; }
+  static Panels<float> panels_of(const Gates& dz) { return {dz.data, dz.row, dz.tile, 0}; }
 
   // What goes back from it, from dz of all units: dh₋, and nothing where a row is fresh. Where the
   // unit carries no c, a part of dh₋ is there already.
@@ -405,7 +490,7 @@ class Backward {
   // The steps of rows [lo, hi), against the direction of running: dz, dh and dc.
   void steps(const Chunk& chunk, int64_t lo, int64_t hi) const {
     const int64_t B = s_.B;
-    const Share all = Share::of(s_.H, s_.R, 0, 1);
+    const Share all = Share::of<Unit>(s_.H, s_.R, 0, 1);
     if (recomputes_steps_) {
       State state = state_before(chunk, lo, hi);
       over_steps(s_.reverse, chunk.from, chunk.to, [&](int64_t t) {
@@ -418,6 +503,7 @@ class Backward {
         for (int64_t r = lo; r < hi; ++r) gather(chunk, t, r);
       if (s_.projection) cotangents(chunk, t, all, lo, hi);
       cells(chunk, t, 0, all.past, lo, hi);
+      resets(chunk, t, all, lo, hi);
       back(chunk, t, all, lo, hi);
     });
   }
@@ -425,7 +511,7 @@ class Backward {
   // The same of all rows, the units shared out. The units of dh that a member makes are those that
   // it needs next, so that one round is dh₋ of a step and dz of the one before it.
   bool steps_by_units(const Chunk& chunk) const {
-    const int64_t B = s_.B, steps = chunk.to - chunk.from, rounds = rounds_of_step<Number>(s_);
+    const int64_t B = s_.B, steps = chunk.to - chunk.from, rounds = rounds_of_step<Unit>(s_);
     bool ok = true;
     if (recomputes_steps_) {
       State state = state_before(chunk, 0, B);
@@ -443,35 +529,40 @@ class Backward {
       return s_.reverse ? chunk.from + step : chunk.to - 1 - step;
     };
     const auto round_of = [&](int64_t round, int64_t member, int64_t members) {
-      const Share share = Share::of(s_.H, s_.R, member, members);
+      const Share share = Share::of<Unit>(s_.H, s_.R, member, members);
       const int64_t step = round / rounds;
       const bool begins = round % rounds == 0, ends = round % rounds == rounds - 1;
       if (begins && step > 0) back(chunk, step_at(step - 1), share, 0, B);
       if (step == steps) return;
       if (begins && s_.projection) cotangents(chunk, step_at(step), share, 0, B);
-      if (ends) cells(chunk, step_at(step), share.u, share.past, 0, B);
+      if (s_.projection ? ends : begins) cells(chunk, step_at(step), share.u, share.past, 0, B);
+      if (ends) resets(chunk, step_at(step), share, 0, B);
     };
-    over_rounds(threads_, steps * rounds + 1, members_of(s_), round_of);
+    over_rounds(threads_, steps * rounds + 1, members_of<Unit>(s_), round_of);
     return ok;
   }
 
-  // What a chunk adds to rows [m, past) of the gradient of [w_x w_h b], of one panel of dz.
+  // What a chunk adds to rows [m, past) of the gradient of [w_x w_h w_h b], of one panel of dz: w_h
+  // once with what met h₋, and once with what met q.
   void add_weights(int64_t rows, bool is_first, int64_t m, int64_t past, int64_t u) const {
-    const int64_t D = s_.D, K = D + s_.R;
+    const int64_t D = s_.D, K = D + s_.R, width = s_.G * s_.H;
     for (int64_t first = 0; first < rows; first += DEPTH) {
       const auto add = [&](auto blocks, int64_t lo, int64_t hi) {
-        const WeightTile<decltype(blocks)> tile{D,
-                                                K,
-                                                s_.H,
-                                                dw_x_,
-                                                dw_h_,
-                                                db_,
-                                                xh_ + first * width_,
-                                                width_,
-                                                dz_.data + u * dz_.unit + first * dz_.row,
-                                                least(DEPTH, rows - first),
-                                                u,
-                                                !is_first || first > 0};
+        const WeightTile<Columns<Unit, decltype(blocks)>> tile{
+            D,
+            K,
+            past_q(),
+            width,
+            s_.H,
+            dw_x_,
+            dw_h_,
+            db_,
+            xh_ + first * width_,
+            width_,
+            dz_.data + u * dz_.tile + first * dz_.row,
+            least(DEPTH, rows - first),
+            u,
+            !is_first || first > 0};
         over_tiles<GATE_TILE_ROWS>(most(m, lo), least(past, hi), tile);
       };
       if constexpr (std::is_same_v<OfX, OfH>) {
@@ -479,7 +570,8 @@ class Backward {
       } else {
         add(OfX{}, 0, D);
         add(OfH{}, D, K);
-        add(typename Unit::OfBias{}, K, K + 1);
+        if constexpr (HAS_Q<Unit>) add(typename Unit::OfQ{}, K, past_q());
+        add(typename Unit::OfBias{}, past_q(), past_q() + 1);
       }
     }
   }
@@ -519,8 +611,8 @@ class Backward {
 
   // dx of a chunk, and what it adds to the gradients of the weights.
   bool products(const Chunk& chunk, bool is_first) const {
-    const int64_t rows = (chunk.to - chunk.from) * s_.B, M = s_.D + s_.R + 1;
-    const int64_t panels = ceil_div(s_.H, W), dx_items = items_of(rows);
+    const int64_t rows = (chunk.to - chunk.from) * s_.B, M = past_q() + 1;
+    const int64_t panels = tiles_across<Unit>(s_.H), dx_items = items_of(rows);
     // a block of [x h₋ 1] stays in a core's cache while it meets one panel after the other
     const int64_t shared_out =
         s_.threads > 1 ? ceil_div(s_.threads * ITEMS_OF_A_THREAD, panels) : 1;
@@ -570,14 +662,15 @@ class Backward {
   int64_t length_ = 0, width_ = 0;
   bool recomputes_steps_ = false, recomputes_a_ = false;
   int64_t narrow_stride_ = 0, xh_stride_ = 0;
-  Operand *packed_cells_ = nullptr, *packed_h_ = nullptr;
+  Operand *packed_cells_ = nullptr, *packed_h_ = nullptr, *packed_q_ = nullptr;
   float* packed_x_ = nullptr;
   Cells cells_{};
   TransposedH to_h_{};
+  TransposedQ to_q_{};
   TransposedX to_x_{};
   Inputs<Number> inputs_{s_, nullptr};
   Gates dz_{};
-  float *xh_ = nullptr, *dh_ = nullptr, *dc_ = nullptr;
+  float *xh_ = nullptr, *dh_ = nullptr, *dq_ = nullptr, *dc_ = nullptr;
   Operand *narrow_ = nullptr, *xh_pairs_ = nullptr;
   float *dw_x_ = nullptr, *dw_h_ = nullptr, *db_ = nullptr, *dpeephole_ = nullptr;
   float *packed_p_ = nullptr, *m_ = nullptr, *dm_ = nullptr;

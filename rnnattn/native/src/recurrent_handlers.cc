@@ -1,6 +1,7 @@
 // The handlers of the recurrent units.
 
 #include <cstdint>
+#include <type_traits>
 
 #include "checks.h"
 #include "handlers.h"
@@ -20,7 +21,12 @@ struct LstmOptions {
 };
 
 struct GruOptions {
-  bool reverse;
+  bool reverse, reset_after;
+  int64_t interval, instruction_set, threads;
+};
+
+struct RnnOptions {
+  bool reverse, relu;
   int64_t interval, instruction_set, threads;
 };
 
@@ -68,7 +74,18 @@ void fill_gru(Checks& checks, Recurrent<Number>& p, ffi::ThreadPool pool, Buffer
               const GruOptions& options) {
   fill(checks, p, pool, 3, x, w_x, w_h, b, h, valid, fresh, options);
   p.b_n = checks.optional<const Number>("b_n", b_n, {p.H});
+  checks.require(options.reset_after || !p.b_n, "b_n", "one where the reset is before the product");
+  checks.require(options.reset_after || std::is_same_v<Number, float>, "x",
+                 "16 bits where the reset is before the product");
   checks.require(p.R == p.H, "w_h", "another shape than expected");
+}
+
+void fill_rnn(Checks& checks, Recurrent<float>& p, ffi::ThreadPool pool, Buffer x, Buffer w_x,
+              Buffer w_h, Buffer b, Buffer h, Buffer valid, Buffer fresh,
+              const RnnOptions& options) {
+  fill(checks, p, pool, 1, x, w_x, w_h, b, h, valid, fresh, options);
+  checks.require(p.R == p.H, "w_h", "another shape than expected");
+  p.relu = options.relu;
 }
 
 template <class Number>
@@ -132,6 +149,44 @@ ffi::Error lstm_backward_of(ffi::ThreadPool pool, Buffer x, Buffer w_x, Buffer w
       options, p);
 }
 
+// What is given out by units whose state is h alone; `a` of so many gates.
+template <class Number>
+void fill_results(Checks& checks, RecurrentForward<Number>& p, int64_t gates, Result y,
+                  Result h_last, Result a, Result h_starts) {
+  p.y = checks.data<Number>("y", *y, {p.T, p.B, p.H});
+  p.h_last = checks.data<Number>("h_last", *h_last, {p.B, p.H});
+  p.a = checks.optional<float>("a", *a, {p.T, p.B, gates * p.H});
+  if (p.interval) p.h_starts = checks.data<Number>("h_starts", *h_starts, {starts_of(p), p.B, p.H});
+}
+
+// What was kept of them, what comes back, and what is made of it.
+template <class Number>
+void fill_gradient(Checks& checks, RecurrentBackward<Number>& p, int64_t gates, Buffer y, Buffer a,
+                   Buffer h_starts, Buffer dy, Buffer dh_last, Result dx, Result dw_x, Result dw_h,
+                   Result db, Result dh) {
+  if (p.interval) {
+    p.h_starts = checks.data<const Number>("h_starts", h_starts, {starts_of(p), p.B, p.H});
+  } else {
+    p.y = checks.data<const Number>("y", y, {p.T, p.B, p.H});
+    p.a = checks.optional<const float>("a", a, {p.T, p.B, gates * p.H});
+  }
+  p.dy = checks.data<const Number>("dy", dy, {p.T, p.B, p.H});
+  p.dh_last = checks.data<const Number>("dh_last", dh_last, {p.B, p.H});
+  p.dx = checks.data<Number>("dx", *dx, {p.T, p.B, p.D});
+  p.dw_x = checks.data<Number>("dw_x", *dw_x, {p.D, p.G * p.H});
+  p.dw_h = checks.data<Number>("dw_h", *dw_h, {p.H, p.G * p.H});
+  p.db = checks.data<Number>("db", *db, {p.G * p.H});
+  p.dh = checks.data<Number>("dh", *dh, {p.B, p.H});
+}
+
+template <class Number>
+const RecurrentKernels<Number>& gru_kernels(const Kernels& of, const GruOptions& options) {
+  if constexpr (std::is_same_v<Number, float>)
+    if (!options.reset_after) return of.gru_before;
+  return of.gru(Number{});
+}
+int64_t gates_of(const GruOptions& options) { return options.reset_after ? 4 : 3; }
+
 template <class Number>
 ffi::Error gru_forward_of(ffi::ThreadPool pool, Buffer x, Buffer w_x, Buffer w_h, Buffer b,
                           Buffer b_n, Buffer h, Buffer valid, Buffer fresh, Result y, Result h_last,
@@ -139,13 +194,10 @@ ffi::Error gru_forward_of(ffi::ThreadPool pool, Buffer x, Buffer w_x, Buffer w_h
   Checks checks;
   RecurrentForward<Number> p{};
   fill_gru(checks, p, pool, x, w_x, w_h, b, b_n, h, valid, fresh, options);
-  p.y = checks.data<Number>("y", *y, {p.T, p.B, p.H});
-  p.h_last = checks.data<Number>("h_last", *h_last, {p.B, p.H});
-  p.a = checks.optional<float>("a", *a, {p.T, p.B, 4 * p.H});
-  if (p.interval) p.h_starts = checks.data<Number>("h_starts", *h_starts, {starts_of(p), p.B, p.H});
+  fill_results(checks, p, gates_of(options), y, h_last, a, h_starts);
   return run(
-      "a GRU", [](const Kernels& of) { return of.gru(Number{}).forward; }, checks, pool, options,
-      p);
+      "a GRU", [&](const Kernels& of) { return gru_kernels<Number>(of, options).forward; }, checks,
+      pool, options, p);
 }
 
 template <class Number>
@@ -156,23 +208,32 @@ ffi::Error gru_backward_of(ffi::ThreadPool pool, Buffer x, Buffer w_x, Buffer w_
   Checks checks;
   RecurrentBackward<Number> p{};
   fill_gru(checks, p, pool, x, w_x, w_h, b, b_n, h, valid, fresh, options);
-  if (p.interval) {
-    p.h_starts = checks.data<const Number>("h_starts", h_starts, {starts_of(p), p.B, p.H});
-  } else {
-    p.y = checks.data<const Number>("y", y, {p.T, p.B, p.H});
-    p.a = checks.optional<const float>("a", a, {p.T, p.B, 4 * p.H});
-  }
-  p.dy = checks.data<const Number>("dy", dy, {p.T, p.B, p.H});
-  p.dh_last = checks.data<const Number>("dh_last", dh_last, {p.B, p.H});
-  p.dx = checks.data<Number>("dx", *dx, {p.T, p.B, p.D});
-  p.dw_x = checks.data<Number>("dw_x", *dw_x, {p.D, 3 * p.H});
-  p.dw_h = checks.data<Number>("dw_h", *dw_h, {p.H, 3 * p.H});
-  p.db = checks.data<Number>("db", *db, {3 * p.H});
+  fill_gradient(checks, p, gates_of(options), y, a, h_starts, dy, dh_last, dx, dw_x, dw_h, db, dh);
   if (p.b_n) p.db_n = checks.data<Number>("db_n", *db_n, {p.H});
-  p.dh = checks.data<Number>("dh", *dh, {p.B, p.H});
   return run(
-      "a GRU", [](const Kernels& of) { return of.gru(Number{}).backward; }, checks, pool, options,
-      p);
+      "a GRU", [&](const Kernels& of) { return gru_kernels<Number>(of, options).backward; }, checks,
+      pool, options, p);
+}
+
+ffi::Error rnn_forward(ffi::ThreadPool pool, Buffer x, Buffer w_x, Buffer w_h, Buffer b, Buffer h,
+                       Buffer valid, Buffer fresh, Result y, Result h_last, Result a,
+                       Result h_starts, RnnOptions options) {
+  Checks checks;
+  RecurrentForward<float> p{};
+  fill_rnn(checks, p, pool, x, w_x, w_h, b, h, valid, fresh, options);
+  fill_results(checks, p, 1, y, h_last, a, h_starts);
+  return run("an RNN", [](const Kernels& of) { return of.rnn.forward; }, checks, pool, options, p);
+}
+
+ffi::Error rnn_backward(ffi::ThreadPool pool, Buffer x, Buffer w_x, Buffer w_h, Buffer b, Buffer h,
+                        Buffer valid, Buffer fresh, Buffer y, Buffer a, Buffer h_starts, Buffer dy,
+                        Buffer dh_last, Result dx, Result dw_x, Result dw_h, Result db, Result dh,
+                        RnnOptions options) {
+  Checks checks;
+  RecurrentBackward<float> p{};
+  fill_rnn(checks, p, pool, x, w_x, w_h, b, h, valid, fresh, options);
+  fill_gradient(checks, p, 1, y, a, h_starts, dy, dh_last, dx, dw_x, dw_h, db, dh);
+  return run("an RNN", [](const Kernels& of) { return of.rnn.backward; }, checks, pool, options, p);
 }
 
 constexpr auto lstm_forward = [](ffi::ThreadPool pool, Buffer x, auto... others) {
@@ -211,6 +272,12 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(rnnattn::LstmOptions, xla::ffi::StructMemb
                                       xla::ffi::StructMember<int64_t>("instruction_set"),
                                       xla::ffi::StructMember<int64_t>("threads"));
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(rnnattn::GruOptions, xla::ffi::StructMember<bool>("reverse"),
+                                      xla::ffi::StructMember<bool>("reset_after"),
+                                      xla::ffi::StructMember<int64_t>("interval"),
+                                      xla::ffi::StructMember<int64_t>("instruction_set"),
+                                      xla::ffi::StructMember<int64_t>("threads"));
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(rnnattn::RnnOptions, xla::ffi::StructMember<bool>("reverse"),
+                                      xla::ffi::StructMember<bool>("relu"),
                                       xla::ffi::StructMember<int64_t>("interval"),
                                       xla::ffi::StructMember<int64_t>("instruction_set"),
                                       xla::ffi::StructMember<int64_t>("threads"));
@@ -218,7 +285,7 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(rnnattn::GruOptions, xla::ffi::StructMembe
 namespace rnnattn {
 namespace {
 
-// The weights, the sequence and the initial state, in the order of `fill_lstm` and `fill_gru`.
+// The weights, the sequence and the initial state, in the order of `fill_lstm` and the others.
 auto lstm_arguments() {
   return ffi::Ffi::Bind()
       .Ctx<ffi::ThreadPool>()
@@ -237,6 +304,17 @@ auto gru_arguments() {
   return ffi::Ffi::Bind()
       .Ctx<ffi::ThreadPool>()
       .Arg<Buffer>()
+      .Arg<Buffer>()
+      .Arg<Buffer>()
+      .Arg<Buffer>()
+      .Arg<Buffer>()
+      .Arg<Buffer>()
+      .Arg<Buffer>()
+      .Arg<Buffer>();
+}
+auto rnn_arguments() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
       .Arg<Buffer>()
       .Arg<Buffer>()
       .Arg<Buffer>()
@@ -297,5 +375,23 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(rnnattn_gru_backward, gru_backward,
                                   .Ret<Buffer>()
                                   .Ret<Buffer>()
                                   .Attrs<GruOptions>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    rnnattn_rnn_forward, rnn_forward,
+    rnn_arguments().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>().Attrs<RnnOptions>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(rnnattn_rnn_backward, rnn_backward,
+                              rnn_arguments()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Attrs<RnnOptions>());
 
 }  // namespace rnnattn

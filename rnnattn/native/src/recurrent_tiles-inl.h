@@ -1,7 +1,7 @@
 // Recurrent units: forward, backward, and a single step of few rows. The equations are those of
-// lstm_cell-inl.h and gru_cell-inl.h, see recurrent_unit-inl.h; arrays are time-major.
+// lstm_cell-inl.h and the like, see recurrent_unit-inl.h; arrays are time-major.
 //
-// A register tile holds all four gates of W hidden units for a few rows of the batch, so that the
+// A register tile holds all gates of W hidden units for a few rows of the batch, so that the
 // cell is computed where the product ends, and x w_x + h₋ w_h is one product. Rows of the batch
 // are split over the threads, and each runs all steps of its rows: nobody waits in between. Where
 // there are too few of them the hidden units are split, and a step waits for all of the one before.
@@ -29,6 +29,7 @@
 #include "simd-inl.h"
 #include "threads.h"
 #include "util-inl.h"
+#include "workspace-inl.h"
 
 RNNATTN_BEFORE_NAMESPACE();
 namespace rnnattn::RNNATTN_SET::recurrent {
@@ -44,7 +45,7 @@ constexpr int GATE_TILE_ROWS = 3;
 constexpr int GATE_TILE_ROWS = 2;
 #endif
 
-constexpr int PANEL = GATES * W;  // the width of a tile
+constexpr int PANEL = TILE_WIDTH * W;
 
 constexpr int64_t FEW_ROWS = 3;          // fewer for a thread do not pay
 constexpr int64_t ENOUGH_ROWS = 4;       // with fewer for each, the units are shared out instead
@@ -70,74 +71,91 @@ RNNATTN_INLINE void over_steps(bool backwards, int64_t from, int64_t to, F f) {
     for (int64_t t = from; t < to; ++t) f(t);
 }
 
-// How the four gates of many rows lie: W units of gate g of row r, the u-th such, are at
-// r `row` + g `gate` + u `unit`.
+// How the gates of many rows lie: vector v of tile u of row r is at r `row` + v `vector` + u
+// `tile`.
 struct Gates {
   float* data;
-  int64_t row, gate, unit;
+  int64_t row, vector, tile;
   bool padded;  // the last units take a whole vector, too
 
   // (rows, GATES H), as in the arguments.
-  static Gates in_rows(float* data, int64_t H) { return {data, GATES * H, H, W, false}; }
+  template <class Unit>
+  static Gates in_rows(float* data, int64_t H) {
+    return {data, GATES<Unit> * H, Unit::CELLS == 1 ? H : W, Unit::CELLS * W, false};
+  }
 
-  // Panels of W units each, (rows, GATES, W), with a cache line between them: otherwise the same
-  // row of all panels may fall into a few sets of a cache.
+  // Panels of a tile each, (rows, TILE_WIDTH, W), with a cache line between them: otherwise the
+  // same row of all panels may fall into a few sets of a cache.
   static Gates in_panels(float* data, int64_t rows) { return {data, PANEL, W, panel(rows), true}; }
   static int64_t panel(int64_t rows) { return rows * PANEL + LINE; }
 
-  Gates from(int64_t r) const { return {data ? data + r * row : nullptr, row, gate, unit, padded}; }
+  Gates from(int64_t r) const {
+    return {data ? data + r * row : nullptr, row, vector, tile, padded};
+  }
   explicit operator bool() const { return data != nullptr; }
 
-  V get(int64_t r, int g, int64_t u, int n) const {
-    return load_units(data + r * row + g * gate + u * unit, padded ? W : n);
+  V get(int64_t r, int v, int64_t u, int n) const {
+    return load_units(data + r * row + v * vector + u * tile, padded ? W : n);
   }
-  void put(int64_t r, int g, int64_t u, V v, int n) const {
-    store_units(data + r * row + g * gate + u * unit, v, padded ? W : n);
+  void put(int64_t r, int v, int64_t u, V x, int n) const {
+    store_units(data + r * row + v * vector + u * tile, x, padded ? W : n);
   }
 };
 
-// sums += a w of those of the gates that have a block in w; see `accumulate`.
-template <class Blocks, int R, class Operand>
-RNNATTN_INLINE void accumulate_gates(V (&sums)[R][GATES], int64_t steps, const Operand* a,
+// Panels of so many rows of H units, in memory of their own.
+template <class Unit>
+RNNATTN_INLINE Gates take_panels(Memory& memory, int64_t H, int64_t rows) {
+  return Gates::in_panels(memory.take(tiles_across<Unit>(H) * Gates::panel(rows)), rows);
+}
+
+// sums += a w of those of the vectors that have columns in w; see `accumulate`.
+template <class Columns, int R, int N, class Operand>
+RNNATTN_INLINE void accumulate_gates(V (&sums)[R][N], int64_t steps, const Operand* a,
                                      int64_t a_row, const Operand* w) {
-  constexpr int FIRST = Blocks::FIRST, COUNT = Blocks::COUNT;
-  if constexpr (COUNT == GATES) {
-    accumulate(sums, steps, a, a_row, w, PANEL);
+  constexpr int FIRST = Columns::FIRST, COUNT = Columns::COUNT;
+  if constexpr (COUNT == N) {
+    accumulate(sums, steps, a, a_row, w, COUNT * W);
   } else {
     V some[R][COUNT];
     unrolled<R>([&](auto i) RNNATTN_LAMBDA {
-      unrolled<COUNT>([&](auto g) RNNATTN_LAMBDA { some[i][g] = sums[i][FIRST + g]; });
+      unrolled<COUNT>([&](auto v) RNNATTN_LAMBDA { some[i][v] = sums[i][FIRST + v]; });
     });
     accumulate(some, steps, a, a_row, w, COUNT * W);
     unrolled<R>([&](auto i) RNNATTN_LAMBDA {
-      unrolled<COUNT>([&](auto g) RNNATTN_LAMBDA { sums[i][FIRST + g] = some[i][g]; });
+      unrolled<COUNT>([&](auto v) RNNATTN_LAMBDA { sums[i][FIRST + v] = some[i][v]; });
     });
   }
 }
 
 // ---- packed weights ---------------------------------------------------------------------------
 
-// For each W hidden units: the biases, the rows of w_x, those of w_h, each of the gates that have a
-// block there, times `Unit::scale`; zero beyond H, and to whole steps of a product. The biases are
-// float32.
+// For each tile of hidden units: the biases, the rows of w_x, those of w_h that are multiplied by
+// h₋ and by q, each of the gates that have a block there, times `Unit::scale`; zero beyond H, and
+// to whole steps of a product. The biases are float32.
 template <class Unit, class Operand>
 struct Cells {
   const Operand* packed;
   int64_t D, H, R;
-  int64_t first = 0;  // the block of units that `packed` begins with
+  int64_t first = 0;  // the tile that `packed` begins with
 
+  using OfX = Columns<Unit, typename Unit::OfX>;
+  using OfH = Columns<Unit, typename Unit::OfH>;
+  using OfQ = Columns<Unit, typename Unit::OfQ>;
   static constexpr int64_t BIAS = PANEL * TOGETHER<Operand>;
-  template <class Blocks>
+  template <class Columns>
   static int64_t rows(int64_t K) {
-    return whole_steps<Operand>(K) * Blocks::COUNT * W;
+    return whole_steps<Operand>(K) * Columns::COUNT * W;
   }
   static int64_t stride(int64_t D, int64_t R) {
-    return BIAS + rows<typename Unit::OfX>(D) + rows<typename Unit::OfH>(R);
+    return BIAS + rows<OfX>(D) + rows<OfH>(R) + rows<OfQ>(R);
   }
-  static int64_t size(int64_t D, int64_t H, int64_t R) { return ceil_div(H, W) * stride(D, R); }
-  V bias(int64_t u, int g) const { return load(reinterpret_cast<const float*>(at(u)) + g * W); }
+  static int64_t size(int64_t D, int64_t H, int64_t R) {
+    return tiles_across<Unit>(H) * stride(D, R);
+  }
+  V bias(int64_t u, int v) const { return load(reinterpret_cast<const float*>(at(u)) + v * W); }
   const Operand* x(int64_t u) const { return at(u) + BIAS; }
-  const Operand* h(int64_t u) const { return x(u) + rows<typename Unit::OfX>(D); }
+  const Operand* h(int64_t u) const { return x(u) + rows<OfX>(D); }
+  const Operand* q(int64_t u) const { return h(u) + rows<OfH>(R); }
 
  private:
   const Operand* at(int64_t u) const { return packed + (u - first) * stride(D, R); }
@@ -151,34 +169,37 @@ RNNATTN_INLINE const Number* bias_block(const Recurrent<Number>& s, int k) {
 
 template <class Unit, class Number>
 static void pack_cells(const Recurrent<Number>& s, int64_t u, Operand<Number>* out) {
-  const int64_t H = s.H, j = u * W;
-  const int n = static_cast<int>(least(W, H - j));
-  const auto scaled = [&](const Number* block, int g) RNNATTN_LAMBDA {
-    return load_units(block + j, n) * splat(Unit::scale(g));
-  };
+  using Cells = recurrent::Cells<Unit, Operand<Number>>;
+  const int64_t H = s.H, width = s.G * H;
   float* biases = reinterpret_cast<float*>(out);
-  for (int g = 0; g < GATES; ++g) {
-    const Number* block = bias_block(s, Unit::OfBias::of(g));
-    put_steps(biases, block ? scaled(block, g) : V{});
-  }
-  out += Cells<Unit, Operand<Number>>::BIAS;
-  const auto put = [&](auto blocks, const Number* w, int64_t K) RNNATTN_LAMBDA {
-    using Blocks = decltype(blocks);
-    const int64_t width = Blocks::COUNT * H;
+  for (int k = 0; k < Unit::CELLS; ++k)
+    for (int g = 0; g < GATES<Unit>; ++g) {
+      const Number* block = bias_block(s, Unit::OfBias::of(g));
+      const int n = units_of<Unit>(u, k, H);
+      put_steps(biases, block
+                            ? load_units(block + first_unit<Unit>(u, k), n) * splat(Unit::scale(g))
+                            : V{});
+    }
+  out += Cells::BIAS;
+  const auto put = [&](auto columns, const Number* w, int64_t K) RNNATTN_LAMBDA {
+    using Columns = decltype(columns);
     for (int64_t k = 0; k < K;
          k += TOGETHER<Operand<Number>>, w += TOGETHER<Operand<Number>> * width)
-      unrolled<Blocks::COUNT>([&](auto i) RNNATTN_LAMBDA {
-        constexpr int g = Blocks::FIRST + i;
-        const Number* block = w + Blocks::of(g) * H;
-        const V row = scaled(block, g);
+      unrolled<Columns::COUNT>([&](auto i) RNNATTN_LAMBDA {
+        constexpr int v = Columns::FIRST + i;
+        const Number* block = w + Columns::at(v, u, H);
+        const int n = Columns::lanes(v, u, H);
+        const V scale = splat(Unit::scale(Columns::gate(v)));
+        const V row = load_units(block, n) * scale;
         if constexpr (TOGETHER<Operand<Number>> == 2)
-          put_pairs(out, row, k + 1 < K ? scaled(block + width, g) : V{});
+          put_pairs(out, row, k + 1 < K ? load_units(block + width, n) * scale : V{});
         else
           put_steps(out, row);
       });
   };
-  put(typename Unit::OfX{}, s.w_x, s.D);
-  put(typename Unit::OfH{}, s.w_h, s.R);
+  put(typename Cells::OfX{}, s.w_x, s.D);
+  put(typename Cells::OfH{}, s.w_h, s.R);
+  if constexpr (HAS_Q<Unit>) put(typename Cells::OfQ{}, s.w_h, s.R);
 }
 
 // P (H, R), or its transpose, as it is read by products: float32, in rows a cache line longer than
@@ -204,16 +225,19 @@ static void pack_transposed_projection(const Recurrent<Number>& s, int64_t j, fl
 }
 
 // wᵀ of a weight w of N rows in panels of TRANSPOSED_COLUMNS; the last may have 1 or 2 vectors. Its
-// rows are in the order of `Gates::in_panels`: for each W units their gates in w, zero beyond H.
+// rows are in the order of `Gates::in_panels`: for each tile its gates in w, zero beyond H.
 constexpr int TRANSPOSED_COLUMNS = 4 * W;
 
-template <class Blocks, class Operand>
+template <class Unit, class Of, class Operand_>
 struct Transposed {
+  using Columns = recurrent::Columns<Unit, Of>;
+  using Operand = Operand_;
   const Operand* packed;
   int64_t N, H;
 
+  static int64_t tiles(int64_t H) { return tiles_across<Unit>(H); }
   static int64_t panels(int64_t N) { return ceil_div(N, TRANSPOSED_COLUMNS); }
-  static int64_t depth(int64_t H) { return ceil_div(H, W) * Blocks::COUNT * W; }
+  static int64_t depth(int64_t H) { return tiles(H) * Columns::COUNT * W; }
   static int64_t size(int64_t N, int64_t H) { return panels(N) * TRANSPOSED_COLUMNS * depth(H); }
   static int vectors(int64_t N, int64_t p) {
     const int64_t n = ceil_div(N - p * TRANSPOSED_COLUMNS, W);
@@ -222,33 +246,36 @@ struct Transposed {
   const Operand* panel(int64_t p) const { return packed + p * TRANSPOSED_COLUMNS * depth(H); }
 };
 
-template <class Blocks, class Number, class Operand>
-static void pack_transposed(const Number* w, int64_t N, int64_t H, int64_t p, Operand* packed) {
-  using Packed = Transposed<Blocks, Operand>;
-  const int64_t width = Packed::vectors(N, p) * W, first = p * TRANSPOSED_COLUMNS;
+// Panel p of it; rows of w are `width` wide.
+template <class Packed, class Number>
+static void pack_transposed(const Number* w, int64_t width, int64_t N, int64_t H, int64_t p,
+                            typename Packed::Operand* packed) {
+  using Columns = typename Packed::Columns;
+  using Operand = typename Packed::Operand;
+  const int64_t across = Packed::vectors(N, p) * W, first = p * TRANSPOSED_COLUMNS;
   Operand* out = packed + first * Packed::depth(H);
-  for (int64_t j = 0; j < H; j += W) {
-    const int n = static_cast<int>(least(W, H - j));
-    unrolled<Blocks::COUNT>([&](auto g) RNNATTN_LAMBDA {
-      const Number* of_gate = w + Blocks::of(Blocks::FIRST + g) * H + j;
-      for (int64_t column = 0; column < width; column += W) {
+  for (int64_t u = 0; u < Packed::tiles(H); ++u)
+    unrolled<Columns::COUNT>([&](auto i) RNNATTN_LAMBDA {
+      constexpr int v = Columns::FIRST + i;
+      const Number* of_gate = w + Columns::at(v, u, H);
+      const int n = Columns::lanes(v, u, H);
+      for (int64_t column = 0; column < across; column += W) {
         V block[W];
-        for (int64_t i = 0; i < W; ++i) {
-          const int64_t row = first + column + i;
-          block[i] = row < N ? load_units(of_gate + row * Blocks::COUNT * H, n) : V{};
+        for (int64_t k = 0; k < W; ++k) {
+          const int64_t row = first + column + k;
+          block[k] = row < N ? load_units(of_gate + row * width, n) : V{};
         }
         transpose(block);
-        unrolled<W / TOGETHER<Operand>>([&](auto i) RNNATTN_LAMBDA {
-          Operand* to = out + (i * width + column) * TOGETHER<Operand>;
+        unrolled<W / TOGETHER<Operand>>([&](auto k) RNNATTN_LAMBDA {
+          Operand* to = out + (k * across + column) * TOGETHER<Operand>;
           if constexpr (TOGETHER<Operand> == 2)
-            put_pairs(to, block[2 * i], block[2 * i + 1]);
+            put_pairs(to, block[2 * k], block[2 * k + 1]);
           else
-            put_steps(to, block[i]);
+            put_steps(to, block[k]);
         });
       }
-      out += W * width;
+      out += W * across;
     });
-  }
 }
 
 // Rows of dz in panels of PANEL numbers, in the order of `Gates::in_panels`. As pairs a number is
@@ -257,17 +284,17 @@ static void pack_transposed(const Number* w, int64_t N, int64_t H, int64_t p, Op
 template <class Operand>
 struct Panels {
   const Operand* data;
-  int64_t row, unit, rest;
+  int64_t row, tile, rest;
 };
 
 // out = dz wᵀ for N vectors of a panel `width` wide, or out += dz wᵀ. Rows that are not `written`
 // stay as they are; if that is null, all are written.
-template <class Blocks, int N, class Operand, class Number>
+template <class Columns, int N, class Operand, class Number>
 struct TransposedTile {
   Panels<Operand> dz;
   const Operand* w;
   int64_t width;
-  int64_t panels;  // of dz
+  int64_t tiles;  // of dz
   Number* out;
   bool adds;
   const uint8_t* written;
@@ -276,9 +303,9 @@ struct TransposedTile {
   template <int R>
   void run(int64_t r) const {
     V sum[R][N] = {};
-    constexpr int64_t steps = Blocks::COUNT * W;
-    const Operand *a = dz.data + r * dz.row + Blocks::FIRST * W, *b = w;
-    for (int64_t u = 0; u < panels; ++u, a += dz.unit, b += steps * width) {
+    constexpr int64_t steps = Columns::COUNT * W;
+    const Operand *a = dz.data + r * dz.row + Columns::FIRST * W, *b = w;
+    for (int64_t u = 0; u < tiles; ++u, a += dz.tile, b += steps * width) {
       accumulate(sum, steps, a, dz.row, b, width);
       if constexpr (TOGETHER<Operand> == 2) accumulate(sum, steps, a + dz.rest, dz.row, b, width);
     }
@@ -297,19 +324,20 @@ struct TransposedTile {
 };
 
 // Columns [first, past) of dz wᵀ, in vectors, and rows [lo, hi).
-template <class Blocks, class Operand, class Number>
-static void times_transposed(const Panels<Operand>& dz, const Transposed<Blocks, Operand>& w,
+template <class Unit, class Of, class Operand, class Number>
+static void times_transposed(const Panels<Operand>& dz, const Transposed<Unit, Of, Operand>& w,
                              Number* out, bool adds, int64_t stride, const uint8_t* written,
                              int64_t first, int64_t past, int64_t lo, int64_t hi) {
+  using Tile = Columns<Unit, Of>;
   while (first < past) {
     const int64_t p = first / 4, within = first % 4;
     const int64_t width = w.vectors(w.N, p) * W;
     as_constant<4>(least(4 - within, past - first), [&](auto N) {
       const Operand* panel = w.panel(p) + within * W * TOGETHER<Operand>;
-      over_tiles<GATE_TILE_ROWS>(lo, hi,
-                                 TransposedTile<Blocks, N, Operand, Number>{
-                                     dz, panel, width, ceil_div(w.H, W), out + first * W, adds,
-                                     written, stride, w.N - first * W});
+      over_tiles<GATE_TILE_ROWS>(
+          lo, hi,
+          TransposedTile<Tile, N, Operand, Number>{dz, panel, width, w.tiles(w.H), out + first * W,
+                                                   adds, written, stride, w.N - first * W});
       first += N;
     });
   }
