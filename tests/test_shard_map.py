@@ -75,10 +75,10 @@ FUNCTIONS: dict[str, tuple[Any, dict[str, tuple[int, ...]]]] = {
 }
 
 PLACEMENTS = [
-    (function, argument, alone)
+    (function, bit, flipped)
     for function, (_, shapes) in FUNCTIONS.items()
-    for argument in shapes
-    for alone in ("replicated", "varying")
+    for bit in range(max(1, (len(shapes) - 1).bit_length()))
+    for flipped in (False, True)
 ]
 
 
@@ -119,11 +119,12 @@ def _on_one(function):
     return jax.jit(lambda arrays: _with_gradient(run, arrays), compiler_options=QUICK)
 
 
-@pytest.mark.parametrize("function, argument, alone", PLACEMENTS)
-def test_any_argument_may_be_the_same_on_all_devices(function, argument, alone):
+@pytest.mark.parametrize("function, bit, flipped", PLACEMENTS)
+def test_any_argument_may_be_the_same_on_all_devices(function, bit, flipped):
+    """Those whose number has the bit, or has not: of any two, each while the other varies."""
     run, shapes = FUNCTIONS[function]
     whole = _draw(function)
-    replicated = {name for name in shapes if (name == argument) == (alone == "replicated")}
+    replicated = {name for n, name in enumerate(shapes) if bool(n >> bit & 1) != flipped}
     arrays = {name: x[0] if name in replicated else x for name, x in whole.items()}
     of_device = lambda x, n, name: x if name in replicated else x[n]
 
