@@ -247,12 +247,13 @@ def _backward(loops, options, params, state, steps, trace, cotangents):
     return dparams, LSTMState(dstate.h.astype(steps.x.dtype), dstate.c), dx
 
 
-def _halves(*loops):
-    return tuple(partial(half, Loops(*loops)) for half in (_forward, _backward))
+def halves(loops):
+    """The forward and the backward of a schedule, as `placed` takes them."""
+    return partial(_forward, loops), partial(_backward, loops)
 
 
-ON_HOPPER = _halves(_forward_on_hopper, _backward_on_hopper)
-ON_TPU = _halves(_forward_on_tpu, _backward_on_tpu)
+ON_HOPPER = halves(Loops(_forward_on_hopper, _backward_on_hopper))
+ON_TPU = halves(Loops(_forward_on_tpu, _backward_on_tpu))
 
 
 def forward_where_faster(static, params, state, steps):

@@ -14,6 +14,7 @@ reaches no other.
 Axes: T time, B batch, H hidden width, which fits: `rnnattn.recurrent.pallas`.
 """
 
+from itertools import islice
 from typing import Any
 
 import jax
@@ -24,19 +25,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from rnnattn.recurrent.unit import dot
-from rnnattn.recurrent.units.lstm import LSTM, Halved, LSTMState, Slopes, cell_gradient
+from rnnattn.recurrent.units.lstm import LSTM, LSTMState, Slopes, cell, cell_gradient
 
 ROWS = 128  # of a tile: as many as the matrix unit takes for the time of one
 _MOST_STEPS = 64  # of a chunk, beyond which its own costs are small
 _VMEM = 48 * 2**20  # less than any TPU has from the fifth generation on
-_STREAMED = 16 * 2**20  # of it, for what comes and goes; w_h has as much at most
+STREAMED = 16 * 2**20  # of it, for what comes and goes; w_h has as much at most
 _LANES = 128  # a row of VMEM; what is narrower takes one all the same
 
 _i32, _f32 = np.int32, jnp.float32
 
 
 def _call(kernel, backwards, per_step, w, state, results, interpret):
-    """The results of `kernel(t, steps, w, state, results)`, a step of a tile, and the last state.
+    """What `kernel(steps, w, state, results)`, a step of a tile, writes, and the last state.
 
     backwards: whether the last step is run first.
     per_step: arrays that the steps read, (T, B, width). w: weights that every step reads.
@@ -47,14 +48,13 @@ def _call(kernel, backwards, per_step, w, state, results, interpret):
     rows = min(B, ROWS)
     width = lambda x: -(-x.shape[2] // _LANES) * _LANES * x.dtype.itemsize
     of_step = 2 * rows * sum(map(width, (*per_step, *results)))  # one chunk comes, one is computed
-    length = max(min(_STREAMED // of_step, _MOST_STEPS, T), 1)
+    length = max(min(STREAMED // of_step, _MOST_STEPS, T), 1)
     chunks = -(-T // length)
     chunk = lambda n: _i32(chunks - 1) - n if backwards else n
 
     def body(*refs):
-        steps, (w_ref, *refs) = refs[: len(per_step)], refs[len(per_step) :]
-        first, refs = refs[: len(state)], refs[len(state) :]
-        written, last = refs[: len(results)], refs[len(results) :]
+        counts, rest = (len(per_step), 1, len(state), len(results), len(state)), iter(refs)
+        steps, (w_ref,), first, written, last = ([*islice(rest, count)] for count in counts)
         n = pl.program_id(1)
         count = jnp.minimum(_i32(length), _i32(T) - chunk(n) * _i32(length))
 
@@ -63,12 +63,12 @@ def _call(kernel, backwards, per_step, w, state, results, interpret):
             for to, of in zip(last, first, strict=True):
                 to[...] = of[...]
 
-        def step(n, _):
+        def step(n, nothing):
             t = count - 1 - n if backwards else n
             kernel([ref.at[t] for ref in steps], w_ref, last, [ref.at[t] for ref in written])
-            return _
+            return nothing
 
-        lax.fori_loop(_i32(0), count, step, _i32(0))
+        lax.fori_loop(_i32(0), count, step, None)
 
     zero = _i32(0)
     by_step = lambda x: pl.BlockSpec((length, rows, x.shape[2]), lambda b, n: (chunk(n), b, zero))
@@ -114,7 +114,7 @@ def forward(z, w, state, valid, fresh, *, reverse=False, keeps=False, interpret:
     interpret: how Pallas' interpreter runs this, where it is to.
     Returns: h of every step (T, B, H), c of every step, if kept; both of the last.
     """
-    T, B, H = *z.shape[:2], w.shape[0]
+    (T, B, _), H = z.shape, w.shape[0]
     masks, found = _columns([valid, fresh])
 
     def step(steps, w_ref, state, written):
@@ -124,9 +124,9 @@ def forward(z, w, state, valid, fresh, *, reverse=False, keeps=False, interpret:
         start = before
         if fresh is not None:
             start = LSTMState(*(jnp.where(fresh, 0, s) for s in before))
-        weights = Halved(None, w_ref[...], None, None, None)
-        after, _ = LSTM().step(weights, z[...], start.h, start)
-        after = [_where(valid, a, b) for a, b in zip(after, before, strict=True)]
+        m, c, _ = cell(z[...] + dot(start.h, w_ref[...]), start.c, None, LSTM())
+        made = m.astype(w.dtype), c
+        after = [_where(valid, a, b) for a, b in zip(made, before, strict=True)]
         for ref, s in zip(state, after, strict=True):
             ref[...] = s
         for ref, s in zip(written, after, strict=False):
@@ -147,7 +147,7 @@ def backward(slopes, dy, w, dstate, valid, fresh, *, reverse=False, interpret: A
     Returns: dz (T, B, 4H), dh and dc (B, H), all in the dtype of sums: the matrix unit rounds what
         it multiplies by itself, as much as `jax_default_matmul_precision` lets it.
     """
-    (T, B, H), dtype = dy.shape, dstate[0].dtype
+    (T, B, H), dtype = dy.shape, slopes.c.dtype
     masks, found = _columns([valid, fresh])
 
     def step(steps, w_ref, dstate, written):
