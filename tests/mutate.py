@@ -275,7 +275,7 @@ def _lstm_problem(case, residuals, *, clip=None, coupled=False, **masks):
 @cache
 def tpu_problems() -> list[Problem]:
     """The kernels for a TPU in the interpreter; H 3, which only the interpreter takes."""
-    T, B, D, H = 3, 2, 2, 3
+    T, B, D, H = 3, 2, 4, 3
     interpreted = pallas.halves(
         pallas.Loops(
             partial(tpu.forward, interpret=True),
@@ -284,8 +284,7 @@ def tpu_problems() -> list[Problem]:
     )
     forward, backward = interpreted
     schedule = LSTMSchedule(
-        lambda options, keeps, *arrays: forward((options, keeps), *arrays),
-        lambda *arrays: backward(*arrays),
+        lambda options, keeps, *arrays: forward((options, keeps), *arrays), backward
     )
     case = _time_major(make_case(T, B, D, H))
     masks: Any = {
@@ -692,6 +691,7 @@ EQUIVALENT = {
         "equations._decay",
         "square == 0 → square == 1",
     ): "the root of 0 is 0: its slope, which is not, is asked for by the twin alone",
+    ("pallas._run_back", "accumulator(dtype) → dtype"): "the problems are in float64",
     ("equations.blocks_of", "accumulator(x.dtype) → x.dtype"): "the problems are in float64",
     ("equations.inputs_of", "blocks[0] → blocks[1]"): "all blocks are of one width",
     (
