@@ -280,6 +280,7 @@ def tpu_problems() -> list[Problem]:
         pallas.Loops(
             partial(tpu.forward, interpret=True),
             lambda *arrays, **how: tpu.backward(*arrays, **how, interpret=True),
+            chunked.ON_CPU._replace(chunk_steps=2),
         )
     )
     forward, backward = interpreted

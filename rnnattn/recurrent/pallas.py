@@ -116,6 +116,7 @@ class Loops(NamedTuple):
 
     forward: Callable
     backward: Callable
+    sizes: chunked.Sizes  # how many steps are made ready for them at once
 
 
 def _forward_on_hopper(z, w_h, state, valid, fresh, *, reverse, keeps):
@@ -195,6 +196,12 @@ def _run_back(loops, options, params, halved, start, steps, trace, dy, dstate):
     return LSTMParams(dw_x, dw_h, db), LSTMState(dh, dc), dx
 
 
+def _length(loops, options, n, params, steps):
+    """The steps of a chunk: n, if so many lie between two states that are kept."""
+    options = options._replace(residuals="states")
+    return n or chunked.chunk_length(loops.sizes, options, params, steps)
+
+
 def _forward(loops, static, params, state, steps):
     """The final state and the trace."""
     options, keeps = static
@@ -206,7 +213,7 @@ def _forward(loops, static, params, state, steps):
         after, trace = _run(loops, options, keeps and not n, halved, state, steps)
         return after, (trace, state)
 
-    length = n or T
+    length = _length(loops, options, n, params, steps)
     final, (trace, starts) = chunked.scan_chunks(
         chunk, state, (steps,), (), length, options.reverse
     )
@@ -236,10 +243,9 @@ def _backward(loops, options, params, state, steps, trace, cotangents):
 
     zeros = jax.tree.map(lambda w: jnp.zeros_like(w, wide), params)
     carry = (zeros, jax.tree.map(lambda d: d.astype(wide), dstate))
-    starts = trace.starts or jax.tree.map(lambda s: s[None], state)
+    length = _length(loops, options, interval(options, True, steps.x.shape[0]), params, steps)
+    starts = trace.starts or chunked.states_between(options, length, state, steps, trace)
     per_step = (steps, dy, trace._replace(starts=None))
-    T = steps.x.shape[0]
-    length = interval(options, True, T) or T
     (dparams, dstate), (dx, _) = chunked.scan_chunks(
         chunk, carry, per_step, starts, length, not options.reverse
     )
@@ -252,8 +258,9 @@ def halves(loops):
     return partial(_forward, loops), partial(_backward, loops)
 
 
-ON_HOPPER = halves(Loops(_forward_on_hopper, _backward_on_hopper))
-ON_TPU = halves(Loops(_forward_on_tpu, _backward_on_tpu))
+_ALL_STEPS = chunked.ELSEWHERE._replace(chunk_bytes=2**62)  # as was measured
+ON_HOPPER = halves(Loops(_forward_on_hopper, _backward_on_hopper, _ALL_STEPS))
+ON_TPU = halves(Loops(_forward_on_tpu, _backward_on_tpu, chunked.ELSEWHERE))
 
 
 def forward_where_faster(static, params, state, steps):
