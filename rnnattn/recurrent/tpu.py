@@ -1,7 +1,7 @@
 """The loops of the LSTM over time as kernels for a TPU, in Pallas.
 
 A kernel holds what is recurrent and nothing else: forward h₋ w_h and the cell; backward L3, L4, L8
-and dh₋ = dz w_hᵀ. All products over the whole sequence are made outside.
+and dh₋ = dz w_hᵀ. All products of many steps are made outside.
 
 w_h lies in VMEM from the first step to the last. The grid is tiles of the batch × chunks of time,
 the latter one after another, each way of running from its own end; what the steps read and write
