@@ -45,7 +45,7 @@ def unserved_on_gpu(params, x, options):
 def unserved_on_tpu(params, x, options):
     """What of a call the kernels for a TPU cannot serve."""
     H, dtype = params.w_h.shape[1] // 4, jnp.result_type(x)
-    fits = H % _LANES == 0 and H <= _WIDEST_ON_TPU
+    fits = isinstance(H, int) and H % _LANES == 0 and H <= _WIDEST_ON_TPU
     reasons = {
         f"the dtype {dtype.name} on a TPU": dtype not in (jnp.bfloat16, jnp.float32),
         f"the hidden width {H} on a TPU (multiples of 128 up to 1024 can be)": not fits,
