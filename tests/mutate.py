@@ -37,10 +37,14 @@ from rnnattn.linear import equations as linear, rule as linear_rule, xla as line
 from rnnattn.linear.arguments import masks_of
 from rnnattn.linear.problem import Options as LinearOptions, Schedule as LinearSchedule
 from rnnattn.position import rotary
-from rnnattn.recurrent import chunked, noise, rule as lstm_rule, unit
+from rnnattn.recurrent import chunked, noise, pallas, rule as lstm_rule, tpu, unit
 from rnnattn.recurrent.arguments import checked_noise, time_major_steps, with_noise
 from rnnattn.recurrent.noise import row_keys
-from rnnattn.recurrent.problem import Options as LSTMOptions, Outputs
+from rnnattn.recurrent.problem import (
+    Options as LSTMOptions,
+    Outputs,
+    Schedule as LSTMSchedule,
+)
 from rnnattn.recurrent.unit import Unit
 from rnnattn.recurrent.units import gru, layer_norm, lstm, rnn, slstm
 from tests import units
@@ -185,6 +189,7 @@ def _sequence_problem(
     resets=None,
     unread=None,
     key=None,
+    schedule=chunked.CHUNKED,
     **rates,
 ):
     """A time-major case, run forwards. Not through `sequence`, whose compilations are kept.
@@ -198,7 +203,6 @@ def _sequence_problem(
     options = LSTMOptions(unit, reverse, residuals, noise=known)
     x = case.x if unread is None else jnp.where(unread[..., None], jnp.nan, case.x)
     steps = time_major_steps(x, lengths, resets, reverse)
-    schedule = chunked.CHUNKED
     state, dlast = (
         type(unit.widths(case.params))(*_fields(s)) for s in (case.state, case.cotangents[1])
     )
@@ -266,6 +270,32 @@ def _drawn(unit):
 def _lstm_problem(case, residuals, *, clip=None, coupled=False, **masks):
     twin = partial(reference.lstm, clip=clip, coupled=coupled)
     return _sequence_problem(lstm.LSTM(clip, coupled), twin, case, residuals, **masks)
+
+
+@cache
+def tpu_problems() -> list[Problem]:
+    """The kernels for a TPU in the interpreter; H 3, which only the interpreter takes."""
+    T, B, D, H = 3, 2, 4, 3
+    interpreted = pallas.halves(
+        pallas.Loops(
+            partial(tpu.forward, interpret=True),
+            lambda *arrays, **how: tpu.backward(*arrays, **how, interpret=True),
+            chunked.ON_CPU._replace(chunk_steps=2),
+        )
+    )
+    forward, backward = interpreted
+    schedule = LSTMSchedule(
+        lambda options, keeps, *arrays: forward((options, keeps), *arrays), backward
+    )
+    case = _time_major(make_case(T, B, D, H))
+    masks: Any = {
+        "lengths": jnp.array([T, 2]),
+        "resets": jnp.zeros((T, B), bool).at[[1, 1], [0, 1]].set(True),
+    }
+    return [
+        _lstm_problem(case, "states", schedule=schedule, reverse=True, **masks),
+        _lstm_problem(case, 2, schedule=schedule),
+    ]
 
 
 @cache
@@ -610,6 +640,8 @@ FUNCTIONS: dict[Callable, Callable[[], list[Problem]]] = {
     chunked.states_of_steps: lstm_problems,
     chunked.kept_of_steps: lstm_problems,
     lstm_rule.steps_read: lstm_problems,
+    pallas._run_back: tpu_problems,
+    tpu.backward: tpu_problems,
     linear.linear_gradient: linear_problems,
     linear.mingru_gradient: linear_problems,
     linear.minlstm_gradient: linear_problems,
@@ -660,6 +692,7 @@ EQUIVALENT = {
         "equations._decay",
         "square == 0 → square == 1",
     ): "the root of 0 is 0: its slope, which is not, is asked for by the twin alone",
+    ("pallas._run_back", "accumulator(dtype) → dtype"): "the problems are in float64",
     ("equations.blocks_of", "accumulator(x.dtype) → x.dtype"): "the problems are in float64",
     ("equations.inputs_of", "blocks[0] → blocks[1]"): "all blocks are of one width",
     (

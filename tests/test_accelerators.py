@@ -281,6 +281,23 @@ def test_the_lstm_compiles_for_tpus(dtype, tpu):
     assert made[0] <= 220 and made[1] <= 820, made
 
 
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "masks", "memory"),
+    [
+        ((512, 128, 256, 256), jnp.bfloat16, False, (135, 740)),
+        ((9, 200, 128, 1024), jnp.float32, True, (20, 130)),  # the widest, and tiles not full
+    ],
+)
+def test_the_kernels_of_the_lstm_compile_for_tpus(sizes, dtype, masks, memory, tpu):
+    """That they fit into VMEM is seen by this: they ask for less than a TPU has."""
+    programs = of_lstm(sizes, dtype, masks, implementation="pallas", residuals="states")
+    made = [compiled(tpu, *program) for program in programs]
+    kernels = [program.as_text().count('custom_call_target="tpu_custom_call"') for program in made]
+    assert kernels == [1, 2]
+    taken = [temporaries(program) for program in made]
+    assert taken[0] <= memory[0] and taken[1] <= memory[1], taken
+
+
 def test_attention_compiles_for_tpus(tpu):
     forward, gradient = of_attention(8, 4096)
     made = [temporaries(compiled(tpu, *program)) for program in (forward, gradient)]

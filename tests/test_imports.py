@@ -84,6 +84,7 @@ FLOORS = [
         "ulysses",
         "hopper",
         "pallas",
+        "tpu",
         "cudnn",
         "pages",
     },  # the schedules

@@ -42,7 +42,8 @@ def problem(H, dtype, masks=("lengths", "resets")):
     return params, states(), steps, (Outputs(draw(dtype, T, B, H), None), states())
 
 
-def results(run, run_back, options, params, state, steps, cotangents):
+def results(halves, options, params, state, steps, cotangents):
+    run, run_back = halves
     final, trace = run((options, True), params, state, steps)
     y = trace.y
     if isinstance(options.residuals, int):
@@ -81,8 +82,8 @@ CASES = [
 def test_the_kernels_are_about_as_exact_as_xla(H, dtype, options, masks):
     """Beside float32, of all results and gradients; one block, and clusters of two to eight."""
     arguments = problem(H, dtype, masks)
-    got = results(pallas.forward, pallas.backward, options, *arguments)
-    on_xla = partial(results, placed.forward_on_xla, chunked.backward, options)
+    got = results(pallas.ON_HOPPER, options, *arguments)
+    on_xla = partial(results, (placed.forward_on_xla, chunked.backward), options)
     exact = on_xla(*in_float32(arguments))
     errors, of_xla = (
         jax.tree.leaves(jax.tree.map(relative_error, made, exact))
@@ -155,7 +156,10 @@ def test_elsewhere_xla_runs(residuals, reverse):
         made, pullback = jax.vjp(of_x, params, state, x)
         return made, pullback(cotangents)
 
-    made = [in_float32(run(s, params, state, steps.x)) for s in (pallas.PALLAS, chunked.CHUNKED)]
+    made = [
+        in_float32(run(s, params, state, steps.x))
+        for s in (pallas.PALLAS[True, True], chunked.CHUNKED)
+    ]
     errors = jax.tree.map(relative_error, *made)
     assert max(jax.tree.leaves(errors)) < 1e-3, errors
 

@@ -6,6 +6,7 @@ Axes: B batch, T time, D input width, H hidden width, R width of h (H without a 
 from collections.abc import Sequence
 from typing import Any, Literal, SupportsFloat, SupportsIndex, Unpack
 
+import jax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 import rnnattn.recurrent.native as native
@@ -146,7 +147,11 @@ def lstm(
             generation, in exported programs too, and "xla" on other platforms. It is for 16 bits
             and H 64, 128, 256, 384 or 512, without peepholes, projection, `clip`, `coupled`,
             `return_cells` and what is drawn. None takes it for 16 steps or more of up to 128 rows,
-            with jax 0.11.
+            with jax 0.11. On one TPU from the fifth generation on it is those of
+            `rnnattn.recurrent.tpu`, for bfloat16 and float32 and multiples of 128 up to H 1024,
+            without the same: they compile for v5e, v5p, v6e and 7x, were measured on none, and None
+            never takes them. A call that one of the two can serve runs on XLA on the other's
+            platform, unless that device is at hand: then it is refused.
             "cudnn" is for float32 on an NVIDIA GPU, without the same, `mask`, `resets` or
             `reverse`, and for lengths of at least 1; its gradient is cuDNN's own, of first order.
             It is refused from jax 0.11 on, with which its results were measured to be wrong.
@@ -222,12 +227,23 @@ def _suited(function, implementation, params, x, options):
     check = Check(function)
     if implementation == "xla":
         return CHUNKED
-    unserved = [native.unserved(params, x, options), pallas.unserved(params, x, options)]
-    if implementation == "native":
-        check.served("native", unserved[0])
-        return native.NATIVE
+    by_gpu = pallas.unserved_on_gpu(params, x, options)
     if implementation == "pallas":
-        check.served("pallas", unserved[1] or no_hopper())
-        return pallas.PALLAS
-    by_cpu, by_gpu = (not reasons for reasons in unserved)
-    return _FASTEST[by_cpu, by_gpu]
+        return _by_pallas(check, by_gpu or no_hopper(), pallas.unserved_on_tpu(params, x, options))
+    by_cpu = native.unserved(params, x, options)
+    if implementation == "native":
+        check.served("native", by_cpu)
+        return native.NATIVE
+    return _FASTEST[not by_cpu, not by_gpu]
+
+
+def _by_pallas(check, by_gpu, by_tpu):
+    """The schedule by kernels, given what those for a GPU and those for a TPU cannot serve.
+
+    A call is refused that those for the device at hand cannot serve, or none of them where there is
+    neither device. Elsewhere XLA runs.
+    """
+    here = {"gpu": by_gpu, "tpu": by_tpu}.get(jax.default_backend())
+    neither = [*by_gpu, *(r for r in by_tpu if r not in by_gpu)] if by_gpu and by_tpu else []
+    check.served("pallas", neither if here is None else here)
+    return pallas.PALLAS[not by_gpu, not by_tpu]

@@ -198,8 +198,8 @@ def _states_before(after, start, reverse):
     return jnp.concatenate(parts)
 
 
-def _starts(options, length, state, steps, trace):
-    """The state before each chunk. A row that has not begun holds its own."""
+def states_between(options, length, state, steps, trace):
+    """The state before each chunk, of those after each step. A row not begun holds its own."""
     T = trace.y.shape[0]
     first, others = (length if options.reverse else length - 1), (T - 1) // length
     before = lambda a: a[first::length][:others]
@@ -239,7 +239,7 @@ def backward_in(sizes, options, params, state, steps, trace, cotangents):
     outputs, dstate = cotangents
     weights, wide = options.unit.prepare(params), widened(params)
     length = chunk_length(sizes, options, params, steps)
-    starts = trace.starts or _starts(options, length, state, steps, trace)
+    starts = trace.starts or states_between(options, length, state, steps, trace)
     reads, steps = steps.reads, steps._replace(reads=None)
 
     def chunk(carry, inputs):
