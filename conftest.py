@@ -5,6 +5,10 @@ import os
 import signal
 from pathlib import Path
 
+# The list of fonts is the clone's own: that of the user may name those of an environment which is
+# gone, and Matplotlib then warns of each in the middle of what a command says.
+os.environ.setdefault("MPLCONFIGDIR", str(Path(__file__).parent / ".cache" / "matplotlib"))
+
 import jax
 import jaxlib
 import jaxtyping
