@@ -58,10 +58,11 @@ format: .venv/installed-test
 compile_commands.json: .venv/installed-$(subst $(comma),-,$(GROUPS))
 	$(venv)/python setup.py --quiet compile_commands
 
+# pip 25.1 is the first that knows groups.
 .venv/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rnnattn needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
-	$(venv)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'  # the first that knows groups
+	$(venv)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
 	touch $@
 
 install = $(venv)/python -m pip install --quiet --disable-pip-version-check --editable '.[nn,files]'

@@ -21,6 +21,7 @@ from pathlib import Path
 USUAL = ("lstm", "attention", "rope", "vit", "units", "linear", "masks", "packed", "decoding")
 MORE = ("sweep", "attention_gpu", "native", "sixteen_bits", "scaling", "devices", "visit")
 WITH_RESULTS = ("lstm", "attention", "rope", "vit", "decoding")  # which can write theirs
+COMMANDS = ("all", "compare", "figure", "history")  # of all of these
 QUICK = {
     "lstm": ["--shapes", "64,8,16,32"],
     "attention": ["--shapes", "2,128,2,32,causal"],
@@ -40,12 +41,10 @@ def parse(argv=None):
         prog="python -m benchmarks",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"NAME: {', '.join(names)}; all, compare, figure",
+        epilog=f"NAME: {', '.join(names)}; {', '.join(COMMANDS)}",
     )
     parser.add_argument("--platform", choices=["cpu", "gpu", "tpu"])
-    parser.add_argument(
-        "name", choices=[*names, "all", "compare", "figure", "history"], metavar="NAME"
-    )
+    parser.add_argument("name", choices=[*names, *COMMANDS], metavar="NAME")
     parser.add_argument("options", nargs=argparse.REMAINDER, metavar="options of NAME")
     return parser, parser.parse_args(argv)
 

@@ -39,10 +39,8 @@ def add(release):
 
 def draw():
     kept = releases()
-    names = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor")
-    style = {**dict.fromkeys(names, INK), "font.size": 9, "svg.hashsalt": "rnnattn"}
     whats = list(dict.fromkeys(what for found in kept.values() for what in found["means"]))
-    with plt.rc_context(style):
+    with plt.rc_context(figure.style(INK, INK)):
         picture, all_axes = plt.subplots(1, len(whats), figsize=(10, 2.4), layout="constrained")
         for axes, what in zip(all_axes, whats, strict=True):
             for name, colour in figure.COLOURS.items():
@@ -57,9 +55,7 @@ def draw():
             axes.spines[["top", "right"]].set_visible(False)
             axes.legend(frameon=False, fontsize=8)
         all_axes[0].set_ylabel("their time over ours")
-        picture.savefig(FIGURE, transparent=True, metadata={"Date": None})
-        plt.close(picture)
-    return FIGURE
+        return figure.save(picture, FIGURE)
 
 
 def main(argv=None):

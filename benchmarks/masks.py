@@ -94,12 +94,10 @@ def beside_flex(name, args, ours, arrays):
     """The time of flex attention over ours, forward; why there is none, where it fails."""
     try:
         program = flex(name, args.T, args.heads, *arrays)
-        found, expected = program.call(), ours.call()
-        assert jnp.abs(jnp.asarray(found.numpy()) - expected).max() < 1e-4, "flex: another result"
-    except AssertionError:
-        raise
+        found = program.call().numpy()
     except Exception as error:  # whatever a compiler that is not there leads to
         return f"without flex: {type(error).__name__}"
+    assert jnp.abs(jnp.asarray(found) - ours.call()).max() < 1e-4, "flex: another result"
     times = processor_seconds({"ours": ours, "flex": program}, args.rounds)
     return f"flex {times['flex'] / times['ours']:5.2f}"
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rnnattn.checks import Check
-from rnnattn.interop.lstm import reordered, torch_suffix
+from rnnattn.interop.lstm import reordered, torch_entries, torch_layer
 from rnnattn.interop.reader import Reader, flatten
 from rnnattn.recurrent import GRUParams
 
@@ -28,12 +28,7 @@ def gru_from_torch(
         >>> params.w_x.shape, params.w_h.shape, params.b_n.shape
         ((3, 15), (5, 15), (5,))
     """
-    suffix = torch_suffix(layer, reverse)
-    if suffix == "_l0" and "weight_hh" in state_dict:  # a cell's
-        suffix = ""
-    of_layer = {key: value for key, value in state_dict.items() if key.endswith(suffix)}
-    has_bias = any(key.startswith("bias_") for key in state_dict)
-    read = Reader("gru_from_torch", of_layer or state_dict)
+    read, suffix, has_bias = torch_layer("gru_from_torch", state_dict, layer, reverse)
     w_h = read("weight_hh" + suffix, "3H H")
     w_x = read("weight_ih" + suffix, "3H D")
     b_x = b_h = np.zeros(len(w_h), w_h.dtype)
@@ -60,8 +55,7 @@ def gru_to_torch(params: GRUParams, layer: int = 0, reverse: bool = False) -> di
     """
     w_x, w_h, b, b_n = _arrays("gru_to_torch", params)
     weights = {"weight_ih": w_x.T, "weight_hh": w_h.T, "bias_ih": b, "bias_hh": _of_h(b, b_n)}
-    suffix = torch_suffix(layer, reverse)
-    return {key + suffix: np.array(value, order="C") for key, value in weights.items()}
+    return torch_entries(weights, layer, reverse)
 
 
 def gru_from_keras(weights: Mapping[str, Any]) -> GRUParams:

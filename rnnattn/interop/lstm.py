@@ -33,13 +33,8 @@ def lstm_from_torch(
         >>> params.w_x.shape, params.w_h.shape, float(params.b[0])
         ((3, 20), (5, 20), 2.0)
     """
-    suffix = torch_suffix(layer, reverse)
-    if suffix == "_l0" and "weight_hh" in state_dict:  # a cell's
-        suffix = ""
-    of_layer = {key: value for key, value in state_dict.items() if key.endswith(suffix)}
-    has_bias = any(key.startswith("bias_") for key in state_dict)
-    has_projection = "weight_hr" + suffix in of_layer
-    read = Reader("lstm_from_torch", of_layer or state_dict)
+    read, suffix, has_bias = torch_layer("lstm_from_torch", state_dict, layer, reverse)
+    has_projection = "weight_hr" + suffix in read.weights
     w_h = read("weight_hh" + suffix, "4H R" if has_projection else "4H H")
     w_x = read("weight_ih" + suffix, "4H D")
     b = np.zeros(len(w_h), w_h.dtype)
@@ -67,12 +62,11 @@ def lstm_to_torch(
         {'weight_ih_l0': (20, 3), 'weight_hh_l0': (20, 5), 'bias_ih_l0': (20,),
          'bias_hh_l0': (20,)}
     """
-    suffix = torch_suffix(layer, reverse)
     w_x, w_h, b, _, projection = _arrays("lstm_to_torch", params, "projection")
     weights = {"weight_ih": w_x.T, "weight_hh": w_h.T, "bias_ih": b, "bias_hh": np.zeros_like(b)}
     if projection is not None:
         weights["weight_hr"] = projection.T
-    return {key + suffix: np.array(value, order="C") for key, value in weights.items()}
+    return torch_entries(weights, layer, reverse)
 
 
 def lstm_from_keras(weights: Mapping[str, Any]) -> LSTMParams:
@@ -303,5 +297,21 @@ def reordered(array, source, target):
     return np.ascontiguousarray(np.concatenate([blocks[gate] for gate in target], axis=-1))
 
 
-def torch_suffix(layer, reverse):
+def torch_layer(function, state_dict, layer, reverse):
+    """What reads a layer and direction, the end of its names, and whether there are biases."""
+    suffix = _torch_suffix(layer, reverse)
+    if suffix == "_l0" and "weight_hh" in state_dict:  # a cell's
+        suffix = ""
+    of_layer = {key: value for key, value in state_dict.items() if key.endswith(suffix)}
+    has_bias = any(key.startswith("bias_") for key in state_dict)
+    return Reader(function, of_layer or state_dict), suffix, has_bias
+
+
+def torch_entries(weights, layer, reverse):
+    """The weights of a layer and direction by their names in a module's state dict."""
+    suffix = _torch_suffix(layer, reverse)
+    return {key + suffix: np.array(value, order="C") for key, value in weights.items()}
+
+
+def _torch_suffix(layer, reverse):
     return f"_l{layer}_reverse" if reverse else f"_l{layer}"

@@ -149,7 +149,7 @@ def lstm(
             `return_cells` and what is drawn. None takes it for 16 steps or more of up to 128 rows,
             with jax 0.11. On one TPU from the fifth generation on it is those of
             `rnnattn.recurrent.tpu`, for bfloat16 and float32 and multiples of 128 up to H 1024,
-            without the same: they compile for v5e, v5p, v6e and 7x, were measured on none, and None
+            without the same: they compile for a v5e and a v6e, were measured on none, and None
             never takes them. A call that one of the two can serve runs on XLA on the other's
             platform, unless that device is at hand: then it is refused.
             "cudnn" is for float32 on an NVIDIA GPU, without the same, `mask`, `resets` or

@@ -175,49 +175,20 @@ namespace rnnattn {
 namespace {
 
 // The operands and the masking, in the order of `fill`.
-auto attention_arguments() {
-  return ffi::Ffi::Bind()
-      .Ctx<ffi::ThreadPool>()
-      .Arg<Buffer>()
-      .Arg<Buffer>()
-      .Arg<Buffer>()
-      .Arg<Buffer>()
-      .Arg<Buffer>()
-      .Arg<Buffer>()
-      .Arg<Buffer>()
-      .Arg<Buffer>()
-      .Arg<Buffer>()
-      .Arg<Buffer>()
-      .Arg<Buffer>()
-      .Arg<Buffer>()
-      .Arg<Buffer>();
-}
+auto attention_arguments() { return arguments<13>(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()); }
 
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     rnnattn_attention_forward, attention_forward,
-    attention_arguments().Arg<Buffer>().Ret<Buffer>().Ret<Buffer>().Attrs<AttentionOptions>());
+    results<2>(arguments<1>(attention_arguments())).Attrs<AttentionOptions>());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(rnnattn_attention_paged_forward, attention_paged_forward,
-                              attention_arguments()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Attrs<AttentionOptions>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    rnnattn_attention_paged_forward, attention_paged_forward,
+    results<2>(arguments<2>(attention_arguments())).Attrs<AttentionOptions>());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(rnnattn_attention_backward, attention_backward,
-                              attention_arguments()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Attrs<AttentionOptions>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    rnnattn_attention_backward, attention_backward,
+    results<5>(arguments<4>(attention_arguments())).Attrs<AttentionOptions>());
 
 }  // namespace rnnattn

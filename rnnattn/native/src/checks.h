@@ -14,6 +14,7 @@
 #include <optional>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include "kernels.h"
 #include "pool_threads.h"
@@ -25,6 +26,23 @@ namespace rnnattn {
 namespace ffi = xla::ffi;
 using Buffer = ffi::AnyBuffer;
 using Result = ffi::Result<ffi::AnyBuffer>;
+
+// A binding with so many buffers more, as arguments or as results. A binding cannot be moved, so
+// that the last is handed on as it is made.
+template <int count, class Binding>
+auto arguments(Binding&& binding) {
+  if constexpr (count == 1)
+    return std::move(binding).template Arg<Buffer>();
+  else
+    return arguments<count - 1>(std::move(binding).template Arg<Buffer>());
+}
+template <int count, class Binding>
+auto results(Binding&& binding) {
+  if constexpr (count == 1)
+    return std::move(binding).template Ret<Buffer>();
+  else
+    return results<count - 1>(std::move(binding).template Ret<Buffer>());
+}
 
 inline ffi::Error wrong(const std::string& message) {
   return ffi::Error(ffi::ErrorCode::kInvalidArgument, "rnnattn: " + message);

@@ -126,34 +126,14 @@ namespace rnnattn {
 namespace {
 
 // What the steps read, the weights, the initial state and the masks, in the order of `fill`.
-auto linear_arguments() {
-  return ffi::Ffi::Bind()
-      .Ctx<ffi::ThreadPool>()
-      .Arg<Buffer>()
-      .Arg<Buffer>()
-      .Arg<Buffer>()
-      .Arg<Buffer>()
-      .Arg<Buffer>()
-      .Arg<Buffer>()
-      .Arg<Buffer>();
-}
+auto linear_arguments() { return arguments<7>(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()); }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    rnnattn_linear_forward, linear_forward,
-    linear_arguments().Ret<Buffer>().Ret<Buffer>().Attrs<LinearOptions>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(rnnattn_linear_forward, linear_forward,
+                              results<2>(linear_arguments()).Attrs<LinearOptions>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(rnnattn_linear_backward, linear_backward,
-                              linear_arguments()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Attrs<LinearOptions>());
+                              results<5>(arguments<3>(linear_arguments())).Attrs<LinearOptions>());
 
 }  // namespace rnnattn

@@ -286,112 +286,28 @@ namespace rnnattn {
 namespace {
 
 // The weights, the sequence and the initial state, in the order of `fill_lstm` and the others.
-auto lstm_arguments() {
-  return ffi::Ffi::Bind()
-      .Ctx<ffi::ThreadPool>()
-      .Arg<Buffer>()
-      .Arg<Buffer>()
-      .Arg<Buffer>()
-      .Arg<Buffer>()
-      .Arg<Buffer>()
-      .Arg<Buffer>()
-      .Arg<Buffer>()
-      .Arg<Buffer>()
-      .Arg<Buffer>()
-      .Arg<Buffer>();
-}
-auto gru_arguments() {
-  return ffi::Ffi::Bind()
-      .Ctx<ffi::ThreadPool>()
-      .Arg<Buffer>()
-      .Arg<Buffer>()
-      .Arg<Buffer>()
-      .Arg<Buffer>()
-      .Arg<Buffer>()
-      .Arg<Buffer>()
-      .Arg<Buffer>()
-      .Arg<Buffer>();
-}
-auto rnn_arguments() {
-  return ffi::Ffi::Bind()
-      .Ctx<ffi::ThreadPool>()
-      .Arg<Buffer>()
-      .Arg<Buffer>()
-      .Arg<Buffer>()
-      .Arg<Buffer>()
-      .Arg<Buffer>()
-      .Arg<Buffer>()
-      .Arg<Buffer>();
-}
+auto lstm_arguments() { return arguments<10>(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()); }
+auto gru_arguments() { return arguments<8>(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()); }
+auto rnn_arguments() { return arguments<7>(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()); }
 
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(rnnattn_lstm_forward, lstm_forward,
-                              lstm_arguments()
-                                  .Ret<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Attrs<LstmOptions>());
+                              results<7>(lstm_arguments()).Attrs<LstmOptions>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(rnnattn_lstm_backward, lstm_backward,
-                              lstm_arguments()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Attrs<LstmOptions>());
+                              results<8>(arguments<8>(lstm_arguments())).Attrs<LstmOptions>());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    rnnattn_gru_forward, gru_forward,
-    gru_arguments().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>().Attrs<GruOptions>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(rnnattn_gru_forward, gru_forward,
+                              results<4>(gru_arguments()).Attrs<GruOptions>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(rnnattn_gru_backward, gru_backward,
-                              gru_arguments()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Attrs<GruOptions>());
+                              results<6>(arguments<5>(gru_arguments())).Attrs<GruOptions>());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    rnnattn_rnn_forward, rnn_forward,
-    rnn_arguments().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>().Attrs<RnnOptions>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(rnnattn_rnn_forward, rnn_forward,
+                              results<4>(rnn_arguments()).Attrs<RnnOptions>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(rnnattn_rnn_backward, rnn_backward,
-                              rnn_arguments()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Attrs<RnnOptions>());
+                              results<5>(arguments<5>(rnn_arguments())).Attrs<RnnOptions>());
 
 }  // namespace rnnattn

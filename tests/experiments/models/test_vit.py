@@ -40,10 +40,8 @@ def tiny():
 
 def drawn(params):
     """Not those of the start, whose head is zeros, so that no logit would depend on anything."""
-    leaves, structure = jax.tree.flatten(params)
     rng = np.random.default_rng(1)
-    draw = lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype)
-    return jax.tree.unflatten(structure, map(draw, leaves))
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), params)
 
 
 def images(count, size=SHAPE):
