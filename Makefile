@@ -13,7 +13,7 @@ native := setup.py $(wildcard rnnattn/native/src/*)
 
 help:
 	@echo 'make run            trains the default experiment, CONFIG=NAME another one'
-	@echo 'make test           lint, types and all tests; EXTRAS=test,oracles beside live peers'
+	@echo 'make test           lint, types and all tests; GROUPS=test,oracles beside live peers'
 	@echo 'make quick          lint, and the tests that are not slow'
 	@echo 'make docs           the site, into site/'
 	@echo 'make bench          the usual benchmarks, one round of small shapes'
