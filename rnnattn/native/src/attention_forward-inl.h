@@ -9,6 +9,7 @@
 #include "attention_logits-inl.h"
 #include "attention_masks-inl.h"
 #include "attention_packing-inl.h"
+#include "attention_terms-inl.h"
 #include "instruction_set.h"
 #include "kernels.h"
 #include "numbers-inl.h"
@@ -81,6 +82,7 @@ struct ForwardMemory {
   Memory memory;
   Operand *q, *k;
   float *scale, *v, *s, *o, *total, *peak, *shrink;
+  Bfloat16 *weights, *v_pairs;  // of products in two terms
   Range* ranges;
 
   ForwardMemory(const Attention& p, const ForwardPlan& plan, float* base) : memory{base} {
@@ -97,6 +99,9 @@ struct ForwardMemory {
     peak = memory.take(all + W);
     shrink = memory.take(ROWS + W);
     ranges = memory.take<Range>(rows);
+    const bool in_terms = IN_TERMS<Number> && !plan.streamed;
+    weights = memory.take<Bfloat16>(in_terms ? least(ROWS, rows) * TERMS : 0);
+    v_pairs = memory.take<Bfloat16>(in_terms ? paired_size(keys, p.V) : 0);
   }
 };
 
@@ -152,18 +157,109 @@ static void begin_rows(const AttentionForward<Number>& p, const Rows& rows, bool
   zero(my.o, count * whole_vectors(p.V));
 }
 
-// The softmax of rows of a head after a block of keys more.
+// The values of a block of keys as what P is multiplied by: in rows, where they are or packed.
 template <class Number>
+class ValueRows {
+ public:
+  ValueRows(const AttentionForward<Number>& p, const Rows& rows, Range keys, bool streamed,
+            const ForwardMemory<Number>& my)
+      : p_(p),
+        rows_(rows),
+        keys_(keys),
+        my_(my),
+        v_(rows_in_place(p, p.value, p.V, rows.b, rows.m, keys)),
+        in_place_(streamed && ALIKE<Number> && vectors_in_place(p, p.V, rows.b, rows.m, keys)) {}
+
+  // Before the first block of rows.
+  void pack(const Block& block) {
+    // NaN and ∞ matter only where something is hidden
+    in_place_ = in_place_ && (block.shows_all() || are_finite(v_, block.count, p_.V));
+    if (!in_place_) pack_packed();
+  }
+  // Of keys that no row of a block sees, after its logits are known.
+  void hide(const Block& block) {
+    if (!finite_) hide_unseen(block, my_.s, my_.v, whole_vectors(p_.V));
+  }
+  // Rows from r on of O, times `shrink`, and P v.
+  void add(const Block& block, int64_t r) {
+    if constexpr (ALIKE<Number>)
+      in_place_ ? add_products_with(v_, block, r) : add_products_with(packed(), block, r);
+    else
+      add_products_with(packed(), block, r);
+    if (!finite_) pack_packed();
+  }
+
+ private:
+  KeyRows<float> packed() const { return {my_.v, whole_vectors(p_.V)}; }
+  void pack_packed() { finite_ = pack_rows(p_, p_.value, p_.V, rows_.b, rows_.m, keys_, my_.v); }
+  template <class Values>
+  void add_products_with(const KeyRows<Values>& v, const Block& block, int64_t r) {
+    const int64_t width = whole_vectors(p_.V);
+    product<Stored::by_row, From::scaled>(block.rows, width / W, block.seen(), my_.s + block.from,
+                                          STRIDE, v.data + block.from * v.stride, v.stride,
+                                          TILE_COLUMNS, my_.o + r * width, width, my_.shrink);
+  }
+
+  const AttentionForward<Number>& p_;
+  const Rows& rows_;
+  Range keys_;
+  const ForwardMemory<Number>& my_;
+  KeyRows<Number> v_;
+  bool in_place_, finite_ = true;
+};
+
+#if defined(RNNATTN_TILES)
+// The same in pairs, which P in two terms is multiplied by.
+class ValuePairs {
+ public:
+  using Number = Bfloat16;
+  ValuePairs(const AttentionForward<Number>& p, const Rows& rows, Range keys, bool,
+             const ForwardMemory<Number>& my)
+      : p_(p),
+        rows_(rows),
+        keys_(keys),
+        my_(my),
+        v_(rows_in_place(p, p.value, p.V, rows.b, rows.m, keys)) {}
+
+  void pack(const Block& block) {
+    finite_ = are_finite(v_, block.count, p_.V);
+    pairs_ = pair_rows(v_, block.count, p_.V, my_.v_pairs);
+  }
+  void hide(const Block& block) {
+    if (finite_) return;
+    const int64_t width = whole_vectors(p_.V);
+    pack_rows(p_, p_.value, p_.V, rows_.b, rows_.m, keys_, my_.v);
+    hide_unseen(block, my_.s, my_.v, width);
+    pairs_ = pair_rows(KeyRows<float>{my_.v, width}, block.count, p_.V, my_.v_pairs);
+  }
+  void add(const Block& block, int64_t r) {
+    const int64_t width = whole_vectors(p_.V);
+    split_rows(block, my_.s, nullptr, my_.weights);
+    product_of_terms<From::scaled>(block.rows, p_.V, block.seen(),
+                                   terms_of_rows(my_.weights, block.from), pairs_, block.from,
+                                   my_.o + r * width, width, my_.shrink);
+  }
+
+ private:
+  const AttentionForward<Number>& p_;
+  const Rows& rows_;
+  Range keys_;
+  const ForwardMemory<Number>& my_;
+  KeyRows<Number> v_;
+  PairedRows pairs_{};
+  bool finite_ = true;
+};
+#endif
+
+// The softmax of rows of a head after a block of keys more.
+template <class Values, class Number>
 static void see_keys(const AttentionForward<Number>& p, const Rows& rows, Range keys, bool streamed,
                      const ForwardMemory<Number>& my) {
-  const int64_t count = rows.count(), v_width = whole_vectors(p.V);
-  const int64_t q_width = whole_along<Operand<Number>>(p.K);
-  const KeyRows<Number> v = rows_in_place(p, p.value, p.V, rows.b, rows.m, keys);
-  const KeyRows<float> packed_v{my.v, v_width};
+  const int64_t count = rows.count(), q_width = whole_along<Operand<Number>>(p.K);
   Against<Operand<Number>> k{streamed ? nullptr : my.k, {my.k, q_width}};
   if constexpr (ALIKE<Number>) k.rows = rows_in_place(p, p.key, p.K, rows.b, rows.m, keys);
-  bool v_in_place = streamed && ALIKE<Number> && vectors_in_place(p, p.V, rows.b, rows.m, keys);
-  bool finite = true, packed = false;
+  Values values(p, rows, keys, streamed, my);
+  bool packed = false;
   if (streamed) {
     prefetch_share(p, p.key, p.K, rows.b, rows.m, keys.past, keys.past - keys.first);
     prefetch_share(p, p.value, p.V, rows.b, rows.m, keys.past, keys.past - keys.first);
@@ -180,29 +276,26 @@ static void see_keys(const AttentionForward<Number>& p, const Rows& rows, Range 
         pack_columns(p, p.key, p.K, rows.b, rows.m, keys, my.k);
       else if constexpr (!ALIKE<Number>)
         pack_rows(p, p.key, p.K, rows.b, rows.m, keys, my.k);
-      // NaN and ∞ matter only where something is hidden
-      v_in_place = v_in_place && (block.shows_all() || are_finite(v, block.count, p.V));
-      if (!v_in_place) finite = pack_rows(p, p.value, p.V, rows.b, rows.m, keys, my.v);
+      values.pack(block);
     }
     const QueryRows<Operand<Number>> q{my.q + r * q_width,
                                        IN_PAIRS<Number> ? my.scale + r : nullptr};
     logits(p, block, rows, my.ranges + r, r, q, k, my.s, nullptr);
-    if (!finite) hide_unseen(block, my.s, my.v, v_width);
+    values.hide(block);
     for (int64_t i = 0; i < block.rows; i += W)
       weigh(block, least(W, block.rows - i), my.s + i * STRIDE, my.peak + r + i,
             my.total + (r + i) * W, my.shrink + i);
-    const auto add_values = [&](const auto& values) {
-      product<Stored::by_row, From::scaled>(block.rows, v_width / W, block.seen(),
-                                            my.s + block.from, STRIDE,
-                                            values.data + block.from * values.stride, values.stride,
-                                            TILE_COLUMNS, my.o + r * v_width, v_width, my.shrink);
-    };
-    if constexpr (ALIKE<Number>)
-      v_in_place ? add_values(v) : add_values(packed_v);
-    else
-      add_values(packed_v);
-    if (!finite) pack_rows(p, p.value, p.V, rows.b, rows.m, keys, my.v);
+    values.add(block, r);
   }
+}
+template <class Number>
+static void see_keys(const AttentionForward<Number>& p, const Rows& rows, Range keys, bool streamed,
+                     const ForwardMemory<Number>& my) {
+#if defined(RNNATTN_TILES)
+  if constexpr (IN_TERMS<Number>)
+    if (!streamed) return see_keys<ValuePairs>(p, rows, keys, streamed, my);
+#endif
+  see_keys<ValueRows<Number>>(p, rows, keys, streamed, my);
 }
 
 // O and L of a row, from the weighted sum, the total and the peak of all its keys.
@@ -267,7 +360,7 @@ static void forward_part(const AttentionForward<Number>& p, const ForwardPlan& p
 
 // O and L of a set of rows of one head, from all parts of the keys; those of the first are lost.
 template <class Number>
-static void join_parts(const AttentionForward<Number>& p, const ForwardPlan& plan, const Rows& rows,
+static void join_terms(const AttentionForward<Number>& p, const ForwardPlan& plan, const Rows& rows,
                        const PartsOfSoftmax& parts) {
   const int64_t size = p.B * p.M * p.G * p.T;
   for (int64_t r = 0; r < rows.count(); ++r) {
@@ -312,7 +405,7 @@ static bool forward(Threads& threads, const AttentionForward<Number>& p) {
          parallel_for(threads, p.B * p.M * plan.blocks.count(),
                       rows * p.V * plan.parts / WORK_OF_A_THREAD + 1, 0, [&](int64_t item, float*) {
                         const int64_t head = item / plan.blocks.count();
-                        join_parts(
+                        join_terms(
                             p, plan,
                             plan.blocks.rows(head / p.M, head % p.M, item % plan.blocks.count()),
                             parts);

@@ -60,6 +60,7 @@ struct BackwardMemory {
   float* scale;                  // of the logits, where q_along is not scaled
   Operand *k_columns, *v_columns;
   float *k, *s, *dp, *uncap, *dq, *dk, *dv, *lse, *delta;
+  Bfloat16 *weights, *turned, *k_pairs, *row_pairs;  // of products in two terms
   Range* ranges;
 
   BackwardMemory(const Attention& p, const BackwardPlan& plan, float* base) : memory{base} {
@@ -88,6 +89,11 @@ struct BackwardMemory {
     lse = memory.take(rows);
     delta = memory.take(rows);
     ranges = memory.take<Range>(rows);
+    const bool in_terms = IN_TERMS<Number> && !plan.streamed;
+    weights = memory.take<Bfloat16>(in_terms ? rows * TERMS : 0);
+    turned = memory.take<Bfloat16>(in_terms ? keys * TURNED_TERMS : 0);
+    k_pairs = memory.take<Bfloat16>(in_terms ? paired_size(keys, p.K) : 0);
+    row_pairs = memory.take<Bfloat16>(in_terms ? paired_size(rows, most(p.K, p.V)) : 0);
   }
 };
 
@@ -156,14 +162,18 @@ template <class Number>
 static void hide_unseeing(const AttentionBackward<Number>& p, const Block& block,
                           const BackwardMemory<Number>& my) {
   const int64_t k_width = whole_vectors(p.K), v_width = whole_vectors(p.V);
-  const int64_t along = whole_along<Operand<Number>>(p.V);
+  const int64_t q_along = whole_along<Operand<Number>>(p.K);
+  const int64_t d_o_along = whole_along<Operand<Number>>(p.V);
   for (int64_t r = 0; r < block.rows; ++r) {
     float *q = my.q + r * k_width, *d_o = my.d_o + r * v_width;
     if (is_finite(q, k_width) && is_finite(d_o, v_width) && 0.0f * my.delta[r] == 0) continue;
     if (!sees_nothing(block, my.s + r * STRIDE)) continue;
     zero(q, k_width);
     zero(d_o, v_width);
-    zero(my.d_o_along + r * along, along);
+    if constexpr (IN_PAIRS<Number>) {
+      zero(my.q_along + r * q_along, q_along);
+      zero(my.d_o_along + r * d_o_along, d_o_along);
+    }
     my.delta[r] = 0;
   }
 }
@@ -224,6 +234,72 @@ static void add_to_dq(const AttentionBackward<Number>& p, const Block& block, co
     add_row(my.dq + r * k_width, scale_of(p, rows, r), p.K, dq + query_at(p, p.K, rows, r));
 }
 
+// What the rows of queries of a block add to dq, and to dk and dv of its keys, once P and dS are
+// known; keys as rows of float32.
+template <class Number>
+struct BlockGradient {
+  const AttentionBackward<Number>& p;
+  const BackwardMemory<Number>& my;
+  int64_t b, m;
+  Range keys;
+
+  // The keys, before the first block of rows, and after one whose unseen keys were hidden.
+  void pack_keys(bool) const { pack_rows(p, p.key, p.K, b, m, keys, my.k); }
+  void add(const Block& block, const Rows& rows, bool, float* dq) const {
+    const int64_t k_width = whole_vectors(p.K), v_width = whole_vectors(p.V);
+    const int64_t from = block.from, met = block.seen();
+    product<Stored::by_step, From::c>(met, v_width / W, block.rows, my.s + from, STRIDE, my.d_o,
+                                      v_width, TILE_COLUMNS, my.dv + from * v_width, v_width);
+    product<Stored::by_step, From::c>(met, k_width / W, block.rows, my.dp + from, STRIDE, my.q,
+                                      k_width, TILE_COLUMNS, my.dk + from * k_width, k_width);
+    add_to_dq(p, block, rows, KeyRows<float>{my.k, k_width}, dq, my);
+  }
+};
+
+#if defined(RNNATTN_TILES)
+// The same in two terms; what they meet is as it was given, and the scale goes into dS.
+template <>
+struct BlockGradient<Bfloat16> {
+  const AttentionBackward<Bfloat16>& p;
+  const BackwardMemory<Bfloat16>& my;
+  int64_t b, m;
+  Range keys;
+
+  void pack_keys(bool finite) const {
+    if (finite)
+      pair_rows(rows_in_place(p, p.key, p.K, b, m, keys), count(), p.K, my.k_pairs);
+    else
+      pack_rows(p, p.key, p.K, b, m, keys, my.k);
+  }
+  void add(const Block& block, const Rows& rows, bool finite, float* dq) const {
+    const int64_t k_width = whole_vectors(p.K), v_width = whole_vectors(p.V);
+    const int64_t from = block.from, met = block.seen();
+    const PairedRows k = finite
+                             ? PairedRows{my.k_pairs, panel()}
+                             : pair_rows(KeyRows<float>{my.k, k_width}, count(), p.K, my.k_pairs);
+    const auto pairs_of = [&](const Bfloat16* along, int64_t width) {
+      return pair_rows(KeyRows<Bfloat16>{along, whole_along<Bfloat16>(width)}, block.rows, width,
+                       my.row_pairs);
+    };
+    split_columns(block, my.s, nullptr, my.turned);
+    product_of_terms<From::c>(met, p.V, block.rows, terms_of_columns(my.turned, from),
+                              pairs_of(my.d_o_along, p.V), 0, my.dv + from * v_width, v_width);
+    split_columns(block, my.dp, my.scale, my.turned);
+    product_of_terms<From::c>(met, p.K, block.rows, terms_of_columns(my.turned, from),
+                              pairs_of(my.q_along, p.K), 0, my.dk + from * k_width, k_width);
+    split_rows(block, my.dp, my.scale, my.weights);
+    product_of_terms<From::zero>(block.rows, p.K, met, terms_of_rows(my.weights, from), k, from,
+                                 my.dq, k_width);
+    for (int64_t r = 0; r < block.rows; ++r)
+      add_row(my.dq + r * k_width, 1, p.K, dq + query_at(p, p.K, rows, r));
+  }
+
+ private:
+  int64_t count() const { return keys.past - keys.first; }
+  int64_t panel() const { return whole_steps<Bfloat16>(count()) * TILE_COLUMNS; }
+};
+#endif
+
 // dk and dv of a block of keys of a key/value head, and what they add to dbias and the sums; `seen`
 // are the keys that each block of queries sees.
 template <class Number>
@@ -234,6 +310,7 @@ static void backward_keys(const AttentionBackward<Number>& p, const RowBlocks& b
   const int64_t count = keys.past - keys.first;
   bool packed = false, finite = true;
   const Against<Operand<Number>> k_columns{my.k_columns, {}}, v_columns{my.v_columns, {}};
+  const BlockGradient<Number> gradient{p, my, b, m, keys};
   for (int64_t i = 0; i < blocks.count(); ++i) {
     if (!meet(seen[i % blocks.times.count], keys)) continue;
     Rows rows = blocks.rows(b, m, i);
@@ -250,20 +327,15 @@ static void backward_keys(const AttentionBackward<Number>& p, const RowBlocks& b
       packed = true;
       pack_columns(p, p.key, p.K, b, m, keys, my.k_columns);
       pack_columns(p, p.value, p.V, b, m, keys, my.v_columns);
-      // The values are checked for NaN and ∞ in the memory of dv, which is not begun yet.
-      finite = pack_rows(p, p.value, p.V, b, m, keys, my.dv) &
-               pack_rows(p, p.key, p.K, b, m, keys, my.k);
+      finite = are_finite(rows_in_place(p, p.value, p.V, b, m, keys), count, p.V) &&
+               are_finite(rows_in_place(p, p.key, p.K, b, m, keys), count, p.K);
+      gradient.pack_keys(finite);
       zero(my.dk, count * k_width);
       zero(my.dv, count * v_width);
     }
-    const int64_t from = block.from, met = block.seen();
     weights_and_gradient(p, block, rows, k_columns, v_columns, delta, finite, sums, my);
-    product<Stored::by_step, From::c>(met, v_width / W, block.rows, my.s + from, STRIDE, my.d_o,
-                                      v_width, TILE_COLUMNS, my.dv + from * v_width, v_width);
-    product<Stored::by_step, From::c>(met, k_width / W, block.rows, my.dp + from, STRIDE, my.q,
-                                      k_width, TILE_COLUMNS, my.dk + from * k_width, k_width);
-    add_to_dq(p, block, rows, KeyRows<float>{my.k, k_width}, sums.dq, my);
-    if (!finite) pack_rows(p, p.key, p.K, b, m, keys, my.k);
+    gradient.add(block, rows, finite, sums.dq);
+    if (!finite) gradient.pack_keys(finite);
   }
   if (!packed) {
     zero(my.dk, count * k_width);

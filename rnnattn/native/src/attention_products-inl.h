@@ -143,7 +143,7 @@ static void product_of_pairs(int64_t rows, int64_t columns, int64_t steps, const
                              const float* scale) {
   for (; columns > 0; columns -= TILE_VECTORS, b += TILE_COLUMNS * steps, c += TILE_COLUMNS)
     as_constant<TILE_VECTORS>(columns, [&](auto N) RNNATTN_LAMBDA {
-      over_tiles<TILE_ROWS>(0, rows, PairsTile<N>{steps, a, a_stride, b, c, c_stride, scale});
+      over_tiles<PAIR_ROWS>(0, rows, PairsTile<N>{steps, a, a_stride, b, c, c_stride, scale});
     });
 }
 

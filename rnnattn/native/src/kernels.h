@@ -211,6 +211,7 @@ struct Kernels {
 };
 
 // Null where this machine or this build has none.
+const Kernels* avx512_amx_kernels();
 const Kernels* avx512_bf16_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx2_kernels();
@@ -225,10 +226,11 @@ inline const Kernels* kernels_of(int64_t set) {
     case 2: return baseline_kernels();
     case 3: return avx512_bf16_kernels();
     case 4: return neon_bf16_kernels();
+    case 5: return avx512_amx_kernels();
     default: return nullptr;
   }
 }
-constexpr int64_t PREFERENCE[] = {3, 0, 1, 4, 2};
+constexpr int64_t PREFERENCE[] = {5, 3, 0, 1, 4, 2};
 
 }  // namespace rnnattn
 

@@ -81,6 +81,26 @@ RNNATTN_INLINE void accumulate(V (&sums)[R][N], int64_t steps, const float* a, i
   multiply<Held::a>(sums, steps, a, a_row, 1, b, width);
 }
 
+// The same of blocks of A, `a_block` apart, of so many steps each; those of B lie behind one
+// another. As pairs, A is the sum of two, the second `second` numbers behind the first: one alone
+// would leave 2⁻⁹ of it out.
+template <int R, int N>
+RNNATTN_INLINE void accumulate_blocks(V (&sums)[R][N], int64_t blocks, int64_t steps,
+                                      const float* a, int64_t a_row, int64_t a_block, int64_t,
+                                      const float* b, int64_t width) {
+  for (; blocks > 0; --blocks, a += a_block, b += steps * width)
+    accumulate(sums, steps, a, a_row, b, width);
+}
+
+// A tile of `product`, which holds vectors of B: 6 × 2 sums, 2 vectors and a number are 15 of AVX2.
+constexpr int TILE_ROWS = 6;
+#if RNNATTN_LANES == 16 || defined(__aarch64__)
+constexpr int TILE_VECTORS = 4;  // of 32 registers
+#else
+constexpr int TILE_VECTORS = 2;  // of 16
+#endif
+constexpr int TILE_COLUMNS = TILE_VECTORS * W;
+
 #if defined(RNNATTN_PAIRS)
 // W pairs of bfloat16; `dot` adds the products of both numbers of each to a sum.
 #if defined(__aarch64__)
@@ -98,6 +118,10 @@ RNNATTN_INLINE void put_pairs(Bfloat16*& out, V first, V second) {
   __builtin_memcpy(out, &pairs, sizeof pairs);
   out += 2 * W;
 }
+
+#if !defined(RNNATTN_TILES)
+
+constexpr int PAIR_ROWS = TILE_ROWS;  // of a product of pairs at once
 
 // `multiply` of pairs along the steps: rows of A and of B hold two steps in each 32 bits.
 template <int R, int N>
@@ -117,26 +141,139 @@ RNNATTN_INLINE void accumulate(V (&sums)[R][N], int64_t steps, const Bfloat16* a
     });
   }
 }
-#endif
 
-// tile.run<R>(first) for rows [first, past) in tiles of R rows, LIMIT at most, as even as can be.
-template <int LIMIT, class Tile>
-RNNATTN_INLINE void over_tiles(int64_t first, int64_t past, Tile tile) {
-  for (int64_t tiles = ceil_div(past - first, LIMIT); tiles > 0; --tiles) {
-    const int64_t rows = (past - first) / tiles;
-    as_constant<LIMIT>(rows, [&](auto R) RNNATTN_LAMBDA { tile.template run<R>(first); });
-    first += rows;
+template <int R, int N>
+RNNATTN_INLINE void accumulate_blocks(V (&sums)[R][N], int64_t blocks, int64_t steps,
+                                      const Bfloat16* a, int64_t a_row, int64_t a_block,
+                                      int64_t second, const Bfloat16* b, int64_t width) {
+  for (; blocks > 0; --blocks, a += a_block, b += steps * width) {
+    accumulate(sums, steps, a, a_row, b, width);
+    accumulate(sums, steps, a + second, a_row, b, width);
   }
 }
 
-// A tile of `product`, which holds vectors of B: 6 × 2 sums, 2 vectors and a number are 15 of AVX2.
-constexpr int TILE_ROWS = 6;
-#if RNNATTN_LANES == 16 || defined(__aarch64__)
-constexpr int TILE_VECTORS = 4;  // of 32 registers
 #else
-constexpr int TILE_VECTORS = 2;  // of 16
+
+// ---- AMX: products of whole tiles ---------------------------------------------------------------
+//
+// A register holds 16 rows of 64 bytes at most: 16 sums of each row of C, 32 steps of each row of
+// A, or as pairs 32 steps of W columns of B. One instruction multiplies two of them. How many rows
+// and bytes each has is set before, and is the same for the registers until it is set again.
+
+constexpr int PAIR_ROWS = 16;
+constexpr int64_t TILE_STEPS = 32;
+
+// The registers of `accumulate`.
+constexpr int TILE_OF_C = 0, TILE_OF_A = 4, TILE_OF_B = 5, REST_OF_A = 6, REST_OF_B = 7;
+
+struct TileShapes {
+  uint8_t palette = 1, start = 0, unused[14] = {};
+  uint16_t bytes[16] = {};
+  uint8_t rows[16] = {};
+
+  constexpr void set(int tile, int64_t rows_of_tile, int64_t bytes_of_row) {
+    rows[tile] = static_cast<uint8_t>(rows_of_tile);
+    bytes[tile] = static_cast<uint16_t>(bytes_of_row);
+  }
+  // Of products of R rows, with `rest` steps behind the last whole tile.
+  constexpr TileShapes(int R, int64_t rest) {
+    for (int n = 0; n < 4; ++n) set(TILE_OF_C + n, R, sizeof(V));
+    set(TILE_OF_A, R, sizeof(V));
+    set(TILE_OF_B, TILE_STEPS / 2, sizeof(V));
+    if (rest == 0) return;
+    set(REST_OF_A, R, 2 * rest);
+    set(REST_OF_B, rest / 2, sizeof(V));
+  }
+};
+
+// Compilers do not know these registers, and must not know: what is in them lives within
+// `accumulate` alone.
+template <int tile>
+RNNATTN_INLINE void load_tile(const void* from, int64_t row_bytes) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(row_bytes), "i"(tile) : "memory");
+}
+template <int tile>
+RNNATTN_INLINE void store_tile(void* to, int64_t row_bytes) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(row_bytes), "i"(tile) : "memory");
+}
+template <int c, int a, int b>
+RNNATTN_INLINE void multiply_tiles() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(c), "i"(a), "i"(b));
+}
+
+// The sums of a row are the same whichever rows are beside it.
+template <int R, int N>
+RNNATTN_INLINE void begin_tiles(V (&sums)[R][N], int64_t rest) {
+  const TileShapes shapes(R, rest);
+  asm volatile("ldtilecfg %0" : : "m"(shapes));
+  unrolled<N>([&](auto n)
+                  RNNATTN_LAMBDA { load_tile<TILE_OF_C + n>(&sums[0][n], sizeof sums[0]); });
+}
+template <int R, int N>
+RNNATTN_INLINE void end_tiles(V (&sums)[R][N]) {
+  unrolled<N>([&](auto n)
+                  RNNATTN_LAMBDA { store_tile<TILE_OF_C + n>(&sums[0][n], sizeof sums[0]); });
+  asm volatile("tilerelease");
+}
+
+template <int N>
+RNNATTN_INLINE void add_tiles(int64_t steps, const Bfloat16* a, int64_t a_row, const Bfloat16* b,
+                              int64_t width) {
+  const int64_t row_of_a = 2 * a_row, row_of_b = 4 * width;
+  for (; steps >= TILE_STEPS; steps -= TILE_STEPS, a += TILE_STEPS, b += TILE_STEPS * width) {
+    load_tile<TILE_OF_A>(a, row_of_a);
+    unrolled<N>([&](auto n) RNNATTN_LAMBDA {
+      load_tile<TILE_OF_B>(b + 2 * n * W, row_of_b);
+      multiply_tiles<TILE_OF_C + n, TILE_OF_A, TILE_OF_B>();
+    });
+  }
+  if (steps > 0) {
+    load_tile<REST_OF_A>(a, row_of_a);
+    unrolled<N>([&](auto n) RNNATTN_LAMBDA {
+      load_tile<REST_OF_B>(b + 2 * n * W, row_of_b);
+      multiply_tiles<TILE_OF_C + n, REST_OF_A, REST_OF_B>();
+    });
+  }
+}
+
+template <int R, int N>
+RNNATTN_INLINE void accumulate(V (&sums)[R][N], int64_t steps, const Bfloat16* a, int64_t a_row,
+                               const Bfloat16* b, int64_t width) {
+  begin_tiles(sums, steps % TILE_STEPS);
+  add_tiles<N>(steps, a, a_row, b, width);
+  end_tiles(sums);
+}
+
+template <int R, int N>
+RNNATTN_INLINE void accumulate_blocks(V (&sums)[R][N], int64_t blocks, int64_t steps,
+                                      const Bfloat16* a, int64_t a_row, int64_t a_block,
+                                      int64_t second, const Bfloat16* b, int64_t width) {
+  begin_tiles(sums, steps % TILE_STEPS);
+  for (; blocks > 0; --blocks, a += a_block, b += steps * width) {
+    add_tiles<N>(steps, a, a_row, b, width);
+    add_tiles<N>(steps, a + second, a_row, b, width);
+  }
+  end_tiles(sums);
+}
+
 #endif
-constexpr int TILE_COLUMNS = TILE_VECTORS * W;
+#endif
+
+// tile.run<R>(first) for rows [first, past) in tiles of R rows, LIMIT at most, as even as can be;
+// of those of AMX, which take more, of LIMIT rows, and what is left by halves: few numbers R.
+template <int LIMIT, class Tile>
+RNNATTN_INLINE void over_tiles(int64_t first, int64_t past, Tile tile) {
+  if constexpr (LIMIT > TILE_ROWS) {
+    for (; past - first >= LIMIT; first += LIMIT) tile.template run<LIMIT>(first);
+    over_tiles<LIMIT / 2>(first, past, tile);
+  } else {
+    for (int64_t tiles = ceil_div(past - first, LIMIT); tiles > 0; --tiles) {
+      const int64_t rows = (past - first) / tiles;
+      as_constant<LIMIT>(rows, [&](auto R) RNNATTN_LAMBDA { tile.template run<R>(first); });
+      first += rows;
+    }
+  }
+}
 
 // Element (row, step) of A.
 enum class Stored { by_row, by_step };

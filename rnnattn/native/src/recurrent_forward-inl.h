@@ -72,8 +72,8 @@ struct PreactivationTile {
 template <class Unit, class Operand>
 static void preactivate(const Cells<Unit, Operand>& cells, const Operand* xh, int64_t stride,
                         bool has_h, const Gates& out, int64_t u, int64_t lo, int64_t hi) {
-  over_tiles<GATE_TILE_ROWS>(lo, hi,
-                             PreactivationTile<Unit, Operand>{cells, xh, stride, has_h, out, u});
+  over_tiles<GATE_ROWS<Operand>>(
+      lo, hi, PreactivationTile<Unit, Operand>{cells, xh, stride, has_h, out, u});
 }
 
 // Copies rows [lo, hi) of `width` between arrays of different strides, zero beyond the width.
@@ -341,7 +341,7 @@ static void advance(const Recurrent<Number>& s, const Cells<Unit, Operand<Number
                     int64_t past, int64_t lo, int64_t hi) {
   // To and fro, so that a step begins with the weights that the one before left in the cache.
   over_steps(state.turned, u, past, [&](int64_t i) {
-    over_tiles<GATE_TILE_ROWS>(lo, hi, Tile{s, cells, state, step, i});
+    over_tiles<GATE_ROWS<Operand<Number>>>(lo, hi, Tile{s, cells, state, step, i});
   });
 }
 

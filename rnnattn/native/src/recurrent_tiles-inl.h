@@ -45,6 +45,14 @@ constexpr int GATE_TILE_ROWS = 3;
 constexpr int GATE_TILE_ROWS = 2;
 #endif
 
+// Of a product of numbers of that type.
+template <class Operand>
+constexpr int GATE_ROWS = GATE_TILE_ROWS;
+#if defined(RNNATTN_PAIRS)
+template <>
+constexpr int GATE_ROWS<Bfloat16> = PAIR_ROWS;
+#endif
+
 constexpr int PANEL = TILE_WIDTH * W;
 
 constexpr int64_t FEW_ROWS = 3;          // fewer for a thread do not pay
@@ -303,12 +311,8 @@ struct TransposedTile {
   template <int R>
   void run(int64_t r) const {
     V sum[R][N] = {};
-    constexpr int64_t steps = Columns::COUNT * W;
-    const Operand *a = dz.data + r * dz.row + Columns::FIRST * W, *b = w;
-    for (int64_t u = 0; u < tiles; ++u, a += dz.tile, b += steps * width) {
-      accumulate(sum, steps, a, dz.row, b, width);
-      if constexpr (TOGETHER<Operand> == 2) accumulate(sum, steps, a + dz.rest, dz.row, b, width);
-    }
+    accumulate_blocks(sum, tiles, Columns::COUNT * W, dz.data + r * dz.row + Columns::FIRST * W,
+                      dz.row, dz.tile, dz.rest, w, width);
     unrolled<R>([&](auto i) RNNATTN_LAMBDA {
       if (written && !written[r + i]) return;
       Number* row = out + (r + i) * stride;
@@ -334,7 +338,7 @@ static void times_transposed(const Panels<Operand>& dz, const Transposed<Unit, O
     const int64_t width = w.vectors(w.N, p) * W;
     as_constant<4>(least(4 - within, past - first), [&](auto N) {
       const Operand* panel = w.panel(p) + within * W * TOGETHER<Operand>;
-      over_tiles<GATE_TILE_ROWS>(
+      over_tiles<GATE_ROWS<Operand>>(
           lo, hi,
           TransposedTile<Tile, N, Operand, Number>{dz, panel, width, w.tiles(w.H), out + first * W,
                                                    adds, written, stride, w.N - first * W});
