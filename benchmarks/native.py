@@ -1,4 +1,4 @@
-"""The native kernels on a CPU: streaming, arithmetic, variants, several networks, cores, costs.
+"""The native kernels on a CPU: streaming, arithmetic, variants, networks, 16 bits, cores, costs.
 
 And what rotary positions take before attention.
 
@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import rnnattn
 from benchmarks import attention, lstm, timing
 from rnnattn import interop, native
-from rnnattn.native import calls
+from rnnattn.native import calls, load
 
 PACKAGES = ["jax", "jaxlib", "numpy", "torch"]
 
@@ -203,6 +204,48 @@ def print_variants(rows):
             print(f"    {name:<22}{timing.show_ratio(r)}")
 
 
+# ---- bfloat16, by how it is multiplied ---------------------------------------------------------
+
+
+def measure_bfloat16(rounds) -> dict[str, Any]:
+    """Time of float32 over that of bfloat16, by each instruction set that multiplies it."""
+    of_lstm = [(64, 64, 256, 512), (128, 32, 128, 128), (50, 4, 256, 512)]
+    of_attention = [
+        attention.Shape(2, 1024, 8, 64, True),
+        attention.Shape(4, 256, 8, 64, False),
+        attention.Shape(1, 2048, 4, 128, True),
+    ]
+    problems: dict[str, tuple[Any, Any]] = {
+        f"lstm {shape}": (lstm.ours, partial(lstm.make_problem, *shape)) for shape in of_lstm
+    } | {
+        f"attention {shape}": (attention.ours, partial(attention.make_problem, shape))
+        for shape in of_attention
+    }
+    rows = {}
+    for name, (ours, make_problem) in problems.items():
+        programs = {"float32": ours(make_problem(dtype="float32"))}
+        for how in load.found()[1]:
+            if "_" in how:
+                with mock.patch.object(calls, "instruction_set", how):
+                    jax.clear_caches()
+                    programs[how] = ours(make_problem(dtype="bfloat16"))
+        for kind in programs["float32"]:
+            times = timing.measure({how: made[kind] for how, made in programs.items()}, rounds)
+            wide = times.pop("float32")
+            rows[f"{name}, {kind}"] = {
+                how: timing.ratio(wide, t)._asdict() for how, t in times.items()
+            }
+    return rows
+
+
+def print_bfloat16(rows):
+    print("\ntime in float32 / in bfloat16")
+    for shape, ratios in rows.items():
+        print(f"  {shape}")
+        for how, r in ratios.items():
+            print(f"    {how:<22}{timing.show_ratio(r)}")
+
+
 # ---- several networks --------------------------------------------------------------------------
 
 NETWORKS = [
@@ -371,6 +414,7 @@ STUDIES: dict[str, tuple[Callable[[int], Any], Callable[[Any], None]]] = {
     "streaming": (measure_streaming, print_streaming),
     "rates": (measure_rates, print_rates),
     "variants": (measure_variants, print_variants),
+    "bfloat16": (measure_bfloat16, print_bfloat16),
     "networks": (measure_networks, print_networks),
     "rope": (measure_rope, print_rope),
     "cores": (measure_cores, print_cores),

@@ -320,7 +320,7 @@ def prepare(folder: Path) -> None:
         shutil.copy(ROOT / name, folder / name)
     none = "".join(
         f"const Kernels* {name}_kernels() {{ return nullptr; }}\n"
-        for name in ("avx512_bf16", "avx512", "avx2", "neon_bf16")
+        for name in ("avx512_amx", "avx512_bf16", "avx512", "avx2", "neon_bf16")
     )
     (folder / "none.cc").write_text(
         f'#include "{NATIVE}/kernels.h"\nnamespace rnnattn {{\n{none}}}\n'

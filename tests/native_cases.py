@@ -10,6 +10,12 @@ from rnnattn.native import calls, load
 from rnnattn.recurrent import run
 
 SETS = list(load.found()[1])
+# Those of bfloat16 take all other kernels from a set before them.
+WIDE_SETS = [name for name in SETS if "_" not in name]
+NARROW_SETS = [
+    *((jnp.bfloat16, name) for name in SETS),
+    *((jnp.float16, name) for name in WIDE_SETS),
+]
 
 
 def narrow(tree):

@@ -29,11 +29,11 @@ from tests.attention_cases import (
     second_order,
     value_and_gradients,
 )
+from tests.native_cases import NARROW_SETS, SETS, WIDE_SETS
 from tests.test_attention import VARIANTS, _filled, drawn
 from tests.test_packed import cotangents as packed_cotangents, make_packed, masked, without_nan
 
 examples = partial(settings, deadline=None, derandomize=True)
-SETS = list(load.found()[1])
 NATIVE: dict[str, Any] = {"implementation": "native"}
 TOLERANCE = 1e-5
 
@@ -65,7 +65,7 @@ def set_how(monkeypatch, **how):
     cast(Any, api._run_attention).clear_cache()
 
 
-@pytest.fixture(params=SETS)
+@pytest.fixture(params=WIDE_SETS)
 def instruction_set(request, monkeypatch):
     set_how(monkeypatch, instruction_set=request.param)
     yield request.param
@@ -306,8 +306,6 @@ def test_any_number_of_threads_gives_the_same_bits(monkeypatch):
 
 # ---- 16 bits ----------------------------------------------------------------------------------
 
-NARROW = [jnp.bfloat16, jnp.float16]
-
 
 def _exact(case):
     expect = first_order(reference.dot_product_attention, **case.options)
@@ -319,9 +317,10 @@ def narrow_problem(dtype, packed):
     """A case of everything, of keys that are packed or streamed, what comes back to it, and what
     must come out.
 
-    Widths of 33 are not in whole pairs, those of 48 in whole vectors of numbers, not of pairs.
+    Widths of 33 are not in whole pairs, those of 48 and 80 in whole vectors of numbers, not of
+    pairs; 80 are more than one tile of a product takes.
     """
-    sizes = Sizes(2, 131, 290, 4, 2, 33, 48) if packed else Sizes(2, 3, 531, 4, 2, 48, 33)
+    sizes = Sizes(2, 131, 290, 4, 2, 33, 80) if packed else Sizes(2, 3, 531, 4, 2, 48, 33)
     soft_cap = None if packed else 2.0
     case = _of_all_kinds(
         sizes, query_offset=jnp.array([0, 240]), logits_soft_cap=soft_cap, scale=(4,), dtype=dtype
@@ -343,7 +342,7 @@ def narrow_problem(dtype, packed):
     return case._replace(floats=case.floats | {"query": query} | spoiled), cotangents, expected
 
 
-@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("dtype, instruction_set", NARROW_SETS, indirect=["instruction_set"])
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "streamed"])
 def test_16_bits_are_those_of_float64_rounded_once(dtype, packed, instruction_set):
     """But for what float32 leaves; with NaN where nobody looks."""

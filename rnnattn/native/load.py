@@ -47,7 +47,9 @@ def found() -> tuple[Status, dict[str, int]]:
     if asked == "off":
         return Status(False, reason=f"{_VARIABLE} is 'off'"), {}
     sets, reason = _extension()
-    if asked and asked not in (sets or ("avx512_amx", "avx512_bf16", "avx512", "avx2", "neon_bf16", "baseline")):
+    if asked and asked not in (
+        sets or ("avx512_amx", "avx512_bf16", "avx512", "avx2", "neon_bf16", "baseline")
+    ):
         allowed = ", ".join(map(repr, [*sets, "off"]))
         raise ValueError(f"{_VARIABLE}: expected one of {allowed} on this machine, got {asked!r}")
     if reason:
