@@ -44,7 +44,7 @@ FORWARD_KEYS = 128  # of a step
 BACKWARD_QUERIES = 64  # of a step of the gradient of keys
 _STAGES = 2  # blocks that are there or on their way
 
-__i32, _f32 = jnp.int32, jnp.float32
+_i32, _f32 = jnp.int32, jnp.float32
 _LAYOUT = plgpu.Layout.WGMMA  # of an array (ROWS, …) in the registers of a warpgroup
 _OF_ROWS, _OF_COLUMNS = _LAYOUT.reduce(1), _LAYOUT.reduce(0)
 _HOW = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)

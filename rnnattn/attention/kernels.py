@@ -20,7 +20,8 @@ class Reach(NamedTuple):
     past: Int[Array, "B T"]
     query_segments: Int[Array, "B T"] | None
     key_segments: Int[Array, "B S"] | None
-    blocks: Int[Array, "B tiles 4"]  # [from, to) are visited; [from, to) of these seen whole
+    # [from, to) are visited, [from, to) of these seen whole
+    blocks: Int[Array, "B tiles 4"] | None = None
 
 
 def within(first, past, keys, segments):

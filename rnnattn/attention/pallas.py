@@ -26,6 +26,7 @@ from rnnattn.attention.problem import Operands
 from rnnattn.attention.xla import time_last
 from rnnattn.checks import those_that_hold
 from rnnattn.dispatch import HOPPER, gpu_capability
+from rnnattn.precision import accumulator
 
 _WIDTHS = (64, 128)
 _WIDEST_ON_TPU = 256
@@ -169,10 +170,10 @@ def _reach(options, operands, masking, missing):
         t = jnp.arange(T, dtype=jnp.int32)
         of_row = jax.vmap(lambda t: key_range(options, masking, t, t), out_axes=1)
         ranges = (jnp.clip(x, 0, S) for x in of_row(t))
-    ranges = (_filled(jnp.broadcast_to(x, (B, T)), 1, missing[0]) for x in ranges)
+    first, past = (_filled(jnp.broadcast_to(x, (B, T)), 1, missing[0]) for x in ranges)
     filled = lambda ids, more: None if ids is None else _filled(ids, 1, more, mode="edge")
-    ids = map(filled, (masking.query_segments, masking.key_segments), missing)
-    return Reach(*ranges, *ids, None)
+    of_queries = filled(masking.query_segments, missing[0])
+    return Reach(first, past, of_queries, filled(masking.key_segments, missing[1]))
 
 
 def _in_blocks(x, size):
@@ -252,7 +253,7 @@ def _forward(kernels, options, operands, masking):
         _of_heads(scale, operands),
         _with_blocks(reach, S + missing[1], tiles.forward),
         soft_cap=options.soft_cap,
-        dtype=jnp.float32 if options.keeps_o else v.dtype,
+        dtype=accumulator(v.dtype) if options.keeps_o else v.dtype,
     )
     o = o[:, :T].reshape(B, T, M, G, -1)
     return with_sinks(o, lse[..., :T].reshape(B, M, G, T), operands.sinks)
@@ -278,10 +279,7 @@ def _backward(kernels, options, operands, masking, o, lse, do, dlse):
         lse = jnp.where(numbers, lse, jnp.nan)
         q, k, v, do, delta = (_finite(x) for x in (q, k, v, do, delta))
     lse = jnp.minimum(lse, _FAR_ABOVE) * LOG2_E
-    arrays = [
-        _filled(x, 1, n)
-        for x, n in zip((_heads_joined(q), k, v), _of(missing), strict=True)
-    ]
+    arrays = [_filled(x, 1, n) for x, n in zip((_heads_joined(q), k, v), _of(missing), strict=True)]
     arrays += [_filled(_heads_joined(do), 1, missing[0])]
     arrays += [_filled(x.reshape(B, M * G, T), 2, missing[0]) for x in (lse, delta)]
     run = lambda kernel, *sight: kernel(

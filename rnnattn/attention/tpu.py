@@ -21,6 +21,7 @@ K head width, V value width: see `rnnattn.attention.pallas`.
 """
 
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import jax
@@ -38,12 +39,13 @@ from rnnattn.attention.equations import (
     rescaled,
 )
 from rnnattn.attention.kernels import LN_2, logits, within
+from rnnattn.precision import accumulator
 
 LANES = 128  # a tile is a multiple of them
 MOST_QUERIES, MOST_KEYS = 512, 1024  # of a tile
 _VMEM = 48 * 2**20  # less than any TPU has from the fifth generation on
 
-_i32, _f32 = np.int32, jnp.float32
+_i32 = np.int32
 _out: Any = jax.ShapeDtypeStruct
 
 
@@ -58,61 +60,67 @@ def tiles(T, S):
 
 
 class _Turn(NamedTuple):
-    """Where a turn of the grid is."""
+    """Where a turn of the grid is: the row, the heads, the tiles of queries and of keys."""
 
     row: Any
     query_head: Any
     head: Any  # of keys and values
-    queries: Any  # the tile
-    keys: Any  # the tile
+    queries: Any
+    keys: Any
 
 
-class _Plan(NamedTuple):
-    """The turns of a grid: for each tile of its own kind, the blocks that it visits of the other.
+class _Grid(NamedTuple):
+    """Tiles of queries, or of keys, and for each its turns with blocks of the other.
 
-    Of a tile of keys, for one head of its group after another.
+    A tile of keys has those of one head of its group after another.
     """
 
     of_keys: bool  # whether the tiles are of keys
-    heads: tuple[int, int]  # N and M
+    counts: tuple[int, int, int]  # B, N, M
+    sizes: tuple[int, int]  # queries and keys of a tile
     tiles: int
-    blocks: int
-    bounded: bool  # whether `Reach` says which are visited
+    turns: Any  # as many as a tile has at most; not known before it runs, where `Reach` says it
+    bounded: bool  # whether it does
 
-    def bounds(self, row, tile, of_blocks, which):
-        """A number of the four that a tile has in `Reach`, which are given as one row."""
-        place = ((row * _i32(self.tiles)) + tile) * _i32(4)
-        return [of_blocks[place + _i32(n)] for n in which]
+    @classmethod
+    def of(cls, of_keys, query, key, reach):
+        """For query and key with heads in front of time."""
+        (B, N, T, _), (_, M, S, _) = query.shape, key.shape
+        sizes = tiles(T, S)
+        own, others = T // sizes[0], S // sizes[1]
+        if of_keys:
+            own, others = others, own
+        turns: Any = others
+        if reach is not None:
+            begin, end = reach.blocks[..., 0], reach.blocks[..., 1]
+            turns = jnp.maximum(jnp.max(end - begin), 1).astype(jnp.int32)
+        return cls(of_keys, (B, N, M), sizes, own, turns, reach is not None)
+
+    @property
+    def shape(self):
+        B, N, M = self.counts
+        return B, *((M, self.tiles, N // M) if self.of_keys else (N, self.tiles, 1)), self.turns
+
+    def bounds(self, row, tile, of_blocks):
+        """The four numbers that a tile has in `Reach`, which are given one behind the other."""
+        place = (row * _i32(self.tiles) + tile) * _i32(4)
+        return [of_blocks[place + _i32(n)] for n in range(4)]
 
     def turn(self, row, head, tile, g, i, *of_blocks):
-        N, M = self.heads
-        block = i
+        _, N, M = self.counts
+        G, block = _i32(N // M), i
         if self.bounded:
-            begin, end = self.bounds(row, tile, of_blocks[0], (0, 1))
-            # what is done with visits stays at the last, so that nothing comes in vain
+            begin, end, *_ = self.bounds(row, tile, *of_blocks)
+            # a tile that is done stays at its last block, so that nothing comes in vain
             block = jnp.minimum(begin + i, jnp.maximum(end - _i32(1), _i32(0)))
         if self.of_keys:
-            return _Turn(row, head * _i32(N // M) + g, head, block, tile)
-        return _Turn(row, head, lax.div(head, _i32(N // M)), tile, block)
+            return _Turn(row, head * G + g, head, block, tile)
+        return _Turn(row, head, lax.div(head, G), tile, block)
 
-    def grid(self, rows, of_blocks):
-        N, M = self.heads
-        own, group = (M, N // M) if self.of_keys else (N, 1)
-        turns = self.blocks
-        if self.bounded:
-            begin, end = (of_blocks.reshape(-1, 4)[:, n] for n in (0, 1))
-            turns = jnp.maximum(jnp.max(end - begin), 1).astype(jnp.int32)
-        return rows, own, self.tiles, group, turns
+    def _spec(self, shape, place):
+        return pl.BlockSpec(shape, lambda *at: place(self.turn(*at)))
 
-
-class _Specs(NamedTuple):
-    """The blocks of arrays in a turn, by what they are of."""
-
-    plan: _Plan
-    sizes: tuple[int, int]  # queries and keys of a tile
-
-    def _spec(self, shape, of_turn):
-        return pl.BlockSpec(shape, lambda *at: of_turn(self.plan.turn(*at)))
+    # the blocks of arrays in a turn
 
     def queries(self, width):
         """(B, N, T, width)."""
@@ -129,109 +137,101 @@ class _Specs(NamedTuple):
         place = lambda turn: (turn.row, turn.head, turn.keys, _i32(0))
         return self._spec((None, None, self.sizes[1], width), place)
 
-    def ranges(self, count):
-        """(B, count, T)."""
+    def of_rows(self, count):
+        """(B, count, T), for all heads."""
         place = lambda turn: (turn.row, _i32(0), turn.queries)
         return self._spec((None, count, self.sizes[0]), place)
 
     def segments(self):
-        """(B, 1, S)."""
+        """(B, 1, S), for all heads."""
         place = lambda turn: (turn.row, _i32(0), turn.keys)
         return self._spec((None, 1, self.sizes[1]), place)
 
 
-def _sees(turn, sizes, ranges, segments):
+def _with_masks(grid, reach):
+    """What `Reach` says of queries, and of keys, with its blocks in a turn."""
+    if reach is None:
+        return []
+    rows = [x for x in (reach.first, reach.past, reach.query_segments) if x is not None]
+    masks = [(jnp.stack(rows, 1), grid.of_rows(len(rows)))]
+    if reach.key_segments is not None:
+        masks.append((reach.key_segments[:, None], grid.segments()))
+    return masks
+
+
+def _sees(grid, turn, ranges, segments=None):
     """Whether queries see keys, (keys, queries)."""
-    queries, keys = sizes
+    queries, keys = grid.sizes
+    first, past, *ids = jnp.split(ranges[...], ranges.shape[0])
     start = turn.keys * _i32(keys)
-    rows = ranges[...]
-    indices = lax.broadcasted_iota(jnp.int32, (keys, queries), 0)
-    ids = None
     if segments is not None:
-        # turned by way of whole tiles, as the TPU turns them
-        column = jnp.broadcast_to(segments[...], (LANES, keys)).T[:, :1]
-        ids = rows[2:3], column
-    return within(rows[0:1] - start, rows[1:2] - start, indices, ids)
+        # turned in whole tiles, as a TPU turns them
+        ids.append(jnp.broadcast_to(segments[...], (LANES, keys)).T[:, :1])
+    indices = lax.broadcasted_iota(jnp.int32, (keys, queries), 0)
+    return within(first - start, past - start, indices, ids or None)
 
 
-def _call(kernel, of_keys, arrays, kinds, scale, reach, results, scratch, interpret):
-    """What is written by a kernel whose tiles are of queries, or of keys.
+def _call(kernel, grid, given, scale, reach, results, scratch, interpret):
+    """What is written by a kernel.
 
-    kernel: of the scale and the references of arrays, results and scratch; gives what is done
-        at the start of a tile, for each block, and in the end. What is done for a block takes a
-        function of who sees whom, None where all see all.
-    kinds: by which of `_Specs` the arrays come, with their width.
-    results: the same of results, and their types. scratch: shapes in float32.
+    kernel: of the scale and the references of what is given, of results and of scratch; gives what
+        is done at the start of a tile, for each block, and in the end. What is done for a block
+        takes a function of who sees whom, None where all see all.
+    given, results: arrays and types with heads in front of time, each with its blocks.
+    scratch: shapes, in the dtype of sums, as `scale`.
     """
-    (B, N, T, _), (_, M, S, _) = arrays[0].shape, arrays[1].shape
-    sizes = tiles(T, S)
-    counts = T // sizes[0], S // sizes[1]
-    plan = _Plan(of_keys, (N, M), *(counts[::-1] if of_keys else counts), reach is not None)
-    specs = _Specs(plan, sizes)
-    of_blocks, masks, mask_specs = [], [], []
-    if reach is not None:
-        of_blocks = [reach.blocks.reshape(-1)]
-        rows = [x for x in (reach.first, reach.past, reach.query_segments) if x is not None]
-        masks, mask_specs = [jnp.stack(rows, 1)], [specs.ranges(len(rows))]
-    if reach is not None and reach.key_segments is not None:
-        masks, mask_specs = [*masks, reach.key_segments[:, None]], [*mask_specs, specs.segments()]
+    masks, N = _with_masks(grid, reach), grid.counts[1]
+    of_blocks = [] if reach is None else [reach.blocks.reshape(-1)]
+    counts = [len(x) for x in (of_blocks, [scale], given, masks, results, scratch)]
 
     def body(*refs):
-        refs = list(refs)
-        take = lambda count: [refs.pop(0) for _ in range(count)]
-        of_blocks_ref, (scale_ref,) = take(len(of_blocks)), take(1)
-        given, seen, written, kept = map(
-            take, (len(arrays), len(masks), len(results), len(scratch))
-        )
+        rest = iter(refs)
+        of_blocks, (scale_ref,), *others = ([*islice(rest, count)] for count in counts)
+        given, masks, results, scratch = others
         at = [pl.program_id(axis) for axis in range(5)]
+        turn = grid.turn(*at, *of_blocks)
+        scale = scale_ref[turn.row * _i32(N) + turn.query_head]
+        start, step, finish = kernel(scale, given, results, scratch)
         row, _, tile, g, i = at
-        turn = plan.turn(*at, *of_blocks_ref)
-        start, step, finish = kernel(
-            scale_ref[row * _i32(N) + turn.query_head], given, written, kept
-        )
         pl.when((g == 0) & (i == 0))(start)
-        if reach is None:
-            step(None)
-        else:
-            begin, end, first, past = plan.bounds(row, tile, of_blocks_ref[0], range(4))
+        if grid.bounded:
+            begin, end, first, past = grid.bounds(row, tile, *of_blocks)
             block = begin + i
             whole = (block >= first) & (block < past)
-            ranges, segments = seen[0], seen[1] if len(seen) > 1 else None
             pl.when((block < end) & whole)(lambda: step(None))
-            sees = lambda: _sees(turn, sizes, ranges, segments)
-            pl.when((block < end) & ~whole)(lambda: step(sees))
+            pl.when((block < end) & ~whole)(lambda: step(lambda: _sees(grid, turn, *masks)))
+        else:
+            step(None)
         last = (g == pl.num_programs(3) - 1) & (i == pl.num_programs(4) - 1)
         pl.when(last)(finish)
 
-    named = lambda name, width: getattr(specs, name)(width)
-    call = pl.pallas_call(
+    arrays, specs = zip(*given, *masks, strict=True)
+    types, of_results = zip(*results, strict=True)
+    return pl.pallas_call(
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(of_blocks),
-            grid=plan.grid(B, *(of_blocks or [None])),
-            in_specs=[
-                pl.BlockSpec(memory_space=pltpu.SMEM),
-                *map(named, *zip(*kinds, strict=True)),
-                *mask_specs,
-            ],
-            out_specs=[named(*how) for how, _ in results],
-            scratch_shapes=[pltpu.VMEM(shape, _f32) for shape in scratch],
+            grid=grid.shape,
+            in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), *specs],
+            out_specs=of_results,
+            scratch_shapes=[pltpu.VMEM(shape, scale.dtype) for shape in scratch],
         ),
-        out_shape=[made for _, made in results],
+        out_shape=types,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=_VMEM,
         ),
         interpret=interpret,
-    )
-    return call(*of_blocks, scale, *arrays, *masks)
+    )(*of_blocks, scale, *arrays)
 
 
 def _dot(a, b, axes):
-    """Summed over an axis of either. What has 16 bits is multiplied exactly, whatever JAX is told."""
-    precision = None if a.dtype == _f32 else lax.Precision.DEFAULT
-    dimensions = tuple((axis,) for axis in axes), ((), ())
-    return lax.dot_general(a, b, dimensions, precision, preferred_element_type=_f32)
+    """Summed over an axis of either. Numbers of 16 bits are multiplied exactly in any case."""
+    wide = accumulator(a.dtype)
+    precision = None if a.dtype == wide else lax.Precision.DEFAULT
+    of_a, of_b = ((axis,) for axis in axes)
+    dimensions = (of_a, of_b), ((), ())
+    return lax.dot_general(a, b, dimensions, precision, preferred_element_type=wide)
 
 
 _product = partial(_dot, axes=(1, 0))  # a b
@@ -252,20 +252,21 @@ def _heads_first(x):
 
 
 def forward(query, key, value, scale, reach, *, soft_cap, dtype, interpret: Any = False):
-    """O (B, T, N, V) in that dtype, and L (B, N, T) in float32, without sinks.
+    """O (B, T, N, V) in that dtype, and L (B, N, T) in that of sums, without sinks.
 
-    scale: (B N,) in float32. reach: with the blocks of tiles of queries; None if all see all.
+    scale: (B N,), likewise. reach: with the blocks of tiles of queries; None if all see all.
     interpret: how Pallas' interpreter runs this, where it is to.
     """
     (B, T, N, K), V = query.shape, value.shape[3]
-    queries, _ = tiles(T, key.shape[1])
+    query, key, value = map(_heads_first, (query, key, value))
+    grid = _Grid.of(False, query, key, reach)
 
     def kernel(scale, arrays, results, scratch):
         (q_ref, k_ref, v_ref), (o_ref, lse_ref), sums = arrays, results, Softmax(*scratch)
 
         def start():
             for ref, x in zip(sums, (-jnp.inf, 0.0, 0.0), strict=True):
-                ref[...] = jnp.full(ref.shape, x, _f32)
+                ref[...] = jnp.full(ref.shape, x, ref.dtype)
 
         def step(sees):
             _, s = logits(_against(k_ref[...], q_ref[...]), scale, soft_cap)
@@ -285,29 +286,33 @@ def forward(query, key, value, scale, reach, *, soft_cap, dtype, interpret: Any 
 
         return start, step, finish
 
-    o, lse = _call(
-        kernel,
-        False,
-        [_heads_first(x) for x in (query, key, value)],
-        [("queries", K), ("keys", K), ("keys", V)],
-        scale,
-        reach,
-        [(("across", V), _out((B, N, V, T), dtype)), (("across", 1), _out((B, N, 1, T), _f32))],
-        [(1, queries), (1, queries), (V, queries)],
-        interpret,
-    )
+    given = [(query, grid.queries(K)), (key, grid.keys(K)), (value, grid.keys(V))]
+    results = [
+        (_out((B, N, V, T), dtype), grid.across(V)),
+        (_out((B, N, 1, T), scale.dtype), grid.across(1)),
+    ]
+    queries, _ = grid.sizes
+    scratch = [(1, queries), (1, queries), (V, queries)]
+    o, lse = _call(kernel, grid, given, scale, reach, results, scratch, interpret)
     return jnp.moveaxis(o, 3, 1), lse[:, :, 0]
 
 
 # ---- the gradient -----------------------------------------------------------------------------
 
 
-def _of_gradient(arrays):
-    """The arrays of either kernel as it is given them, and their kinds."""
+def _for_gradient(of_keys, arrays, reach):
+    """The grid of a kernel of the gradient, and what both are given."""
     *arrays, lse, delta = arrays
-    K, V = arrays[0].shape[3], arrays[2].shape[3]
-    kinds = [("queries", K), ("keys", K), ("keys", V), ("queries", V), ("across", 1), ("across", 1)]
-    return [*map(_heads_first, arrays), lse[:, :, None], delta[:, :, None]], kinds
+    query, key, value, do = map(_heads_first, arrays)
+    K, V, grid = query.shape[3], value.shape[3], _Grid.of(of_keys, query, key, reach)
+    of_rows = [(x[:, :, None], grid.across(1)) for x in (lse, delta)]
+    return grid, [
+        (query, grid.queries(K)),
+        (key, grid.keys(K)),
+        (value, grid.keys(V)),
+        (do, grid.queries(V)),
+        *of_rows,
+    ]
 
 
 def _weights_and_gradient(arrays, scale, soft_cap, sees):
@@ -327,7 +332,7 @@ def _summed(sums, results, add):
 
     def start():
         for ref in sums:
-            ref[...] = jnp.zeros(ref.shape, _f32)
+            ref[...] = jnp.zeros(ref.shape, ref.dtype)
 
     def step(sees):
         for ref, more in zip(sums, add(sees), strict=True):
@@ -343,12 +348,12 @@ def _summed(sums, results, add):
 def query_gradient(arrays, scale, reach, *, soft_cap, interpret: Any = False):
     """dq (B, T, N, K), in the dtype of the query.
 
-    arrays: query, key, value, dO (B, T, N, V); L in units of log 2 and Δ − dL, (B, N, T).
-    scale: (B N,) in float32. reach: with the blocks of tiles of queries; None if all see all.
+    arrays: query, key, value, dO (B, T, N, V); L in units of log 2 and Δ − dL, (B, N, T), in the
+        dtype of sums. scale: (B N,), likewise.
+    reach: with the blocks of tiles of queries; None if all see all.
     """
-    query, key, *_ = arrays
-    (B, T, N, K), dtype = query.shape, query.dtype
-    queries, _ = tiles(T, key.shape[1])
+    (B, T, N, K), dtype = arrays[0].shape, arrays[0].dtype
+    grid, given = _for_gradient(False, arrays, reach)
 
     def kernel(scale, arrays, results, scratch):
         def add(sees):
@@ -357,9 +362,9 @@ def query_gradient(arrays, scale, reach, *, soft_cap, interpret: Any = False):
 
         return _summed(scratch, results, add)
 
-    results = [(("across", K), _out((B, N, K, T), dtype))]
-    given = *_of_gradient(arrays), scale, reach
-    (dq,) = _call(kernel, False, *given, results, [(K, queries)], interpret)
+    results = [(_out((B, N, K, T), dtype), grid.across(K))]
+    scratch = [(K, grid.sizes[0])]
+    (dq,) = _call(kernel, grid, given, scale, reach, results, scratch, interpret)
     return jnp.moveaxis(dq, 3, 1)
 
 
@@ -368,9 +373,9 @@ def key_gradient(arrays, scale, reach, *, soft_cap, interpret: Any = False):
 
     reach: with the blocks of tiles of keys.
     """
-    query, key, value, *_ = arrays
-    (_, T, _, _), (B, S, M, K), V, dtype = query.shape, key.shape, value.shape[3], key.dtype
-    _, keys = tiles(T, S)
+    _, key, value, *_ = arrays
+    (B, S, M, K), V, dtype = key.shape, value.shape[3], key.dtype
+    grid, given = _for_gradient(True, arrays, reach)
 
     def kernel(scale, arrays, results, scratch):
         def add(sees):
@@ -380,7 +385,7 @@ def key_gradient(arrays, scale, reach, *, soft_cap, interpret: Any = False):
 
         return _summed(scratch, results, add)
 
-    results = [(("keys", width), _out((B, M, S, width), dtype)) for width in (K, V)]
-    given = *_of_gradient(arrays), scale, reach
-    made = _call(kernel, True, *given, results, [(keys, K), (keys, V)], interpret)
+    results = [(_out((B, M, S, width), dtype), grid.keys(width)) for width in (K, V)]
+    scratch = [(grid.sizes[1], width) for width in (K, V)]
+    made = _call(kernel, grid, given, scale, reach, results, scratch, interpret)
     return [_heads_first(d) for d in made]

@@ -6,7 +6,6 @@ Axes: B batch, T time, D input width, H hidden width, R width of h (H without a 
 from collections.abc import Sequence
 from typing import Any, Literal, SupportsFloat, SupportsIndex, Unpack
 
-import jax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 import rnnattn.recurrent.native as native
