@@ -86,7 +86,8 @@ lane := .venv-accelerators/bin/python
 exports := attention recurrent position patches
 
 accelerators: .venv-accelerators/installed
-	JAX_PLATFORMS=cpu $(lane) -m pytest -rs tests/test_accelerators.py tests/test_pallas.py tests/test_tpu.py tests/test_attention_pallas.py \
+	JAX_PLATFORMS=cpu $(lane) -m pytest -rs tests/test_accelerators.py tests/test_pallas.py tests/test_tpu.py \
+	  tests/test_attention_pallas.py tests/test_attention_tpu.py \
 	  $(exports:%=tests/test_%.py::test_everything_exports_for_gpu_and_tpu) \
 	  tests/test_parallel.py::test_exports_for_gpu_and_tpu
 

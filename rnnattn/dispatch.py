@@ -158,6 +158,17 @@ def no_hopper():
     return ["a GPU that is not of the Hopper generation"] if other else []
 
 
+def unserved_here(by_gpu, by_tpu):
+    """Of what kernels for a GPU and those for a TPU cannot serve, for what a call is refused.
+
+    For what those for the device at hand cannot serve; where there is neither, a call is refused
+    that neither can. Elsewhere XLA runs.
+    """
+    here = {"gpu": by_gpu, "tpu": by_tpu}.get(jax.default_backend())
+    neither = [*by_gpu, *(r for r in by_tpu if r not in by_gpu)] if by_gpu and by_tpu else []
+    return neither if here is None else here
+
+
 def gpu_capability():
     """The least compute capability of the NVIDIA GPUs at hand; none if there is none."""
     try:

@@ -8,7 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rnnattn.attention import api, blockwise, dropout
+from rnnattn import reference
+from rnnattn.attention import api, blockwise, dropout, rule
+from rnnattn.attention.arguments import problem, sorted_arguments
+from rnnattn.attention.equations import finite_lse
+from rnnattn.attention.xla import time_last
 from rnnattn.precision import accumulator
 
 # Small problems run for microseconds and compile for seconds.
@@ -118,6 +122,58 @@ def second_order(function, **options):
 def value_and_gradients(case, function, **options):
     run = first_order(function, **case.options, **options)
     return run(case.floats, case.others, cotangents_for(case))
+
+
+def attend(schedule, query, key, value, **options):
+    """A call by a schedule that is none of those with a name."""
+    arguments = sorted_arguments("f", query, key, value, **options)
+    return api.call("f", rule.attend, arguments, schedule)
+
+
+def of_call(function, case, cotangents):
+    """O and L, and the gradient from cotangents of both."""
+    call = partial(function, **case.options, return_residual=True)
+
+    def run(floats, others, cotangents):
+        results, pullback = jax.vjp(lambda floats: call(**floats, **others), floats)
+        return results, pullback(cotangents)[0]
+
+    return quick(run)(case.floats, case.others, cotangents)
+
+
+def with_nan(case, cotangents):
+    """NaN and ∞ where nobody looks, or is looked at."""
+    q, k, v = (case.floats[name] for name in ("query", "key", "value"))
+    of = partial(reference.dot_product_attention, **case.options, return_weights=True)
+    pairs = quick(lambda arrays: of(**arrays)[1])({**case.floats, **case.others}) > 0
+    rows = jnp.any(pairs, (1, 3))[:, :, None, None]
+    keys = jnp.any(pairs, (1, 2))[:, :, None, None]
+    floats = case.floats | {
+        "query": jnp.where(rows, q, jnp.nan),
+        "key": jnp.where(keys, k, jnp.inf),
+        "value": jnp.where(keys, v, jnp.nan),
+    }
+    do, dlse = cotangents
+    return case._replace(floats=floats), (jnp.where(rows, do, jnp.nan), dlse)
+
+
+def relative_error(actual, expected):
+    """Over all elements, those of −∞ apart, which are to be the same."""
+    np.testing.assert_array_equal(actual == -jnp.inf, expected == -jnp.inf)
+    actual, expected = (jnp.where(x == -jnp.inf, 0, x) for x in (actual, expected))
+    return float(jnp.linalg.norm(actual - expected) / jnp.linalg.norm(expected))
+
+
+def of_halves(halves, case, cotangents):
+    """O, L and the gradient, without the rule: the interpreter's callbacks go through none."""
+    arguments = sorted_arguments("f", **case.floats, **case.others, **case.options)
+    operands, masking = problem(arguments[1], arguments[0])
+    options = arguments[1]._replace(scale_gradient=False)
+    o, lse = halves[0](options, operands, masking)
+    do, dlse = cotangents
+    given = do.reshape(o.shape), time_last(dlse.reshape(o.shape[:-1]))
+    d = halves[1](options, operands, masking, o, finite_lse(lse), *given)
+    return o, lse, *d[:3]
 
 
 def assert_same(actual, expected, rtol=1e-12):

@@ -29,8 +29,16 @@ from jax.custom_derivatives import SymbolicZero
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run this file as a script
 
 from rnnattn import reference
-from rnnattn.attention import blockwise, dense, equations as attention, rule
+from rnnattn.attention import (
+    blockwise,
+    dense,
+    equations as attention,
+    pallas as attention_pallas,
+    rule,
+    tpu as attention_tpu,
+)
 from rnnattn.attention.arguments import Arrays, numbered, problem, with_functions
+from rnnattn.attention.placed import forward_on_xla
 from rnnattn.attention.problem import Masking, Operands, Options, Schedule
 from rnnattn.attention.xla import heads_first
 from rnnattn.linear import equations as linear, rule as linear_rule, xla as linear_xla
@@ -47,7 +55,7 @@ from rnnattn.recurrent.problem import (
 )
 from rnnattn.recurrent.unit import Unit
 from rnnattn.recurrent.units import gru, layer_norm, lstm, rnn, slstm
-from tests import units
+from tests import attention_cases, units
 from tests.lstm_cases import assert_close, make_case, value_and_gradients
 from tests.test_linear import (
     make_case as make_linear_case,
@@ -566,6 +574,57 @@ def tangent_problems() -> list[Problem]:
     return [_tangent_problem(_everything()), _tangent_problem(_little())]
 
 
+def _kernel_problem(sizes, **options):
+    """The gradient by the kernels for a TPU in the interpreter, from O and L as XLA has them."""
+    case = attention_cases.make_case(sizes, **options)
+    cotangents = attention_cases.cotangents_for(case)
+    twin = reference.dot_product_attention
+    _, expected = attention_cases.of_call(twin, case, cotangents)
+    case, cotangents = attention_cases.with_nan(case, cotangents)
+
+    def backward(*arrays):
+        interpreted = lambda kernel: lambda *args, **how: kernel(*args, **how, interpret=True)
+        kernels = attention_pallas.Kernels(
+            lambda T, S, K, V: attention_pallas.Tiles(*3 * [attention_tpu.tiles(T, S)]),
+            attention_tpu.forward,
+            interpreted(attention_tpu.query_gradient),
+            interpreted(attention_tpu.key_gradient),
+        )
+        return attention_pallas._backward(kernels, *arrays)
+
+    def gradient(floats, cotangents):
+        halves = forward_on_xla, backward
+        of_floats = case._replace(floats=floats)
+        return attention_cases.of_halves(halves, of_floats, cotangents)[2:]
+
+    def run():
+        few: dict[str, Any] = {"LANES": 2, "MOST_QUERIES": 4, "MOST_KEYS": 4}
+        with mock.patch.multiple(attention_tpu, **few):
+            made = _in_small_blocks(gradient, case.floats, cotangents)
+        names = ("query", "key", "value")
+        return {n: d.reshape(expected[n].shape) for n, d in zip(names, made, strict=True)}
+
+    return Problem(run, expected)
+
+
+@cache
+def kernel_problems() -> list[Problem]:
+    """Queries that see nothing, tiles that see nothing, whole or in part; all that see all."""
+    return [
+        _kernel_problem(
+            attention_cases.Sizes(1, 7, 9, 2, 1, 3, 2),
+            is_causal=True,
+            logits_soft_cap=1.5,
+            local_window_size=(6, None),
+            query_offset=jnp.array([2]),
+            query_seq_lengths=jnp.array([6]),
+            query_segment_ids=jnp.array([[0, 0, 1, 0, 0, 0, 0]]),
+            key_value_segment_ids=jnp.array([[0, 0, 0, 0, 1, 0, 0, 2, 0]]),
+        ),
+        _kernel_problem(attention_cases.Sizes(1, 4, 8, 2, 2, 3, 2)),
+    ]
+
+
 # ---- problems: rotary positions ---------------------------------------------------------------
 
 
@@ -668,6 +727,11 @@ FUNCTIONS: dict[Callable, Callable[[], list[Problem]]] = {
     rule.instantiated: dense_problems,
     rule.as_given: dense_problems,
     blockwise._backward_blocks: blockwise_problems,
+    attention_pallas._backward: kernel_problems,
+    attention_tpu._weights_and_gradient: kernel_problems,
+    attention_tpu._summed: kernel_problems,
+    attention_tpu.query_gradient: kernel_problems,
+    attention_tpu.key_gradient: kernel_problems,
     attention.block_tangent: tangent_problems,
     attention.finish_tangent: tangent_problems,
     blockwise._tangent: tangent_problems,
@@ -693,6 +757,10 @@ EQUIVALENT = {
         "square == 0 → square == 1",
     ): "the root of 0 is 0: its slope, which is not, is asked for by the twin alone",
     ("pallas._run_back", "accumulator(dtype) → dtype"): "the problems are in float64",
+    (
+        "pallas._backward",
+        "backward_on_xla(options, operands, masking, o, lse, do, dlse) → options",
+    ): "no problem asks for the gradient of the scale: tests/test_attention_pallas.py does",
     ("equations.blocks_of", "accumulator(x.dtype) → x.dtype"): "the problems are in float64",
     ("equations.inputs_of", "blocks[0] → blocks[1]"): "all blocks are of one width",
     (

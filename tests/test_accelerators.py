@@ -298,6 +298,24 @@ def test_the_kernels_of_the_lstm_compile_for_tpus(sizes, dtype, masks, memory, t
     assert taken[0] <= memory[0] and taken[1] <= memory[1], taken
 
 
+@pytest.mark.parametrize(("K", "dtype"), [(64, jnp.bfloat16), (256, jnp.float32)])
+def test_the_kernels_of_attention_compile_for_tpus(K, dtype, tpu):
+    """With all that takes VMEM, which they ask for less of than a TPU has; tiles of two sizes."""
+    array = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct((2, *shape), dtype)
+    q, k, ids = array(1100, 4, K), array(1100, 2, K), array(1100, dtype=jnp.int32)
+
+    def training(q, k, v, ids, do):
+        segments = {"query_segment_ids": ids, "key_value_segment_ids": ids}
+        how: dict[str, Any] = segments | {"is_causal": True, "logits_soft_cap": 30.0}
+        attend = partial(dot_product_attention, **how, implementation="pallas")
+        o, pullback = jax.vjp(attend, q, k, v)
+        return o, *pullback(do)
+
+    made = compiled(tpu, training, q, k, k, ids, q)
+    assert made.as_text().count('custom_call_target="tpu_custom_call"') == 3
+    assert temporaries(made) <= 2, temporaries(made)
+
+
 def test_attention_compiles_for_tpus(tpu):
     forward, gradient = of_attention(8, 4096)
     made = [temporaries(compiled(tpu, *program)) for program in (forward, gradient)]

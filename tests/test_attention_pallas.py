@@ -18,12 +18,20 @@ import pytest
 from jax import export
 
 from rnnattn import dispatch, dot_product_attention, packed_attention, reference
-from rnnattn.attention import api, cudnn, pallas, rule
-from rnnattn.attention.arguments import problem, sorted_arguments
-from rnnattn.attention.equations import finite_lse
+from rnnattn.attention import cudnn, pallas
 from rnnattn.attention.placed import backward_on_xla, forward_on_xla, placed
-from rnnattn.attention.xla import time_last
-from tests.attention_cases import Sizes, assert_same, cotangents_for, make_case, quick
+from tests.attention_cases import (
+    Sizes,
+    assert_same,
+    attend,
+    cotangents_for,
+    make_case,
+    of_call,
+    of_halves,
+    quick,
+    relative_error,
+    with_nan,
+)
 
 hopper = pytest.importorskip("rnnattn.attention.hopper")
 
@@ -49,8 +57,13 @@ def seen(reach, T, S, rows, columns, transposed=False):
     return of_pairs(visited) & (of_pairs(whole) | pairs)
 
 
+def of_rows(scale, query):
+    """(B N,) → (B, N, 1, 1)."""
+    return scale.reshape(query.shape[0], query.shape[2], 1, 1)
+
+
 def logits(query, key, scale, soft_cap):
-    s = scale[None, :, None, None] * jnp.einsum("btnk,bsnk->bnts", query, key)
+    s = of_rows(scale, query) * jnp.einsum("btnk,bsnk->bnts", query, key)
     return s if soft_cap is None else soft_cap * jnp.tanh(s / soft_cap)
 
 
@@ -77,7 +90,7 @@ def gradient(arrays, scale, reach, soft_cap, sees):
     ds = p * (jnp.einsum("btnv,bsnv->bnts", do, v) - delta[..., None])
     if soft_cap is not None:
         ds *= 1 - (s / soft_cap) ** 2
-    ds *= scale[None, :, None, None]
+    ds *= of_rows(scale, q)
     sums = partial(jnp.einsum, "bnts,btnc->bsnc")
     return jnp.einsum("bnts,bsnk->btnk", ds, k), sums(ds, q), sums(p, do)
 
@@ -113,7 +126,7 @@ def stubs(monkeypatch):
     for name in ("FORWARD_KEYS", "BACKWARD_QUERIES"):
         monkeypatch.setattr(hopper, name, BLOCK)
     monkeypatch.setattr(hopper, "backward_keys", lambda K, V: BLOCK)
-    return placed("rnnattn_pallas_stub", {"cpu": pallas.HALVES}), ran
+    return placed("rnnattn_pallas_stub", {"cpu": pallas.ON_HOPPER}), ran
 
 
 ALL = ["forward", "query_gradient", "key_gradient"]
@@ -147,37 +160,6 @@ CASES: dict[str, dict[str, Any]] = {
     }
     | WINDOW,
 }
-
-
-def attend(schedule, query, key, value, **options):
-    arguments = sorted_arguments("f", query, key, value, **options)
-    return api.call("f", rule.attend, arguments, schedule)
-
-
-def of_call(function, case, cotangents):
-    call = partial(function, **case.options, return_residual=True)
-
-    def run(floats, others, cotangents):
-        results, pullback = jax.vjp(lambda floats: call(**floats, **others), floats)
-        return results, pullback(cotangents)[0]
-
-    return quick(run)(case.floats, case.others, cotangents)
-
-
-def with_nan(case, cotangents):
-    """NaN and ∞ where nobody looks, or is looked at."""
-    q, k, v = (case.floats[name] for name in ("query", "key", "value"))
-    of = partial(reference.dot_product_attention, **case.options, return_weights=True)
-    pairs = quick(lambda arrays: of(**arrays)[1])({**case.floats, **case.others}) > 0
-    rows = jnp.any(pairs, (1, 3))[:, :, None, None]
-    keys = jnp.any(pairs, (1, 2))[:, :, None, None]
-    floats = case.floats | {
-        "query": jnp.where(rows, q, jnp.nan),
-        "key": jnp.where(keys, k, jnp.inf),
-        "value": jnp.where(keys, v, jnp.nan),
-    }
-    do, dlse = cotangents
-    return case._replace(floats=floats), (jnp.where(rows, do, jnp.nan), dlse)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -216,6 +198,17 @@ def test_what_comes_back_and_is_not_finite_spreads(stubs):
     d = of_call(partial(attend, schedule), case, (do.at[:, 9].set(jnp.inf), dlse))[1]
     assert all(jnp.isnan(d[name][:, :10]).all() for name in ("key", "value"))
     assert all(jnp.isfinite(d[name][:, 10:]).all() for name in ("query", "key", "value"))
+
+
+def test_rows_of_vmap_have_scales_of_their_own(stubs):
+    schedule, _ = stubs
+    case = make_case(SIZES, dtype=jnp.float32, scale=(2,))
+    scales, arrays = case.floats.pop("scale"), case.floats
+    of_scale = lambda function: quick(
+        jax.vmap(lambda scale, arrays: function(**arrays, scale=scale), (0, None))
+    )(scales, arrays)
+    expected = of_scale(reference.dot_product_attention)
+    assert_same(of_scale(partial(attend, schedule)), expected, 1e-5)
 
 
 # ---- the kernels ------------------------------------------------------------------------------
@@ -257,25 +250,6 @@ KERNEL_CASES: dict[str, tuple[Sizes, Any, dict[str, Any]]] = {
 }
 
 
-def error(actual, expected):
-    """Over all elements, those of −∞ apart, which are to be the same."""
-    np.testing.assert_array_equal(actual == -jnp.inf, expected == -jnp.inf)
-    actual, expected = (jnp.where(x == -jnp.inf, 0, x) for x in (actual, expected))
-    return float(jnp.linalg.norm(actual - expected) / jnp.linalg.norm(expected))
-
-
-def of_halves(halves, case, cotangents):
-    """O, L and the gradient, without the rule: the interpreter's callbacks go through none."""
-    arguments = sorted_arguments("f", **case.floats, **case.others, **case.options)
-    operands, masking = problem(arguments[1], arguments[0])
-    options = arguments[1]._replace(scale_gradient=False)
-    o, lse = halves[0](options, operands, masking)
-    do, dlse = cotangents
-    given = do.reshape(o.shape), time_last(dlse.reshape(o.shape[:-1]))
-    d = halves[1](options, operands, masking, o, finite_lse(lse), *given)
-    return o, lse, *d[:3]
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("name", KERNEL_CASES)
@@ -289,8 +263,8 @@ def test_the_kernels_are_about_as_exact_as_xla(name):
     )
     on_xla = forward_on_xla, backward_on_xla
     exact = of_halves(on_xla, case._replace(floats=wide(case.floats)), wide(cotangents))
-    made = (of_halves(halves, case, cotangents) for halves in (pallas.HALVES, on_xla))
-    errors, of_xla = (jax.tree.map(error, wide(results), exact) for results in made)
+    made = (of_halves(halves, case, cotangents) for halves in (pallas.ON_HOPPER, on_xla))
+    errors, of_xla = (jax.tree.map(relative_error, wide(results), exact) for results in made)
     for ours, other in zip(errors, of_xla, strict=True):
         assert ours < 1.5 * max(other, float(jnp.finfo(dtype).eps) / 4), (errors, of_xla)
 
@@ -361,6 +335,7 @@ def test_what_comes_back_to_the_log_sum_exp_of_cudnn_is_by_the_kernels(monkeypat
 
 def test_another_gpu_is_refused_by_name(monkeypatch):
     monkeypatch.setattr(dispatch, "gpu_capability", lambda: (8, 0))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with pytest.raises(ValueError, match="cannot serve a GPU that is not of the Hopper"):
         gradient_of(*3 * [jnp.ones((1, 4, 1, 64), jnp.bfloat16)], implementation="pallas")
 
@@ -383,7 +358,7 @@ def test_elsewhere_xla_runs():
     assert_same(packed[0], packed[1], 0.01)
 
 
-def test_what_the_kernels_cannot_serve_is_refused_by_name():
+def test_what_the_kernels_cannot_serve_is_refused_by_name(monkeypatch):
     def refused(message, sizes=(1, 2, 2, 1, 1, 64, 64), dtype=jnp.bfloat16, **options):
         case = make_case(Sizes(*sizes), dtype=dtype, **options)
         message = f"`implementation='pallas'` cannot serve {message}"
@@ -392,9 +367,14 @@ def test_what_the_kernels_cannot_serve_is_refused_by_name():
                 **case.floats, **case.others, **case.options, implementation="pallas"
             )
 
-    refused("the dtype float32", dtype=jnp.float32)
-    refused("a width of 32 and 64 (64 and 128 can be)", (1, 2, 2, 1, 1, 32, 64))
+    refused("the dtype float64 or the dtype float64 on a TPU;", dtype=jnp.float64)
     refused("`mask`", mask=(2, 2))
     refused("`bias`", bias=(2, 2))
     refused("dropout", dropout_rate=0.5, dropout_key=jax.random.key(0))
     refused("an array without elements", (1, 2, 0, 1, 1, 64, 64))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    refused("the dtype float32;", dtype=jnp.float32)
+    refused("a width of 32 and 64 (64 and 128 can be)", (1, 2, 2, 1, 1, 32, 64))
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    refused("the dtype float16 on a TPU;", dtype=jnp.float16)
+    refused("a width of 512 and 64 on a TPU (up to 256 can be)", (1, 2, 2, 1, 1, 512, 64))

@@ -85,6 +85,7 @@ FLOORS = [
         "hopper",
         "pallas",
         "tpu",
+        "kernels",
         "cudnn",
         "pages",
     },  # the schedules

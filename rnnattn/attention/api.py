@@ -28,7 +28,7 @@ from rnnattn.attention.placed import placed
 from rnnattn.attention.rule import attend, plain, with_weights
 from rnnattn.attention.signature import Implementation, Window, typed
 from rnnattn.checks import Check, forward_mode
-from rnnattn.dispatch import no_hopper
+from rnnattn.dispatch import no_hopper, unserved_here
 from rnnattn.precision import varying_together
 
 
@@ -81,9 +81,13 @@ def dot_product_attention(
             "dense" has all logits at once, "blockwise" memory linear in T + S; "xla" is the better
             of the two, blockwise from 2¹⁶ logits for each head on.
             "native" is the kernels for a CPU, see `rnnattn.native`: no float64, no dropout.
-            "pallas" is the kernels for one Hopper GPU, and XLA elsewhere
-            (`rnnattn.attention.hopper`): 16 bits, widths of 64 and 128, no mask, bias or dropout.
-            All that is said here is true of them, but that weights are rounded to 16 bits before
+            "pallas" is the kernels for one Hopper GPU (`rnnattn.attention.hopper`): 16 bits, widths
+            of 64 and 128, no mask, bias or dropout. On one TPU from the fifth generation on it is
+            those of `rnnattn.attention.tpu`, for bfloat16 and float32 and widths up to 256, without
+            the same: they compile for a v5e and a v6e, were measured on none, and None never takes
+            them. A call that one of the two can serve runs on XLA on the other's platform, unless
+            that device is at hand: then it is refused.
+            All that is said here is true of them, but that in 16 bits weights are rounded before
             their product with the values, and a value of ∞ that a query sees makes its output NaN.
             "cudnn" and "tokamax" hand the call over to `jax.nn` and to tokamax, for what they can
             serve, with their own gradients and rules for rows that see nothing.
@@ -216,8 +220,7 @@ def call(function, rule, arguments, schedule=None):
         unserved = native.unserved(arrays.query, arrays.value, options)
         Check(function).served(name, unserved)
     if name == "pallas":
-        unserved = pallas.unserved(arrays, options) or no_hopper()
-        Check(function).served(name, unserved)
+        Check(function).served(name, unserved_here(*_unserved_by_pallas(arrays, options)))
     results = run(function, rule, arrays, options, request, schedule)
     return results[0] if len(results) == 1 else results
 
@@ -233,6 +236,12 @@ def run(function, rule, arrays, options, request, schedule=None):
     wanted = (True, request.return_residual, request.return_weights)
     with forward_mode(f"rnnattn.attention.{function}_jvp"):
         return _run_attention(function, rule, schedule, options, wanted, arrays)
+
+
+def _unserved_by_pallas(arrays, options):
+    """What the kernels for a GPU, and those for a TPU, cannot serve."""
+    by_gpu = pallas.unserved_on_gpu(arrays, options) or no_hopper()
+    return by_gpu, pallas.unserved_on_tpu(arrays, options)
 
 
 # By whether the kernels for a CPU serve, and what of a GPU does.
@@ -258,14 +267,15 @@ def _suited(arrays, options, request):
     if name == "blockwise":
         return xla.BLOCKWISE, options
     if name == "pallas":
-        return pallas.PALLAS, options
+        by_gpu, by_tpu = _unserved_by_pallas(arrays, options)
+        return pallas.PALLAS[not by_gpu, not by_tpu], options
     # Where they serve, the kernels are the faster at all sizes measured (benchmarks/README.md,
     # "When they run").
     by_cpu = name != "xla" and not native.unserved(arrays.query, arrays.value, options)
     by_gpu = None
     if name is None and not cudnn.unserved(arrays, options):
         by_gpu, options = "cudnn", options._replace(scale=cudnn.known_scale(arrays))
-    elif name is None and not pallas.unserved(arrays, options):
+    elif name is None and not pallas.unserved_on_gpu(arrays, options):
         by_gpu = "pallas"
     return _CHOSEN.get((by_cpu, by_gpu)) or xla.by_size(T, S), options
 

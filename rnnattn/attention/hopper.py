@@ -13,14 +13,12 @@ Who sees whom is said by `Reach`: the keys from one to another for each query, a
 both. `blocks` says for each tile which blocks are visited, and between which of these all see all,
 so that nothing is compared there.
 
-Logits are kept in units of log 2, since the GPU has a power of 2 and none of e. Weights and dS are
-rounded to 16 bits before their products.
+Weights and dS are rounded to 16 bits before their products.
 
 Axes: B batch, T queries and S keys, multiples of `TILE`, N query heads, M key/value heads, K head
 width, V value width: see `rnnattn.attention.pallas`.
 """
 
-import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,16 +27,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Int
 
 from rnnattn.attention.equations import (
     Softmax,
     along_rows,
-    cap,
     cap_gradient,
     logits_gradient,
     rescaled,
 )
+from rnnattn.attention.kernels import LN_2, logits, within
 from rnnattn.mosaic import load, store
 
 ROWS = 64  # of a warpgroup
@@ -47,7 +44,6 @@ FORWARD_KEYS = 128  # of a step
 BACKWARD_QUERIES = 64  # of a step of the gradient of keys
 _STAGES = 2  # blocks that are there or on their way
 
-_LOG2_E, _LN_2 = math.log2(math.e), math.log(2)
 _i32, _f32 = jnp.int32, jnp.float32
 _LAYOUT = plgpu.Layout.WGMMA  # of an array (ROWS, …) in the registers of a warpgroup
 _OF_ROWS, _OF_COLUMNS = _LAYOUT.reduce(1), _LAYOUT.reduce(0)
@@ -57,16 +53,6 @@ _HOW = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
 def backward_keys(K, V):
     """The keys of a step of the gradient of queries: as many as registers hold."""
     return 128 if max(K, V) <= 64 else 64
-
-
-class Reach(NamedTuple):
-    """The keys that a query may see: those of its range that have its segment."""
-
-    first: Int[Array, "B T"]
-    past: Int[Array, "B T"]
-    query_segments: Int[Array, "B T"] | None
-    key_segments: Int[Array, "B S"] | None
-    blocks: Int[Array, "B tiles 4"]  # [from, to) are visited; [from, to) of these seen whole
 
 
 class _Sight(NamedTuple):
@@ -90,11 +76,6 @@ class _Sight(NamedTuple):
         start, stop = self.whole
         whole = (block >= start) & (block < stop)
         return lax.cond(whole, lambda x: x, lambda x: jnp.where(sees(), x, hidden), x)
-
-
-def _within(first, past, keys, segments):
-    sees = (keys >= first) & (keys < past)
-    return sees if segments is None else sees & (segments[0] == segments[1])
 
 
 def _along_columns(x, shape):
@@ -141,14 +122,6 @@ def _added_product(sums, a, b, through, wg):
         return made[...]
 
     return sums + pl.run_scoped(multiply, plgpu.ACC(sums.shape, _f32))
-
-
-def _logits(product, scale, soft_cap):
-    """s before masks, if the cap's gradient needs it, and s in units of log 2."""
-    if soft_cap is None:
-        return None, product * (scale * _LOG2_E)
-    s = cap(product * scale, soft_cap)
-    return s, s * _LOG2_E
 
 
 def _fetch(steps, copies):
@@ -233,7 +206,7 @@ _out: Any = jax.ShapeDtypeStruct
 def forward(query, key, value, scale, reach, *, soft_cap, dtype, interpret=None):
     """O (B, T, N, V) in that dtype, and L (B, N, T) in float32, without sinks.
 
-    scale: (N,) in float32. reach: of tiles of queries and `FORWARD_KEYS`; None if all see all.
+    scale: (B N,) in float32. reach: of tiles of queries and `FORWARD_KEYS`; None if all see all.
     interpret: parameters of the interpreter.
     """
     (B, T, N, K), (_, S, M, V) = query.shape, value.shape
@@ -264,7 +237,7 @@ def forward(query, key, value, scale, reach, *, soft_cap, dtype, interpret=None)
             rows, q = _part(2 * tile + wg, ROWS), q_s.at[wg]
             plgpu.copy_gmem_to_smem(q_ref.at[b, rows, n], q, q_here.at[wg])
             of_rows = _rows_in_reach(reach, rows)
-            scale = scale_ref[n]
+            scale = scale_ref[b * N + n]
             plgpu.barrier_wait(q_here.at[wg])
             pl.when(wg == 1)(take_turns)
 
@@ -274,7 +247,7 @@ def forward(query, key, value, scale, reach, *, soft_cap, dtype, interpret=None)
                 plgpu.barrier_wait(k_here.at[slot])
                 product = _product(q, k_s.at[slot], take_turns)
                 plgpu.barrier_arrive(k_free.at[slot])
-                _, s = _logits(product, scale, soft_cap)
+                _, s = logits(product, scale, soft_cap)
                 sees = lambda: _sees_keys(reach, of_rows, block, keys_of_step)
                 s = sight.only_seen(s, block, sees, -jnp.inf)
                 before, peak = peak, jnp.maximum(peak, jnp.max(s, axis=1))
@@ -294,7 +267,7 @@ def forward(query, key, value, scale, reach, *, soft_cap, dtype, interpret=None)
             start = (*nothing, _full((ROWS, V), 0, _LAYOUT))
             peak, total, weighted = lax.fori_loop(_i32(0), sight.count, step, start)
             pl.when(wg == 0)(take_turns)
-            o, lse = Softmax(peak * _LN_2, total, weighted).finish()
+            o, lse = Softmax(peak * LN_2, total, weighted).finish()
             store(o_ref.at[b, rows, n], o.astype(dtype))
             store(lse_ref.at[b, n, rows], lse)
 
@@ -329,7 +302,7 @@ def _sees_keys(reach, of_rows, block, size):
     if ids is not None:
         others = _load(reach.key_segments.at[_part(block, size)], _OF_COLUMNS)
         segments = ids, _along_columns(others, shape)
-    return _within(first, past, _indices(shape, 1, block * size), segments)
+    return within(first, past, _indices(shape, 1, block * size), segments)
 
 
 # ---- the gradient -----------------------------------------------------------------------------
@@ -369,13 +342,13 @@ def query_gradient(arrays, scale, reach, *, soft_cap, interpret=None):
             of_rows = _rows_in_reach(reach, rows)
             shape = (ROWS, keys_of_step)
             lse, delta = (_load(ref.at[b, n, rows], _OF_ROWS) for ref in (lse_ref, delta_ref))
-            scale = scale_ref[n]
+            scale = scale_ref[b * N + n]
             plgpu.barrier_wait(q_here.at[wg])
 
             def step(i, dq):
                 slot, block = lax.rem(i, _i32(_STAGES)), sight.begin + i
                 plgpu.barrier_wait(k_here.at[slot])
-                capped, s = _logits(_product(q, k_s.at[slot]), scale, soft_cap)
+                capped, s = logits(_product(q, k_s.at[slot]), scale, soft_cap)
                 p = jnp.exp2(s - along_rows(lse, shape))
                 sees = lambda: _sees_keys(reach, of_rows, block, keys_of_step)
                 p = sight.only_seen(p, block, sees, 0.0)
@@ -479,14 +452,14 @@ def key_gradient(arrays, scale, reach, *, soft_cap, interpret=None):
                     for ref in refs
                 )
                 segments = None if ids is None else (along_rows(ids, shape), segments)
-                return _within(first, past, _indices(shape, 0, (2 * tile + wg) * ROWS), segments)
+                return within(first, past, _indices(shape, 0, (2 * tile + wg) * ROWS), segments)
 
             def step(i, carry):
                 dk, dv = carry
                 (n, block), slot = place(i), lax.rem(i, _i32(_STAGES))
-                scale = scale_ref[n]
+                scale = scale_ref[b * N + n]
                 plgpu.barrier_wait(q_here.at[slot])
-                capped, s = _logits(_product(k, q_s.at[slot]), scale, soft_cap)
+                capped, s = logits(_product(k, q_s.at[slot]), scale, soft_cap)
                 p = jnp.exp2(s - _along_columns(_load(lse_s.at[slot], _OF_COLUMNS), shape))
                 p = sight.only_seen(p, block, lambda: sees(block), 0.0)
                 rounded, p = p.astype(dtype), cap_gradient(scale * p, capped, soft_cap)

@@ -6,13 +6,12 @@ Axes: B batch, T time, D input width, H hidden width, R width of h (H without a 
 from collections.abc import Sequence
 from typing import Any, Literal, SupportsFloat, SupportsIndex, Unpack
 
-import jax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 import rnnattn.recurrent.native as native
 import rnnattn.recurrent.pallas as pallas
 from rnnattn.checks import Check, forward_mode
-from rnnattn.dispatch import no_hopper
+from rnnattn.dispatch import no_hopper, unserved_here
 from rnnattn.recurrent.arguments import (
     Arguments,
     NoiseOptions,
@@ -229,21 +228,11 @@ def _suited(function, implementation, params, x, options):
         return CHUNKED
     by_gpu = pallas.unserved_on_gpu(params, x, options)
     if implementation == "pallas":
-        return _by_pallas(check, by_gpu or no_hopper(), pallas.unserved_on_tpu(params, x, options))
+        by_gpu, by_tpu = by_gpu or no_hopper(), pallas.unserved_on_tpu(params, x, options)
+        check.served("pallas", unserved_here(by_gpu, by_tpu))
+        return pallas.PALLAS[not by_gpu, not by_tpu]
     by_cpu = native.unserved(params, x, options)
     if implementation == "native":
         check.served("native", by_cpu)
         return native.NATIVE
     return _FASTEST[not by_cpu, not by_gpu]
-
-
-def _by_pallas(check, by_gpu, by_tpu):
-    """The schedule by kernels, given what those for a GPU and those for a TPU cannot serve.
-
-    A call is refused that those for the device at hand cannot serve, or none of them where there is
-    neither device. Elsewhere XLA runs.
-    """
-    here = {"gpu": by_gpu, "tpu": by_tpu}.get(jax.default_backend())
-    neither = [*by_gpu, *(r for r in by_tpu if r not in by_gpu)] if by_gpu and by_tpu else []
-    check.served("pallas", neither if here is None else here)
-    return pallas.PALLAS[not by_gpu, not by_tpu]
