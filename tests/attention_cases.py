@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rnnattn.attention import api, blockwise, dropout
+from rnnattn import masks
+from rnnattn.attention import api, blockwise, dropout, reduced
 from rnnattn.precision import accumulator
 
 # Small problems run for microseconds and compile for seconds.
@@ -163,6 +164,8 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(blockwise, "_TANGENT_LOGITS", 96)
     monkeypatch.setattr(blockwise, "_LEAST_TANGENT_BLOCK", 3)
     monkeypatch.setattr(dropout, "_TILE", 4)
+    for module in (masks, reduced, blockwise):
+        monkeypatch.setattr(module, "MAP_BLOCK", 3)
     cast(Any, api._run_attention).clear_cache()
     yield
     cast(Any, api._run_attention).clear_cache()

@@ -21,7 +21,7 @@ from rnnattn.divided import Division
 
 # The letters of the axes along which the kernels can be divided, and of those before them.
 _OPERANDS: Any = Operands("BTMG", "BSM", "BSM", "BMG", "BMG", "BMG", "")  # type: ignore[arg-type]
-_FUNCTIONS: Any = Functions("B", "MG", "", "")  # type: ignore[arg-type]
+_FUNCTIONS: Any = Functions("B", "MG", "", "", "")  # type: ignore[arg-type]
 _MASKING: Any = Masking("B", "BMG", "B", "B", "B", "B", "BMG", "B", _FUNCTIONS)  # type: ignore[arg-type]
 _ARGUMENTS = (_OPERANDS, _MASKING)
 

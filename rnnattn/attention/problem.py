@@ -46,6 +46,7 @@ class Functions(NamedTuple):
     heads: Int[Array, "M G"]
     of_mask: tuple[Array, ...] = ()
     of_score: tuple[Array, ...] = ()
+    maps: tuple[Bool[Array, "#B #N positions keys"], ...] = ()  # in blocks: see `masks.mapped`
     blocks: Bool[Array, "#B #M blocks blocks"] | None = None  # of queries and keys that meet
 
 

@@ -13,7 +13,18 @@ import jax.numpy as jnp
 
 from rnnattn.attention.masking import key_range
 from rnnattn.attention.problem import Masking, Options
-from rnnattn.masks import And, Causal, Document, Not, Or, Prefix, Sinks, Window
+from rnnattn.masks import (
+    MAP_BLOCK,
+    And,
+    Causal,
+    Document,
+    Mapped,
+    Not,
+    Or,
+    Prefix,
+    Sinks,
+    Window,
+)
 
 
 def reduced(check, arrays, options):
@@ -60,7 +71,7 @@ def check_arrays(check, sizes, mask):
         case And(left=left, right=right) | Or(left=left, right=right):
             check_arrays(check, sizes, left)
             check_arrays(check, sizes, right)
-        case Not(mask=inner):
+        case Not(mask=inner) | Mapped(mask=inner):
             check_arrays(check, sizes, inner)
         case Prefix(lengths=lengths):
             expected = f"a prefix of one length or of {B}, one for each row"
@@ -74,11 +85,38 @@ def check_arrays(check, sizes, mask):
             check(of_keys.shape in ((S,), (B, S)), "mask_function", expected, of_keys.shape)
 
 
+def maps_of(check, arrays, mask):
+    """The maps of blocks that come with a mask, of which all hold."""
+    match mask:
+        case And(left=left, right=right):
+            return (*maps_of(check, arrays, left), *maps_of(check, arrays, right))
+        case Mapped(mask=inner, blocks=blocks):
+            _check_map(check, arrays, blocks.shape)
+            return (blocks, *maps_of(check, arrays, inner))
+    return ()
+
+
+def _check_map(check, arrays, shape):
+    *batch, T, N, _ = arrays.query.shape
+    B, queries, keys = math.prod(batch), T, -(-arrays.key.shape[-3] // MAP_BLOCK)
+    if isinstance(arrays.query_offset, int):
+        queries += arrays.query_offset
+    fits = shape[0] in (1, B) and shape[1] in (1, N) and shape[3] == keys
+    expected = f"mapped for {B} rows, {N} heads, {queries} queries and {keys} blocks of keys"
+    shown = f"{shape}, with {MAP_BLOCK} queries in a block"
+    check(fits and shape[2] * MAP_BLOCK >= queries, "mask_function", expected, shown)
+
+
 def _all_of(mask):
     """The masks that all have to show a key."""
-    if mask is None:
-        return []
-    return [*_all_of(mask.left), *_all_of(mask.right)] if isinstance(mask, And) else [mask]
+    match mask:
+        case None:
+            return []
+        case And(left=left, right=right):
+            return [*_all_of(left), *_all_of(right)]
+        case Mapped(mask=inner):
+            return _all_of(inner)
+    return [mask]
 
 
 def _narrower(window, mask):
