@@ -727,7 +727,7 @@ WRONG: dict[str, Any] = {
     "masks.mapped: `heads` must be an integer of at least 1": lambda: masks.mapped(
         masks.causal(), 1, 1, heads=0
     ),
-    "must be mapped for 2 rows, 2 heads, 3 queries and 1 blocks of keys, got (3, 1, 1, 1), with 128 "
+    "be mapped for 2 rows, 2 heads, 3 queries and 1 blocks of keys, got (3, 1, 1, 1), with 128 "
     "queries in a block": lambda: attend(
         mask_function=masks.causal() & masks.mapped(parity, 3, 3, batch=3)
     ),
