@@ -321,7 +321,7 @@ def mapped(
     *,
     batch: int | None = None,
     heads: int | None = None,
-) -> Mask:
+) -> Mapped:
     """The mask with a map of the blocks in which it shows anything, evaluated here and once.
 
     Attention skips blocks in which a mask shows nothing, and looks at every pair of a query and a

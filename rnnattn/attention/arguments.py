@@ -190,6 +190,11 @@ def with_functions(function, arrays, options):
     check = Check(function)
     maps = maps_of(check, arrays, options.mask_function)
     arrays, options = reduced(check, arrays, options)
+    return traced(check, arrays, options, maps)
+
+
+def traced(check, arrays, options, maps=()):
+    """The arguments with functions of positions traced, without other words for what they say."""
     floats: list[Any] = []
     of_score: list[Any] = []
     of_mask: tuple[Any, ...] = ()

@@ -37,17 +37,18 @@ def _is_by_distance(options):
     return options.score_function is None or options.score_function.by_distance
 
 
-def _by_distance(options, operands, masking):
+def _by_distance(options, operands, masking, S):
     """What the score function adds to logits, by distance; None where there is none."""
     if options.score_function is None:
         return None
-    sizes = operands.query.shape[1], operands.key.shape[1]
+    sizes = operands.query.shape[1], S
     return of_distances(options.score_function, masking, *sizes, operands.score_arrays)
 
 
 def _score_gradient(options, operands, masking, ddistances):
     """That of the floats of the score function, from that of what it adds, of each row and head."""
-    of = lambda floats: _by_distance(options, operands._replace(score_arrays=floats), masking)
+    S = operands.key.shape[1]
+    of = lambda floats: _by_distance(options, operands._replace(score_arrays=floats), masking, S)
     added, pullback = jax.vjp(of, operands.score_arrays)
     return pullback(sum_to(ddistances, added.shape))[0]
 
@@ -61,14 +62,14 @@ def _float32(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def _call(name, options, operands, masking, others, results):
-    """A kernel's results, like these, given the operands, the masking and more."""
+def _call(name, options, operands, masking, others, results, S):
+    """A kernel's results, like these, given the operands with S keys, the masking and more."""
     q, k, v, scale, bias, *_ = operands
     arguments = [q, k, v, scale, _given(bias), _given(masking.mask, jnp.bool), masking.offset]
     integers = [masking.query_lengths, masking.key_lengths]
     integers += [masking.query_segments, masking.key_segments, masking.key_ranges]
     arguments += [_given(x, jnp.int32) for x in integers]
-    arguments.append(_given(_by_distance(options, operands, masking)))
+    arguments.append(_given(_by_distance(options, operands, masking, S)))
     left, right = options.window or (None, None)
     side = lambda x: np.int64(-1 if x is None else x)
     return jax.ffi.ffi_call(f"rnnattn.attention_{name}.v4", results)(
@@ -84,14 +85,15 @@ def _call(name, options, operands, masking, others, results):
 
 def _forward(options, operands, masking):
     results = forward_results(options, operands, masking)
-    return tuple(_call("forward", options, operands, masking, [_given(operands.sinks)], results))
+    others, S = [_given(operands.sinks)], operands.key.shape[1]
+    return tuple(_call("forward", options, operands, masking, others, results, S))
 
 
 def forward_over_pages(options, operands, masking, table):
     """`forward` of keys and values in pages, those of each row by the table."""
     results = forward_results(options, operands, masking)
-    others = [_given(operands.sinks), table]
-    return tuple(_call("paged_forward", options, operands, masking, others, results))
+    others, S = [_given(operands.sinks), table], table.shape[1] * operands.key.shape[1]
+    return tuple(_call("paged_forward", options, operands, masking, others, results, S))
 
 
 def _backward(options, operands, masking, o, lse, do, dlse):
@@ -106,7 +108,7 @@ def _backward(options, operands, masking, o, lse, do, dlse):
         results.append(_float32(B, M, G, 1, T + S - 1) if wants_dscore else _float32(0))
         others = [o, lse, do, dlse]
         dq, dk, dv, dbias, ddistances = _call(
-            "backward", options, operands, masking, others, results
+            "backward", options, operands, masking, others, results, S
         )
         dbias = dbias if wants_dbias else None
         dscore = None

@@ -30,12 +30,13 @@ from rnnattn.masks import (
 def reduced(check, arrays, options):
     """The arguments, whose mask function is left with what has no other words."""
     *batch, T, _, _ = arrays.query.shape
-    check_arrays(check, (math.prod(batch), T, arrays.key.shape[-3]), options.mask_function)
+    S = arrays.key.shape[-3]
+    check_arrays(check, (math.prod(batch), T, S), options.mask_function)
     options, ranges, documents, rest = parts(options)
     if arrays.query_segment_ids is None and documents:
         arrays = _with_segments(arrays, documents.pop(0))
     if ranges:
-        arrays, options = _with_ranges(arrays, options, tuple(ranges))
+        arrays, options = with_ranges(arrays, options, tuple(ranges), S)
     return arrays, options._replace(mask_function=joined(rest + documents))
 
 
@@ -200,13 +201,13 @@ def extreme(of, bounds, least=None):
     return reduce(of, known) if known else None
 
 
-def _with_ranges(arrays, options, masks):
-    """Positions, windows and lengths as ranges, too: they take the place of all of these."""
+def with_ranges(arrays, options, masks, S):
+    """Positions, windows and lengths as ranges of S keys, too: they take the place of all these."""
     *batch, T, _, _ = arrays.query.shape
     of_rows = lambda x: None if x is None else jnp.asarray(x, jnp.int32).reshape(-1, 1)
     offset = 0 if arrays.query_offset is None else arrays.query_offset
     given = (offset, arrays.query_seq_lengths, arrays.key_value_seq_lengths)
-    rows = math.prod(batch), T, arrays.key.shape[-3]
+    rows = math.prod(batch), T, S
     stated = Options(options.is_causal, options.window)
     ranges = _key_ranges(stated, rows, masks, *map(of_rows, given)).reshape(*batch, T, 2)
     arrays = arrays._replace(key_ranges=ranges, query_seq_lengths=None, key_value_seq_lengths=None)
