@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 import rnnattn.attention.xla as xla
-from rnnattn.attention.equations import joined_by_sinks, row_sums, sinks_gradient
+from rnnattn.attention.equations import joined, row_sums, sinks_gradient
 from rnnattn.attention.masking import only_seeing, rows_in_reach
 from rnnattn.attention.problem import Functions, Masking, Operands, Schedule
 from rnnattn.dispatch import dispatched
@@ -75,7 +75,7 @@ def with_sinks(o, lse, sinks):
     """O and L of a softmax that sinks join, if there are any: they only change these afterwards."""
     if sinks is None:
         return o, lse
-    share, lse = joined_by_sinks(sinks, lse)
+    share, lse = joined(lse, sinks)
     return (xla.time_first(share)[..., None] * o).astype(o.dtype), lse
 
 
