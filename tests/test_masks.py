@@ -12,6 +12,7 @@ import rnnattn
 from rnnattn import masks, reference
 from rnnattn.attention import dot_product_attention_jvp, native
 from rnnattn.attention.arguments import checked, sorted_arguments, with_functions
+from rnnattn.attention.problem import Options
 from tests.attention_cases import (
     Case,
     Sizes,
@@ -52,6 +53,7 @@ def by_hand(name, b, t, s):
         "two documents": ids[t] == ids[s] and IDS.tolist()[0][t] == IDS.tolist()[0][s],
         "dilated": (t - s) % 3 == 0,
         "sinks": s <= t and (s >= t - 2 or s < 2),
+        "near or late": t - 1 <= s <= t or s >= lengths[b],
         "hidden prefix": not s < lengths[b],
         "before it": s < t - 2,
         "far keys": s < t - 2 or s > t + 1,
@@ -74,6 +76,7 @@ MASKS: dict[str, Any] = {
     "two documents": masks.document(IDS) & masks.document(IDS[0]),
     "dilated": masks.dilated(3),
     "sinks": masks.causal() & (masks.window(2) | masks.sinks(2)),
+    "near or late": masks.window(1, 0) | ~masks.prefix(LENGTHS),
     "hidden prefix": ~masks.prefix(LENGTHS),
     "before it": masks.causal() & ~masks.window(2),
     "far keys": ~masks.window(2, 1),
@@ -82,7 +85,7 @@ MASKS: dict[str, Any] = {
     "prefix and function": masks.prefix(LENGTHS) & (lambda b, n, t, s: (s * t) % 3 < 2),
 }
 # What schedules without functions do not know.
-ON_XLA = {"two documents", "dilated", "sinks", "far keys", "own function", "prefix and function"}
+ON_XLA = {"two documents", "dilated", "far keys", "own function", "prefix and function"}
 
 
 def seen(name, offset=None):
@@ -130,12 +133,12 @@ def test_a_mask_shows_what_it_says(name, small_blocks):  # noqa: F811
     )
     assert_same(actual, truth)
     single = {n: x.astype(jnp.float32) for n, x in nan.items()}
-    kernels = partial(outputs, Case(single, case.others, {}), dot_product_attention)
+    kernels = partial(value_and_gradients, Case(single, case.others, {}), dot_product_attention)
     if name in ON_XLA:
         with pytest.raises(ValueError, match="cannot serve a `mask_function`"):
             kernels(mask_function=mask, implementation="native")
     elif native.unserved(single["query"], single["value"], options_of(mask)[1]) == []:
-        assert_same(kernels(mask_function=mask, implementation="native"), truth[0], 1e-5)
+        assert_same(kernels(mask_function=mask, implementation="native"), truth, 1e-5)
 
 
 def options_of(mask=None, **others):
@@ -162,6 +165,31 @@ def test_what_is_known_otherwise_is_no_function():
     np.testing.assert_array_equal(arrays.key_ranges[1, :5, 1], jnp.arange(1, 6))
     first, past = arrays.key_ranges[2].T
     assert (past <= first).all()
+
+
+def test_two_ranges_by_the_kernels_with_every_option():
+    """Each adds its part of what is not rounded to 16 bits before."""
+    mask, slopes = MASKS["sinks"], jnp.asarray(np.random.default_rng(2).uniform(size=N))
+
+    def run(dtype, attend, **how):
+        case = make_case(
+            bias=(1, N, T, S), scale=(N,), sinks=True, mask=(B, 1, T, S), logits_soft_cap=2.0
+        )
+        floats = jax.tree.map(lambda x: x.astype(dtype), {**case.floats, "slopes": slopes})
+
+        def attend_by(slopes, **arguments):
+            score = masks.alibi(slopes)
+            return attend(**arguments, mask_function=mask, score_function=score, **how)
+
+        rounded = Case(floats, case.others | {"query_offset": OFFSET}, case.options)
+        return value_and_gradients(rounded, attend_by)
+
+    expected = run(jnp.float64, reference.dot_product_attention)
+    x = jnp.ones(1, jnp.float32)
+    if native.unserved(x, x, Options()):
+        pytest.skip("no kernels")
+    for dtype, rtol in ((jnp.float32, 1e-5), (jnp.bfloat16, 3e-2)):
+        assert_same(run(dtype, dot_product_attention, implementation="native"), expected, rtol)
 
 
 # ---- with all the rest ---------------------------------------------------------------------------

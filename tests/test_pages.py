@@ -119,7 +119,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "a prefix and distances": {
         "is_causal": False,
-        "mask_function": masks.causal() | masks.prefix(jnp.array([3, 0, 2], jnp.int32)),
+        "mask_function": (masks.causal() | masks.prefix(jnp.array([3, 0, 2], jnp.int32)))
+        & (masks.window(3, 3) | masks.sinks(1)),
         "score_function": masks.alibi(masks.alibi_slopes(N)),
     },
 }

@@ -38,7 +38,7 @@ from rnnattn.attention.equations import (
     sum_to,
 )
 from rnnattn.attention.functions import shown
-from rnnattn.attention.masking import key_range, ranges_within, visible
+from rnnattn.attention.masking import key_range, ranges_within, two_ranges, visible
 from rnnattn.attention.problem import Operands
 from rnnattn.masks import MAP_BLOCK
 
@@ -294,8 +294,9 @@ def _key_blocks(options, grid, masking):
         first, past = key_range(options, masking, first_row, first_row + queries.block - 1)
         if ranges is not None:
             first, past = (bound[i] for bound in ranges)
-        first = jnp.clip(jnp.min(first), 0, keys.size) // keys.block
-        past = -(-jnp.clip(jnp.max(past), 0, keys.size) // keys.block)
+        firsts = jnp.clip(first, 0, keys.size) // keys.block
+        pasts = -(-jnp.clip(past, 0, keys.size) // keys.block)
+        first, past = jnp.min(firsts), jnp.max(pasts)
         if segments is not None:
             (query_least, query_most), (key_least, key_most) = segments
             touch = (key_least <= query_most[i][None]) & (key_most >= query_least[i][None])
@@ -304,10 +305,14 @@ def _key_blocks(options, grid, masking):
             first = jnp.maximum(first, jnp.min(jnp.where(touch, blocks, keys.count)))
             past = jnp.minimum(past, jnp.max(jnp.where(touch, blocks + 1, 0)))
         visits = _Visits(first, jnp.maximum(first, past), None)
-        if of_function is None:
-            return visits
         blocks = jnp.arange(keys.count, dtype=jnp.int32)
-        return visits._replace(some=jnp.any(of_function[:, :, i], (0, 1)) & visits.include(blocks))
+        if two_ranges(masking.key_ranges):
+            held = (firsts[:, None] <= blocks[None]) & (blocks[None] < pasts[:, None])
+            visits = visits._replace(some=jnp.any(held, 0) & visits.include(blocks))
+        if of_function is not None:
+            shows = jnp.any(of_function[:, :, i], (0, 1))
+            visits = visits._replace(some=shows & visits.include(blocks))
+        return visits
 
     return of
 
@@ -326,14 +331,17 @@ def _segment_bounds(grid, masking):
 
 
 def _range_bounds(grid, masking):
-    """The least first and the largest past key that queries of a block see, (blocks,)."""
+    """The least first and the largest past key of each range of a block's queries.
+
+    (blocks, ranges).
+    """
     if masking.key_ranges is None:
         return None
     S = grid.keys.size
     first, past = ranges_within(masking.key_ranges, S)
     first = jnp.where(first < past, first, S)
     blocks = jnp.arange(grid.queries.count, dtype=jnp.int32)
-    of_block = lambda x, reduce: jax.vmap(lambda i: reduce(grid.queries.cut(x, i, 1)))(blocks)
+    of_block = lambda x, of: jax.vmap(lambda i: of(grid.queries.cut(x, i, 1), (0, 1)))(blocks)
     return of_block(first, jnp.min), of_block(past, jnp.max)
 
 

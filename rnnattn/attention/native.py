@@ -6,8 +6,9 @@ import numpy as np
 
 import rnnattn.attention.xla as xla
 import rnnattn.native as native
-from rnnattn.attention.equations import sum_to
+from rnnattn.attention.equations import joined, sum_to
 from rnnattn.attention.functions import of_distances
+from rnnattn.attention.masking import two_ranges
 from rnnattn.attention.placed import as_given, forward_results, placed
 from rnnattn.attention.problem import Operands
 from rnnattn.checks import those_that_hold
@@ -83,17 +84,53 @@ def _call(name, options, operands, masking, others, results, S):
     )
 
 
-def _forward(options, operands, masking):
+def _ranges_apart(masking):
+    """The masking with one range of keys at a time, where queries have two."""
+    if not two_ranges(masking.key_ranges):
+        return [masking]
+    return [masking._replace(key_ranges=x) for x in jnp.split(masking.key_ranges, 2, 2)]
+
+
+def _over_ranges(run, options, operands, masking):
+    """O and L of `run(options, operands, masking)`: the softmax of one range joins another's."""
+    first, *more = _ranges_apart(masking)
+    if not more:
+        return run(options, operands, first)
+    dtype, wide = (
+        forward_results(options, operands, masking)[0].dtype,
+        options._replace(keeps_o=True),
+    )
+    o, lse = run(wide, operands, first)
+    for masking in more:
+        further, lse_further = run(wide, operands._replace(sinks=None), masking)
+        (share, both), (share_further, _) = joined(lse, lse_further), joined(lse_further, lse)
+        of_rows = lambda share: xla.time_first(share)[..., None]
+        o, lse = of_rows(share) * o + of_rows(share_further) * further, both
+    return o.astype(dtype), lse
+
+
+def _forward_over_range(options, operands, masking):
     results = forward_results(options, operands, masking)
     others, S = [_given(operands.sinks)], operands.key.shape[1]
     return tuple(_call("forward", options, operands, masking, others, results, S))
 
 
+def _forward(options, operands, masking):
+    return _over_ranges(_forward_over_range, options, operands, masking)
+
+
 def forward_over_pages(options, operands, masking, table):
     """`forward` of keys and values in pages, those of each row by the table."""
-    results = forward_results(options, operands, masking)
-    others, S = [_given(operands.sinks), table], table.shape[1] * operands.key.shape[1]
-    return tuple(_call("paged_forward", options, operands, masking, others, results, S))
+    S = table.shape[1] * operands.key.shape[1]
+
+    def run(options, operands, masking):
+        results, others = (
+            forward_results(options, operands, masking),
+            [_given(operands.sinks), table],
+        )
+        return tuple(_call("paged_forward", options, operands, masking, others, results, S))
+
+    return _over_ranges(run, options, operands, masking)
 
 
 def _backward(options, operands, masking, o, lse, do, dlse):
@@ -101,7 +138,7 @@ def _backward(options, operands, masking, o, lse, do, dlse):
     wants_dbias = bias is not None and options.bias_gradient
     wants_dscore = operands.score_arrays is not None and options.score_gradient
 
-    def gradient(operands, do):
+    def of_range(operands, masking, do):
         q, k, v, *_ = operands
         (B, T, M, G, _), S = q.shape, k.shape[1]
         results = [q, k, v, _float32(*bias.shape) if wants_dbias else _float32(0)]
@@ -115,6 +152,17 @@ def _backward(options, operands, masking, o, lse, do, dlse):
         if wants_dscore:
             dscore = _score_gradient(options, operands, masking, ddistances)
         return Operands(dq, dk, dv, None, dbias, None, dscore)
+
+    def gradient(operands, do):
+        """O and L are those of all ranges, and so each adds its part."""
+        first, *more = _ranges_apart(masking)
+        if not more:
+            return of_range(operands, first, do)
+        # what is added to a sum is not rounded to 16 bits
+        q, k, v, wide_do = (x.astype(jnp.float32) for x in (*operands[:3], do))
+        wide = operands._replace(query=q, key=k, value=v)
+        parts = [of_range(wide, masking, wide_do) for masking in (first, *more)]
+        return as_given(jax.tree.map(lambda *parts: sum(parts), *parts), operands)
 
     if not options.scale_gradient:
         return gradient(operands, do)

@@ -545,12 +545,12 @@ def _with_functions(check, options, given):
     query, cache = given["query"], given["cache"]
     B, N, (_, page_size, _, _) = query.shape[0], query.shape[2], cache.key.shape
     check_arrays(check, (B, 0, None), options.mask_function)
-    options, ranges, documents, rest = parts(options)
+    options, ranges, either, documents, rest = parts(options)
     options = options._replace(mask_function=joined(rest + documents))
     arrays = Arrays(query, cache.key, cache.value, **_rows(given))
-    if ranges:
+    if ranges or either:
         keys = cache.table.shape[1] * page_size
-        arrays, options = with_ranges(arrays, options, tuple(ranges), keys)
+        arrays, options = with_ranges(arrays, options, tuple(ranges), either, keys)
     arrays, options = traced(check, arrays, options)
     return {
         "key_ranges": arrays.key_ranges,

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from rnnattn.attention.equations import row_sums
-from rnnattn.attention.masking import key_range, ranges_within
+from rnnattn.attention.masking import key_range, ranges_within, two_ranges
 from rnnattn.attention.placed import backward_on_xla, forward_on_xla, placed, with_sinks
 from rnnattn.attention.problem import Operands
 from rnnattn.attention.xla import time_last
@@ -39,6 +39,7 @@ def unserved(arrays, options):
         f"a width of {K} and {V} (64 and 128 can be)": not {K, V} <= {*_WIDTHS},
         "`mask`": arrays.mask is not None,
         "`bias`": arrays.bias is not None,
+        "two ranges of keys of a query": two_ranges(arrays.key_ranges),
         "dropout": options.dropout_rate > 0,
         "`mask_function`": options.mask_function is not None,
         "`score_function`": options.score_function is not None,
@@ -89,7 +90,7 @@ def _ranges(options, operands, masking):
     """The first key that each query may see, and the one past the last, (B, T)."""
     (B, T), S = operands.query.shape[:2], operands.key.shape[1]
     if masking.key_ranges is not None:
-        first, past = ranges_within(masking.key_ranges, S)
+        first, past = (x[..., 0] for x in ranges_within(masking.key_ranges, S))
     else:
         t = jnp.arange(T, dtype=jnp.int32)
         of_row = jax.vmap(lambda t: key_range(options, masking, t, t), out_axes=1)
