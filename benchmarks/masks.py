@@ -34,6 +34,7 @@ def pairs(T, N):
     distance = jnp.abs(t[:, None] - t[None]).astype(jnp.float32)
     window = masks.window(255, 0) | masks.sinks(4)
     near = (t[:, None] - t[None] < 256) | (t[None] < 4)
+    of_head = lambda b, n, t, s: (s <= t) & (t - s < 64 * (n + 1))
     causal: dict[str, Any] = {"is_causal": True}
     as_mask = {"mask_function": masks.causal()}
     return {
@@ -53,6 +54,10 @@ def pairs(T, N):
         "T5, beside a bias, both constant": (
             {**as_mask, "score_function": masks.relative_bias(jnp.ones((32, N)))},
             {**causal, "bias": jnp.ones((N, T, T))},
+        ),
+        "window of each head, with a map": (
+            {"mask_function": masks.mapped(of_head, T, T, heads=N)},
+            {"mask_function": of_head},
         ),
     }
 
@@ -78,8 +83,9 @@ def flex(name, T, N, q, k, v):
         "window and sinks": (lambda b, n, t, s: (s <= t) & ((t - s < 256) | (s < 4)), None),
         "ALiBi": (causal, lambda logit, b, n, t, s: logit - slopes[n] * (t - s).abs()),
         "T5": (causal, relative),
+        "window of each head": (lambda b, n, t, s: (s <= t) & (t - s < 64 * (n + 1)), None),
     }[name.partition(",")[0]]
-    blocks = flex_attention.create_block_mask(shown, None, None, T, T, device="cpu")
+    blocks = flex_attention.create_block_mask(shown, None, N, T, T, device="cpu")
     arrays = [timing.to_torch(torch, jnp.moveaxis(x, 2, 1)) for x in (q, k, v)]
     attend = torch.compile(flex_attention.flex_attention, dynamic=False)
 

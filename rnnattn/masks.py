@@ -30,6 +30,7 @@ __all__ = [
     "causal",
     "dilated",
     "document",
+    "mapped",
     "prefix",
     "relative_bias",
     "sinks",
@@ -198,6 +199,17 @@ class Sinks(Mask):
         return jnp.asarray(s < self.count)
 
 
+@_tree
+class Mapped(Mask):
+    """Made by `mapped`: a mask, and the blocks of queries and keys in which it shows anything."""
+
+    mask: Mask
+    blocks: Any  # (#B, #N, blocks of positions, blocks of keys)
+
+    def __call__(self, b, n, t, s):
+        return self.mask(b, n, t, s)
+
+
 def _at(x, *places):
     """x at places that are not negative, and at its end past that."""
     return x.at[places].get(mode="clip", wrap_negative_indices=False)
@@ -295,6 +307,88 @@ def sinks(count: int) -> Mask:
         [True, False, True, True, False]
     """
     return Sinks(Check("masks.sinks").integer("count", count, 0))
+
+
+# ------------------------------------------------------------------------------------ maps of masks
+
+MAP_BLOCK = 128  # positions of queries, and keys
+
+
+def mapped(
+    mask: Callable,
+    query_length: int,
+    key_length: int,
+    *,
+    batch: int | None = None,
+    heads: int | None = None,
+) -> Mapped:
+    """The mask with a map of the blocks in which it shows anything, evaluated here and once.
+
+    Attention skips blocks in which a mask shows nothing, and looks at every pair of a query and a
+    key to find them: in each call, and again for the gradient. With a map none of them does. It
+    pays where few blocks are left of many, and where a mask depends on rows or heads: make it
+    before the layers, or before the steps, that share the mask. Masks that run as causality,
+    windows, segments or ranges of keys need no map, and `packed_attention` and pages have no use
+    for one. It holds under `&` with other masks, and is lost under `|` and `~`.
+
+    Args:
+        mask: a mask, or a function (b, n, t, s) → Boolean.
+        query_length: positions of queries, from 0 on, that the map knows: T, or as far as T with
+            a `query_offset` gets. Blocks beyond are looked at.
+        key_length: S.
+        batch, heads: B and N, where the mask depends on the row or the head.
+    Returns:
+        The mask, with Booleans (#B, #N, ⌈query_length / 128⌉, ⌈key_length / 128⌉).
+    Raises:
+        ValueError: the mask gives no Boolean, or depends on rows or heads that are not counted; a
+            number is less than 1. In attention: the map is of other rows, heads or keys, or of
+            fewer queries.
+    Example:
+        >>> mask = mapped(causal() & dilated(2), 300, 300)
+        >>> mask.blocks[0, 0].astype(int).tolist()
+        [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
+    """
+    check = Check("masks.mapped")
+    check(callable(mask), "mask", "a function", repr(mask))
+    place = jax.ShapeDtypeStruct((), jnp.int32)
+    result = jax.eval_shape(mask, *[place] * 4)
+    holds = (getattr(result, "shape", None), getattr(result, "dtype", None)) == ((), jnp.bool)
+    check(holds, "mask", "a function that gives a Boolean of integers", result)
+    lengths = {"query_length": query_length, "key_length": key_length}
+    sizes = [-(-check.integer(name, n, 1) // MAP_BLOCK) for name, n in lengths.items()]
+    counts = {"batch": batch, "heads": heads}
+    for axis, (name, count) in enumerate(counts.items()):
+        expected = f"given, as the mask depends on {('the row', 'the head')[axis]}"
+        check(count is not None or not _depends(mask, axis), name, expected, None)
+        counts[name] = 1 if count is None else check.integer(name, count, 1)
+    mask = as_mask(mask)
+    return Mapped(mask, _blocks(mask, (*counts.values(), *sizes)))
+
+
+def _depends(mask, axis):
+    """Whether a mask depends on one of its arguments."""
+    of_one = lambda x: mask(*(x if n == axis else jnp.int32(0) for n in range(4)))
+    try:
+        jax.eval_shape(jax.vmap(of_one, out_axes=None), jax.ShapeDtypeStruct((1,), jnp.int32))
+    except ValueError:  # of an axis that the result has and should not have
+        return True
+    return False
+
+
+@partial(jax.jit, static_argnums=1)
+def _blocks(mask, sizes):
+    """Where a mask shows anything, by rows, heads, and blocks of queries and keys."""
+    B, N, queries, keys = sizes
+    rows, heads, within = (jnp.arange(n, dtype=jnp.int32) for n in (B, N, MAP_BLOCK))
+    for axis in reversed(range(4)):
+        mask = jax.vmap(mask, [0 if n == axis else None for n in range(4)])
+
+    def of_pair(pair):
+        t, s = (MAP_BLOCK * n + within for n in (pair // keys, pair % keys))
+        return jnp.any(mask(rows, heads, t, s), (2, 3))
+
+    pairs = jnp.arange(queries * keys, dtype=jnp.int32)
+    return jnp.moveaxis(jax.lax.map(of_pair, pairs).reshape(queries, keys, B, N), (2, 3), (0, 1))
 
 
 # ---------------------------------------------------------------------------------- score functions

@@ -147,11 +147,13 @@ def ring_attention(
             nothing is moved.
         method: "ring", keys and values travel; or "ulysses", heads change places with time, for
             which D has to divide N: each device then has all of T and S for N/D heads. That serves
-            every option, and sends less where there are as many heads of keys as of queries. None
-            is "ring", but "ulysses" with a bias, a mask, sinks, dropout, and functions that do not
-            come down to causality, a window or segments, all of which only that serves.
+            every option, and sends less where there are as many heads of keys as of queries, but
+            sends a bias and a mask as well, and gathers those that heads share. None is "ring", but
+            "ulysses" with dropout, and with functions that do not come down to causality, a window
+            or segments, which only that serves.
         bias, mask: (B, N, T, S), or what broadcasts to that. Within `jax.shard_map` T is that of
-            the part, S of the whole. For a device they are best cut along T, as a query is.
+            the part, S of the whole. For a device they are best cut along T, as a query is. With
+            `layout="zigzag"` they are reordered along T and along S, as queries and keys are.
         local_window_size: as there. Keys go no further round than the window makes them.
         mask_function, score_function: as there, of rows, heads and positions of the whole; None
             within `jax.shard_map`.
@@ -210,7 +212,7 @@ def ring_attention(
         check(outside, f"{argument}_function", "None within `jax.shard_map`", "one that is given")
     arrays, options = with_functions(check.function, arrays, options)
     of_logits = {"bias": bias, "mask": mask}
-    by_heads = _chosen(check, method, arrays, options, of_logits) == "ulysses"
+    by_heads = _chosen(check, method, arrays, options) == "ulysses"
     if within:
         outside = (mesh, batch_axis_name, head_axis_name) != (None, None, None)
         expected = "None within `jax.shard_map`"
@@ -360,14 +362,13 @@ def _with_keys(options, arrays):
 # ---- checks -----------------------------------------------------------------------------------
 
 
-def _chosen(check, method, arrays, options, of_logits):
+def _chosen(check, method, arrays, options):
     """The method that is asked for, or that serves the options."""
     check.one_of("method", method, (None, "ring", "ulysses"))
-    reasons = {f"`{name}`": x is not None for name, x in of_logits.items()}
     functions = has_functions(options) or arrays.key_ranges is not None
-    reasons |= {"`sinks`": arrays.sinks is not None, "dropout": options.dropout_rate > 0}
-    reasons |= {"a function as mask or score": functions}
-    unserved = those_that_hold(reasons)
+    unserved = those_that_hold(
+        {"dropout": options.dropout_rate > 0, "a function as mask or score": functions}
+    )
     if method == "ring":
         names = ", ".join(unserved)
         check(not unserved, "method", f"'ulysses' or None with {names}", "'ring'")

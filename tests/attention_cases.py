@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rnnattn import reference
-from rnnattn.attention import api, blockwise, dropout, rule
+from rnnattn import masks, reference
+from rnnattn.attention import api, blockwise, dropout, reduced, rule
 from rnnattn.attention.arguments import problem, sorted_arguments
 from rnnattn.attention.equations import finite_lse
 from rnnattn.attention.xla import time_last
@@ -219,6 +219,8 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(blockwise, "_TANGENT_LOGITS", 96)
     monkeypatch.setattr(blockwise, "_LEAST_TANGENT_BLOCK", 3)
     monkeypatch.setattr(dropout, "_TILE", 4)
+    for module in (masks, reduced, blockwise):
+        monkeypatch.setattr(module, "MAP_BLOCK", 3)
     cast(Any, api._run_attention).clear_cache()
     yield
     cast(Any, api._run_attention).clear_cache()

@@ -1,7 +1,7 @@
 """Masks and scores as functions of places: against all logits at once, from what each means."""
 
 from functools import cache, partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import rnnattn
 from rnnattn import masks, reference
 from rnnattn.attention import dot_product_attention_jvp, native
 from rnnattn.attention.arguments import checked, sorted_arguments, with_functions
+from rnnattn.attention.problem import Options
 from tests.attention_cases import (
     Case,
     Sizes,
@@ -52,6 +53,7 @@ def by_hand(name, b, t, s):
         "two documents": ids[t] == ids[s] and IDS.tolist()[0][t] == IDS.tolist()[0][s],
         "dilated": (t - s) % 3 == 0,
         "sinks": s <= t and (s >= t - 2 or s < 2),
+        "near or late": t - 1 <= s <= t or s >= lengths[b],
         "hidden prefix": not s < lengths[b],
         "before it": s < t - 2,
         "far keys": s < t - 2 or s > t + 1,
@@ -74,6 +76,7 @@ MASKS: dict[str, Any] = {
     "two documents": masks.document(IDS) & masks.document(IDS[0]),
     "dilated": masks.dilated(3),
     "sinks": masks.causal() & (masks.window(2) | masks.sinks(2)),
+    "near or late": masks.window(1, 0) | ~masks.prefix(LENGTHS),
     "hidden prefix": ~masks.prefix(LENGTHS),
     "before it": masks.causal() & ~masks.window(2),
     "far keys": ~masks.window(2, 1),
@@ -82,7 +85,7 @@ MASKS: dict[str, Any] = {
     "prefix and function": masks.prefix(LENGTHS) & (lambda b, n, t, s: (s * t) % 3 < 2),
 }
 # What schedules without functions do not know.
-ON_XLA = {"two documents", "dilated", "sinks", "far keys", "own function", "prefix and function"}
+ON_XLA = {"two documents", "dilated", "far keys", "own function", "prefix and function"}
 
 
 def seen(name, offset=None):
@@ -130,12 +133,12 @@ def test_a_mask_shows_what_it_says(name, small_blocks):  # noqa: F811
     )
     assert_same(actual, truth)
     single = {n: x.astype(jnp.float32) for n, x in nan.items()}
-    kernels = partial(outputs, Case(single, case.others, {}), dot_product_attention)
+    kernels = partial(value_and_gradients, Case(single, case.others, {}), dot_product_attention)
     if name in ON_XLA:
         with pytest.raises(ValueError, match="cannot serve a `mask_function`"):
             kernels(mask_function=mask, implementation="native")
     elif native.unserved(single["query"], single["value"], options_of(mask)[1]) == []:
-        assert_same(kernels(mask_function=mask, implementation="native"), truth[0], 1e-5)
+        assert_same(kernels(mask_function=mask, implementation="native"), truth, 1e-5)
 
 
 def options_of(mask=None, **others):
@@ -164,9 +167,37 @@ def test_what_is_known_otherwise_is_no_function():
     assert (past <= first).all()
 
 
+def test_two_ranges_by_the_kernels_with_every_option():
+    """Each adds its part of what is not rounded to 16 bits before."""
+    mask, slopes = MASKS["sinks"], jnp.asarray(np.random.default_rng(2).uniform(size=N))
+
+    def run(dtype, attend, **how):
+        case = make_case(
+            bias=(1, N, T, S), scale=(N,), sinks=True, mask=(B, 1, T, S), logits_soft_cap=2.0
+        )
+        floats = jax.tree.map(lambda x: x.astype(dtype), {**case.floats, "slopes": slopes})
+
+        def attend_by(slopes, **arguments):
+            score = masks.alibi(slopes)
+            return attend(**arguments, mask_function=mask, score_function=score, **how)
+
+        rounded = Case(floats, case.others | {"query_offset": OFFSET}, case.options)
+        return value_and_gradients(rounded, attend_by)
+
+    expected = run(jnp.float64, reference.dot_product_attention)
+    x = jnp.ones(1, jnp.float32)
+    if native.unserved(x, x, Options()):
+        pytest.skip("no kernels")
+    for dtype, rtol in ((jnp.float32, 1e-5), (jnp.bfloat16, 3e-2)):
+        assert_same(run(dtype, dot_product_attention, implementation="native"), expected, rtol)
+
+
 # ---- with all the rest ---------------------------------------------------------------------------
 
-mask_of_all = masks.window(5, 4) & (masks.dilated(2) | masks.prefix(LENGTHS)) & masks.document(IDS)
+
+def mask_of_all(mapped=lambda mask, *_, **__: mask):
+    by_function = mapped(masks.dilated(2) | masks.prefix(LENGTHS), S, S, batch=B)
+    return masks.window(5, 4) & by_function & masks.document(IDS)
 
 
 def a_score(slopes, table, logit, b, n, t, s):
@@ -180,7 +211,8 @@ def with_functions_of(function, floats, others, **options):
     """`slopes` and `table` are closed over."""
     floats = dict(floats)
     score = partial(a_score, floats.pop("slopes"), floats.pop("table"))
-    return function(**floats, **others, mask_function=mask_of_all, score_function=score, **options)
+    mask = mask_of_all(masks.mapped)
+    return function(**floats, **others, mask_function=mask, score_function=score, **options)
 
 
 def dense_reference(floats, others, *, return_residual):
@@ -192,7 +224,7 @@ def dense_reference(floats, others, *, return_residual):
     logits = floats["scale"][None, :, None, None] * jnp.einsum("btnk,bsnk->bnts", q, k)
     logits = 1.5 * jnp.tanh(logits / 1.5) + floats["bias"]
     logits = a_score(floats["slopes"], floats["table"], logits, b, n, t, s)
-    shown = mask_of_all(b, n, t, s) & others["mask"]
+    shown = mask_of_all()(b, n, t, s) & others["mask"]
     shown &= s < others["key_value_seq_lengths"][:, None, None, None]
     shown &= t - others["query_offset"][:, None, None, None] < 6
     ids = (others["query_segment_ids"], others["key_value_segment_ids"])
@@ -285,6 +317,7 @@ def test_a_mask_is_an_argument_of_a_program():
     score = masks.alibi(masks.alibi_slopes(N).astype(jnp.float64))
     for lengths in (LENGTHS, LENGTHS[::-1]):
         mask = masks.causal() | masks.prefix(lengths)
+        mask &= masks.mapped(masks.dilated(2), T, S)
         expected = dot_product_attention(
             **case.floats, mask_function=mask, score_function=score, implementation="dense"
         )
@@ -387,10 +420,10 @@ def tokens(T, dtype=jnp.float32):
     return jax.ShapeDtypeStruct((1, T, 2, 8), dtype)
 
 
-def with_table(x, table, implementation="xla"):
+def with_table(x, table, implementation="xla", more=MASKS["all of it"]):
     return dot_product_attention(
         *(x, x, x),
-        mask_function=masks.causal() & (masks.window(64) | masks.sinks(2)),
+        mask_function=masks.causal() & (masks.window(64) | masks.sinks(2)) & more,
         score_function=masks.relative_bias(table),
         implementation=implementation,
     ).sum()
@@ -414,7 +447,7 @@ def test_memory_is_linear():
 
 
 def test_blocks_that_show_nothing_are_left_out():
-    """A block that is visited would leave NaN behind."""
+    """A block that is visited would leave NaN behind. A map says which, and no one looks again."""
     x = jnp.ones((1, 1024, 1, 4), jnp.float32)
 
     def score(logit, b, n, t, s):
@@ -422,12 +455,40 @@ def test_blocks_that_show_nothing_are_left_out():
         return jnp.where(hidden, jnp.nan, logit)
 
     shown = lambda b, n, t, s: s // 512 <= t // 512
-    run = lambda x: dot_product_attention(
-        *(x, x, x), mask_function=shown, score_function=score, implementation="blockwise"
+    all_of_it = masks.as_mask(lambda b, n, t, s: s >= 0)
+    by_map = masks.Mapped(all_of_it, masks.mapped(shown, 1024, 1024).blocks)
+
+    def run(mask, x):
+        return dot_product_attention(
+            *(x, x, x), mask_function=mask, score_function=score, implementation="blockwise"
+        )
+
+    for mask in (shown, by_map):
+        out, pullback = quick(lambda x, mask=mask: jax.vjp(partial(run, mask), x))(x)
+        np.testing.assert_allclose(out, x, rtol=1e-6)
+        assert np.isfinite(pullback(x)[0]).all()
+
+
+def test_a_map_of_blocks_leaves_nothing_out(small_blocks):  # noqa: F811
+    """Of rows, heads and places with an offset, also beyond what it knows; an axis of vmap."""
+    sparse = lambda b, n, t, s: (s // 3 + t // 4 + n // 2 + b) % 3 == 0
+    mask = masks.mapped(sparse, T, S, batch=B, heads=N)
+    assert mask.blocks.shape == (B, N, 3, 4) and 0.3 < mask.blocks.mean() < 0.8
+    case = case_of(offset=OFFSET)
+    expected = value_and_gradients(
+        case, dot_product_attention, mask_function=sparse, implementation="dense"
     )
-    np.testing.assert_allclose(quick(run)(x), x, rtol=1e-6)
-    gradient = quick(jax.grad(lambda x: run(x).sum()))(x)
-    assert np.isfinite(gradient).all()
+    actual = value_and_gradients(
+        case, dot_product_attention, mask_function=mask, implementation="blockwise"
+    )
+    assert_same(actual, expected)
+    some = masks.mapped(lambda b, n, t, s: (s // 3 + t // 3) % 3 == 0, 2 * T, S) & parity
+    run = lambda mask: outputs(
+        case_of(), dot_product_attention, mask_function=mask, implementation="blockwise"
+    )
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), some)
+    each = jax.tree.map(lambda x: x[1], jax.vmap(run)(stacked))
+    assert_same(each, run(lambda *at: some(*at)))
 
 
 def test_a_function_that_does_the_same_is_compiled_once():
@@ -531,7 +592,9 @@ def test_under_vmap():
 @pytest.mark.parametrize("implementation", SCHEDULES)
 def test_exports_for_every_platform(implementation):
     table = jax.ShapeDtypeStruct((32, 2), jnp.float32)
-    gradient = jax.grad(partial(with_table, implementation=implementation), (0, 1))
+    more = masks.mapped(masks.dilated(2), 600, 600)
+    run = partial(with_table, implementation=implementation, more=more)
+    gradient = jax.grad(run, (0, 1))
     exported = jax.export.export(jax.jit(gradient), platforms=("cpu", "cuda", "tpu"))
     assert exported(tokens(600), table).platforms == ("cpu", "cuda", "tpu")
 
@@ -679,6 +742,26 @@ WRONG: dict[str, Any] = {
         jnp.int32(1)
     ),
     "masks.dilated: `step` must be an integer of at least 1": lambda: masks.dilated(0),
+    "masks.mapped: `mask` must be a function, got 3": lambda: masks.mapped(cast(Any, 3), 1, 1),
+    "masks.mapped: `mask` must be a function that gives a Boolean": lambda: masks.mapped(
+        lambda b, n, t, s: s, 1, 1
+    ),
+    "masks.mapped: `key_length` must be an integer of at least 1": lambda: masks.mapped(
+        masks.causal(), 1, 0
+    ),
+    "masks.mapped: `batch` must be given, as the mask depends on the row": lambda: masks.mapped(
+        parity, 1, 1
+    ),
+    "masks.mapped: `heads` must be an integer of at least 1": lambda: masks.mapped(
+        masks.causal(), 1, 1, heads=0
+    ),
+    "be mapped for 2 rows, 2 heads, 3 queries and 1 blocks of keys, got (3, 1, 1, 1), with 128 "
+    "queries in a block": lambda: attend(
+        mask_function=masks.causal() & masks.mapped(parity, 3, 3, batch=3)
+    ),
+    "133 queries and 1 blocks of keys, got (1, 1, 1, 1)": lambda: attend(
+        mask_function=masks.mapped(masks.dilated(2), 3, 3), query_offset=130
+    ),
     "masks.sinks: `count` must be an integer of at least 0": lambda: masks.sinks(-1),
     "masks.alibi: `slopes` must be of shape (N,)": lambda: masks.alibi(jnp.ones((1, 2))),
     "masks.alibi: `slopes` must be of a floating dtype": lambda: masks.alibi(jnp.arange(2)),

@@ -30,6 +30,7 @@ from rnnattn import (
     dot_product_attention,
     lstm,
     lstm_step,
+    masks,
     paged_attention,
     patchify,
     reference,
@@ -124,7 +125,11 @@ def _paged(key, value, query, new, sinks, lengths):
     table = jnp.array([[2 * b + 1, 2 * b] for b in range(B)], jnp.int32)
     cache = PagedCache(key, value, table, lengths, jnp.zeros(B, bool))
     cache = append(cache, new, new)
-    return cache.key, paged_attention(query, cache, sinks=sinks)
+    own = masks.sinks(3) | (lambda b, n, t, s: (s + n + b) % 3 > 0)
+    score = lambda logit, b, n, t, s: logit * (n - t).astype(logit.dtype)
+    out = paged_attention(query, cache, sinks=sinks, mask_function=own, score_function=score)
+    prefix = masks.causal() | masks.prefix(lengths)
+    return cache.key, out + paged_attention(query, cache, is_causal=False, mask_function=prefix)
 
 
 def _rotating(key, value, query, new, length):

@@ -24,6 +24,7 @@ from rnnattn import (
     fork,
     free_pages,
     init_paged_cache,
+    masks,
     paged_attention,
     quantise,
     reference,
@@ -111,7 +112,31 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "scale": jnp.abs(draw(N, seed=8)),
     },
     "at another place": {"query_offset": jnp.array([1, 0, 2])},
+    "functions": {
+        "mask_function": (masks.window(4) | masks.sinks(1))
+        & (lambda b, n, t, s: (s + t + n + b) % 4 > 0),
+        "slopes": draw(N, seed=9),
+    },
+    "a prefix and distances": {
+        "is_causal": False,
+        "mask_function": (masks.causal() | masks.prefix(jnp.array([3, 0, 2], jnp.int32)))
+        & (masks.window(3, 3) | masks.sinks(1)),
+        "score_function": masks.alibi(masks.alibi_slopes(N)),
+    },
 }
+
+
+def with_score(options):
+    """`slopes` are closed over by a score function."""
+    if "slopes" not in options:
+        return options
+    options, slopes = dict(options), options["slopes"]
+    del options["slopes"]
+
+    def score(logit, b, n, t, s):
+        return jnp.tanh(slopes[n] * logit) + (t - s + b).astype(logit.dtype) / 8
+
+    return {**options, "score_function": score}
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -135,13 +160,13 @@ def test_attention_and_its_gradients_are_those_of_all_tokens_in_a_row(name, T, p
             query_offset=offset,
             return_residual=True,
             implementation="xla",
-            **others,
+            **with_score(others),
             **options,
         )
 
     def expected(floats):
         return reference.dot_product_attention(
-            **floats,
+            **with_score(floats),
             **{"is_causal": True, **options},
             query_seq_lengths=counts,
             key_value_seq_lengths=LENGTHS,
@@ -193,7 +218,9 @@ SETS = list(load.found()[1])
 
 
 @pytest.mark.skipif(not SETS, reason="no kernels")
-@pytest.mark.parametrize("name", ["plain", "window", "sees all, capped, sinks, scales"])
+@pytest.mark.parametrize(
+    "name", ["plain", "window", "sees all, capped, sinks, scales", "a prefix and distances"]
+)
 @pytest.mark.parametrize("T, dtype", [(1, "float32"), (3, "bfloat16"), (20, "float32")])
 def test_kernels_read_through_the_page_table(name, T, dtype):
     """More queries than are streamed, and windows that begin within a page."""
@@ -787,6 +814,10 @@ def _bad_calls() -> dict[str, Any]:
             query_offset=cache.lengths[:1]
         ),
         "`query_offset` must be of integers, got float32": attend(query_offset=ones),
+        "`mask_function` must be a function or None, got 3": attend(mask_function=3),
+        "must be a prefix of one length or of 2, one for each row, got (3,)": attend(
+            mask_function=masks.prefix(jnp.arange(3))
+        ),
         "`scale` must be a number or of shape () or (N,) = (4,), got (2,)": attend(scale=ones),
         "`sinks` must be of shape (N,) = (4,), got (2,)": attend(sinks=ones),
         "`sinks` must be of a floating dtype, got int": attend(sinks=jnp.zeros(N, jnp.int32)),

@@ -146,6 +146,52 @@ def test_kernels_attend_to_the_chunks(name, devices):
     assert_same((results, _zigzagged(gradient, devices, restore)), expected, 1e-5)
 
 
+OF_LOGITS: dict[str, dict[str, Any]] = {
+    "of rows and heads, causal": {"bias": (B, N, T, T), "mask": (B, 1, T, T), "is_causal": True},
+    "shared, in a zigzag": {"bias": (1, 1, T, T), "mask": (N, T, 1), "layout": "zigzag"},
+    "of keys": {"bias": (N, 1, 24), "mask": (1, 24), "S": 24},
+}
+
+
+@pytest.mark.parametrize(
+    "name, devices, dtype",
+    [(name, d, jnp.float64) for name, d in zip(OF_LOGITS, (2, 4, 8), strict=True)]
+    + [("of rows and heads, causal", 4, jnp.float32)],
+)
+def test_bias_mask_and_sinks(name, devices, dtype, small_blocks):  # noqa: F811
+    """On XLA, and in float32 by the kernels where they are, against one device in float64."""
+    given = dict(OF_LOGITS[name])
+    layout = given.pop("layout", "contiguous")
+    lengths = {"key_value_seq_lengths": jnp.array([T, 5])}
+    case = make_case(Sizes(B, T, given.pop("S", T), N, M, K, V), sinks=True, **given, **lengths)
+    expected = value_and_gradients(case, dot_product_attention)
+    in_place = lambda x, devices, axis=1: x
+    reorder: Any = zigzag if layout == "zigzag" else in_place
+    restore: Any = unzigzag if layout == "zigzag" else in_place
+
+    def of_all(tree, order):
+        """Of time on axis 1, and on the last two of what is of logits."""
+
+        def of_logits(x):
+            for axis in (-2, -1):
+                x = x if x.shape[axis] == 1 else order(x, devices, axis=axis)
+            return x
+
+        by_name = {"sinks": lambda x: x, "key_value_seq_lengths": lambda x: x}
+        by_name |= dict.fromkeys(("bias", "mask"), of_logits)
+        return {n: by_name.get(n, lambda x: order(x, devices))(x) for n, x in tree.items()}
+
+    narrow = lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree)
+    options = {"mesh": ring_of(devices), "axis_name": "ring", "layout": layout}
+    run = first_order(ring_attention, **case.options, **options)
+    there = of_all(narrow(case.floats), reorder), of_all(case.others, reorder)
+    cotangents = tuple(reorder(x, devices) for x in narrow(cotangents_for(case)))
+    (o, lse), gradient = run(*there, cotangents)
+    results = restore(o, devices), restore(lse, devices)
+    rtol = 1e-12 if dtype == jnp.float64 else 1e-5
+    assert_same((results, of_all(gradient, restore)), expected, rtol)
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_within_shard_map_a_device_gives_its_parts(is_causal):
     case = make_case(Sizes(2, 16, 16, 4, 2, 3, 5), is_causal=is_causal)
@@ -361,6 +407,27 @@ def test_memory_of_a_device_falls_with_their_number():
     assert not re.search(r"all-gather|all-to-all|all-reduce", eight.as_text())
 
 
+def test_memory_of_a_bias_falls_with_their_number():
+    """Its rows stay where their queries are, and so does its gradient, in half as much again."""
+
+    def temporaries(devices, T=2048):
+        mesh = ring_of(devices)
+        place = lambda *spec: NamedSharding(mesh, P(*spec))
+        of = lambda shape, *spec: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place(*spec))
+        x, bias = of((1, T, 2, 8), None, "ring"), of((1, 2, T, T), None, None, "ring")
+
+        def loss(x, bias):
+            out = ring_attention(x, x, x, mesh=mesh, axis_name="ring", bias=bias, is_causal=True)
+            return jnp.sum(out**2)
+
+        compiled = quick(jax.grad(loss, (0, 1))).lower(x, bias).compile()
+        assert not re.search(r"all-gather|all-to-all", compiled.as_text())
+        return _temporaries(compiled)
+
+    two, eight = temporaries(2), temporaries(8)
+    assert eight <= two / 4 + 3
+
+
 # ---- precision, and other modes -----------------------------------------------------------------
 
 
@@ -382,7 +449,8 @@ def test_sums_are_as_good_as_on_one_device(dtype):
 @pytest.mark.slow
 def test_forward_mode_over_the_gradient_and_no_other():
     length = {"key_value_seq_lengths": jnp.array([8, 0])}
-    case = make_case(Sizes(2, 8, 8, 2, 1), is_causal=True, **length)
+    of_logits = {"bias": (1, 2, 8, 8), "mask": (2, 1, 8, 8), "sinks": True}
+    case = make_case(Sizes(2, 8, 8, 2, 1), is_causal=True, **of_logits, **length)
 
     def loss(function, **options):
         def run(floats):

@@ -110,6 +110,7 @@ def masked(slopes, table, query_ids, key_ids, **given):
 
     documents = masks.document(query_ids, key_ids)
     shown = (masks.window(1) | masks.sinks(1)) & (documents | masks.dilated(2))
+    shown &= masks.mapped(masks.dilated(1), 8, 8)
     return rnnattn.dot_product_attention(**given, mask_function=shown, score_function=score)
 
 

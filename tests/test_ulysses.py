@@ -47,9 +47,9 @@ def test_equals_attention_on_one_device(name, devices):
     """O, L and all gradients; with 8 devices a query is alone, and a head of keys on four."""
     case = make_case(SIZES, **VARIANTS[name])
     expected = value_and_gradients(case, dot_product_attention)
-    options = {"mesh": ring_of(devices), "axis_name": "ring"}
-    method = "ulysses" if name == "window" else None
-    assert_same(value_and_gradients(case, ring_attention, method=method, **options), expected)
+    method = None if name == "dropout" else "ulysses"
+    options = {"mesh": ring_of(devices), "axis_name": "ring", "method": method}
+    assert_same(value_and_gradients(case, ring_attention, **options), expected)
 
 
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=str)
@@ -106,10 +106,11 @@ def test_masks_that_a_ring_knows_go_round_it():
     assert_same(value_and_gradients(case, ring_attention, **known, **options), expected)
 
 
-def test_within_shard_map_a_device_gives_its_parts():
+@pytest.mark.parametrize("method", ["ring", "ulysses"])
+def test_within_shard_map_a_device_gives_its_parts(method):
     case = make_case(SIZES, bias=(1, N, T, S), is_causal=True)
     mesh, cut = ring_of(4), P(None, "ring")
-    attend = partial(ring_attention, axis_name="ring", **case.options)
+    attend = partial(ring_attention, axis_name="ring", method=method, **case.options)
 
     def loss(attend, q, k, v, bias):
         return jnp.sum(jnp.sin(attend(q, k, v, bias)))
@@ -126,10 +127,11 @@ def test_within_shard_map_a_device_gives_its_parts():
     assert_same(run(there)(*arrays), run(one)(*arrays))
 
 
-def test_what_nobody_sees_may_be_nan():
+@pytest.mark.parametrize("method", ["ring", "ulysses"])
+def test_what_nobody_sees_may_be_nan(method):
     case = make_case(SIZES, mask=(1, 1, T, S))
     case.others["mask"] = case.others["mask"].at[..., 3].set(False)
-    options = {"mesh": ring_of(4), "axis_name": "ring"}
+    options = {"mesh": ring_of(4), "axis_name": "ring", "method": method}
     expected = value_and_gradients(case, ring_attention, **options)
     for name in ("key", "value"):
         case.floats[name] = case.floats[name].at[:, 3].set(jnp.nan)
@@ -147,7 +149,7 @@ def test_every_order_of_derivative_passes_the_exchanges():
         reverse = lambda floats: jax.vjp(jax.grad(loss), floats)[1](along)[0]
         return quick(lambda floats: (forward(floats), reverse(floats)))(case.floats)
 
-    several = partial(ring_attention, mesh=ring_of(2), axis_name="ring")
+    several = partial(ring_attention, mesh=ring_of(2), axis_name="ring", method="ulysses")
     assert_same(products(several), products(dot_product_attention))
 
 
@@ -160,7 +162,8 @@ def test_memory_of_a_device_falls_with_their_number():
         place = lambda *spec: NamedSharding(mesh, P(*spec))
 
         def gradient(q, k, v, mask, do):
-            attend = partial(ring_attention, mesh=mesh, axis_name="ring", mask=mask)
+            options = {"axis_name": "ring", "method": "ulysses", "mask": mask}
+            attend = partial(ring_attention, mesh=mesh, **options)
             return jax.vjp(attend, q, k, v)[1](do)
 
         shapes = [(1, 4096, 8, 16)] * 3 + [(1, 8, 1, 4096), (1, 4096, 8, 16)]
@@ -200,11 +203,11 @@ def _bad_calls() -> dict[str, Any]:
     mask = jnp.ones((8, 16), bool)
     return {
         "`method` must be None, 'ring' or 'ulysses', got 'star'": run(method="star"),
-        "`method` must be 'ulysses' or None with `mask`, dropout, got 'ring'": run(
+        "`method` must be 'ulysses' or None with dropout, got 'ring'": run(
             method="ring", mask=mask, dropout_rate=0.5, dropout_key=jax.random.key(0)
         ),
         "`query` must be of heads that 4 devices divide, which exchange them, got 6 heads": run(
-            mask=mask
+            method="ulysses"
         ),
         "`layout` must be 'contiguous' where heads are exchanged, got 'zigzag'": run(
             method="ulysses", layout="zigzag"

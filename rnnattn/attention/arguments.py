@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from rnnattn.attention.dropout import dropout_keys
 from rnnattn.attention.functions import is_float, trace
 from rnnattn.attention.problem import Functions, Masking, Operands, Options
-from rnnattn.attention.reduced import reduced
+from rnnattn.attention.reduced import maps_of, reduced
 from rnnattn.attention.signature import Implementation
 from rnnattn.checks import Check, several
 from rnnattn.meshes import explicit_mesh, in_parts, parts_of
@@ -49,7 +49,7 @@ class Arrays(NamedTuple):
     # no argument of anybody: see `rnnattn.attention.packed` and `reduced`, and `with_functions`
     key_ranges: Any = None
     score_arrays: Any = None
-    function_arrays: Any = None  # of the mask function, and others of the score function
+    function_arrays: Any = None  # of the mask function, others of the score function, and maps
     rows: Any = None
     heads: Any = None
 
@@ -188,7 +188,13 @@ def with_functions(function, arrays, options):
     if not has_functions(options):
         return arrays, options
     check = Check(function)
+    maps = maps_of(check, arrays, options.mask_function)
     arrays, options = reduced(check, arrays, options)
+    return traced(check, arrays, options, maps)
+
+
+def traced(check, arrays, options, maps=()):
+    """The arguments with functions of positions traced, without other words for what they say."""
     floats: list[Any] = []
     of_score: list[Any] = []
     of_mask: tuple[Any, ...] = ()
@@ -201,7 +207,7 @@ def with_functions(function, arrays, options):
             (floats if is_float(x) else of_score).append(x)
     arrays = arrays._replace(
         score_arrays=None if score is None else tuple(floats),
-        function_arrays=(of_mask, tuple(of_score)),
+        function_arrays=(of_mask, tuple(of_score), () if mask is None else maps),
     )
     return arrays, options._replace(mask_function=mask, score_function=score)
 

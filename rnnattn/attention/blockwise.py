@@ -18,7 +18,7 @@ This module holds no algebra of its own: see `rnnattn.attention.equations`, also
 """
 
 import math
-from functools import partial
+from functools import partial, reduce
 from typing import NamedTuple
 
 import jax
@@ -38,8 +38,9 @@ from rnnattn.attention.equations import (
     sum_to,
 )
 from rnnattn.attention.functions import shown
-from rnnattn.attention.masking import key_range, ranges_within, visible
+from rnnattn.attention.masking import key_range, ranges_within, two_ranges, visible
 from rnnattn.attention.problem import Operands
+from rnnattn.masks import MAP_BLOCK
 
 # Measured: benchmarks/README.md, "How attention's schedule is chosen".
 FORWARD_BLOCK = (512, 512)  # on a CPU: queries of all heads of a group, keys
@@ -229,10 +230,17 @@ class _Visits(NamedTuple):
 
 
 def _with_block_map(options, grid, masking):
-    """The masking with what the mask function shows, block by block, of all rows and heads."""
+    """The masking with what the mask function shows, block by block, of all rows and heads.
+
+    From its maps, if it has any: these may know of more than there is, and so may the blocks.
+    """
     queries, keys = grid.queries.count, grid.keys.count
     if options.mask_function is None or keys == 1:
         return masking
+    if masking.functions.maps:
+        found = [_from_map(grid, masking, blocks) for blocks in masking.functions.maps]
+        blocks = reduce(jnp.logical_and, found)
+        return masking._replace(functions=masking.functions._replace(blocks=blocks))
 
     def of_pair(n):
         places = grid.places(n // keys, n % keys)
@@ -242,6 +250,37 @@ def _with_block_map(options, grid, masking):
     blocks = jnp.moveaxis(lax.map(of_pair, pairs), 0, 2)
     blocks = blocks.reshape(*blocks.shape[:2], queries, keys)
     return masking._replace(functions=masking.functions._replace(blocks=blocks))
+
+
+def _from_map(grid, masking, some):
+    """The blocks of the grid that hold something by a map, (#B, #M, blocks, blocks)."""
+    rows, heads = masking.functions.rows, masking.functions.heads
+    some = some if some.shape[0] == 1 else some[rows]
+    some = some if some.shape[1] == 1 else jnp.any(some[:, heads], 2)
+    first, last = _ends(grid.keys)
+    some = _some_of(some, first // MAP_BLOCK, last // MAP_BLOCK + 1)
+    first, last = (x[None] + masking.offset[:, None] for x in _ends(grid.queries))
+    known = some.shape[2]
+    outside = (first < 0) | (last >= known * MAP_BLOCK)
+    first, past = first // MAP_BLOCK, last // MAP_BLOCK + 1
+    B = max(some.shape[0], first.shape[0])
+    within = lambda x: jnp.broadcast_to(jnp.clip(x, 0, known), (B, x.shape[1]))
+    some = jnp.broadcast_to(jnp.swapaxes(some, 2, 3), (B, some.shape[1], grid.keys.count, known))
+    some = jax.vmap(_some_of)(some, within(first), within(past))
+    return jnp.swapaxes(some, 2, 3) | outside[:, None, :, None]
+
+
+def _ends(axis):
+    """The first and the last index of each block."""
+    starts = axis.start(jnp.arange(axis.count, dtype=jnp.int32))
+    return starts, starts + axis.block - 1
+
+
+def _some_of(x, first, past):
+    """Whether x holds anywhere in the ranges [first, past) of its last axis, (…, ranges)."""
+    before = jnp.cumsum(x, -1, dtype=jnp.int32)
+    before = jnp.concatenate([jnp.zeros_like(before[..., :1]), before], -1)
+    return before[..., past] > before[..., first]
 
 
 def _key_blocks(options, grid, masking):
@@ -255,8 +294,9 @@ def _key_blocks(options, grid, masking):
         first, past = key_range(options, masking, first_row, first_row + queries.block - 1)
         if ranges is not None:
             first, past = (bound[i] for bound in ranges)
-        first = jnp.clip(jnp.min(first), 0, keys.size) // keys.block
-        past = -(-jnp.clip(jnp.max(past), 0, keys.size) // keys.block)
+        firsts = jnp.clip(first, 0, keys.size) // keys.block
+        pasts = -(-jnp.clip(past, 0, keys.size) // keys.block)
+        first, past = jnp.min(firsts), jnp.max(pasts)
         if segments is not None:
             (query_least, query_most), (key_least, key_most) = segments
             touch = (key_least <= query_most[i][None]) & (key_most >= query_least[i][None])
@@ -265,10 +305,14 @@ def _key_blocks(options, grid, masking):
             first = jnp.maximum(first, jnp.min(jnp.where(touch, blocks, keys.count)))
             past = jnp.minimum(past, jnp.max(jnp.where(touch, blocks + 1, 0)))
         visits = _Visits(first, jnp.maximum(first, past), None)
-        if of_function is None:
-            return visits
         blocks = jnp.arange(keys.count, dtype=jnp.int32)
-        return visits._replace(some=jnp.any(of_function[:, :, i], (0, 1)) & visits.include(blocks))
+        if two_ranges(masking.key_ranges):
+            held = (firsts[:, None] <= blocks[None]) & (blocks[None] < pasts[:, None])
+            visits = visits._replace(some=jnp.any(held, 0) & visits.include(blocks))
+        if of_function is not None:
+            shows = jnp.any(of_function[:, :, i], (0, 1))
+            visits = visits._replace(some=shows & visits.include(blocks))
+        return visits
 
     return of
 
@@ -287,14 +331,17 @@ def _segment_bounds(grid, masking):
 
 
 def _range_bounds(grid, masking):
-    """The least first and the largest past key that queries of a block see, (blocks,)."""
+    """The least first and the largest past key of each range of a block's queries.
+
+    (blocks, ranges).
+    """
     if masking.key_ranges is None:
         return None
     S = grid.keys.size
     first, past = ranges_within(masking.key_ranges, S)
     first = jnp.where(first < past, first, S)
     blocks = jnp.arange(grid.queries.count, dtype=jnp.int32)
-    of_block = lambda x, reduce: jax.vmap(lambda i: reduce(grid.queries.cut(x, i, 1)))(blocks)
+    of_block = lambda x, of: jax.vmap(lambda i: of(grid.queries.cut(x, i, 1), (0, 1)))(blocks)
     return of_block(first, jnp.min), of_block(past, jnp.max)
 
 

@@ -214,10 +214,15 @@ def sinks_gradient(sinks, lse, delta, dlse):
     return jnp.sum(sink_weights(sinks, lse) * (dlse - delta), (0, 3), keepdims=True)
 
 
-def joined_by_sinks(sinks, lse):
-    """What is left of O where sinks join a softmax, e^(L − L₁), and L₁."""
-    joined = jnp.logaddexp(lse, sinks.astype(lse.dtype))
-    return jnp.exp(lse - _finite(joined)), joined
+def joined(lse, more):
+    """What is left of O where a sink or further keys join a softmax, e^(L − L₁), and L₁.
+
+    `more` is that sink or the L of these keys. It has derivatives of every order, also of −∞.
+    """
+    none = jnp.maximum(lse, more) == -jnp.inf
+    lse, more = (jnp.where(none, 0, x.astype(lse.dtype)) for x in (lse, more))
+    both = jnp.logaddexp(lse, more)
+    return jnp.where(none, 0, jnp.exp(lse - both)), jnp.where(none, -jnp.inf, both)
 
 
 def sink_weights(sinks, lse):

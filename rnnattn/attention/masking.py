@@ -39,8 +39,10 @@ def visible(options, masking, rows, columns):
     if masking.query_segments is not None:
         conditions.append(masking.query_segments[:, :, None] == masking.key_segments[:, None, :])
     if masking.key_ranges is not None:
-        first, past = jnp.split(masking.key_ranges, 2, axis=2)
-        conditions.append((columns >= first) & (columns < past))
+        bounds = jnp.split(masking.key_ranges, masking.key_ranges.shape[2], axis=2)
+        pairs = zip(bounds[::2], bounds[1::2], strict=True)
+        within = [(columns >= first) & (columns < past) for first, past in pairs]
+        conditions.append(reduce(jnp.logical_or, within))
     conditions = [condition[:, None, None] for condition in conditions]
     if masking.mask is not None:
         conditions.append(masking.mask)
@@ -80,7 +82,7 @@ def rows_in_reach(options, masking, T, S):
     """Whether positions and lengths leave a query a key, (B, 1, 1, T); None if surely all."""
     if masking.key_ranges is not None:
         first, past = ranges_within(masking.key_ranges, S)
-        return (first < past)[:, None, None]
+        return jnp.any(first < past, 2)[:, None, None]
     if _unbounded(options, masking):
         return None
     rows = jnp.arange(T, dtype=jnp.int32)
@@ -105,14 +107,20 @@ def _unbounded(options, masking):
 
 
 def ranges_within(key_ranges, S):
-    """The first of S keys that each query sees, and the one past the last, (B, T)."""
-    first, past = jnp.moveaxis(jnp.clip(key_ranges, 0, S), 2, 0)
+    """The first of S keys of each range of a query, and the one past its last, (B, T, ranges)."""
+    bounds = jnp.clip(key_ranges, 0, S)
+    first, past = bounds[..., ::2], bounds[..., 1::2]
     return first, jnp.maximum(first, past)
+
+
+def two_ranges(key_ranges):
+    """Whether queries have two ranges of keys."""
+    return key_ranges is not None and key_ranges.shape[-1] > 2
 
 
 def _in_some_range(ranges, S):
     """Whether a range holds a key, (B, S): more have begun by then than have ended."""
-    first, past = ranges
+    first, past = (x.reshape(x.shape[0], -1) for x in ranges)
     rows = jnp.arange(first.shape[0], dtype=jnp.int32)[:, None]
     changes = jnp.zeros((first.shape[0], S + 1), jnp.int32)
     changes = changes.at[rows, first].add(1).at[rows, past].add(-1)

@@ -6,8 +6,9 @@ import numpy as np
 
 import rnnattn.attention.xla as xla
 import rnnattn.native as native
-from rnnattn.attention.equations import sum_to
+from rnnattn.attention.equations import joined, sum_to
 from rnnattn.attention.functions import of_distances
+from rnnattn.attention.masking import two_ranges
 from rnnattn.attention.placed import as_given, forward_results, placed
 from rnnattn.attention.problem import Operands
 from rnnattn.checks import those_that_hold
@@ -37,17 +38,18 @@ def _is_by_distance(options):
     return options.score_function is None or options.score_function.by_distance
 
 
-def _by_distance(options, operands, masking):
+def _by_distance(options, operands, masking, S):
     """What the score function adds to logits, by distance; None where there is none."""
     if options.score_function is None:
         return None
-    sizes = operands.query.shape[1], operands.key.shape[1]
+    sizes = operands.query.shape[1], S
     return of_distances(options.score_function, masking, *sizes, operands.score_arrays)
 
 
 def _score_gradient(options, operands, masking, ddistances):
     """That of the floats of the score function, from that of what it adds, of each row and head."""
-    of = lambda floats: _by_distance(options, operands._replace(score_arrays=floats), masking)
+    S = operands.key.shape[1]
+    of = lambda floats: _by_distance(options, operands._replace(score_arrays=floats), masking, S)
     added, pullback = jax.vjp(of, operands.score_arrays)
     return pullback(sum_to(ddistances, added.shape))[0]
 
@@ -61,14 +63,14 @@ def _float32(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def _call(name, options, operands, masking, others, results):
-    """A kernel's results, like these, given the operands, the masking and more."""
+def _call(name, options, operands, masking, others, results, S):
+    """A kernel's results, like these, given the operands with S keys, the masking and more."""
     q, k, v, scale, bias, *_ = operands
     arguments = [q, k, v, scale, _given(bias), _given(masking.mask, jnp.bool), masking.offset]
     integers = [masking.query_lengths, masking.key_lengths]
     integers += [masking.query_segments, masking.key_segments, masking.key_ranges]
     arguments += [_given(x, jnp.int32) for x in integers]
-    arguments.append(_given(_by_distance(options, operands, masking)))
+    arguments.append(_given(_by_distance(options, operands, masking, S)))
     left, right = options.window or (None, None)
     side = lambda x: np.int64(-1 if x is None else x)
     return jax.ffi.ffi_call(f"rnnattn.attention_{name}.v4", results)(
@@ -82,16 +84,53 @@ def _call(name, options, operands, masking, others, results):
     )
 
 
-def _forward(options, operands, masking):
+def _ranges_apart(masking):
+    """The masking with one range of keys at a time, where queries have two."""
+    if not two_ranges(masking.key_ranges):
+        return [masking]
+    return [masking._replace(key_ranges=x) for x in jnp.split(masking.key_ranges, 2, 2)]
+
+
+def _over_ranges(run, options, operands, masking):
+    """O and L of `run(options, operands, masking)`: the softmax of one range joins another's."""
+    first, *more = _ranges_apart(masking)
+    if not more:
+        return run(options, operands, first)
+    dtype, wide = (
+        forward_results(options, operands, masking)[0].dtype,
+        options._replace(keeps_o=True),
+    )
+    o, lse = run(wide, operands, first)
+    for masking in more:
+        further, lse_further = run(wide, operands._replace(sinks=None), masking)
+        (share, both), (share_further, _) = joined(lse, lse_further), joined(lse_further, lse)
+        of_rows = lambda share: xla.time_first(share)[..., None]
+        o, lse = of_rows(share) * o + of_rows(share_further) * further, both
+    return o.astype(dtype), lse
+
+
+def _forward_over_range(options, operands, masking):
     results = forward_results(options, operands, masking)
-    return tuple(_call("forward", options, operands, masking, [_given(operands.sinks)], results))
+    others, S = [_given(operands.sinks)], operands.key.shape[1]
+    return tuple(_call("forward", options, operands, masking, others, results, S))
+
+
+def _forward(options, operands, masking):
+    return _over_ranges(_forward_over_range, options, operands, masking)
 
 
 def forward_over_pages(options, operands, masking, table):
     """`forward` of keys and values in pages, those of each row by the table."""
-    results = forward_results(options, operands, masking)
-    others = [_given(operands.sinks), table]
-    return tuple(_call("paged_forward", options, operands, masking, others, results))
+    S = table.shape[1] * operands.key.shape[1]
+
+    def run(options, operands, masking):
+        results, others = (
+            forward_results(options, operands, masking),
+            [_given(operands.sinks), table],
+        )
+        return tuple(_call("paged_forward", options, operands, masking, others, results, S))
+
+    return _over_ranges(run, options, operands, masking)
 
 
 def _backward(options, operands, masking, o, lse, do, dlse):
@@ -99,20 +138,31 @@ def _backward(options, operands, masking, o, lse, do, dlse):
     wants_dbias = bias is not None and options.bias_gradient
     wants_dscore = operands.score_arrays is not None and options.score_gradient
 
-    def gradient(operands, do):
+    def of_range(operands, masking, do):
         q, k, v, *_ = operands
         (B, T, M, G, _), S = q.shape, k.shape[1]
         results = [q, k, v, _float32(*bias.shape) if wants_dbias else _float32(0)]
         results.append(_float32(B, M, G, 1, T + S - 1) if wants_dscore else _float32(0))
         others = [o, lse, do, dlse]
         dq, dk, dv, dbias, ddistances = _call(
-            "backward", options, operands, masking, others, results
+            "backward", options, operands, masking, others, results, S
         )
         dbias = dbias if wants_dbias else None
         dscore = None
         if wants_dscore:
             dscore = _score_gradient(options, operands, masking, ddistances)
         return Operands(dq, dk, dv, None, dbias, None, dscore)
+
+    def gradient(operands, do):
+        """O and L are those of all ranges, and so each adds its part."""
+        first, *more = _ranges_apart(masking)
+        if not more:
+            return of_range(operands, first, do)
+        # what is added to a sum is not rounded to 16 bits
+        q, k, v, wide_do = (x.astype(jnp.float32) for x in (*operands[:3], do))
+        wide = operands._replace(query=q, key=k, value=v)
+        parts = [of_range(wide, masking, wide_do) for masking in (first, *more)]
+        return as_given(jax.tree.map(lambda *parts: sum(parts), *parts), operands)
 
     if not options.scale_gradient:
         return gradient(operands, do)

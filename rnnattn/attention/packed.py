@@ -17,7 +17,7 @@ from rnnattn.attention.api import call
 from rnnattn.attention.arguments import checked, sorted_arguments
 from rnnattn.attention.masking import key_range
 from rnnattn.attention.problem import Masking
-from rnnattn.attention.reduced import check_arrays, extreme, joined, parts, range_of
+from rnnattn.attention.reduced import apart, check_arrays, extreme, joined, parts, range_of
 from rnnattn.attention.rule import attend, plain
 from rnnattn.attention.signature import Window
 from rnnattn.checks import Check
@@ -162,10 +162,10 @@ def call_packed(function, rule, query, key, value, starts, query_offset, options
     check_arrays(check, (of_keys.size - 1, 0, None), stated.mask_function)
     T, S = arrays.query.shape[0], arrays.key.shape[0]
     starts = of_queries, of_keys, query_offset
-    stated, ranges, documents, rest = parts(stated)
+    stated, ranges, either, documents, rest = parts(stated)
     mask, score = joined(rest + documents), stated.score_function
     bounds = stated._replace(mask_function=None, score_function=None)
-    arrays = arrays._replace(key_ranges=_key_ranges(bounds, T, tuple(ranges), *starts))
+    arrays = arrays._replace(key_ranges=_key_ranges(bounds, T, tuple(ranges), either, *starts))
     in_row = lambda function: (
         partial(_in_row, function, _places(T, S, *starts)) if callable(function) else function
     )
@@ -193,8 +193,8 @@ def _of_queries(T, of_queries, of_keys, offset):
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _key_ranges(options, T, masks, of_queries, of_keys, offset):
-    """The keys [first, past) of each query, (T, 2), where all are numbered through.
+def _key_ranges(options, T, masks, either, of_queries, of_keys, offset):
+    """The keys [first, past) of each query, (T, 2) or (T, 4), where all are numbered through.
 
     Each query is a row by itself here, with an offset and a length of the keys of its own.
     """
@@ -202,11 +202,19 @@ def _key_ranges(options, T, masks, of_queries, of_keys, offset):
     start, end = of_keys[ids], of_keys[ids + 1]
     t = jnp.arange(T, dtype=jnp.int32)
     rows = Masking(offset=start + at - t, key_lengths=end)
-    found = [range_of(mask, ids, at) for mask in masks]
-    found = [tuple(x if x is None else x + start for x in bounds) for bounds in found]
-    first, past = zip(key_range(options, rows, t, t), *found, strict=True)
-    first, past = extreme(jnp.maximum, first, start), extreme(jnp.minimum, past)
-    return jnp.stack([first, jnp.where(inside, past, first)], 1)
+    stated = key_range(options, rows, t, t)
+
+    def shown_by(*masks):
+        found = [range_of(mask, ids, at) for mask in masks]
+        found = [tuple(x if x is None else x + start for x in bounds) for bounds in found]
+        first, past = zip(stated, *found, strict=True)
+        first, past = extreme(jnp.maximum, first, start), extreme(jnp.minimum, past)
+        return first, jnp.where(inside, past, first)
+
+    bounds = shown_by(*masks)
+    if either is not None:
+        bounds = apart(*(shown_by(*masks, one) for one in either))
+    return jnp.stack(bounds, 1)
 
 
 class _Places(NamedTuple):

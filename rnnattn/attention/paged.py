@@ -7,6 +7,7 @@ Axes: B rows, T tokens or queries, P pages, N query heads, M key/value heads, K 
 width.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple, SupportsFloat, SupportsIndex
 
@@ -16,10 +17,18 @@ from jaxtyping import Array, Bool, Float, Int, Int32, Num
 
 import rnnattn.attention.xla as xla
 from rnnattn.attention import pages
-from rnnattn.attention.arguments import Arrays, check_of_heads, checked_options, problem
+from rnnattn.attention.arguments import (
+    Arrays,
+    check_of_heads,
+    checked_options,
+    has_functions,
+    problem,
+    traced,
+)
 from rnnattn.attention.cache import check_tokens
 from rnnattn.attention.problem import Options
 from rnnattn.attention.quantised import quantise
+from rnnattn.attention.reduced import check_arrays, joined, parts, with_ranges
 from rnnattn.attention.signature import Window
 from rnnattn.checks import Check
 from rnnattn.meshes import explicit_mesh, in_parts
@@ -429,6 +438,8 @@ def paged_attention(
     query_offset: SupportsIndex | Int[Array, "..."] | None = None,
     logits_soft_cap: SupportsFloat | None = None,
     sinks: Float[Array, " N"] | None = None,
+    mask_function: Callable | None = None,
+    score_function: Callable | None = None,
 ) -> Any:
     """`dot_product_attention` of each row to what a `PagedCache` holds of it, pages where they are.
 
@@ -445,6 +456,9 @@ def paged_attention(
         return_residual: also return the log-sum-exp L, (B, T, N).
         scale, is_causal, local_window_size, logits_soft_cap, sinks: as in
             `dot_product_attention`.
+        mask_function, score_function: as there, of the positions that the queries stand at and of
+            the places of tokens in their rows. The mask hides more than `is_causal` does. The
+            kernels serve ranges of keys and a bias by distance.
     Returns:
         The output (B, T, N, V) in the dtype of the query, and L behind it if it is asked for. A
         query that may see no key, as one of an empty row, gets zeros and L = −∞ (its sink, if there
@@ -453,9 +467,10 @@ def paged_attention(
         ValueError: a shape, dtype or option is off; the message says which, what was expected and
             what came.
     Gradient:
-        With respect to query, keys and values of the cache, sinks and an array `scale`, in reverse
-        and forward mode and of every order: JAX's own, of the schedule on XLA, which keeps the
-        softmax of every few pages. An int8 cache has a gradient for its scales.
+        With respect to query, keys and values of the cache, sinks, an array `scale` and what the
+        score function closes over, in reverse and forward mode and of every order: JAX's own, of
+        the schedule on XLA, which keeps the softmax of every few pages. An int8 cache has a
+        gradient for its scales.
     Example:
         >>> cache = init_paged_cache(
         ...     2, pages=8, page_size=4, pages_per_row=4, num_heads=1, key_size=2
@@ -488,7 +503,9 @@ def paged_attention(
     check.one_of("implementation", implementation, (None, "xla", "native"))
     sides: Any = local_window_size
     cap: Any = logits_soft_cap
-    stated = Options(is_causal, sides, cap)
+    stated = Options(
+        is_causal, sides, cap, mask_function=mask_function, score_function=score_function
+    )
     stated = checked_options(check, stated, None)._replace(keeps_o=False)
     given = {
         "query": query,
@@ -498,10 +515,49 @@ def paged_attention(
         "lengths": query_seq_lengths,
         "offset": query_offset,
     }
+    if has_functions(stated):
+        of_functions, stated = _with_functions(check, stated, given)
+        given |= of_functions
     if implementation == "native":
         check.served("native", pages.unserved(stated, query, cache.value))
     o, lse = _attend_on_mesh(implementation, stated, given)
     return (o, lse) if return_residual else o
+
+
+def _rows(given):
+    """What is valid of each row, and where its queries stand."""
+    query, cache, lengths = given["query"], given["cache"], given.get("lengths")
+    T = query.shape[1]
+    counts = T if lengths is None else jnp.clip(lengths, 0, T).astype(jnp.int32)
+    offset = given.get("offset")
+    return {
+        "query_seq_lengths": lengths,
+        "key_value_seq_lengths": cache.lengths,
+        "query_offset": cache.lengths - counts if offset is None else offset,
+    }
+
+
+def _with_functions(check, options, given):
+    """What functions close over, and the ranges that a mask comes down to, if it does; options.
+
+    Documents stay functions: the ids of keys would have to be as many as pages hold.
+    """
+    query, cache = given["query"], given["cache"]
+    B, N, (_, page_size, _, _) = query.shape[0], query.shape[2], cache.key.shape
+    check_arrays(check, (B, 0, None), options.mask_function)
+    options, ranges, either, documents, rest = parts(options)
+    options = options._replace(mask_function=joined(rest + documents))
+    arrays = Arrays(query, cache.key, cache.value, **_rows(given))
+    if ranges or either:
+        keys = cache.table.shape[1] * page_size
+        arrays, options = with_ranges(arrays, options, tuple(ranges), either, keys)
+    arrays, options = traced(check, arrays, options)
+    return {
+        "key_ranges": arrays.key_ranges,
+        "score_arrays": arrays.score_arrays,
+        "function_arrays": arrays.function_arrays,
+        "heads": jnp.arange(N, dtype=jnp.int32),
+    }, options
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -514,26 +570,22 @@ def _attend_on_mesh(implementation, options, given):
     letters = {"query": "BTMK", "cache": _letters(given["cache"])}
     of_each = {"lengths": "B", "offset": "B", "scale": "M", "sinks": "M"}
     letters |= {n: of_each[n] * jnp.ndim(given[n]) for n in of_each if n in given}
+    of_functions = {"key_ranges": "BTR", "score_arrays": "", "function_arrays": "", "heads": "M"}
+    letters |= {n: axes for n, axes in of_functions.items() if n in given}
     whole = {"T": "the queries", "B": "the rows", "P": "the pages", "S": "the pages' tokens"}
     return in_parts(check, run, given, letters, ("BTMV", "BTM"), divided="M", whole=whole)
 
 
 def _attend(implementation, options, given):
     given = varying_together({name: x for name, x in given.items() if x is not None})
-    query, cache, lengths = given["query"], given["cache"], given.get("lengths")
+    query, cache = given["query"], given["cache"]
     B, T, N, _ = query.shape
-    counts = T if lengths is None else jnp.clip(lengths, 0, T).astype(jnp.int32)
-    offset = given.get("offset", cache.lengths - counts)
-    arrays = Arrays(
-        query,
-        cache.key,
-        cache.value,
-        scale=given.get("scale"),
-        sinks=given.get("sinks"),
-        query_seq_lengths=lengths,
-        key_value_seq_lengths=cache.lengths,
-        query_offset=offset,
-    )
+    rows = _rows(given)
+    if "key_ranges" in given:  # which are those of lengths, too
+        rows = {"query_offset": rows["query_offset"]}
+    others = {name: x for name, x in given.items() if name in Arrays._fields and name != "query"}
+    numbers = jnp.arange(B, dtype=jnp.int32)
+    arrays = Arrays(query, cache.key, cache.value, **rows, **others, rows=numbers)
     operands, masking = problem(options, arrays)
     run = pages.on_xla if implementation == "xla" else pages.forward
     which = pages.Pages(cache.table, cache.key_scale, cache.value_scale)

@@ -26,11 +26,12 @@ from rnnattn.attention.masking import (
     key_range,
     keys_in_reach,
     only_seeing,
+    ranges_within,
     rows_in_reach,
     visible,
 )
 from rnnattn.attention.placed import forward_results
-from rnnattn.attention.problem import Masking, Operands
+from rnnattn.attention.problem import Functions, Masking, Operands
 from rnnattn.attention.quantised import dequantise
 from rnnattn.checks import those_that_hold
 from rnnattn.dispatch import dispatched
@@ -84,6 +85,8 @@ def on_xla(options, operands, masking, pages):
     sees = rows_in_reach(options, masking, T, S)
     seen = keys_in_reach(options, masking, T, S)
     first, past = key_range(options, masking, 0, T - 1)
+    if masking.key_ranges is not None:
+        first, past = ranges_within(masking.key_ranges, S)
     first, past = jnp.min(first) // block, -(-jnp.max(past) // block)
     rows = jnp.arange(T, dtype=jnp.int32)
     query = only_seeing(sees, xla.time_last(operands.query))
@@ -131,8 +134,15 @@ def _results(options, operands, masking, pages):
 
 
 # Pages have no row: where rows are divided, each device has all of them.
-_OPERANDS: Any = Operands("BTMG", "..M", "..M", "BMG", None, "BMG")  # type: ignore[arg-type]
-_MASKING: Any = Masking("B", query_lengths="B", key_lengths="B")  # type: ignore[arg-type]
+_OPERANDS: Any = Operands("BTMG", "..M", "..M", "BMG", None, "BMG", "")  # type: ignore[arg-type]
+_FUNCTIONS: Any = Functions("B", "MG", "", "", "")  # type: ignore[arg-type]
+_MASKING: Any = Masking(
+    "B",  # type: ignore[arg-type]
+    query_lengths="B",  # type: ignore[arg-type]
+    key_lengths="B",  # type: ignore[arg-type]
+    key_ranges="B",  # type: ignore[arg-type]
+    functions=_FUNCTIONS,
+)
 _PAGES: Any = Pages("B")  # type: ignore[arg-type]
 _placed = dispatched(
     "rnnattn_paged_attention",

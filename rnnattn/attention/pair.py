@@ -73,9 +73,10 @@ def _forward_results(options, operands, masking):
 
 
 def _gradient_results(options, operands, *_):
-    q, k, v, scale, *_ = operands
+    q, k, v, scale, bias, *_ = operands
     dscale = _wide(scale.shape) if options.scale_gradient else None
-    return Operands(_wide(q.shape), _wide(k.shape), _wide(v.shape), dscale)
+    dbias = _wide(bias.shape) if bias is not None and options.bias_gradient else None
+    return Operands(_wide(q.shape), _wide(k.shape), _wide(v.shape), dscale, dbias)
 
 
 _run_forward = dispatched(

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from rnnattn.attention.equations import row_sums
 from rnnattn.attention.kernels import LOG2_E, Reach
-from rnnattn.attention.masking import key_range, ranges_within
+from rnnattn.attention.masking import key_range, ranges_within, two_ranges
 from rnnattn.attention.placed import backward_on_xla, forward_on_xla, placed, with_sinks
 from rnnattn.attention.problem import Operands
 from rnnattn.attention.xla import time_last
@@ -61,6 +61,7 @@ def _unserved(arrays, options):
         "symbolic shapes": not all(isinstance(n, int) for n in sizes),
         "`mask`": arrays.mask is not None,
         "`bias`": arrays.bias is not None,
+        "two ranges of keys of a query": two_ranges(arrays.key_ranges),
         "dropout": options.dropout_rate > 0,
         "`mask_function`": options.mask_function is not None,
         "`score_function`": options.score_function is not None,
@@ -165,7 +166,7 @@ def _reach(options, operands, masking, missing):
     if not _hides(options, masking, missing):
         return None
     if masking.key_ranges is not None:
-        ranges = ranges_within(masking.key_ranges, S)
+        ranges = [x[..., 0] for x in ranges_within(masking.key_ranges, S)]
     else:
         t = jnp.arange(T, dtype=jnp.int32)
         of_row = jax.vmap(lambda t: key_range(options, masking, t, t), out_axes=1)

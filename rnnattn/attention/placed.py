@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 import rnnattn.attention.xla as xla
-from rnnattn.attention.equations import joined_by_sinks, row_sums, sinks_gradient
+from rnnattn.attention.equations import joined, row_sums, sinks_gradient
 from rnnattn.attention.masking import only_seeing, rows_in_reach
 from rnnattn.attention.problem import Functions, Masking, Operands, Schedule
 from rnnattn.dispatch import dispatched
@@ -21,7 +21,7 @@ from rnnattn.divided import Division
 
 # The letters of the axes along which the kernels can be divided, and of those before them.
 _OPERANDS: Any = Operands("BTMG", "BSM", "BSM", "BMG", "BMG", "BMG", "")  # type: ignore[arg-type]
-_FUNCTIONS: Any = Functions("B", "MG", "", "")  # type: ignore[arg-type]
+_FUNCTIONS: Any = Functions("B", "MG", "", "", "")  # type: ignore[arg-type]
 _MASKING: Any = Masking("B", "BMG", "B", "B", "B", "B", "BMG", "B", _FUNCTIONS)  # type: ignore[arg-type]
 _ARGUMENTS = (_OPERANDS, _MASKING)
 
@@ -75,7 +75,7 @@ def with_sinks(o, lse, sinks):
     """O and L of a softmax that sinks join, if there are any: they only change these afterwards."""
     if sinks is None:
         return o, lse
-    share, lse = joined_by_sinks(sinks, lse)
+    share, lse = joined(lse, sinks)
     return (xla.time_first(share)[..., None] * o).astype(o.dtype), lse
 
 

@@ -46,6 +46,7 @@ class Functions(NamedTuple):
     heads: Int[Array, "M G"]
     of_mask: tuple[Array, ...] = ()
     of_score: tuple[Array, ...] = ()
+    maps: tuple[Bool[Array, "#B #N positions keys"], ...] = ()  # in blocks: see `masks.mapped`
     blocks: Bool[Array, "#B #M blocks blocks"] | None = None  # of queries and keys that meet
 
 
@@ -59,7 +60,8 @@ class Masking(NamedTuple):
     query_segments: Int[Array, "B T"] | None = None
     key_segments: Int[Array, "B S"] | None = None
     dropout_keys: PRNGKeyArray | None = None  # (B, M, G)
-    key_ranges: Int[Array, "B T 2"] | None = None  # [first, past), in place of position and lengths
+    # [first, past), in place of position and lengths; or two such that have no key in common, as 4
+    key_ranges: Int[Array, "B T bounds"] | None = None
     functions: Functions | None = None
 
 

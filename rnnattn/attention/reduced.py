@@ -13,26 +13,40 @@ import jax.numpy as jnp
 
 from rnnattn.attention.masking import key_range
 from rnnattn.attention.problem import Masking, Options
-from rnnattn.masks import And, Causal, Document, Not, Or, Prefix, Sinks, Window
+from rnnattn.masks import (
+    MAP_BLOCK,
+    And,
+    Causal,
+    Document,
+    Mapped,
+    Not,
+    Or,
+    Prefix,
+    Sinks,
+    Window,
+)
 
 
 def reduced(check, arrays, options):
     """The arguments, whose mask function is left with what has no other words."""
     *batch, T, _, _ = arrays.query.shape
-    check_arrays(check, (math.prod(batch), T, arrays.key.shape[-3]), options.mask_function)
-    options, ranges, documents, rest = parts(options)
+    S = arrays.key.shape[-3]
+    check_arrays(check, (math.prod(batch), T, S), options.mask_function)
+    options, ranges, either, documents, rest = parts(options)
     if arrays.query_segment_ids is None and documents:
         arrays = _with_segments(arrays, documents.pop(0))
-    if ranges:
-        arrays, options = _with_ranges(arrays, options, tuple(ranges))
+    if ranges or either:
+        arrays, options = with_ranges(arrays, options, tuple(ranges), either, S)
     return arrays, options._replace(mask_function=joined(rest + documents))
 
 
 def parts(options):
     """The options with causality and windows of their mask function, and the rest of it in parts.
 
-    Which are ranges of keys, documents, and all others; each has to show a key.
+    Which are ranges of keys, two of which either may show a key (None if there are none),
+    documents, and all others; each has to show a key.
     """
+    either = None
     documents: list[Any] = []
     ranges: list[Any] = []
     rest: list[Any] = []
@@ -43,9 +57,13 @@ def parts(options):
             options = options._replace(window=_narrower(options.window, mask))
         elif isinstance(mask, Document):
             documents.append(mask)
+        elif _is_range(mask):
+            ranges.append(mask)
+        elif either is None and _is_of_two_ranges(mask):
+            either = mask.left, mask.right
         else:
-            (ranges if _is_range(mask) else rest).append(mask)
-    return options, ranges, documents, rest
+            rest.append(mask)
+    return options, ranges, either, documents, rest
 
 
 def joined(masks):
@@ -60,7 +78,7 @@ def check_arrays(check, sizes, mask):
         case And(left=left, right=right) | Or(left=left, right=right):
             check_arrays(check, sizes, left)
             check_arrays(check, sizes, right)
-        case Not(mask=inner):
+        case Not(mask=inner) | Mapped(mask=inner):
             check_arrays(check, sizes, inner)
         case Prefix(lengths=lengths):
             expected = f"a prefix of one length or of {B}, one for each row"
@@ -74,11 +92,38 @@ def check_arrays(check, sizes, mask):
             check(of_keys.shape in ((S,), (B, S)), "mask_function", expected, of_keys.shape)
 
 
+def maps_of(check, arrays, mask):
+    """The maps of blocks that come with a mask, of which all hold."""
+    match mask:
+        case And(left=left, right=right):
+            return (*maps_of(check, arrays, left), *maps_of(check, arrays, right))
+        case Mapped(mask=inner, blocks=blocks):
+            _check_map(check, arrays, blocks.shape)
+            return (blocks, *maps_of(check, arrays, inner))
+    return ()
+
+
+def _check_map(check, arrays, shape):
+    *batch, T, N, _ = arrays.query.shape
+    B, queries, keys = math.prod(batch), T, -(-arrays.key.shape[-3] // MAP_BLOCK)
+    if isinstance(arrays.query_offset, int):
+        queries += arrays.query_offset
+    fits = shape[0] in (1, B) and shape[1] in (1, N) and shape[3] == keys
+    expected = f"mapped for {B} rows, {N} heads, {queries} queries and {keys} blocks of keys"
+    shown = f"{shape}, with {MAP_BLOCK} queries in a block"
+    check(fits and shape[2] * MAP_BLOCK >= queries, "mask_function", expected, shown)
+
+
 def _all_of(mask):
     """The masks that all have to show a key."""
-    if mask is None:
-        return []
-    return [*_all_of(mask.left), *_all_of(mask.right)] if isinstance(mask, And) else [mask]
+    match mask:
+        case None:
+            return []
+        case And(left=left, right=right):
+            return [*_all_of(left), *_all_of(right)]
+        case Mapped(mask=inner):
+            return _all_of(inner)
+    return [mask]
 
 
 def _narrower(window, mask):
@@ -135,6 +180,10 @@ def _is_range(mask):
     return _sides(mask) is not None
 
 
+def _is_of_two_ranges(mask):
+    return isinstance(mask, Or) and _is_range(mask.left) and _is_range(mask.right)
+
+
 def range_of(mask, b, t):
     """The keys [first, past) of the query at t that a mask shows, None for an open side."""
     match mask:
@@ -162,27 +211,50 @@ def extreme(of, bounds, least=None):
     return reduce(of, known) if known else None
 
 
-def _with_ranges(arrays, options, masks):
-    """Positions, windows and lengths as ranges, too: they take the place of all of these."""
+def apart(one, other):
+    """The bounds of two ranges of keys that have none in common, of two that may.
+
+    Where these touch, the first is both of them, and the second is empty.
+    """
+    (a, b), (c, d) = one, other
+    empty = a >= b
+    a, b = jnp.where(empty, c, a), jnp.where(empty, d, b)
+    empty = c >= d
+    c, d = jnp.where(empty, a, c), jnp.where(empty, b, d)
+    touch = jnp.maximum(a, c) <= jnp.minimum(b, d)
+    both = jnp.where(touch, jnp.minimum(a, c), a), jnp.where(touch, jnp.maximum(b, d), b)
+    return *both, jnp.where(touch, 0, c), jnp.where(touch, 0, d)
+
+
+def with_ranges(arrays, options, masks, either, S):
+    """Positions, windows and lengths as ranges of S keys, too: they take the place of all these."""
     *batch, T, _, _ = arrays.query.shape
     of_rows = lambda x: None if x is None else jnp.asarray(x, jnp.int32).reshape(-1, 1)
     offset = 0 if arrays.query_offset is None else arrays.query_offset
     given = (offset, arrays.query_seq_lengths, arrays.key_value_seq_lengths)
-    rows = math.prod(batch), T, arrays.key.shape[-3]
+    rows = math.prod(batch), T, S
     stated = Options(options.is_causal, options.window)
-    ranges = _key_ranges(stated, rows, masks, *map(of_rows, given)).reshape(*batch, T, 2)
+    ranges = _key_ranges(stated, rows, masks, either, *map(of_rows, given))
+    ranges = ranges.reshape(*batch, T, -1)
     arrays = arrays._replace(key_ranges=ranges, query_seq_lengths=None, key_value_seq_lengths=None)
     return arrays, options._replace(is_causal=False, window=None)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _key_ranges(options, sizes, masks, offset, query_lengths, key_lengths):
-    """The keys [first, past) of each query, (B, T, 2)."""
+def _key_ranges(options, sizes, masks, either, offset, query_lengths, key_lengths):
+    """The keys [first, past) of each query, (B, T, 2) or (B, T, 4)."""
     B, T, S = sizes
     t = jnp.arange(T, dtype=jnp.int32)[None]
     b = jnp.arange(B, dtype=jnp.int32)[:, None]
     rows = Masking(offset, query_lengths=query_lengths, key_lengths=key_lengths)
-    found = [key_range(options, rows, t, t), *(range_of(mask, b, t + offset) for mask in masks)]
-    first, past = zip(*found, strict=True)
-    bounds = extreme(jnp.maximum, first, 0), extreme(jnp.minimum, past, S)
+    stated = key_range(options, rows, t, t)
+
+    def shown_by(*masks):
+        found = [stated, *(range_of(mask, b, t + offset) for mask in masks)]
+        first, past = zip(*found, strict=True)
+        return extreme(jnp.maximum, first, 0), extreme(jnp.minimum, past, S)
+
+    bounds = shown_by(*masks)
+    if either is not None:
+        bounds = apart(*(shown_by(*masks, one) for one in either))
     return jnp.stack([jnp.broadcast_to(x, (B, T)) for x in bounds], 2)

@@ -10,8 +10,11 @@ Backward, L is that of all keys, and so P = e^(s − L) of a block needs nothing
 its parts of dq, dk and dv are those of `rnnattn.attention.equations`, and what is left to do is to
 add them up:
 
-    forward     travels: k, v                       stays: q, O, L
-    backward    travels: k, v, dk, dv               stays: q, O, L, dO, dL, dq
+    forward     travels: k, v                       stays: q, O, L, bias
+    backward    travels: k, v, dk, dv               stays: q, O, L, dO, dL, dq, bias, dbias
+
+A bias and a mask stay with their queries, T/D of them and all keys, of which each stop reads the
+columns of those that a device holds. Sinks join the softmax when all keys have been.
 
 A device holds 1/D of the queries, 1/D of the keys and the 1/D that comes next. With a causal mask
 the end of a sequence has more to do than its beginning, and so each device takes two of 2D chunks,
@@ -36,7 +39,7 @@ from jaxtyping import Array
 
 import rnnattn.attention.pair as pair
 from rnnattn.attention.arguments import problem
-from rnnattn.attention.equations import weights
+from rnnattn.attention.equations import joined
 from rnnattn.attention.masking import any_in_reach, only_seeing
 from rnnattn.attention.problem import Masking, Operands, Options
 from rnnattn.attention.rule import as_given, instantiated, wanted
@@ -90,6 +93,18 @@ class Ring(NamedTuple):
     def add(self, x, chunk, n, axis):
         return self.put(x, self.cut(x, n, axis) + chunk, n, axis)
 
+    def place(self, x, keys, stop, a, b):
+        """Where in x, of the own queries and all keys, lie chunk a of these and b of those held.
+
+        Its corner and its size, for a device that holds so many keys.
+        """
+        home = (lax.axis_index(self.axis_name) - stop) % self.devices
+        t, s = x.shape[3] // self.chunks, keys // self.chunks
+        row, rows = (a * t, t) if x.shape[3] > 1 else (0, 1)
+        column, columns = ((home * self.chunks + b) * s, s) if x.shape[4] > 1 else (0, 1)
+        corner = [jnp.asarray(n, jnp.int32) for n in (0, 0, 0, row, column)]
+        return corner, (*x.shape[:3], rows, columns)
+
     def move(self, tree, stops=1):
         """To the device that many further on, all round the ring."""
         D = self.devices
@@ -140,6 +155,7 @@ def _masking_of_pair(ring, masking, T, S, stop, a, b):
     behind = lambda lengths, place: None if lengths is None else lengths - place
     return Masking(
         offset=(row - column)[None],
+        mask=_cut_logits(ring, masking.mask, S, stop, a, b),
         query_lengths=behind(masking.query_lengths, row),
         key_lengths=behind(masking.key_lengths, column),
         query_segments=ring.cut(masking.query_segments, a, 1),
@@ -147,8 +163,12 @@ def _masking_of_pair(ring, masking, T, S, stop, a, b):
     )
 
 
+def _cut_logits(ring, x, keys, stop, a, b):
+    return None if x is None else lax.dynamic_slice(x, *ring.place(x, keys, stop, a, b))
+
+
 def _over_pairs(ring, options, problem, stop, attend, carry):
-    """`attend(carry, operands, masking, a, b)` for each pair of chunks that sees anything."""
+    """`attend(carry, operands, masking, a, b, stop)` for each pair of chunks that sees anything."""
     operands, masking = problem
     T, S = operands.query.shape[3], operands.key.shape[2]
 
@@ -162,8 +182,9 @@ def _over_pairs(ring, options, problem, stop, attend, carry):
                 ring.cut(operands.key, b, 2),
                 ring.cut(operands.value, b, 2),
                 operands.scale,
+                _cut_logits(ring, operands.bias, S, stop, a, b),
             )
-            return attend(carry, chunks, of_pair, a, b)
+            return attend(carry, chunks, of_pair, a, b, stop)
 
         last_row, keys = T // ring.chunks - 1, S // ring.chunks
         some = jnp.any(any_in_reach(options, of_pair, 0, last_row, keys))
@@ -180,15 +201,14 @@ def _holding(operands, masking, held):
 
 def _merge(o, lse, o_more, lse_more):
     """O and L over the keys of both, which have none in common."""
-    both = jnp.logaddexp(lse, lse_more)
-    share = lambda lse: weights(lse[..., None], both)
-    return share(lse) * o + share(lse_more) * o_more, both
+    (share, both), (more, _) = joined(lse, lse_more), joined(lse_more, lse)
+    return share[..., None] * o + more[..., None] * o_more, both
 
 
 def _forward_round(ring, options, operands, masking):
     """O and L of a device's queries."""
 
-    def attend(seen, operands, masking, a, b):
+    def attend(seen, operands, masking, a, b, _):
         o, lse = (ring.cut(x, a, 3) for x in seen)
         merged = _merge(o, lse, *pair.forward(options, operands, masking))
         return tuple(ring.put(x, chunk, a, 3) for x, chunk in zip(seen, merged, strict=True))
@@ -221,19 +241,23 @@ def _backward_round(ring, options, operands, masking, o, lse, do, dlse):
     seeing = lse > -jnp.inf
     per_row = (o, lse, only_seeing(seeing, do), only_seeing(seeing, dlse))
 
-    def attend(gradient, operands, masking, a, b):
-        (dq, dscale), dk, dv = gradient
+    def attend(gradient, operands, masking, a, b, stop):
+        (dq, dscale, dbias), dk, dv = gradient
         of_a = (ring.cut(x, a, 3) for x in per_row)
         d = pair.gradient(options, operands, masking, *of_a)
         dscale = None if dscale is None else dscale + d.scale
+        if dbias is not None:
+            corner, size = ring.place(dbias, k.shape[2], stop, a, b)
+            added = lax.dynamic_slice(dbias, corner, size) + d.bias
+            dbias = lax.dynamic_update_slice(dbias, added, corner)
         dq, dk = ring.add(dq, d.query, a, 3), ring.add(dk, d.key, b, 2)
-        return (dq, dscale), dk, ring.add(dv, d.value, b, 2)
+        return (dq, dscale, dbias), dk, ring.add(dv, d.value, b, 2)
 
     zeros = lambda x: jnp.zeros_like(x, lse.dtype)
-    q, k, v, scale, *_ = operands
+    q, k, v, scale, bias, *_ = operands
 
     def visit(home, held, stop):
-        """dq and dscale after this stop, and what it adds to dk and dv, which travel elsewhere."""
+        """What stays at home after this stop, and what it adds to dk and dv, which travel."""
         start, there = (home, zeros(k), zeros(v)), _holding(operands, masking, held)
         home, *added = _over_pairs(ring, options, there, stop, attend, start)
         return home, added
@@ -246,12 +270,13 @@ def _backward_round(ring, options, operands, masking, o, lse, do, dlse):
 
     (first, last), stops = ring.stops, ring.every_stop()
     held = ring.move(_Held(k, v, masking.key_segments), first)
-    home = (zeros(q), zeros(scale) if options.scale_gradient else None)
+    dbias = None if bias is None or not options.bias_gradient else zeros(bias)
+    home = (zeros(q), zeros(scale) if options.scale_gradient else None, dbias)
     home, dheld = visit(home, held, stops[0])
     if last > first:
         (home, _, dheld), _ = lax.scan(step, (home, ring.move(held), dheld), stops[1:])
-    (dq, dscale), (dk, dv) = home, ring.move(dheld, -last)
-    return Operands(dq, dk, dv, dscale)
+    (dq, dscale, dbias), (dk, dv) = home, ring.move(dheld, -last)
+    return Operands(dq, dk, dv, dscale, dbias)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -261,17 +286,18 @@ def _attend(ring, options, operands, masking):
 
 
 def _attend_fwd(ring, options, operands, masking):
-    """Keeps the device's operands, O and L, and whether scale is differentiated."""
-    asked = wanted(operands.scale)
+    """Keeps the device's operands, O and L, and whether scale and bias are differentiated."""
+    asked = wanted(operands.scale), wanted(operands.bias)
     operands, masking = jax.tree.map(lambda x: x.value, (operands, masking))
     o, lse = _forward_round(ring, options, operands, masking)
     return (o, lse), (operands, masking, o, lse, asked)
 
 
 def _attend_bwd(ring, options, residuals, cotangents):
-    """dq = Σ dS k at home; dk = Σ dSᵀ q and dv = Σ Pᵀ dO on their way round."""
+    """dq = Σ dS k and dbias at home; dk = Σ dSᵀ q and dv = Σ Pᵀ dO on their way round."""
     *kept, asked = residuals
-    options = options._replace(scale_gradient=asked.size > 0)
+    wants_scale, wants_bias = (flag.size > 0 for flag in asked)
+    options = options._replace(scale_gradient=wants_scale, bias_gradient=wants_bias)
     operands = kept[0]
     gradient = _backward_round(ring, options, *kept, *instantiated(cotangents, operands))
     return as_given(gradient, operands), None
@@ -295,8 +321,15 @@ def attend_to_parts(ring, exchanged, options, arrays):
         query_lengths=lengths(arrays.query_seq_lengths),
         key_lengths=lengths(arrays.key_value_seq_lengths),
     )
+    if exchanged:
+        operands = operands._replace(bias=_logits_to_zigzag(ring, operands.bias))
+        masking = masking._replace(mask=_logits_to_zigzag(ring, masking.mask))
     B, T, N, _ = arrays.query.shape
-    o, lse = _attend(ring, options, operands, masking)
+    o, lse = _attend(ring, options, operands._replace(sinks=None), masking)
+    if operands.sinks is not None:
+        sees = lse > -jnp.inf
+        share, lse = joined(lse, operands.sinks)
+        o = only_seeing(sees, share[..., None] * o)
     rows = lambda x: jnp.moveaxis(x.reshape(B, N, T, *x.shape[4:]), 1, 2)
     results = rows(o.astype(arrays.value.dtype)), rows(lse)
     return tuple(_from_zigzag(ring, x) if exchanged else x for x in results)
@@ -308,12 +341,23 @@ def _routes(ring):
     return [[(device, home[2 * device + odd]) for device in range(ring.devices)] for odd in (0, 1)]
 
 
-def _to_zigzag(ring, x):
-    """From chunks 2i and 2i + 1 of axis 1 to i and 2D − 1 − i. Each device gets one even chunk."""
-    halves = jnp.split(x, 2, axis=1)
+def _to_zigzag(ring, x, axis=1):
+    """From chunks 2i and 2i + 1 of an axis to i and 2D − 1 − i. Each device gets one even chunk."""
+    halves = jnp.split(x, 2, axis)
     pairs = zip(halves, _routes(ring), strict=True)
     even, odd = (lax.ppermute(half, ring.axis_name, route) for half, route in pairs)
-    return jnp.concatenate(_swapped(ring, even, odd), axis=1)
+    return jnp.concatenate(_swapped(ring, even, odd), axis)
+
+
+def _logits_to_zigzag(ring, x):
+    """Of the device's queries and all keys, neither of which has to have an axis."""
+    if x is None:
+        return None
+    x = x if x.shape[3] == 1 else _to_zigzag(ring, x, 3)
+    if x.shape[4] == 1:
+        return x
+    chunks = jnp.split(x, 2 * ring.devices, 4)
+    return jnp.concatenate([chunks[n] for n in zigzag_order(ring.devices).reshape(-1)], 4)
 
 
 def _from_zigzag(ring, x):
