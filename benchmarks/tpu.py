@@ -45,6 +45,7 @@ ATTENTION = [
     (8, 4096, 8, 128, True, None),
     (2, 16384, 8, 64, True, None),
     (2, 16384, 8, 64, True, 1024),
+    (1, 16384, 32, 64, True, None),
 ]
 _IDLE = 50  # cycles of a turn that does nothing: the scalar instructions around it
 
@@ -115,9 +116,9 @@ def lstm(compiler: Compiler, chip: Chip) -> None:
 
     print(
         f"\nThe LSTM in bfloat16, D = H, B {ROWS}, T {STEPS}: cycles of a step's loop, forward and "
-        "back; µs of a step: both loops, and what XLA makes of all else in training, at most\n"
+        "back; μs of a step: both loops, and what XLA makes of all else in training, at most\n"
     )
-    print("| H | cycles | share of the rate of a product | µs, loops | µs, all else |")
+    print("| H | cycles | share of the rate of a product | μs, loops | μs, all else |")
     print("|---|---:|---:|---:|---:|")
     for H in WIDTHS:
         array = partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
