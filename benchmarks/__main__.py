@@ -19,7 +19,7 @@ from importlib import import_module
 from pathlib import Path
 
 USUAL = ("lstm", "attention", "rope", "vit", "units", "linear", "masks", "packed", "decoding")
-MORE = ("sweep", "attention_gpu", "native", "sixteen_bits", "scaling", "devices", "visit")
+MORE = ("sweep", "attention_gpu", "native", "sixteen_bits", "scaling", "devices", "visit", "tpu")
 WITH_RESULTS = ("lstm", "attention", "rope", "vit", "decoding")  # which can write theirs
 COMMANDS = ("all", "compare", "figure", "history")  # of all of these
 QUICK = {

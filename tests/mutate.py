@@ -598,7 +598,7 @@ def _kernel_problem(sizes, **options):
         return attention_cases.of_halves(halves, of_floats, cotangents)[2:]
 
     def run():
-        few: dict[str, Any] = {"LANES": 2, "MOST_QUERIES": 4, "MOST_KEYS": 4}
+        few: dict[str, Any] = {"LANES": 2, "MOST_QUERIES": 4, "MOST_KEYS": 6}
         with mock.patch.multiple(attention_tpu, **few):
             made = _in_small_blocks(gradient, case.floats, cotangents)
         names = ("query", "key", "value")
@@ -609,19 +609,19 @@ def _kernel_problem(sizes, **options):
 
 @cache
 def kernel_problems() -> list[Problem]:
-    """Queries that see nothing, tiles that see nothing, whole or in part; all that see all."""
+    """Queries that see nothing, tiles that see nothing, whole or in part; keys for half a tile."""
     return [
         _kernel_problem(
-            attention_cases.Sizes(1, 7, 9, 2, 1, 3, 2),
+            attention_cases.Sizes(1, 7, 12, 2, 1, 3, 2),
             is_causal=True,
             logits_soft_cap=1.5,
             local_window_size=(6, None),
             query_offset=jnp.array([2]),
             query_seq_lengths=jnp.array([6]),
             query_segment_ids=jnp.array([[0, 0, 1, 0, 0, 0, 0]]),
-            key_value_segment_ids=jnp.array([[0, 0, 0, 0, 1, 0, 0, 2, 0]]),
+            key_value_segment_ids=jnp.array([[0, 0, 0, 0, 1, 0, 0, 2, 0, 0, 0, 0]]),
         ),
-        _kernel_problem(attention_cases.Sizes(1, 4, 8, 2, 2, 3, 2)),
+        _kernel_problem(attention_cases.Sizes(1, 4, 9, 2, 2, 3, 2)),
     ]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import __main__ as everything, attention, lstm, rope, sweep, visit, vit
+from benchmarks import __main__ as everything, attention, lstm, rope, sweep, tpu, visit, vit
 
 
 @pytest.mark.parametrize("benchmark", [lstm, attention])
@@ -191,6 +191,15 @@ def test_every_benchmark_has_its_name(capsys, monkeypatch):
 def test_a_small_benchmark_runs(benchmark, shape):
     speed = benchmark.measure_speed([shape], ["ours again"], 1, "float32")
     assert set(speed["geometric_mean"]) == set(benchmark.KINDS)
+
+
+def test_bundles_of_loops_and_pairs_of_tiles_are_counted():
+    outer = ["0   :  { a }", "0x1 LB: > { b }", "0x2   : > { c }"]
+    inner = ["0x3 LB: >> { d }", "0x4   :  { e }", "0x5   : >> { f }", "0x6 LB: >> { g }"]
+    code = "\n".join(["LB: loop body", *outer, *inner, "0x7 PF: > { h }", "0x8   :  { i }"])
+    assert tpu._loops(code) == [3, 2]
+    assert tpu._tiles(2048, True, None) == (2, 4, 2)
+    assert tpu._tiles(2048, False, None) == (8, 0, 0)
 
 
 def test_what_became_slower_is_named(tmp_path, capsys):

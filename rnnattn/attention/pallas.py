@@ -249,8 +249,11 @@ def _forward(kernels, options, operands, masking):
     reach = _reach(options, operands, masking, missing)
     if reach is not None:
         k, v = jnp.where(_not_finite(v)[..., None], jnp.nan, k), _finite(v)
+    of_queries, of_keys = (partial(_filled, missing=n) for n in missing)
     o, lse = kernels.forward(
-        *(_filled(x, 1, n) for x, n in zip((_heads_joined(q), k, v), _of(missing), strict=True)),
+        of_queries(_heads_joined(q), 1),
+        of_keys(k, 1),
+        of_keys(v, 1),
         _of_heads(scale, operands),
         _with_blocks(reach, S + missing[1], tiles.forward),
         soft_cap=options.soft_cap,
@@ -258,12 +261,6 @@ def _forward(kernels, options, operands, masking):
     )
     o = o[:, :T].reshape(B, T, M, G, -1)
     return with_sinks(o, lse[..., :T].reshape(B, M, G, T), operands.sinks)
-
-
-def _of(missing):
-    """Of the query, the key and the value."""
-    queries, keys = missing
-    return queries, keys, keys
 
 
 def _backward(kernels, options, operands, masking, o, lse, do, dlse):
@@ -280,9 +277,10 @@ def _backward(kernels, options, operands, masking, o, lse, do, dlse):
         lse = jnp.where(numbers, lse, jnp.nan)
         q, k, v, do, delta = (_finite(x) for x in (q, k, v, do, delta))
     lse = jnp.minimum(lse, _FAR_ABOVE) * LOG2_E
-    arrays = [_filled(x, 1, n) for x, n in zip((_heads_joined(q), k, v), _of(missing), strict=True)]
-    arrays += [_filled(_heads_joined(do), 1, missing[0])]
-    arrays += [_filled(x.reshape(B, M * G, T), 2, missing[0]) for x in (lse, delta)]
+    of_queries, of_keys = (partial(_filled, missing=n) for n in missing)
+    query, do = (of_queries(_heads_joined(x), 1) for x in (q, do))
+    lse, delta = (of_queries(x.reshape(B, M * G, T), 2) for x in (lse, delta))
+    arrays = [query, of_keys(k, 1), of_keys(v, 1), do, lse, delta]
     run = lambda kernel, *sight: kernel(
         arrays,
         _of_heads(scale, operands),

@@ -33,7 +33,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from rnnattn.attention.equations import (
     Softmax,
-    along_rows,
     cap_gradient,
     logits_gradient,
     rescaled,
@@ -277,7 +276,7 @@ def forward(query, key, value, scale, reach, *, soft_cap, dtype, interpret: Any 
             weighted = _of_transposed(v_ref[...], p.astype(value.dtype))
             sums.peak[...] = peak
             sums.total[...] = sums.total[...] * shrink + jnp.sum(p, 0, keepdims=True)
-            sums.weighted[...] = sums.weighted[...] * along_rows(shrink, weighted.shape) + weighted
+            sums.weighted[...] = sums.weighted[...] * shrink + weighted
 
         def finish():
             peak, total, weighted = (ref[...] for ref in sums)
@@ -319,11 +318,9 @@ def _weights_and_gradient(arrays, scale, soft_cap, sees):
     """P, and dS by way of cap and scale, of a block."""
     q, k, v, do, lse, delta = (ref[...] for ref in arrays)
     capped, s = logits(_against(k, q), scale, soft_cap)
-    p = _only_seen(jnp.exp2(s - along_rows(lse, s.shape)), sees, 0.0)
+    p = _only_seen(jnp.exp2(s - lse), sees, 0.0)
     # dS is linear in P
-    ds = logits_gradient(
-        cap_gradient(scale * p, capped, soft_cap), _against(v, do), along_rows(delta, s.shape)
-    )
+    ds = logits_gradient(cap_gradient(scale * p, capped, soft_cap), _against(v, do), delta)
     return p, ds
 
 
@@ -352,7 +349,8 @@ def query_gradient(arrays, scale, reach, *, soft_cap, interpret: Any = False):
         dtype of sums. scale: (B N,), likewise.
     reach: with the blocks of tiles of queries; None if all see all.
     """
-    (B, T, N, K), dtype = arrays[0].shape, arrays[0].dtype
+    query, *_ = arrays
+    (B, T, N, K), dtype = query.shape, query.dtype
     grid, given = _for_gradient(False, arrays, reach)
 
     def kernel(scale, arrays, results, scratch):
