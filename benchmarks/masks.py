@@ -2,6 +2,7 @@
 
     XLA_FLAGS=--xla_cpu_multi_thread_eigen=false python benchmarks/masks.py
     XLA_FLAGS=--xla_cpu_multi_thread_eigen=false python benchmarks/masks.py --T 4096 --rounds 15
+    XLA_FLAGS=--xla_cpu_multi_thread_eigen=false python benchmarks/masks.py --T 8192 --only map
 
 Attention forward and with its gradient, B 1, float32, on one thread: the least processor time of a
 few calls, in turns, which other jobs disturb little. A row names a function and what it is compared
@@ -28,34 +29,34 @@ from rnnattn.native import calls
 
 
 def pairs(T, N):
-    """By name: the options by a function, and those without one."""
+    """By name, made when they are asked for: the options by a function, and those without one."""
     slopes = masks.alibi_slopes(N)
     t = jnp.arange(T, dtype=jnp.int32)
-    distance = jnp.abs(t[:, None] - t[None]).astype(jnp.float32)
+    distance = lambda: jnp.abs(t[:, None] - t[None]).astype(jnp.float32)
     window = masks.window(255, 0) | masks.sinks(4)
-    near = (t[:, None] - t[None] < 256) | (t[None] < 4)
+    near = lambda: (t[:, None] - t[None] < 256) | (t[None] < 4)
     of_head = lambda b, n, t, s: (s <= t) & (t - s < 64 * (n + 1))
     causal: dict[str, Any] = {"is_causal": True}
     as_mask = {"mask_function": masks.causal()}
     return {
-        "causal, beside is_causal": (as_mask, causal),
-        "prefix-LM, beside a mask": (
+        "causal, beside is_causal": lambda: (as_mask, causal),
+        "prefix-LM, beside a mask": lambda: (
             {"mask_function": masks.causal() | masks.prefix(T // 8)},
             {"mask": (t[:, None] >= t[None]) | (t[None] < T // 8)},
         ),
-        "window and sinks, beside a mask": (
+        "window and sinks, beside a mask": lambda: (
             {"mask_function": masks.causal() & window},
-            {"mask": near & (t[:, None] >= t[None])},
+            {"mask": near() & (t[:, None] >= t[None])},
         ),
-        "ALiBi, beside a bias": (
+        "ALiBi, beside a bias": lambda: (
             {**as_mask, "score_function": masks.alibi(slopes)},
-            {**causal, "bias": -slopes[:, None, None] * distance[None]},
+            {**causal, "bias": -slopes[:, None, None] * distance()[None]},
         ),
-        "T5, beside a bias, both constant": (
+        "T5, beside a bias, both constant": lambda: (
             {**as_mask, "score_function": masks.relative_bias(jnp.ones((32, N)))},
             {**causal, "bias": jnp.ones((N, T, T))},
         ),
-        "window of each head, with a map": (
+        "window of each head, with a map": lambda: (
             {"mask_function": masks.mapped(of_head, T, T, heads=N)},
             {"mask_function": of_head},
         ),
@@ -121,6 +122,7 @@ def main():
     parser.add_argument("--T", type=timing.count, default=2048)
     parser.add_argument("--heads", type=timing.count, default=8)
     parser.add_argument("--width", type=timing.count, default=64)
+    parser.add_argument("--only", default="", help="rows whose name holds this")
     parser.add_argument("--rounds", type=timing.count, default=5)
     parser.add_argument("--peers", nargs="*", choices=["flex"], default=["flex"])
     args = parser.parse_args()
@@ -128,8 +130,10 @@ def main():
     shape = (3, 1, args.T, args.heads, args.width)
     q, k, v = jax.random.normal(jax.random.key(0), shape, jnp.float32)
     print(f"T {args.T}, {args.heads} heads of width {args.width}: the other's time over ours")
-    for name, (ours, other) in pairs(args.T, args.heads).items():
-        shown, beside = [], ""
+    for name, make in pairs(args.T, args.heads).items():
+        if args.only not in name:
+            continue
+        (ours, other), shown, beside = make(), [], ""
         for run in (forward, training):
             programs = [timing.compiled(partial(run, of), q, k, v) for of in (ours, other)]
             times = processor_seconds(

@@ -193,6 +193,7 @@ MASK = (
     (masks.causal() | masks.prefix(LENGTHS))
     & masks.window(3)
     & masks.document(IDS)
+    & (masks.window(1) | masks.sinks(1))
     & (lambda b, n, t, s: (b + n + t + s) % 3 > 0)
 )
 
@@ -227,7 +228,7 @@ def test_ranges_and_scores_by_distance_run_by_the_kernels():
     case = case._replace(floats=case.floats | {"slopes": jnp.arange(1.0, N + 1, dtype=jnp.float32)})
 
     def attend(slopes, **arguments):
-        shown = masks.causal() | masks.prefix(LENGTHS)
+        shown = (masks.causal() | masks.prefix(LENGTHS)) & (masks.window(1) | masks.sinks(1))
         score = masks.alibi(slopes)
         return packed_attention(**arguments, mask_function=shown, score_function=score)
 

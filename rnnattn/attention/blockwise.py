@@ -255,6 +255,7 @@ def _with_block_map(options, grid, masking):
 def _from_map(grid, masking, some):
     """The blocks of the grid that hold something by a map, (#B, #M, blocks, blocks)."""
     rows, heads = masking.functions.rows, masking.functions.heads
+    some = lax.optimization_barrier(some)  # of a constant, XLA would work all this out for seconds
     some = some if some.shape[0] == 1 else some[rows]
     some = some if some.shape[1] == 1 else jnp.any(some[:, heads], 2)
     first, last = _ends(grid.keys)

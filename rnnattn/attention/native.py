@@ -26,7 +26,8 @@ def unserved(query, value, options):
         {
             f"the dtype {query.dtype.name}": accumulator(query.dtype) != jnp.float32,
             "dropout": options.dropout_rate > 0,
-            "a `mask_function` that is no range of keys": options.mask_function is not None,
+            "a `mask_function` that is not one or two ranges of keys": options.mask_function
+            is not None,
             "a `score_function` that is no bias by distance": not _is_by_distance(options),
             "an array without elements": 0 in (query.size, value.size),
         }

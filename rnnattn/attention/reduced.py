@@ -1,7 +1,8 @@
 """Masks as functions, said by what schedules know without them.
 
-Causality, a window, documents and ranges of keys are run by all schedules, and skip blocks without
-a look at each pair. What cannot be said by these stays a function.
+Causality, a window, documents and ranges of keys, one or two for each query, are run by all
+schedules, and skip blocks without a look at each pair. What cannot be said by these stays a
+function.
 """
 
 import math
