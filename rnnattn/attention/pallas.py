@@ -166,11 +166,11 @@ def _reach(options, operands, masking, missing):
     if not _hides(options, masking, missing):
         return None
     if masking.key_ranges is not None:
-        ranges = [x[..., 0] for x in ranges_within(masking.key_ranges, S)]
+        ranges = tuple(x[..., 0] for x in ranges_within(masking.key_ranges, S))
     else:
         t = jnp.arange(T, dtype=jnp.int32)
         of_row = jax.vmap(lambda t: key_range(options, masking, t, t), out_axes=1)
-        ranges = (jnp.clip(x, 0, S) for x in of_row(t))
+        ranges = tuple(jnp.clip(x, 0, S) for x in of_row(t))
     first, past = (_filled(jnp.broadcast_to(x, (B, T)), 1, missing[0]) for x in ranges)
     filled = lambda ids, more: None if ids is None else _filled(ids, 1, more, mode="edge")
     of_queries = filled(masking.query_segments, missing[0])
