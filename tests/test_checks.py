@@ -100,7 +100,7 @@ def wrong_calls():
     yield from (
         partial(attend, implementation="cudnn"),
         partial(attend, dropout_rate=0.1, dropout_key=jax.random.key(0), implementation="native"),
-        partial(attend, bias=jnp.ones((1, 1, 2, 2), jnp.float32), implementation="pallas"),
+        partial(attend, mask=jnp.ones((2, 2), bool), implementation="pallas"),
         partial(run, jnp.ones((0, 2, 2), jnp.float32), implementation="native"),
         partial(run, jnp.ones((1, 2, 2), jnp.float32), implementation="pallas"),
         partial(within_shard_map, batch_axis_name="ring"),
