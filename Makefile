@@ -9,12 +9,13 @@ comma := ,
 venv := .venv/bin
 native := setup.py $(wildcard rnnattn/native/src/*)
 
-.PHONY: help run test quick lint types format docs bench report accelerators aarch64 clean
+.PHONY: help run test quick thorough lint types format docs bench report accelerators aarch64 clean
 
 help:
 	@echo 'make run            trains the default experiment, CONFIG=NAME another one'
 	@echo 'make test           lint, types and all tests; GROUPS=test,oracles beside live peers'
 	@echo 'make quick          lint, and the tests that are not slow'
+	@echo 'make thorough       the tests of the tests, and others that only a release waits for'
 	@echo 'make docs           the site, into site/'
 	@echo 'make bench          the usual benchmarks, one round of small shapes'
 	@echo 'make report         every claim of the notes, measured: outputs/report/index.html'
@@ -30,7 +31,10 @@ test: .venv/installed-$(subst $(comma),-,$(GROUPS)) lint types
 	$(venv)/python -m pytest
 
 quick: .venv/installed-$(subst $(comma),-,$(GROUPS)) lint
-	$(venv)/python -m pytest -m "not slow"
+	$(venv)/python -m pytest -m "not slow and not thorough"
+
+thorough: .venv/installed-$(subst $(comma),-,$(GROUPS))
+	$(venv)/python -m pytest -m thorough
 
 lint: .venv/installed-$(subst $(comma),-,$(GROUPS))
 	$(venv)/ruff format --check --quiet

@@ -7,7 +7,7 @@ import pytest
 
 from tests.mutate import EQUIVALENT, FUNCTIONS, mutants, noticed, unchanged
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.thorough]
 
 
 @pytest.mark.parametrize("problems", dict.fromkeys(FUNCTIONS.values()), ids=lambda f: f.__name__)

@@ -15,6 +15,7 @@ SOURCES = sorted(Path(__file__).resolve().parent.parent.glob("rnnattn/native/src
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_a_source_can_be_parsed_alone(source):

@@ -485,6 +485,7 @@ def test_around_a_call(name, switch):
     assert_right(actual, name)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", [name for name in CASES if CASES[name].floats])
 def test_what_is_not_a_number_is_named(name):
     """In the arguments, and in what comes back."""
@@ -555,6 +556,7 @@ def test_within(name, wrapper):
     assert_right(WITHIN[wrapper](call, arrays), name)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", list(CASES)[::3])
 def test_threads(name):
     """Of every third: what threads share is JAX's caches, whatever the function."""
@@ -606,6 +608,7 @@ print(sum(hits))
     return [pickle.loads((folder / name).read_bytes()) for name in "ab"]
 
 
+@pytest.mark.thorough
 @every
 def test_programs_kept_on_disk(name, cached):
     for results in cached:

@@ -63,6 +63,7 @@ def test_the_tiny_size_of_a_study_has_the_verdicts_of_the_readme(name):
         assert_stated(experiment.CLAIMS[claim.id], claim)
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("compiled_anew")
 @pytest.mark.parametrize("change", MADE_HERE, ids=lambda change: f"{change.id} {change.target}")
 def test_a_claim_notices_a_change_that_makes_it_wrong(change: Break, monkeypatch):
