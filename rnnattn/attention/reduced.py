@@ -230,12 +230,10 @@ def apart(one, other):
 def with_ranges(arrays, options, masks, either, S):
     """Positions, windows and lengths as ranges of S keys, too: they take the place of all these."""
     *batch, T, _, _ = arrays.query.shape
-    of_rows = lambda x: None if x is None else jnp.asarray(x, jnp.int32).reshape(-1, 1)
-    offset = 0 if arrays.query_offset is None else arrays.query_offset
-    given = (offset, arrays.query_seq_lengths, arrays.key_value_seq_lengths)
+    given = arrays.query_offset, arrays.query_seq_lengths, arrays.key_value_seq_lengths
     rows = math.prod(batch), T, S
     stated = Options(options.is_causal, options.window)
-    ranges = _key_ranges(stated, rows, masks, either, *map(of_rows, given))
+    ranges = _key_ranges(stated, rows, masks, either, *given)
     ranges = ranges.reshape(*batch, T, -1)
     arrays = arrays._replace(key_ranges=ranges, query_seq_lengths=None, key_value_seq_lengths=None)
     return arrays, options._replace(is_causal=False, window=None)
@@ -247,7 +245,10 @@ def _key_ranges(options, sizes, masks, either, offset, query_lengths, key_length
     B, T, S = sizes
     t = jnp.arange(T, dtype=jnp.int32)[None]
     b = jnp.arange(B, dtype=jnp.int32)[:, None]
-    rows = Masking(offset, query_lengths=query_lengths, key_lengths=key_lengths)
+    of_rows = lambda x: None if x is None else jnp.asarray(x, jnp.int32).reshape(-1, 1)
+    offset = of_rows(0 if offset is None else offset)
+    lengths = of_rows(query_lengths), of_rows(key_lengths)
+    rows = Masking(offset, query_lengths=lengths[0], key_lengths=lengths[1])
     stated = key_range(options, rows, t, t)
 
     def shown_by(*masks):
