@@ -230,7 +230,9 @@ def apart(one, other):
 def with_ranges(arrays, options, masks, either, S):
     """Positions, windows and lengths as ranges of S keys, too: they take the place of all these."""
     *batch, T, _, _ = arrays.query.shape
-    given = arrays.query_offset, arrays.query_seq_lengths, arrays.key_value_seq_lengths
+    offset = arrays.query_offset  # the number 0 is not sent to the device to say nothing
+    offset = None if isinstance(offset, int) and offset == 0 else offset
+    given = offset, arrays.query_seq_lengths, arrays.key_value_seq_lengths
     rows = math.prod(batch), T, S
     stated = Options(options.is_causal, options.window)
     ranges = _key_ranges(stated, rows, masks, either, *given)
