@@ -225,6 +225,12 @@ def joined(lse, more):
     return jnp.where(none, 0, jnp.exp(lse - both)), jnp.where(none, -jnp.inf, both)
 
 
+def merged(o, lse, o_more, lse_more):
+    """O (…, V) and L (…) over the keys of both, which have none in common."""
+    (share, both), (share_more, _) = joined(lse, lse_more), joined(lse_more, lse)
+    return share[..., None] * o + share_more[..., None] * o_more, both
+
+
 def sink_weights(sinks, lse):
     return jnp.exp(sinks.astype(lse.dtype) - _lse_for_exp(lse))
 

@@ -6,7 +6,7 @@ import numpy as np
 
 import rnnattn.attention.xla as xla
 import rnnattn.native as native
-from rnnattn.attention.equations import joined, sum_to
+from rnnattn.attention.equations import merged, sum_to
 from rnnattn.attention.functions import of_distances
 from rnnattn.attention.masking import two_ranges
 from rnnattn.attention.placed import as_given, forward_results, placed
@@ -97,17 +97,17 @@ def _over_ranges(run, options, operands, masking):
     first, *more = _ranges_apart(masking)
     if not more:
         return run(options, operands, first)
-    dtype, wide = (
-        forward_results(options, operands, masking)[0].dtype,
-        options._replace(keeps_o=True),
-    )
-    o, lse = run(wide, operands, first)
+    dtype = forward_results(options, operands, masking)[0].dtype
+    wide = options._replace(keeps_o=True)
+
+    def of_range(operands, masking):
+        o, lse = run(wide, operands, masking)
+        return o, xla.time_first(lse)
+
+    o, lse = of_range(operands, first)
     for masking in more:
-        further, lse_further = run(wide, operands._replace(sinks=None), masking)
-        (share, both), (share_further, _) = joined(lse, lse_further), joined(lse_further, lse)
-        of_rows = lambda share: xla.time_first(share)[..., None]
-        o, lse = of_rows(share) * o + of_rows(share_further) * further, both
-    return o.astype(dtype), lse
+        o, lse = merged(o, lse, *of_range(operands._replace(sinks=None), masking))
+    return o.astype(dtype), xla.time_last(lse)
 
 
 def _forward_over_range(options, operands, masking):
@@ -125,10 +125,8 @@ def forward_over_pages(options, operands, masking, table):
     S = table.shape[1] * operands.key.shape[1]
 
     def run(options, operands, masking):
-        results, others = (
-            forward_results(options, operands, masking),
-            [_given(operands.sinks), table],
-        )
+        results = forward_results(options, operands, masking)
+        others = [_given(operands.sinks), table]
         return tuple(_call("paged_forward", options, operands, masking, others, results, S))
 
     return _over_ranges(run, options, operands, masking)

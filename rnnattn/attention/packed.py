@@ -17,7 +17,7 @@ from rnnattn.attention.api import call
 from rnnattn.attention.arguments import checked, sorted_arguments
 from rnnattn.attention.masking import key_range
 from rnnattn.attention.problem import Masking
-from rnnattn.attention.reduced import apart, check_arrays, extreme, joined, parts, range_of
+from rnnattn.attention.reduced import check_arrays, extreme, joined, of_both, parts, range_of
 from rnnattn.attention.rule import attend, plain
 from rnnattn.attention.signature import Window
 from rnnattn.checks import Check
@@ -211,10 +211,7 @@ def _key_ranges(options, T, masks, either, of_queries, of_keys, offset):
         first, past = extreme(jnp.maximum, first, start), extreme(jnp.minimum, past)
         return first, jnp.where(inside, past, first)
 
-    bounds = shown_by(*masks)
-    if either is not None:
-        bounds = apart(*(shown_by(*masks, one) for one in either))
-    return jnp.stack(bounds, 1)
+    return jnp.stack(of_both(shown_by, masks, either), 1)
 
 
 class _Places(NamedTuple):

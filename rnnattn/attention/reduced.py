@@ -212,7 +212,7 @@ def extreme(of, bounds, least=None):
     return reduce(of, known) if known else None
 
 
-def apart(one, other):
+def _apart(one, other):
     """The bounds of two ranges of keys that have none in common, of two that may.
 
     Where these touch, the first is both of them, and the second is empty.
@@ -225,6 +225,13 @@ def apart(one, other):
     touch = jnp.maximum(a, c) <= jnp.minimum(b, d)
     both = jnp.where(touch, jnp.minimum(a, c), a), jnp.where(touch, jnp.maximum(b, d), b)
     return *both, jnp.where(touch, 0, c), jnp.where(touch, 0, d)
+
+
+def of_both(shown_by, masks, either):
+    """Bounds by `shown_by(*masks)`; of two ranges, where one mask or the other is to hold, too."""
+    if either is None:
+        return shown_by(*masks)
+    return _apart(*(shown_by(*masks, one) for one in either))
 
 
 def with_ranges(arrays, options, masks, either, S):
@@ -258,7 +265,5 @@ def _key_ranges(options, sizes, masks, either, offset, query_lengths, key_length
         first, past = zip(*found, strict=True)
         return extreme(jnp.maximum, first, 0), extreme(jnp.minimum, past, S)
 
-    bounds = shown_by(*masks)
-    if either is not None:
-        bounds = apart(*(shown_by(*masks, one) for one in either))
+    bounds = of_both(shown_by, masks, either)
     return jnp.stack([jnp.broadcast_to(x, (B, T)) for x in bounds], 2)

@@ -39,7 +39,7 @@ from jaxtyping import Array
 
 import rnnattn.attention.pair as pair
 from rnnattn.attention.arguments import problem
-from rnnattn.attention.equations import joined
+from rnnattn.attention.equations import joined, merged
 from rnnattn.attention.masking import any_in_reach, only_seeing
 from rnnattn.attention.problem import Masking, Operands, Options
 from rnnattn.attention.rule import as_given, instantiated, wanted
@@ -199,19 +199,13 @@ def _holding(operands, masking, held):
     return operands, masking._replace(key_segments=held.segments)
 
 
-def _merge(o, lse, o_more, lse_more):
-    """O and L over the keys of both, which have none in common."""
-    (share, both), (more, _) = joined(lse, lse_more), joined(lse_more, lse)
-    return share[..., None] * o + more[..., None] * o_more, both
-
-
 def _forward_round(ring, options, operands, masking):
     """O and L of a device's queries."""
 
     def attend(seen, operands, masking, a, b, _):
         o, lse = (ring.cut(x, a, 3) for x in seen)
-        merged = _merge(o, lse, *pair.forward(options, operands, masking))
-        return tuple(ring.put(x, chunk, a, 3) for x, chunk in zip(seen, merged, strict=True))
+        more = merged(o, lse, *pair.forward(options, operands, masking))
+        return tuple(ring.put(x, chunk, a, 3) for x, chunk in zip(seen, more, strict=True))
 
     def visit(seen, held, stop):
         there = _holding(operands, masking, held)

@@ -120,20 +120,12 @@ struct TermsTile {
 
   template <int R>
   void run(int64_t first) const {
-    V sums[R][N]{};
+    V sums[R][N];
     float* rows = c + first * c_stride;
-    if constexpr (from != From::zero)
-      unrolled<R>([&](auto r) RNNATTN_LAMBDA {
-        unrolled<N>([&](auto n) RNNATTN_LAMBDA {
-          sums[r][n] = load(rows + r * c_stride + n * W);
-          if constexpr (from == From::scaled) sums[r][n] *= scale[first + r];
-        });
-      });
+    begin_sums<from>(sums, rows, c_stride, scale ? scale + first : nullptr);
     accumulate_blocks(sums, 1, steps, a.data + first * a.stride, a.stride, 0, a.second, b,
                       TILE_COLUMNS);
-    unrolled<R>([&](auto r) RNNATTN_LAMBDA {
-      unrolled<N>([&](auto n) RNNATTN_LAMBDA { store(rows + r * c_stride + n * W, sums[r][n]); });
-    });
+    end_sums(sums, rows, c_stride);
   }
 };
 

@@ -35,22 +35,10 @@ const Kernels* avx512_amx_kernels() {
   static const Kernels* const others = avx512_bf16_kernels();
   static const bool runs = others && has_tiles();
   if (!runs) return nullptr;
-  static const Kernels kernels{
-      "avx512_amx",
-      others->attention_f32,
-      avx512_amx::attention::kernels<Bfloat16>,
-      others->attention_f16,
-      others->lstm_f32,
-      avx512_amx::recurrent::kernels<avx512_amx::lstm::Unit, Bfloat16>,
-      others->lstm_f16,
-      others->gru_f32,
-      avx512_amx::recurrent::kernels<avx512_amx::gru::ResetAfter, Bfloat16>,
-      others->gru_f16,
-      others->gru_before,
-      others->rnn,
-      others->linear_f32,
-      others->linear_bf16,
-      others->linear_f16};
+  static const Kernels kernels =
+      with_bfloat16(*others, "avx512_amx", avx512_amx::attention::kernels<Bfloat16>,
+                    avx512_amx::recurrent::kernels<avx512_amx::lstm::Unit, Bfloat16>,
+                    avx512_amx::recurrent::kernels<avx512_amx::gru::ResetAfter, Bfloat16>);
   return &kernels;
 }
 

@@ -20,22 +20,10 @@ namespace rnnattn {
 const Kernels* avx512_bf16_kernels() {
   static const Kernels* const others = avx512_kernels();
   if (!others || !__builtin_cpu_supports("avx512bf16")) return nullptr;
-  static const Kernels kernels{
-      "avx512_bf16",
-      others->attention_f32,
-      avx512_bf16::attention::kernels<Bfloat16>,
-      others->attention_f16,
-      others->lstm_f32,
-      avx512_bf16::recurrent::kernels<avx512_bf16::lstm::Unit, Bfloat16>,
-      others->lstm_f16,
-      others->gru_f32,
-      avx512_bf16::recurrent::kernels<avx512_bf16::gru::ResetAfter, Bfloat16>,
-      others->gru_f16,
-      others->gru_before,
-      others->rnn,
-      others->linear_f32,
-      others->linear_bf16,
-      others->linear_f16};
+  static const Kernels kernels =
+      with_bfloat16(*others, "avx512_bf16", avx512_bf16::attention::kernels<Bfloat16>,
+                    avx512_bf16::recurrent::kernels<avx512_bf16::lstm::Unit, Bfloat16>,
+                    avx512_bf16::recurrent::kernels<avx512_bf16::gru::ResetAfter, Bfloat16>);
   return &kernels;
 }
 

@@ -210,6 +210,18 @@ struct Kernels {
   const LinearScanKernels<Float16>& linear(Float16) const { return linear_f16; }
 };
 
+// Kernels of a set, but for products of bfloat16.
+inline Kernels with_bfloat16(Kernels kernels, const char* name,
+                             const AttentionKernels<Bfloat16>& attention,
+                             const RecurrentKernels<Bfloat16>& lstm,
+                             const RecurrentKernels<Bfloat16>& gru) {
+  kernels.name = name;
+  kernels.attention_bf16 = attention;
+  kernels.lstm_bf16 = lstm;
+  kernels.gru_bf16 = gru;
+  return kernels;
+}
+
 // Null where this machine or this build has none.
 const Kernels* avx512_amx_kernels();
 const Kernels* avx512_bf16_kernels();

@@ -21,21 +21,10 @@ const Kernels* neon_bf16_kernels() {
   constexpr unsigned long BF16 = 1 << 14;  // HWCAP2_BF16, which older headers do not name
   if (!(getauxval(AT_HWCAP2) & BF16)) return nullptr;
   static const Kernels* const others = baseline_kernels();
-  static const Kernels kernels{"neon_bf16",
-                               others->attention_f32,
-                               others->attention_bf16,
-                               others->attention_f16,
-                               others->lstm_f32,
-                               neon_bf16::recurrent::kernels<neon_bf16::lstm::Unit, Bfloat16>,
-                               others->lstm_f16,
-                               others->gru_f32,
-                               neon_bf16::recurrent::kernels<neon_bf16::gru::ResetAfter, Bfloat16>,
-                               others->gru_f16,
-                               others->gru_before,
-                               others->rnn,
-                               others->linear_f32,
-                               others->linear_bf16,
-                               others->linear_f16};
+  static const Kernels kernels =
+      with_bfloat16(*others, "neon_bf16", others->attention_bf16,
+                    neon_bf16::recurrent::kernels<neon_bf16::lstm::Unit, Bfloat16>,
+                    neon_bf16::recurrent::kernels<neon_bf16::gru::ResetAfter, Bfloat16>);
   return &kernels;
 }
 

@@ -281,6 +281,23 @@ enum class Stored { by_row, by_step };
 // What C begins with: nothing, itself, or row r of it times scale[r].
 enum class From { zero, c, scaled };
 
+template <From from, int R, int N>
+RNNATTN_INLINE void begin_sums(V (&sums)[R][N], const float* c, int64_t c_stride,
+                               const float* scale) {
+  unrolled<R>([&](auto r) RNNATTN_LAMBDA {
+    unrolled<N>([&](auto n) RNNATTN_LAMBDA {
+      sums[r][n] = from == From::zero ? V{} : load(c + r * c_stride + n * W);
+      if constexpr (from == From::scaled) sums[r][n] *= scale[r];
+    });
+  });
+}
+template <int R, int N>
+RNNATTN_INLINE void end_sums(const V (&sums)[R][N], float* c, int64_t c_stride) {
+  unrolled<R>([&](auto r) RNNATTN_LAMBDA {
+    unrolled<N>([&](auto n) RNNATTN_LAMBDA { store(c + r * c_stride + n * W, sums[r][n]); });
+  });
+}
+
 template <int N, Stored stored, From from, class Number>
 struct ProductTile {
   int64_t steps;
@@ -303,12 +320,7 @@ struct ProductTile {
                         b_stride);
     };
     V sums[R][N];
-    unrolled<R>([&](auto r) RNNATTN_LAMBDA {
-      unrolled<N>([&](auto n) RNNATTN_LAMBDA {
-        sums[r][n] = from == From::zero ? V{} : load(rows + r * c_stride + n * W);
-        if constexpr (from == From::scaled) sums[r][n] *= scale[first + r];
-      });
-    });
+    begin_sums<from>(sums, rows, c_stride, scale ? scale + first : nullptr);
     int64_t step = 0;
     if constexpr (from == From::scaled && R == 1) {
       // sums of every second step, or every fourth: few sums would wait at each step for the last
@@ -322,9 +334,7 @@ struct ProductTile {
         for (int n = 0; n < N; ++n) sums[0][n] += other[0][n];
     }
     add(sums, step, steps - step);
-    unrolled<R>([&](auto r) RNNATTN_LAMBDA {
-      unrolled<N>([&](auto n) RNNATTN_LAMBDA { store(rows + r * c_stride + n * W, sums[r][n]); });
-    });
+    end_sums(sums, rows, c_stride);
   }
 };
 
