@@ -6,10 +6,7 @@ and weighted sum; backward, the weights are computed again from the log-sum-exp:
     forward   per block: s, P v                     per query block: O, L
     backward  per block: s, P, dP, dS, dv, dk, dq
 
-Blocks that positions, windows, lengths or segments rule out are skipped, and so are those in which
-a mask function shows nothing, which is found out beforehand, block by block. The last block of
-either kind ends where the sequence ends and so may begin within the one before it; what it shares
-with that one is not counted again.
+Which blocks there are, and which of them are skipped: `rnnattn.attention.blocks`.
 
 `forward` is the same schedule with a rule for tangents; the transpose of that rule, which JAX
 makes, is the gradient again, so that every order and mode keeps the memory linear.
@@ -18,14 +15,20 @@ This module holds no algebra of its own: see `rnnattn.attention.equations`, also
 """
 
 import math
-from functools import partial, reduce
-from typing import NamedTuple
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array
 
+from rnnattn.attention.blocks import (
+    Grid,
+    blocks_to_visit,
+    cut_one,
+    in_blocks,
+    visible_in,
+    with_block_map,
+)
 from rnnattn.attention.dropout import dropout_mask
 from rnnattn.attention.equations import (
     Softmax,
@@ -37,10 +40,7 @@ from rnnattn.attention.equations import (
     sinks_gradient,
     sum_to,
 )
-from rnnattn.attention.functions import shown
-from rnnattn.attention.masking import key_range, ranges_within, two_ranges, visible
 from rnnattn.attention.problem import Operands
-from rnnattn.masks import MAP_BLOCK
 
 # Measured: benchmarks/README.md, "How attention's schedule is chosen".
 FORWARD_BLOCK = (512, 512)  # on a CPU: queries of all heads of a group, keys
@@ -53,113 +53,11 @@ _TANGENT_LOGITS = 2**18  # of a block, all heads together, in the rule for tange
 _LEAST_TANGENT_BLOCK = 64
 
 
-class _Axis(NamedTuple):
-    """An axis cut into blocks of one length, the last of them moved back to fit in."""
-
-    size: int
-    block: int
-
-    @property
-    def count(self):
-        return -(-self.size // self.block)
-
-    def start(self, i):
-        return jnp.minimum(i * self.block, self.size - self.block)
-
-    def indices(self, i):
-        return self.start(i) + jnp.arange(self.block, dtype=jnp.int32)
-
-    def first_time(self, i):
-        """False where an earlier block has been; None if the blocks do not overlap."""
-        return None if self.size % self.block == 0 else self.indices(i) >= i * self.block
-
-    def _whole(self, x, axis):
-        return self.block == self.size or x.shape[axis] != self.size
-
-    def cut(self, x, i, axis):
-        """Block i of x; an axis of size 1 is shared by all blocks."""
-        if self._whole(x, axis):
-            return x
-        return lax.dynamic_slice_in_dim(x, self.start(i), self.block, axis)
-
-    def put(self, x, block, i, axis):
-        if self._whole(x, axis):
-            return block
-        return lax.dynamic_update_slice_in_dim(x, block, self.start(i), axis)
-
-    def add(self, x, block, i, axis):
-        return self.put(x, self.cut(x, i, axis) + block, i, axis)
-
-    def join(self, blocks, axis):
-        """The axis again, from a stack of its blocks."""
-        last = blocks[-1]
-        earlier = jnp.moveaxis(blocks[:-1], 0, axis)
-        shape = (*last.shape[:axis], (self.count - 1) * self.block, *last.shape[axis + 1 :])
-        earlier = lax.slice_in_dim(earlier.reshape(shape), 0, self.size - self.block, axis=axis)
-        return jnp.concatenate([earlier, last], axis)
-
-
-class _Grid(NamedTuple):
-    """`head`: the one batch row and key/value head at hand; None if all of them are.
-
-    What has an axis of queries and one of keys is whole until a block of it is cut.
-    """
-
-    queries: _Axis
-    keys: _Axis
-    head: tuple[Array, Array] | None
-
-    def blocks(self):
-        return jnp.arange(self.queries.count, dtype=jnp.int32)
-
-    def places(self, i, j):
-        return self.queries.indices(i), self.keys.indices(j)
-
-    def band(self, x, i):
-        """The queries of block i and the head at hand."""
-        if x is None:
-            return None
-        if self.head is not None:
-            x = _cut_one(_cut_one(x, self.head[0], 0), self.head[1], 1)
-        return self.queries.cut(x, i, 3)
-
-    def put_band(self, x, band, i):
-        places = (*(self.head or (0, 0)), 0, self.queries.start(i), 0)
-        sizes = zip(places, band.shape, x.shape, strict=True)
-        corner = [jnp.int32(0) if cut == size else place for place, cut, size in sizes]
-        return lax.dynamic_update_slice(x, band, corner)
-
-    def cut_queries(self, operands, masking, i):
-        cut = lambda x: None if x is None else self.queries.cut(x, i, 1)
-        query, bias = self.queries.cut(operands.query, i, 3), self.band(operands.bias, i)
-        masking = masking._replace(
-            mask=self.band(masking.mask, i),
-            query_segments=cut(masking.query_segments),
-            key_ranges=cut(masking.key_ranges),
-        )
-        return operands._replace(query=query, bias=bias), masking
-
-    def cut_keys(self, operands, masking, j):
-        cut = lambda x, axis: None if x is None else self.keys.cut(x, j, axis)
-        k, v, bias = cut(operands.key, 2), cut(operands.value, 2), cut(operands.bias, 4)
-        mask, segments = cut(masking.mask, 4), cut(masking.key_segments, 1)
-        operands = operands._replace(key=k, value=v, bias=bias)
-        return operands, masking._replace(mask=mask, key_segments=segments)
-
-
-def _axis(size, longest):
-    """In equal blocks of at most `longest`; in one, where the size is symbolic."""
-    if not isinstance(size, int):
-        return _Axis(size, size)
-    count = -(-size // longest)
-    return _Axis(size, -(-size // count))
-
-
 def _grid(operands, longest, head=None):
     """Blocks of at most `longest` queries, those of a group's heads together, and keys."""
     _, _, G, T, _ = operands.query.shape
     queries, keys = longest
-    return _Grid(_axis(T, max(queries // G, 1)), _axis(operands.key.shape[2], keys), head)
+    return Grid(in_blocks(T, max(queries // G, 1)), in_blocks(operands.key.shape[2], keys), head)
 
 
 def _longest_block(in_cache, operands, masking, head):
@@ -198,152 +96,9 @@ def _block(grid, operands, masking, i, j):
 def _scores(options, grid, operands, places, j):
     """Of a block of the keys of j, its operands and places."""
     masking, rows, columns = places
-    sees = visible(options, *places)
-    first_time = grid.keys.first_time(j)
-    if first_time is not None:
-        first_time = first_time[None, None, None, None]
-        sees = first_time if sees is None else sees & first_time
+    sees = visible_in(options, grid, places, j)
     z = dropout_mask(options, masking, rows[0], columns[0], rows.size, columns.size)
     return score(options, operands, places, sees, z)
-
-
-# ------------------------------------------------------------------------------- which are skipped
-
-
-class _Visits(NamedTuple):
-    """The blocks [first, past) of keys that a block of queries has to visit, or some of them."""
-
-    first: Array
-    past: Array
-    some: Array | None  # of all blocks, those to visit, which lie in [first, past)
-
-    def turns(self, visit, start):
-        """`visit(j, carry)` of each block."""
-        if self.some is None:
-            return lax.fori_loop(self.first, self.past, visit, start)
-        order = jnp.argsort(~self.some, stable=True).astype(jnp.int32)
-        count = jnp.sum(self.some, dtype=jnp.int32)
-        return lax.fori_loop(jnp.int32(0), count, lambda n, carry: visit(order[n], carry), start)
-
-    def include(self, j):
-        return (self.first <= j) & (j < self.past) if self.some is None else self.some[j]
-
-
-def _with_block_map(options, grid, masking):
-    """The masking with what the mask function shows, block by block, of all rows and heads.
-
-    From its maps, if it has any: these may know of more than there is, and so may the blocks.
-    """
-    queries, keys = grid.queries.count, grid.keys.count
-    if options.mask_function is None or keys == 1:
-        return masking
-    if masking.functions.maps:
-        found = [_from_map(grid, masking, blocks) for blocks in masking.functions.maps]
-        blocks = reduce(jnp.logical_and, found)
-        return masking._replace(functions=masking.functions._replace(blocks=blocks))
-
-    def of_pair(n):
-        places = grid.places(n // keys, n % keys)
-        return jnp.any(shown(options.mask_function, masking, *places), (2, 3, 4))
-
-    pairs = jnp.arange(queries * keys, dtype=jnp.int32)
-    blocks = jnp.moveaxis(lax.map(of_pair, pairs), 0, 2)
-    blocks = blocks.reshape(*blocks.shape[:2], queries, keys)
-    return masking._replace(functions=masking.functions._replace(blocks=blocks))
-
-
-def _from_map(grid, masking, some):
-    """The blocks of the grid that hold something by a map, (#B, #M, blocks, blocks)."""
-    rows, heads = masking.functions.rows, masking.functions.heads
-    some = lax.optimization_barrier(some)  # of a constant, XLA would work all this out for seconds
-    some = some if some.shape[0] == 1 else some[rows]
-    some = some if some.shape[1] == 1 else jnp.any(some[:, heads], 2)
-    first, last = _ends(grid.keys)
-    some = _some_of(some, first // MAP_BLOCK, last // MAP_BLOCK + 1)
-    first, last = (x[None] + masking.offset[:, None] for x in _ends(grid.queries))
-    known = some.shape[2]
-    outside = (first < 0) | (last >= known * MAP_BLOCK)
-    first, past = first // MAP_BLOCK, last // MAP_BLOCK + 1
-    B = max(some.shape[0], first.shape[0])
-    within = lambda x: jnp.broadcast_to(jnp.clip(x, 0, known), (B, x.shape[1]))
-    some = jnp.broadcast_to(jnp.swapaxes(some, 2, 3), (B, some.shape[1], grid.keys.count, known))
-    some = jax.vmap(_some_of)(some, within(first), within(past))
-    return jnp.swapaxes(some, 2, 3) | outside[:, None, :, None]
-
-
-def _ends(axis):
-    """The first and the last index of each block."""
-    starts = axis.start(jnp.arange(axis.count, dtype=jnp.int32))
-    return starts, starts + axis.block - 1
-
-
-def _some_of(x, first, past):
-    """Whether x holds anywhere in the ranges [first, past) of its last axis, (…, ranges)."""
-    before = jnp.cumsum(x, -1, dtype=jnp.int32)
-    before = jnp.concatenate([jnp.zeros_like(before[..., :1]), before], -1)
-    return before[..., past] > before[..., first]
-
-
-def _key_blocks(options, grid, masking):
-    """A function from a block of queries to the blocks of keys it has to visit."""
-    queries, keys = grid.queries, grid.keys
-    segments, ranges = _segment_bounds(grid, masking), _range_bounds(grid, masking)
-    of_function = None if masking.functions is None else masking.functions.blocks
-
-    def of(i):
-        first_row = queries.start(i)
-        first, past = key_range(options, masking, first_row, first_row + queries.block - 1)
-        if ranges is not None:
-            first, past = (bound[i] for bound in ranges)
-        firsts = jnp.clip(first, 0, keys.size) // keys.block
-        pasts = -(-jnp.clip(past, 0, keys.size) // keys.block)
-        first, past = jnp.min(firsts), jnp.max(pasts)
-        if segments is not None:
-            (query_least, query_most), (key_least, key_most) = segments
-            touch = (key_least <= query_most[i][None]) & (key_most >= query_least[i][None])
-            touch = jnp.any(touch, 1)
-            blocks = jnp.arange(keys.count, dtype=jnp.int32)
-            first = jnp.maximum(first, jnp.min(jnp.where(touch, blocks, keys.count)))
-            past = jnp.minimum(past, jnp.max(jnp.where(touch, blocks + 1, 0)))
-        visits = _Visits(first, jnp.maximum(first, past), None)
-        blocks = jnp.arange(keys.count, dtype=jnp.int32)
-        if two_ranges(masking.key_ranges):
-            held = (firsts[:, None] <= blocks[None]) & (blocks[None] < pasts[:, None])
-            visits = visits._replace(some=jnp.any(held, 0) & visits.include(blocks))
-        if of_function is not None:
-            shows = jnp.any(of_function[:, :, i], (0, 1))
-            visits = visits._replace(some=shows & visits.include(blocks))
-        return visits
-
-    return of
-
-
-def _segment_bounds(grid, masking):
-    """The least and the largest segment id of each block of queries and of keys, (blocks, B)."""
-    if masking.query_segments is None:
-        return None
-
-    def bounds(axis, ids):
-        blocks = jnp.arange(axis.count, dtype=jnp.int32)
-        ids = jax.vmap(lambda i: axis.cut(ids, i, 1))(blocks)
-        return jnp.min(ids, 2), jnp.max(ids, 2)
-
-    return bounds(grid.queries, masking.query_segments), bounds(grid.keys, masking.key_segments)
-
-
-def _range_bounds(grid, masking):
-    """The least first and the largest past key of each range of a block's queries.
-
-    (blocks, ranges).
-    """
-    if masking.key_ranges is None:
-        return None
-    S = grid.keys.size
-    first, past = ranges_within(masking.key_ranges, S)
-    first = jnp.where(first < past, first, S)
-    blocks = jnp.arange(grid.queries.count, dtype=jnp.int32)
-    of_block = lambda x, of: jax.vmap(lambda i: of(grid.queries.cut(x, i, 1), (0, 1)))(blocks)
-    return of_block(first, jnp.min), of_block(past, jnp.max)
 
 
 # ------------------------------------------------------------------------- forward and backward
@@ -352,8 +107,8 @@ def _range_bounds(grid, masking):
 def _forward_blocks(options, operands, masking, head=None):
     grid = _grid(operands, _longest_block(FORWARD_BLOCK, operands, masking, head), head)
     if head is None:
-        masking = _with_block_map(options, grid, masking)
-    key_blocks = _key_blocks(options, grid, masking)
+        masking = with_block_map(options, grid, masking)
+    visits = blocks_to_visit(options, grid, masking)
 
     def query_block(results, i):
         of_i, masking_i = grid.cut_queries(operands, masking, i)
@@ -363,7 +118,7 @@ def _forward_blocks(options, operands, masking, head=None):
             return softmax.update(_scores(options, grid, of_ij, places, j))
 
         start = Softmax.empty(of_i, grid.queries.block)
-        block = key_blocks(i).turns(key_block, start).finish()
+        block = visits(i).turns(key_block, start).finish()
         put = lambda x, block: grid.queries.put(x, block, i, 3)
         return jax.tree.map(put, results, block), None
 
@@ -381,8 +136,8 @@ def _backward_blocks(options, operands, masking, kept, cotangents, shared, head=
     """
     grid = _grid(operands, _longest_block(BACKWARD_BLOCK, operands, masking, head), head)
     if head is None:
-        masking = _with_block_map(options, grid, masking)
-    key_blocks = _key_blocks(options, grid, masking)
+        masking = with_block_map(options, grid, masking)
+    visits = blocks_to_visit(options, grid, masking)
     per_row = (*kept, *cotangents)
 
     def query_block(gradient, i):
@@ -414,7 +169,7 @@ def _backward_blocks(options, operands, masking, kept, cotangents, shared, head=
         dq, dk, dv, dscale, (dbias, darrays) = gradient
         band = grid.band(dbias, i)
         start = (jnp.zeros_like(of_i.query, dq.dtype), dk, dv, dscale, band, darrays)
-        block, dk, dv, dscale, band, darrays = key_blocks(i).turns(key_block, start)
+        block, dk, dv, dscale, band, darrays = visits(i).turns(key_block, start)
         dq = grid.queries.add(dq, block, i, 3)
         dbias = None if dbias is None else grid.put_band(dbias, band, i)
         return (dq, dk, dv, dscale, (dbias, darrays)), None
@@ -427,9 +182,9 @@ def _backward_blocks(options, operands, masking, kept, cotangents, shared, head=
 
 
 def _head(operands, masking, b, m):
-    """Of one batch row and key/value head; what has queries and keys stays whole, see `_Grid`."""
-    row = lambda x: _cut_one(x, b, 0)
-    of_head = lambda x: None if x is None else _cut_one(row(x), m, 1)
+    """Of one batch row and key/value head; what has queries and keys stays whole, see `Grid`."""
+    row = lambda x: cut_one(x, b, 0)
+    of_head = lambda x: None if x is None else cut_one(row(x), m, 1)
     apart = {
         "mask": masking.mask,
         "dropout_keys": of_head(masking.dropout_keys),
@@ -446,20 +201,16 @@ def _functions_of_head(functions, b, m):
         return None
     blocks = functions.blocks
     return functions._replace(
-        rows=_cut_one(functions.rows, b, 0),
-        heads=_cut_one(functions.heads, m, 0),
-        blocks=None if blocks is None else _cut_one(_cut_one(blocks, b, 0), m, 1),
+        rows=cut_one(functions.rows, b, 0),
+        heads=cut_one(functions.heads, m, 0),
+        blocks=None if blocks is None else cut_one(cut_one(blocks, b, 0), m, 1),
     )
 
 
 def _with_block_map_of_heads(options, longest, operands, masking):
     """For head after head: found out once, for all that it does not depend on."""
     grid = _grid(operands, _longest_block(longest, operands, masking, True))
-    return _with_block_map(options, grid, masking)
-
-
-def _cut_one(x, n, axis):
-    return x if x.shape[axis] == 1 else lax.dynamic_slice_in_dim(x, n, 1, axis)
+    return with_block_map(options, grid, masking)
 
 
 def _scan_heads(run, operands, carry):
@@ -486,7 +237,7 @@ def _backward_by_head(options, operands, masking, kept, cotangents, shared):
 
     def run(shared, head):
         of_head, masking_of_head = _head(operands, masking, *head)
-        cut = lambda x: _cut_one(_cut_one(x, head[0], 0), head[1], 1)
+        cut = lambda x: cut_one(cut_one(x, head[0], 0), head[1], 1)
         kept_of, cotangents_of = jax.tree.map(cut, (kept, cotangents))
         *gradient, shared = _backward_blocks(
             options, of_head, masking_of_head, kept_of, cotangents_of, shared, head
@@ -527,14 +278,14 @@ def _tangent(options, operands, masking, o, lse, doperands):
     rows = int((_TANGENT_LOGITS / heads) ** 0.5) if isinstance(heads, int) else 0
     rows = max(rows, _LEAST_TANGENT_BLOCK)
     grid = _grid(operands, (rows, rows))
-    masking = _with_block_map(options, grid, masking)
-    key_blocks = _key_blocks(options, grid, masking)
+    masking = with_block_map(options, grid, masking)
+    visits = blocks_to_visit(options, grid, masking)
 
     def query_block(_, i):
         of_i, masking_i = grid.cut_queries(operands, masking, i)
         dof_i, _ = grid.cut_queries(doperands, masking, i)
         o_i, lse_i = (grid.queries.cut(x, i, 3) for x in (o, lse))
-        visits = key_blocks(i)
+        visits_of_i = visits(i)
 
         def visit(tangent, j):
             def scores_of(of_i):
@@ -548,7 +299,7 @@ def _tangent(options, operands, masking, o, lse, doperands):
         @partial(jax.checkpoint, prevent_cse=False)
         def key_block(tangent, j):
             skip = lambda tangent, _: tangent
-            return lax.cond(visits.include(j), visit, skip, tangent, j), None
+            return lax.cond(visits_of_i.include(j), visit, skip, tangent, j), None
 
         start = (jnp.zeros_like(lse_i), jnp.zeros_like(o_i))
         blocks = jnp.arange(grid.keys.count, dtype=jnp.int32)

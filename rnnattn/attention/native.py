@@ -1,14 +1,16 @@
 """The native schedule of attention on a CPU: the kernels of `rnnattn/native/src`."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import rnnattn.attention.native_parts as parts
 import rnnattn.attention.xla as xla
 import rnnattn.native as native
-from rnnattn.attention.equations import merged, sum_to
+from rnnattn.attention.equations import sum_to
 from rnnattn.attention.functions import of_distances
-from rnnattn.attention.masking import two_ranges
 from rnnattn.attention.placed import as_given, forward_results, placed
 from rnnattn.attention.problem import Operands
 from rnnattn.checks import those_that_hold
@@ -26,8 +28,6 @@ def unserved(query, value, options):
         {
             f"the dtype {query.dtype.name}": accumulator(query.dtype) != jnp.float32,
             "dropout": options.dropout_rate > 0,
-            "a `mask_function` that is not one or two ranges of keys": options.mask_function
-            is not None,
             "a `score_function` that is no bias by distance": not _is_by_distance(options),
             "an array without elements": 0 in (query.size, value.size),
         }
@@ -85,39 +85,13 @@ def _call(name, options, operands, masking, others, results, S):
     )
 
 
-def _ranges_apart(masking):
-    """The masking with one range of keys at a time, where queries have two."""
-    if not two_ranges(masking.key_ranges):
-        return [masking]
-    return [masking._replace(key_ranges=x) for x in jnp.split(masking.key_ranges, 2, 2)]
-
-
-def _over_ranges(run, options, operands, masking):
-    """O and L of `run(options, operands, masking)`: the softmax of one range joins another's."""
-    first, *more = _ranges_apart(masking)
-    if not more:
-        return run(options, operands, first)
-    dtype = forward_results(options, operands, masking)[0].dtype
-    wide = options._replace(keeps_o=True)
-
-    def of_range(operands, masking):
-        o, lse = run(wide, operands, masking)
-        return o, xla.time_first(lse)
-
-    o, lse = of_range(operands, first)
-    for masking in more:
-        o, lse = merged(o, lse, *of_range(operands._replace(sinks=None), masking))
-    return o.astype(dtype), xla.time_last(lse)
-
-
-def _forward_over_range(options, operands, masking):
+def _forward_of_part(options, operands, masking):
     results = forward_results(options, operands, masking)
     others, S = [_given(operands.sinks)], operands.key.shape[1]
     return tuple(_call("forward", options, operands, masking, others, results, S))
 
 
-def _forward(options, operands, masking):
-    return _over_ranges(_forward_over_range, options, operands, masking)
+_forward = partial(parts.forward, _forward_of_part)
 
 
 def forward_over_pages(options, operands, masking, table):
@@ -129,52 +103,35 @@ def forward_over_pages(options, operands, masking, table):
         others = [_given(operands.sinks), table]
         return tuple(_call("paged_forward", options, operands, masking, others, results, S))
 
-    return _over_ranges(run, options, operands, masking)
+    return parts.forward(run, options, operands, masking)
+
+
+def _backward_of_part(options, operands, masking, o, lse, do, dlse):
+    """What the keys of a part add, but for that of the scale; O and L are those of all keys."""
+    q, k, v, _, bias, *_ = operands
+    wants_dbias = bias is not None and options.bias_gradient
+    wants_dscore = operands.score_arrays is not None and options.score_gradient
+    (B, T, M, G, _), S = q.shape, k.shape[1]
+    results = [q, k, v, _float32(*bias.shape) if wants_dbias else _float32(0)]
+    results.append(_float32(B, M, G, 1, T + S - 1) if wants_dscore else _float32(0))
+    others = [o, lse, do, dlse]
+    dq, dk, dv, dbias, ddistances = _call(
+        "backward", options, operands, masking, others, results, S
+    )
+    dscore = _score_gradient(options, operands, masking, ddistances) if wants_dscore else None
+    return Operands(dq, dk, dv, None, dbias if wants_dbias else None, None, dscore)
 
 
 def _backward(options, operands, masking, o, lse, do, dlse):
-    bias, scale = operands.bias, operands.scale
-    wants_dbias = bias is not None and options.bias_gradient
-    wants_dscore = operands.score_arrays is not None and options.score_gradient
-
-    def of_range(operands, masking, do):
-        q, k, v, *_ = operands
-        (B, T, M, G, _), S = q.shape, k.shape[1]
-        results = [q, k, v, _float32(*bias.shape) if wants_dbias else _float32(0)]
-        results.append(_float32(B, M, G, 1, T + S - 1) if wants_dscore else _float32(0))
-        others = [o, lse, do, dlse]
-        dq, dk, dv, dbias, ddistances = _call(
-            "backward", options, operands, masking, others, results, S
-        )
-        dbias = dbias if wants_dbias else None
-        dscore = None
-        if wants_dscore:
-            dscore = _score_gradient(options, operands, masking, ddistances)
-        return Operands(dq, dk, dv, None, dbias, None, dscore)
-
-    def gradient(operands, do):
-        """O and L are those of all ranges, and so each adds its part."""
-        first, *more = _ranges_apart(masking)
-        if not more:
-            return of_range(operands, first, do)
-        # what is added to a sum is not rounded to 16 bits
-        q, k, v, wide_do = (x.astype(jnp.float32) for x in (*operands[:3], do))
-        wide = operands._replace(query=q, key=k, value=v)
-        parts = [of_range(wide, masking, wide_do) for masking in (first, *more)]
-        return as_given(jax.tree.map(lambda *parts: sum(parts), *parts), operands)
-
     if not options.scale_gradient:
-        return gradient(operands, do)
+        return parts.backward(_backward_of_part, options, operands, masking, o, lse, do, dlse)
     # from the gradient of the query times the scale, neither of them rounded to 16 bits
-    q, k, v, do = (x.astype(jnp.float32) for x in (*operands[:3], do))
-    d = gradient(
-        operands._replace(
-            query=xla.time_first(scale) * q, key=k, value=v, scale=jnp.ones_like(scale)
-        ),
-        do,
-    )
+    scale = operands.scale
+    wide, do = parts.in_float32(operands, do)
+    scaled = wide._replace(query=xla.time_first(scale) * wide.query, scale=jnp.ones_like(scale))
+    d = parts.backward(_backward_of_part, options, scaled, masking, o, lse, do, dlse)
     # a query that sees nothing, and may be NaN, has a gradient of zero
-    products = jnp.where(d.query == 0, 0, q * d.query)
+    products = jnp.where(d.query == 0, 0, wide.query * d.query)
     dscale = sum_to(xla.time_last(products), scale.shape)
     return as_given(d._replace(query=xla.time_first(scale) * d.query, scale=dscale), operands)
 

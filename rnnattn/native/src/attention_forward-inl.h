@@ -268,7 +268,7 @@ static void see_keys(const AttentionForward<Number>& p, const Rows& rows, Range 
     const Range seeing = rows_seeing({first, least(first + ROWS, count)}, keys,
                                      [&](int64_t r) { return my.ranges[r]; });
     const int64_t r = seeing.first;
-    const Block block = block_of(p, rows, keys, my.ranges + r, seeing.past - r);
+    const Block block = block_of(p, rows, keys, my.ranges + r, r, seeing.past - r);
     if (block.empty()) continue;
     if (!packed) {
       packed = true;

@@ -321,7 +321,7 @@ static void backward_keys(const AttentionBackward<Number>& p, const RowBlocks& b
       rows.times = times.past - times.first;
     }
     for (int64_t r = 0; r < rows.count(); ++r) my.ranges[r] = keys_of(p, b, rows.time(r));
-    const Block block = block_of(p, rows, keys, my.ranges, rows.count());
+    const Block block = block_of(p, rows, keys, my.ranges, 0, rows.count());
     if (block.empty()) continue;
     if (!packed) {
       packed = true;
@@ -377,7 +377,7 @@ static void stream_backward_keys(const AttentionBackward<Number>& p, const Rows&
                                  const BackwardMemory<Number>& my) {
   const int64_t k_width = whole_vectors(p.K), m = rows.m;
   for (int64_t r = 0; r < rows.count(); ++r) my.ranges[r] = keys_of(p, rows.b, rows.time(r));
-  const Block block = block_of(p, rows, keys, my.ranges, rows.count());
+  const Block block = block_of(p, rows, keys, my.ranges, 0, rows.count());
   if (!block.empty()) {
     const KeyRows<Number> k = rows_in_place(p, p.key, p.K, rows.b, m, keys);
     const KeyRows<Number> v = rows_in_place(p, p.value, p.V, rows.b, m, keys);

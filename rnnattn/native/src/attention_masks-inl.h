@@ -177,12 +177,13 @@ static bool segments_meet(const Attention& p, const Rows& rows, Range keys, bool
   return query_least <= key_most && key_least <= query_most;
 }
 
-// The columns [from, to) of a block of `count` keys that some row of a block of rows sees, and how.
+// The columns [from, to) of a block of `count` keys that some row of a block of rows sees, and how;
+// of those that the mask shows to some from the first to the last.
 struct Block {
   int64_t rows, first, count, from, to;
   bool bare = false;      // its logits are q kᵀ, but for what positions and lengths mask
   bool in_range = false;  // positions and lengths mask nothing of it, nor is a column without key
-  bool all_seen = false;  // positions and lengths mask none of its keys
+  bool all_seen = false;  // positions and lengths mask none of its keys, and it has all columns
   bool segments = false;  // segments may mask some of it
 
   bool empty() const { return from >= to; }
@@ -191,21 +192,73 @@ struct Block {
   int64_t seen() const { return least(to, count) - from; }
 };
 
+// Which columns of a block of keys the mask shows to some of its rows, and which to all.
+struct Shown {
+  uint8_t some[KEYS], all[KEYS];
+
+  Shown(const Attention& p, const Rows& of, int64_t row, int64_t rows, Range keys) {
+    const int64_t count = keys.past - keys.first;
+    for (int64_t j = 0; j < count; ++j) some[j] = 0, all[j] = 1;
+    for (int64_t r = row; r < row + rows; ++r) {
+      const uint8_t* mask = p.mask.row(of.b, of.m, of.head(r), of.time(r));
+      if (p.mask.s)
+        add(mask + keys.first, count);
+      else if (mask[0])
+        for (int64_t j = 0; j < count; ++j) some[j] = 1;
+      else
+        for (int64_t j = 0; j < count; ++j) all[j] = 0;
+    }
+  }
+  // Of these columns, from the first to the last that some row sees.
+  Range seen_of(Range columns) const {
+    while (columns.first < columns.past && !some[columns.first]) ++columns.first;
+    while (columns.first < columns.past && !some[columns.past - 1]) --columns.past;
+    return columns;
+  }
+  bool to_all(Range columns) const {
+    while (columns.first < columns.past && all[columns.first]) ++columns.first;
+    return columns.first >= columns.past;
+  }
+
+ private:
+  void add(const uint8_t* mask, int64_t count) {
+    for (int64_t j = 0; j < count; ++j) {
+      const uint8_t shows = mask[j] != 0;
+      some[j] |= shows;
+      all[j] &= shows;
+    }
+  }
+};
+
+// Of a block of keys and the rows from `row` on, which see these ranges.
 static Block block_of(const Attention& p, const Rows& of, Range keys, const Range* ranges,
-                      int64_t rows) {
+                      int64_t row, int64_t rows) {
   const Seen seen = seen_by(ranges, rows);
   const int64_t count = keys.past - keys.first;
+  const Block nothing{rows, keys.first, count, 0, 0};
   bool one_segment;
-  if (!segments_meet(p, of, keys, &one_segment)) return {rows, keys.first, count, 0, 0};
-  const int64_t first = most(seen.any.first, keys.first) - keys.first;
-  const int64_t past = least(seen.any.past, keys.past) - keys.first;
-  if (first >= past) return {rows, keys.first, count, 0, 0};
-  Block block{rows, keys.first, count, first / TILE_COLUMNS * TILE_COLUMNS, whole_vectors(past)};
-  block.bare =
-      one_segment && p.soft_cap == 0 && !p.bias.data && !p.by_distance.data && !p.mask.data;
+  if (!segments_meet(p, of, keys, &one_segment)) return nothing;
+  const Range in_range{most(seen.any.first, keys.first) - keys.first,
+                       least(seen.any.past, keys.past) - keys.first};
+  if (in_range.first >= in_range.past) return nothing;
+  const auto of_columns = [&](Range columns) {
+    const int64_t from = columns.first / TILE_COLUMNS * TILE_COLUMNS;
+    return Block{rows, keys.first, count, from, whole_vectors(columns.past)};
+  };
+  Block block = of_columns(in_range);
+  bool unmasked = true;
+  if (p.mask.data) {
+    const Shown shown(p, of, row, rows, keys);
+    const Range columns = shown.seen_of(in_range);
+    if (columns.first >= columns.past) return nothing;
+    block = of_columns(columns);
+    unmasked = shown.to_all({block.from, least(block.to, count)});
+  }
+  block.bare = one_segment && p.soft_cap == 0 && !p.bias.data && !p.by_distance.data && unmasked;
   block.in_range =
       seen.all.first <= keys.first + block.from && seen.all.past >= keys.first + block.to;
-  block.all_seen = seen.all.first <= keys.first && seen.all.past >= keys.past;
+  block.all_seen = seen.all.first <= keys.first && seen.all.past >= keys.past && block.from == 0 &&
+                   block.to >= count;
   block.segments = !one_segment;
   return block;
 }

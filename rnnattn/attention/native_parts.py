@@ -1,0 +1,177 @@
+"""Kernels that know one range of keys for a query, and masks as arrays, where there is more to it.
+
+Keys come in parts. Forward, the softmax of one part joins that of those before it; backward, each
+part adds its share, as O and L are those of all keys:
+
+    forward   per part: O_j, L_j                    per query: O, L
+    backward  per part: dq, dk, dv, dbias from O, L, dO, dL
+
+Of two ranges of keys, each is a part. Under a mask that is a function, parts are blocks of keys,
+for blocks of queries: the function is evaluated for a block, together with whatever else hides, and
+a kernel gets the Booleans, so that memory is that of one block's. Kernels skip what a mask shows to
+nobody: blocks are left out beforehand only by positions, and by a map that comes with the mask
+(`masks.mapped`).
+
+Operands and O are in the layout of the arguments, L is (B, M, G, T): see `Schedule`.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from rnnattn.attention.blocks import Grid, blocks_to_visit, in_blocks, visible_in, with_block_map
+from rnnattn.attention.equations import merged
+from rnnattn.attention.masking import two_ranges
+from rnnattn.attention.placed import as_given
+from rnnattn.attention.problem import Masking, Operands
+from rnnattn.attention.xla import time_first, time_last
+
+# Measured: benchmarks/README.md, "Masks and scores as functions".
+BLOCK = 512  # queries and keys
+PAIRS = 2**18  # of queries and keys, where there are few queries
+
+
+def forward(run, options, operands, masking):
+    """O and L, by `run(options, operands, masking)` of each part."""
+    if options.mask_function is not None:
+        return _forward_of_blocks(run, options, operands, masking)
+    first, *more = _ranges_apart(masking)
+    if not more:
+        return run(options, operands, first)
+    wide = options._replace(keeps_o=True)
+    o, lse = run(wide, operands, first)
+    for masking in more:
+        of_range = run(wide, operands._replace(sinks=None), masking)
+        o, lse = _joined(o, lse, *of_range)
+    return _as_kept(options, operands, o), lse
+
+
+def backward(run, options, operands, masking, o, lse, do, dlse):
+    """The gradient, by `run(options, operands, masking, o, lse, do, dlse)` of each part."""
+    of_rows = o, lse, do, dlse
+    if options.mask_function is not None:
+        return _backward_of_blocks(run, options, operands, masking, *of_rows)
+    first, *more = _ranges_apart(masking)
+    if not more:
+        return run(options, operands, first, *of_rows)
+    wide, do = in_float32(operands, do)
+    parts = [run(options, wide, masking, o, lse, do, dlse) for masking in (first, *more)]
+    return as_given(jax.tree.map(lambda *parts: sum(parts), *parts), operands)
+
+
+def in_float32(operands, do):
+    """Operands and dO, for a gradient that is a sum: what is added up is not rounded to 16 bits."""
+    q, k, v, do = (x.astype(jnp.float32) for x in (*operands[:3], do))
+    return operands._replace(query=q, key=k, value=v), do
+
+
+def _as_kept(options, operands, o):
+    return o if options.keeps_o else o.astype(operands.value.dtype)
+
+
+def _joined(o, lse, o_more, lse_more):
+    o, lse = merged(o, time_first(lse), o_more, time_first(lse_more))
+    return o, time_last(lse)
+
+
+def _ranges_apart(masking):
+    """The masking with one range of keys at a time, where queries have two."""
+    if not two_ranges(masking.key_ranges):
+        return [masking]
+    return [masking._replace(key_ranges=x) for x in jnp.split(masking.key_ranges, 2, 2)]
+
+
+# ------------------------------------------------------------------------------------------- blocks
+
+
+def _grid(operands):
+    queries = in_blocks(operands.query.shape[1], BLOCK)
+    keys = in_blocks(operands.key.shape[1], max(BLOCK, PAIRS // queries.block))
+    return Grid(queries, keys, axes=(1, 1))
+
+
+def _is_one(grid):
+    return grid.queries.count == grid.keys.count == 1
+
+
+def _block(options, grid, operands, masking, i, j):
+    """Options, operands and masking of block (i, j), of which all that hides is one mask."""
+    operands, masking = grid.cut_keys(*grid.cut_queries(operands, masking, i), j)
+    rows, columns = grid.places(i, j)
+    sees = visible_in(options, grid, (masking, rows, columns), j)
+    offset = masking.offset + rows[0] - columns[0]
+    options = options._replace(mask_function=None, is_causal=False, window=None)
+    return options, operands, Masking(offset, sees, functions=masking.functions)
+
+
+def _visits(options, grid, masking):
+    if masking.functions.maps:
+        masking = with_block_map(options, grid, masking)
+    return blocks_to_visit(options, grid, masking)
+
+
+def _forward_of_blocks(run, options, operands, masking):
+    grid = _grid(operands)
+    if _is_one(grid):
+        return run(*_block(options, grid, operands, masking, 0, 0))
+    visits = _visits(options, grid, masking)
+    wide, sinks = options._replace(keeps_o=True), operands.sinks
+    without_sinks = operands._replace(sinks=None)
+    (B, T, M, G, _), V = operands.query.shape, operands.value.shape[3]
+    zeros = partial(jnp.zeros_like, operands.query, jnp.float32)
+
+    def query_block(results, i):
+        def key_block(j, softmax):
+            return _joined(*softmax, *run(*_block(wide, grid, without_sinks, masking, i, j)))
+
+        lse = zeros(shape=(B, M, G, grid.queries.block))
+        lse = lse - jnp.inf if sinks is None else lse + sinks
+        start = zeros(shape=(B, grid.queries.block, M, G, V)), lse
+        block = visits(i).turns(key_block, start)
+        put = lambda x, block, axis: grid.queries.put(x, block, i, axis)
+        return tuple(map(put, results, block, (1, 3))), None
+
+    results = zeros(shape=(B, T, M, G, V)), zeros(shape=(B, M, G, T))
+    o, lse = jax.lax.scan(query_block, results, grid.blocks())[0]
+    return _as_kept(options, operands, o), lse
+
+
+def _backward_of_blocks(run, options, operands, masking, o, lse, do, dlse):
+    grid = _grid(operands)
+    if _is_one(grid):
+        return run(*_block(options, grid, operands, masking, 0, 0), o, lse, do, dlse)
+    visits = _visits(options, grid, masking)
+    wide, do = in_float32(operands, do)
+
+    def query_block(sums, i):
+        of_query = lambda x, axis: grid.queries.cut(x, i, axis)
+        o_i, lse_i, do_i, dlse_i = map(of_query, (o, lse, do, dlse), (1, 3, 1, 3))
+        first_time = grid.queries.first_time(i)
+        if first_time is not None:
+            lse_i = jnp.where(first_time[None, None, None], lse_i, -jnp.inf)
+
+        def key_block(j, sums):
+            block = _block(options, grid, wide, masking, i, j)
+            added = run(*block, o_i, lse_i, do_i, dlse_i)
+            add = lambda x, added, axis: grid.keys.add(x, added, j, axis)
+            return sums._replace(
+                query=sums.query + added.query,
+                key=add(sums.key, added.key, 1),
+                value=add(sums.value, added.value, 1),
+                bias=None if sums.bias is None else add(sums.bias, added.bias, 4),
+                score_arrays=jax.tree.map(jnp.add, sums.score_arrays, added.score_arrays),
+            )
+
+        dq = jnp.zeros_like(of_query(wide.query, 1))
+        of_block = sums._replace(query=dq, bias=grid.band(sums.bias, i))
+        of_block = visits(i).turns(key_block, of_block)
+        dbias = None if sums.bias is None else grid.put_band(sums.bias, of_block.bias, i)
+        dq = grid.queries.add(sums.query, of_block.query, i, 1)
+        return of_block._replace(query=dq, bias=dbias), None
+
+    zeros = partial(jax.tree.map, lambda x: jnp.zeros_like(x, jnp.float32))
+    dbias = zeros(operands.bias) if options.bias_gradient else None
+    dscore = zeros(operands.score_arrays) if options.score_gradient else None
+    start = Operands(*zeros(wide[:3]), None, dbias, None, dscore)
+    return as_given(jax.lax.scan(query_block, start, grid.blocks())[0], operands)
