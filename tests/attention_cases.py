@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rnnattn import masks, reference
-from rnnattn.attention import api, blockwise, dropout, reduced, rule
+from rnnattn.attention import api, blocks, blockwise, dropout, native_parts, reduced, rule
 from rnnattn.attention.arguments import problem, sorted_arguments
 from rnnattn.attention.equations import finite_lse
 from rnnattn.attention.xla import time_last
@@ -218,8 +218,11 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(blockwise, "RANGES_BLOCK", (4, 3))
     monkeypatch.setattr(blockwise, "_TANGENT_LOGITS", 96)
     monkeypatch.setattr(blockwise, "_LEAST_TANGENT_BLOCK", 3)
+    monkeypatch.setattr(native_parts, "FORWARD_BLOCK", 3)
+    monkeypatch.setattr(native_parts, "BACKWARD_BLOCK", 4)
+    monkeypatch.setattr(native_parts, "PAIRS", 1)
     monkeypatch.setattr(dropout, "_TILE", 4)
-    for module in (masks, reduced, blockwise):
+    for module in (masks, reduced, blocks):
         monkeypatch.setattr(module, "MAP_BLOCK", 3)
     cast(Any, api._run_attention).clear_cache()
     yield

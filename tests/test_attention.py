@@ -20,7 +20,7 @@ from rnnattn import (
     reference,
     update_cache,
 )
-from rnnattn.attention import api, blockwise, dot_product_attention_jvp, dropout, xla
+from rnnattn.attention import api, blocks, blockwise, dot_product_attention_jvp, dropout, xla
 from rnnattn.attention.problem import Masking, Operands, Options
 from tests.attention_cases import (
     Case,
@@ -692,11 +692,11 @@ def test_blocks_nobody_needs_are_not_visited(name):
     """The blocks of keys that are visited are those from the first that is needed to the last."""
     options, arrays = VISITS[name]
     (rows, columns), (t, s) = (4, 5), (21, 26)
-    grid = blockwise._Grid(blockwise._axis(t, rows), blockwise._axis(s, columns), None)
+    grid = blocks.Grid(blocks.in_blocks(t, rows), blocks.in_blocks(s, columns))
     arrays = {name: jnp.asarray(x, jnp.int32) for name, x in ({"offset": [0]} | arrays).items()}
     masking = Masking(**arrays)
-    blocks = blockwise._key_blocks(options, grid, masking)
-    first, past = map(np.asarray, quick(jax.vmap(blocks))(grid.blocks())[:2])
+    visits = blocks.blocks_to_visit(options, grid, masking)
+    first, past = map(np.asarray, quick(jax.vmap(visits))(grid.blocks())[:2])
 
     names = {
         "offset": "query_offset",
@@ -731,8 +731,8 @@ def test_a_band_costs_its_width():
     grid = blockwise._grid(operands, blockwise.FORWARD_BLOCK)
 
     def visited(options):
-        blocks = blockwise._key_blocks(options, grid, Masking(jnp.zeros(1, jnp.int32)))
-        first, past, _ = quick(jax.vmap(blocks))(grid.blocks())
+        visits = blocks.blocks_to_visit(options, grid, Masking(jnp.zeros(1, jnp.int32)))
+        first, past, _ = quick(jax.vmap(visits))(grid.blocks())
         return int(jnp.sum(past - first))
 
     n = grid.queries.count

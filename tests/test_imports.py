@@ -72,6 +72,7 @@ FLOORS = [
         "dropout",
         "signature",
         "quantised",
+        "blocks",
     },
     {
         "dense",
@@ -80,6 +81,7 @@ FLOORS = [
         "xla",
         "placed",
         "native",
+        "native_parts",
         "pair",
         "ulysses",
         "hopper",

@@ -84,8 +84,6 @@ MASKS: dict[str, Any] = {
     "own function": parity & masks.causal(),
     "prefix and function": masks.prefix(LENGTHS) & (lambda b, n, t, s: (s * t) % 3 < 2),
 }
-# What schedules without functions do not know.
-ON_XLA = {"two documents", "dilated", "far keys", "own function", "prefix and function"}
 
 
 def seen(name, offset=None):
@@ -134,10 +132,7 @@ def test_a_mask_shows_what_it_says(name, small_blocks):  # noqa: F811
     assert_same(actual, truth)
     single = {n: x.astype(jnp.float32) for n, x in nan.items()}
     kernels = partial(value_and_gradients, Case(single, case.others, {}), dot_product_attention)
-    if name in ON_XLA:
-        with pytest.raises(ValueError, match="cannot serve a `mask_function`"):
-            kernels(mask_function=mask, implementation="native")
-    elif native.unserved(single["query"], single["value"], options_of(mask)[1]) == []:
+    if native.unserved(single["query"], single["value"], options_of(mask)[1]) == []:
         assert_same(kernels(mask_function=mask, implementation="native"), truth, 1e-5)
 
 
@@ -167,22 +162,39 @@ def test_what_is_known_otherwise_is_no_function():
     assert (past <= first).all()
 
 
-def test_two_ranges_by_the_kernels_with_every_option():
-    """Each adds its part of what is not rounded to 16 bits before."""
-    mask, slopes = MASKS["sinks"], jnp.asarray(np.random.default_rng(2).uniform(size=N))
+BY_PARTS = {
+    "two ranges": lambda: MASKS["sinks"],
+    "blocks": lambda: masks.mapped(masks.dilated(2) | masks.prefix(LENGTHS), 2 * T, S, batch=B),
+    "one block": lambda: masks.dilated(2) | parity,
+}
+
+
+@pytest.mark.parametrize("name", BY_PARTS)
+def test_parts_by_the_kernels_with_every_option(name, request):
+    """Each adds its share of what is not rounded to 16 bits before."""
+    if name == "blocks":
+        request.getfixturevalue("small_blocks")
+    mask, slopes = BY_PARTS[name](), jnp.asarray(np.random.default_rng(2).uniform(size=N))
+    case = make_case(
+        bias=(1, N, T, S),
+        scale=(N,),
+        sinks=True,
+        mask=(B, 1, T, S),
+        logits_soft_cap=2.0,
+        query_offset=OFFSET,
+        key_value_seq_lengths=ints([10, 9, 8]),
+        query_segment_ids=ints([[0] * 5 + [1] * 2] * B),
+        key_value_segment_ids=ints([[0] * 7 + [1] * 3] * B),
+    )
 
     def run(dtype, attend, **how):
-        case = make_case(
-            bias=(1, N, T, S), scale=(N,), sinks=True, mask=(B, 1, T, S), logits_soft_cap=2.0
-        )
         floats = jax.tree.map(lambda x: x.astype(dtype), {**case.floats, "slopes": slopes})
 
         def attend_by(slopes, **arguments):
             score = masks.alibi(slopes)
             return attend(**arguments, mask_function=mask, score_function=score, **how)
 
-        rounded = Case(floats, case.others | {"query_offset": OFFSET}, case.options)
-        return value_and_gradients(rounded, attend_by)
+        return value_and_gradients(case._replace(floats=floats), attend_by)
 
     expected = run(jnp.float64, reference.dot_product_attention)
     x = jnp.ones(1, jnp.float32)
@@ -469,6 +481,36 @@ def test_blocks_that_show_nothing_are_left_out():
         assert np.isfinite(pullback(x)[0]).all()
 
 
+def test_blocks_that_a_map_leaves_out_are_left_out_by_the_kernels():
+    """A map that hides what its function shows: no one looks at that again."""
+    x = jax.random.normal(jax.random.key(0), (1, 1024, 2, 4), jnp.float32)
+    if native.unserved(x, x, Options()):
+        pytest.skip("no kernels")
+    own = lambda b, n, t, s: s // 512 == t // 512
+    all_of_it = masks.as_mask(lambda b, n, t, s: s >= 0)
+    by_map = masks.Mapped(all_of_it, masks.mapped(own, 1024, 1024).blocks)
+
+    def run(implementation, mask):
+        attend = lambda x: dot_product_attention(
+            x, x, x, mask_function=mask, implementation=implementation
+        )
+        out, pullback = jax.vjp(attend, x)
+        return out, pullback(x)
+
+    assert_same(run("native", by_map), run("xla", own), 1e-5)
+
+
+def test_which_schedule_runs_a_function():
+    x = jnp.ones((1, 300, 1, 4), jnp.float32)
+    if native.unserved(x, x, Options()):
+        pytest.skip("no kernels")
+    loss = lambda x, **how: dot_product_attention(x, x, x, **how).sum()
+    text = lambda **how: jax.jit(jax.grad(partial(loss, **how))).lower(x).as_text()
+    for kernel in ("rnnattn.attention_forward", "rnnattn.attention_backward"):
+        assert kernel in text(mask_function=masks.dilated(2))
+        assert kernel not in text(score_function=lambda logit, b, n, t, s: 2 * logit)
+
+
 def test_a_map_of_blocks_leaves_nothing_out(small_blocks):  # noqa: F811
     """Of rows, heads and places with an offset, also beyond what it knows; an axis of vmap."""
     sparse = lambda b, n, t, s: (s // 3 + t // 4 + n // 2 + b) % 3 == 0
@@ -634,7 +676,10 @@ def test_on_a_mesh(kind):
     assert_same(actual, expected, 1e-5)
 
 
-def test_in_shard_map():
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_in_shard_map(in_blocks, request):
+    if in_blocks:
+        request.getfixturevalue("small_blocks")
     mesh = jax.make_mesh((2,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
     case = make_case(dtype=jnp.float32)
     floats = jax.tree.map(lambda x: x[:2], case.floats)

@@ -197,6 +197,26 @@ def test_a_mask_that_is_shared_by_several_blocks(shape):
     assert_native_is_right(make_case(Sizes(3, 70, 300, 4, 2, 4, 4), mask=shape))
 
 
+@pytest.mark.parametrize("T", [100, 5], ids=["packed", "streamed"])
+@pytest.mark.parametrize("options", [{}, {"is_causal": True, "query_offset": 480}], ids=bool)
+def test_blocks_that_a_mask_shows_to_none_or_to_all(T, options, instruction_set):
+    """Of whole vectors of keys and of parts of them; what nobody sees is NaN."""
+    S = 600
+    case = narrow(make_case(Sizes(1, T, S, 3, 3, 16, 16), mask=(1, 3, T, S), **options))
+    mask = np.zeros((1, 3, T, S), bool)
+    mask[:, 0, :, 64:176] = mask[:, 1, :, 70:171] = True
+    mask[:, 1:, T // 2 :, 256:512] = True
+    mask[:, 2, :, 520:] = np.asarray(case.others["mask"])[:, 2, :, 520:]
+    mask[:, 2, T - 1] = False
+    case.others["mask"] = jnp.asarray(mask)
+    expected = value_and_gradients(case, dot_product_attention, implementation="dense")
+    unseen = ~np.swapaxes(mask.any(2), 1, 2)[..., None]
+    spoiled = {n: jnp.where(unseen, jnp.nan, case.floats[n]) for n in ("key", "value")}
+    spoiled["query"] = case.floats["query"].at[:, T - 1, 2].set(jnp.nan)
+    case = case._replace(floats=case.floats | spoiled)
+    assert_same(value_and_gradients(case, dot_product_attention, **NATIVE), expected, TOLERANCE)
+
+
 def scored(function):
     """`function` with a score of distances, its floats an argument like any other."""
 

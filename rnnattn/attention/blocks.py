@@ -156,6 +156,14 @@ class Visits(NamedTuple):
         count = jnp.sum(self.some, dtype=jnp.int32)
         return lax.fori_loop(jnp.int32(0), count, lambda n, carry: visit(order[n], carry), start)
 
+    def ends(self):
+        """The first block, and the one past the last."""
+        if self.some is None:
+            return self.first, self.past
+        blocks = jnp.arange(self.some.size, dtype=jnp.int32)
+        first = jnp.min(jnp.where(self.some, blocks, self.some.size))
+        return first, jnp.max(jnp.where(self.some, blocks + 1, 0))
+
     def include(self, j):
         return (self.first <= j) & (j < self.past) if self.some is None else self.some[j]
 

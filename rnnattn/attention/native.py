@@ -15,7 +15,7 @@ from rnnattn.attention.placed import as_given, forward_results, placed
 from rnnattn.attention.problem import Operands
 from rnnattn.checks import those_that_hold
 from rnnattn.native.calls import call_attributes
-from rnnattn.precision import accumulator
+from rnnattn.precision import accumulator, varying_together
 
 PAGE_KEYS = 64  # of a page, a multiple, as `kernels.h` has it
 
@@ -74,7 +74,7 @@ def _call(name, options, operands, masking, others, results, S):
     arguments.append(_given(_by_distance(options, operands, masking, S)))
     left, right = options.window or (None, None)
     side = lambda x: np.int64(-1 if x is None else x)
-    return jax.ffi.ffi_call(f"rnnattn.attention_{name}.v4", results)(
+    found = jax.ffi.ffi_call(f"rnnattn.attention_{name}.v4", results)(
         *arguments,
         *others,
         is_causal=options.is_causal,
@@ -83,6 +83,7 @@ def _call(name, options, operands, masking, others, results, S):
         soft_cap=np.float32(options.soft_cap or 0),
         **call_attributes(),
     )
+    return varying_together((found, q))[0]
 
 
 def _forward_of_part(options, operands, masking):

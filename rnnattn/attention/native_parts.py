@@ -6,15 +6,16 @@ part adds its share, as O and L are those of all keys:
     forward   per part: O_j, L_j                    per query: O, L
     backward  per part: dq, dk, dv, dbias from O, L, dO, dL
 
-Of two ranges of keys, each is a part. Under a mask that is a function, parts are blocks of keys,
-for blocks of queries: the function is evaluated for a block, together with whatever else hides, and
-a kernel gets the Booleans, so that memory is that of one block's. Kernels skip what a mask shows to
+Of two ranges of keys, each is a part. A mask that is a function is evaluated block by block,
+together with whatever else hides, and a kernel gets the Booleans: forward of a block of queries and
+all keys, backward of a block of either, which then is a part. Kernels skip what a mask shows to
 nobody: blocks are left out beforehand only by positions, and by a map that comes with the mask
 (`masks.mapped`).
 
 Operands and O are in the layout of the arguments, L is (B, M, G, T): see `Schedule`.
 """
 
+import math
 from functools import partial
 
 import jax
@@ -22,14 +23,17 @@ import jax.numpy as jnp
 
 from rnnattn.attention.blocks import Grid, blocks_to_visit, in_blocks, visible_in, with_block_map
 from rnnattn.attention.equations import merged
-from rnnattn.attention.masking import two_ranges
+from rnnattn.attention.masking import two_ranges, visible
 from rnnattn.attention.placed import as_given
 from rnnattn.attention.problem import Masking, Operands
 from rnnattn.attention.xla import time_first, time_last
 
 # Measured: benchmarks/README.md, "Masks and scores as functions".
-BLOCK = 512  # queries and keys
+FORWARD_BLOCK = 256  # queries and keys
+BACKWARD_BLOCK = 512
 PAIRS = 2**18  # of queries and keys, where there are few queries
+BOOLEANS = 2**24  # of a block of queries and all keys
+LEAST_BLOCK = 64  # queries
 
 
 def forward(run, options, operands, masking):
@@ -39,12 +43,13 @@ def forward(run, options, operands, masking):
     first, *more = _ranges_apart(masking)
     if not more:
         return run(options, operands, first)
-    wide = options._replace(keeps_o=True)
+    wide, without_sinks = options._replace(keeps_o=True), operands._replace(sinks=None)
     o, lse = run(wide, operands, first)
     for masking in more:
-        of_range = run(wide, operands._replace(sinks=None), masking)
-        o, lse = _joined(o, lse, *of_range)
-    return _as_kept(options, operands, o), lse
+        o_more, lse_more = run(wide, without_sinks, masking)
+        o, lse = merged(o, time_first(lse), o_more, time_first(lse_more))
+        lse = time_last(lse)
+    return o if options.keeps_o else o.astype(operands.value.dtype), lse
 
 
 def backward(run, options, operands, masking, o, lse, do, dlse):
@@ -66,15 +71,6 @@ def in_float32(operands, do):
     return operands._replace(query=q, key=k, value=v), do
 
 
-def _as_kept(options, operands, o):
-    return o if options.keeps_o else o.astype(operands.value.dtype)
-
-
-def _joined(o, lse, o_more, lse_more):
-    o, lse = merged(o, time_first(lse), o_more, time_first(lse_more))
-    return o, time_last(lse)
-
-
 def _ranges_apart(masking):
     """The masking with one range of keys at a time, where queries have two."""
     if not two_ranges(masking.key_ranges):
@@ -85,14 +81,19 @@ def _ranges_apart(masking):
 # ------------------------------------------------------------------------------------------- blocks
 
 
-def _grid(operands):
-    queries = in_blocks(operands.query.shape[1], BLOCK)
-    keys = in_blocks(operands.key.shape[1], max(BLOCK, PAIRS // queries.block))
-    return Grid(queries, keys, axes=(1, 1))
+def _grid(operands, queries, keys):
+    """Blocks of at most so many queries and keys, and more keys where there are fewer queries."""
+    T, S = operands.query.shape[1], operands.key.shape[1]
+    keys = max(keys, PAIRS // T)
+    return Grid(in_blocks(T, queries), in_blocks(S, keys), axes=(1, 1))
 
 
 def _is_one(grid):
     return grid.queries.count == grid.keys.count == 1
+
+
+def _without_what_hides(options):
+    return options._replace(mask_function=None, is_causal=False, window=None)
 
 
 def _block(options, grid, operands, masking, i, j):
@@ -101,8 +102,8 @@ def _block(options, grid, operands, masking, i, j):
     rows, columns = grid.places(i, j)
     sees = visible_in(options, grid, (masking, rows, columns), j)
     offset = masking.offset + rows[0] - columns[0]
-    options = options._replace(mask_function=None, is_causal=False, window=None)
-    return options, operands, Masking(offset, sees, functions=masking.functions)
+    masking = Masking(offset, sees, functions=masking.functions)
+    return _without_what_hides(options), operands, masking
 
 
 def _visits(options, grid, masking):
@@ -112,33 +113,52 @@ def _visits(options, grid, masking):
 
 
 def _forward_of_blocks(run, options, operands, masking):
-    grid = _grid(operands)
+    """Blocks of queries, with all keys: what these see is put together from blocks of keys."""
+    B, T, M, G, _ = operands.query.shape
+    S, V = operands.key.shape[1], operands.value.shape[3]
+    places = [jnp.arange(n, dtype=jnp.int32) for n in (T, S)]
+    alike = jax.eval_shape(lambda: visible(options, masking, *places)).shape[:3]
+    queries = max(BOOLEANS // (S * math.prod(alike)), LEAST_BLOCK)
+    grid = _grid(operands, min(queries, FORWARD_BLOCK), FORWARD_BLOCK)
     if _is_one(grid):
         return run(*_block(options, grid, operands, masking, 0, 0))
     visits = _visits(options, grid, masking)
-    wide, sinks = options._replace(keeps_o=True), operands.sinks
-    without_sinks = operands._replace(sinks=None)
-    (B, T, M, G, _), V = operands.query.shape, operands.value.shape[3]
-    zeros = partial(jnp.zeros_like, operands.query, jnp.float32)
+    zeros = partial(jnp.zeros_like, operands.query)
 
-    def query_block(results, i):
-        def key_block(j, softmax):
-            return _joined(*softmax, *run(*_block(wide, grid, without_sinks, masking, i, j)))
+    def query_block(carry, i):
+        (o, lse), sees = carry
+        of_i, masking_i = grid.cut_queries(operands, masking, i)
+        visits_of_i, rows = visits(i), grid.queries.indices(i)
+        first, past = visits_of_i.ends()
 
-        lse = zeros(shape=(B, M, G, grid.queries.block))
-        lse = lse - jnp.inf if sinks is None else lse + sinks
-        start = zeros(shape=(B, grid.queries.block, M, G, V)), lse
-        block = visits(i).turns(key_block, start)
+        def found(j):
+            _, of_keys = grid.cut_keys(of_i, masking_i, j)
+            found = visible(options, of_keys, rows, grid.keys.indices(j))
+            return jnp.broadcast_to(found, (*alike, rows.size, grid.keys.block))
+
+        def key_block(j, sees):
+            none = lambda j: zeros(jnp.bool, shape=(*alike, rows.size, grid.keys.block))
+            return grid.keys.put(sees, jax.lax.cond(visits_of_i.include(j), found, none, j), j, 4)
+
+        # what lies beyond the ends is of another block, and in no range
+        sees = jax.lax.fori_loop(first, past, key_block, sees)
+        ranges = jnp.stack([first, past]) * grid.keys.block
+        ranges = jnp.broadcast_to(ranges, (B, rows.size, 2))
+        offset, functions = masking.offset + rows[0], masking.functions
+        stated = Masking(offset, sees, key_ranges=ranges, functions=functions)
+        block = run(_without_what_hides(options), of_i, stated)
         put = lambda x, block, axis: grid.queries.put(x, block, i, axis)
-        return tuple(map(put, results, block, (1, 3))), None
+        return (tuple(map(put, (o, lse), block, (1, 3))), sees), None
 
-    results = zeros(shape=(B, T, M, G, V)), zeros(shape=(B, M, G, T))
-    o, lse = jax.lax.scan(query_block, results, grid.blocks())[0]
-    return _as_kept(options, operands, o), lse
+    dtype = jnp.float32 if options.keeps_o else operands.value.dtype
+    results = zeros(dtype, shape=(B, T, M, G, V)), zeros(jnp.float32, shape=(B, M, G, T))
+    sees = zeros(jnp.bool, shape=(*alike, grid.queries.block, S))
+    (results, _), _ = jax.lax.scan(query_block, (results, sees), grid.blocks())
+    return results
 
 
 def _backward_of_blocks(run, options, operands, masking, o, lse, do, dlse):
-    grid = _grid(operands)
+    grid = _grid(operands, BACKWARD_BLOCK, BACKWARD_BLOCK)
     if _is_one(grid):
         return run(*_block(options, grid, operands, masking, 0, 0), o, lse, do, dlse)
     visits = _visits(options, grid, masking)
