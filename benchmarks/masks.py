@@ -56,6 +56,10 @@ def pairs(T, N):
             {**as_mask, "score_function": masks.relative_bias(jnp.ones((32, N)))},
             {**causal, "bias": jnp.ones((N, T, T))},
         ),
+        "dilated, beside a mask": lambda: (
+            {"mask_function": masks.causal() & masks.dilated(2)},
+            {"mask": (t[:, None] >= t[None]) & ((t[:, None] - t[None]) % 2 == 0)},
+        ),
         "window of each head, with a map": lambda: (
             {"mask_function": masks.mapped(of_head, T, T, heads=N)},
             {"mask_function": of_head},
@@ -84,6 +88,7 @@ def flex(name, T, N, q, k, v):
         "window and sinks": (lambda b, n, t, s: (s <= t) & ((t - s < 256) | (s < 4)), None),
         "ALiBi": (causal, lambda logit, b, n, t, s: logit - slopes[n] * (t - s).abs()),
         "T5": (causal, relative),
+        "dilated": (lambda b, n, t, s: (s <= t) & ((t - s) % 2 == 0), None),
         "window of each head": (lambda b, n, t, s: (s <= t) & (t - s < 64 * (n + 1)), None),
     }[name.partition(",")[0]]
     blocks = flex_attention.create_block_mask(shown, None, N, T, T, device="cpu")

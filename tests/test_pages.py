@@ -33,6 +33,7 @@ from rnnattn import (
     truncate,
     update_rotating_cache,
 )
+from rnnattn.attention import native_parts
 from rnnattn.native import calls, load
 from tests.attention_cases import assert_same, quick
 
@@ -121,6 +122,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "is_causal": False,
         "mask_function": (masks.causal() | masks.prefix(jnp.array([3, 0, 2], jnp.int32)))
         & (masks.window(3, 3) | masks.sinks(1)),
+        "score_function": masks.alibi(masks.alibi_slopes(N)),
+    },
+    "a function and distances": {
+        "is_causal": False,
+        "mask_function": lambda b, n, t, s: (s + t + n + b) % 4 > 0,
         "score_function": masks.alibi(masks.alibi_slopes(N)),
     },
 }
@@ -215,15 +221,15 @@ def test_forward_mode_and_second_order_are_jaxs_own():
 
 
 SETS = list(load.found()[1])
+OF_KERNELS = [name for name in OPTIONS if name not in ("functions", "at another place")]
 
 
 @pytest.mark.skipif(not SETS, reason="no kernels")
-@pytest.mark.parametrize(
-    "name", ["plain", "window", "sees all, capped, sinks, scales", "a prefix and distances"]
-)
+@pytest.mark.parametrize("name", OF_KERNELS)
 @pytest.mark.parametrize("T, dtype", [(1, "float32"), (3, "bfloat16"), (20, "float32")])
-def test_kernels_read_through_the_page_table(name, T, dtype):
-    """More queries than are streamed, and windows that begin within a page."""
+def test_kernels_read_through_the_page_table(name, T, dtype, monkeypatch):
+    """More queries than are streamed, in blocks, and windows that begin within a page."""
+    monkeypatch.setattr(native_parts, "FORWARD_BLOCK", 8)
     lengths = [150, 1, 64]
     floats, empty = problem(T, lengths, 64, dtype=dtype, sizes=(N, M, 20, 5))
     cache = filled(empty, floats["key"], floats["value"], lengths)

@@ -5,6 +5,7 @@ are placed, too; what is expected is computed once for each function, in one com
 """
 
 import copy
+import itertools
 import os
 import pickle
 import subprocess
@@ -474,9 +475,20 @@ AROUND: dict[str, Any] = {
 LONG = ("lstm, drawn", "dot_product_attention, blockwise", "dot_product_attention_jvp", "rope")
 
 
-@pytest.mark.parametrize(
-    "name, switch", [(n, s) for n in CASES for s in AROUND if s != "disable_jit" or n not in LONG]
-)
+# Of the programs, which take long to compile under so much, one of each kind.
+KINDS = ("lstm_step", "linear_scan", "dot_product_attention, alone", "rope", "patchify")
+
+
+def around_calls():
+    for name, switch in itertools.product(CASES, AROUND):
+        if switch == "disable_jit" and name in LONG:
+            continue
+        in_program = AROUND[switch][0] is compiled
+        marks = [pytest.mark.thorough] if in_program and name not in KINDS else []
+        yield pytest.param(name, switch, marks=marks)
+
+
+@pytest.mark.parametrize("name, switch", list(around_calls()))
 def test_around_a_call(name, switch):
     problem(name)
     call, context = AROUND[switch]

@@ -109,7 +109,8 @@ def dot_product_attention(
             Of integers that broadcast; traced once, on single ones. `rnnattn.masks` has some ready,
             which compose. Blocks in which it shows nothing are skipped. A mask that amounts to
             causality, a window, segments or one or two ranges of keys for each query, as a prefix
-            or a window beside sinks do, is run as these are, by the kernels, too; any other on XLA.
+            or a window beside sinks do, is run as these are; any other is evaluated block by block,
+            and the kernels for a CPU get the Booleans; those for a GPU or TPU serve none.
         score_function: (logit, b, n, t, s) → logit, of the logits after bias, before masks;
             likewise traced once, on a number in the dtype that sums have. To have finite gradients
             it has to be finite for hidden keys, too. `masks.alibi` and `masks.relative_bias` are

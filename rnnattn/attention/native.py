@@ -1,7 +1,5 @@
 """The native schedule of attention on a CPU: the kernels of `rnnattn/native/src`."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,25 +84,24 @@ def _call(name, options, operands, masking, others, results, S):
     return varying_together((found, q))[0]
 
 
-def _forward_of_part(options, operands, masking):
+def _by_kernel(name, options, operands, masking, S, *others):
+    """O and L of a kernel."""
     results = forward_results(options, operands, masking)
-    others, S = [_given(operands.sinks)], operands.key.shape[1]
-    return tuple(_call("forward", options, operands, masking, others, results, S))
+    others = [_given(operands.sinks), *others]
+    return tuple(_call(name, options, operands, masking, others, results, S))
 
 
-_forward = partial(parts.forward, _forward_of_part)
+def _forward(options, operands, masking):
+    S = operands.key.shape[1]
+    run = lambda *part: _by_kernel("forward", *part, S)
+    return parts.forward(run, options, operands, masking, S)
 
 
 def forward_over_pages(options, operands, masking, table):
     """`forward` of keys and values in pages, those of each row by the table."""
     S = table.shape[1] * operands.key.shape[1]
-
-    def run(options, operands, masking):
-        results = forward_results(options, operands, masking)
-        others = [_given(operands.sinks), table]
-        return tuple(_call("paged_forward", options, operands, masking, others, results, S))
-
-    return parts.forward(run, options, operands, masking)
+    run = lambda *part: _by_kernel("paged_forward", *part, S, table)
+    return parts.forward(run, options, operands, masking, S)
 
 
 def _backward_of_part(options, operands, masking, o, lse, do, dlse):

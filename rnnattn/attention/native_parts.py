@@ -36,10 +36,10 @@ BOOLEANS = 2**24  # of a block of queries and all keys
 LEAST_BLOCK = 64  # queries
 
 
-def forward(run, options, operands, masking):
-    """O and L, by `run(options, operands, masking)` of each part."""
+def forward(run, options, operands, masking, S):
+    """O and L, by `run(options, operands, masking)` of each part of S keys."""
     if options.mask_function is not None:
-        return _forward_of_blocks(run, options, operands, masking)
+        return _forward_of_blocks(run, options, operands, masking, S)
     first, *more = _ranges_apart(masking)
     if not more:
         return run(options, operands, first)
@@ -81,11 +81,9 @@ def _ranges_apart(masking):
 # ------------------------------------------------------------------------------------------- blocks
 
 
-def _grid(operands, queries, keys):
+def _grid(T, S, queries, keys):
     """Blocks of at most so many queries and keys, and more keys where there are fewer queries."""
-    T, S = operands.query.shape[1], operands.key.shape[1]
-    keys = max(keys, PAIRS // T)
-    return Grid(in_blocks(T, queries), in_blocks(S, keys), axes=(1, 1))
+    return Grid(in_blocks(T, queries), in_blocks(S, max(keys, PAIRS // T)), axes=(1, 1))
 
 
 def _is_one(grid):
@@ -112,14 +110,13 @@ def _visits(options, grid, masking):
     return blocks_to_visit(options, grid, masking)
 
 
-def _forward_of_blocks(run, options, operands, masking):
+def _forward_of_blocks(run, options, operands, masking, S):
     """Blocks of queries, with all keys: what these see is put together from blocks of keys."""
-    B, T, M, G, _ = operands.query.shape
-    S, V = operands.key.shape[1], operands.value.shape[3]
+    (B, T, M, G, _), V = operands.query.shape, operands.value.shape[3]
     places = [jnp.arange(n, dtype=jnp.int32) for n in (T, S)]
     alike = jax.eval_shape(lambda: visible(options, masking, *places)).shape[:3]
     queries = max(BOOLEANS // (S * math.prod(alike)), LEAST_BLOCK)
-    grid = _grid(operands, min(queries, FORWARD_BLOCK), FORWARD_BLOCK)
+    grid = _grid(T, S, min(queries, FORWARD_BLOCK), FORWARD_BLOCK)
     if _is_one(grid):
         return run(*_block(options, grid, operands, masking, 0, 0))
     visits = _visits(options, grid, masking)
@@ -158,7 +155,8 @@ def _forward_of_blocks(run, options, operands, masking):
 
 
 def _backward_of_blocks(run, options, operands, masking, o, lse, do, dlse):
-    grid = _grid(operands, BACKWARD_BLOCK, BACKWARD_BLOCK)
+    T, S = operands.query.shape[1], operands.key.shape[1]
+    grid = _grid(T, S, BACKWARD_BLOCK, BACKWARD_BLOCK)
     if _is_one(grid):
         return run(*_block(options, grid, operands, masking, 0, 0), o, lse, do, dlse)
     visits = _visits(options, grid, masking)

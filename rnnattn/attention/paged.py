@@ -458,7 +458,7 @@ def paged_attention(
             `dot_product_attention`.
         mask_function, score_function: as there, of the positions that the queries stand at and of
             the places of tokens in their rows. The mask hides more than `is_causal` does. The
-            kernels serve ranges of keys and a bias by distance.
+            kernels serve all masks, and of scores a bias by distance.
     Returns:
         The output (B, T, N, V) in the dtype of the query, and L behind it if it is asked for. A
         query that may see no key, as one of an empty row, gets zeros and L = −∞ (its sink, if there

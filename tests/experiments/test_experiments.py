@@ -71,7 +71,7 @@ def test_a_default_config_is_valid_and_survives_being_written(name, tmp_path):
     assert found.name == name and config == experiment.Config()
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", names())
 def test_no_number_is_too_large_for_any_key_to_be_checked(name, tmp_path):
     """Each is refused, or the experiment's own check accepts it without allocating anything."""

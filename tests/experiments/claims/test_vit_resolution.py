@@ -181,6 +181,7 @@ def test_positions_fitted_are_interpolated_and_unfitted_are_repeated():
     assert changed["position"]["value"].shape == (3, 2, 1) and changed["other"].shape == (3, 5, 1)
 
 
+@pytest.mark.thorough
 def test_fitting_is_what_a_moved_model_gains_by(monkeypatch):
     """With positions that the library does not interpolate, there is nothing to gain."""
     config = Config(runs=8, steps=150, model=ViTConfig(patch_size=1, width=16))
@@ -248,6 +249,7 @@ def test_a_config_that_will_not_do_is_refused(changes, message):
 # ---- how often the rule errs --------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_a_method_against_itself_decides_no_more_often_than_promised(monkeypatch):
     """200 studies of three seeds a side, which differ in nothing but the seeds."""
     studies, seeds = 200, 3

@@ -277,7 +277,7 @@ def test_both_models_train_on_it(config, experiment, tmp_path):
     assert np.isfinite(summary["test_loss"])
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_study_of_resolution_takes_images_in_colour(tmp_path):
     path = write_folder(tmp_path / "cifar", of_python())
     data = ["--data.source", "cifar10", "--data.path", str(path)]

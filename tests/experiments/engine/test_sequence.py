@@ -86,9 +86,10 @@ def on_one(dtype: str = "float32", accumulate: int = 1) -> np.ndarray:
 @pytest.mark.parametrize(
     "shape, dtype, tolerance, accumulate, remat",
     [
-        ((1, 1, 2), "float32", 1e-5, 1, "none"),
-        ((1, 1, 8), "float32", 1e-5, 1, "none"),
-        ((2, 1, 1), "float32", 1e-5, 1, "none"),
+        *(
+            pytest.param(shape, "float32", 1e-5, 1, "none", marks=pytest.mark.thorough)
+            for shape in ((1, 1, 2), (1, 1, 8), (2, 1, 1))
+        ),
         ((2, 1, 2), "float64", 1e-9, 1, "blocks"),
         ((2, 2, 2), "float32", 1e-5, 2, "none"),
     ],

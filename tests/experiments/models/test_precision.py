@@ -93,7 +93,7 @@ def test_products_read_bfloat16_and_all_that_is_kept_is_float32(model):
     assert read and set(read) == {jnp.dtype(jnp.bfloat16)}
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", TASKS)
 def test_every_task_runs_near_what_it_does_in_float32(name):
     task = find(name)
