@@ -28,19 +28,24 @@ from jax.custom_derivatives import SymbolicZero
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run this file as a script
 
-from rnnattn import reference
+from rnnattn import masks, reference
 from rnnattn.attention import (
+    blocks,
     blockwise,
     dense,
     equations as attention,
+    native,
+    native_parts,
     pallas as attention_pallas,
+    placed,
     rule,
     tpu as attention_tpu,
 )
 from rnnattn.attention.arguments import Arrays, numbered, problem, with_functions
-from rnnattn.attention.placed import forward_on_xla
+from rnnattn.attention.masking import two_ranges
+from rnnattn.attention.placed import backward_on_xla, forward_on_xla
 from rnnattn.attention.problem import Masking, Operands, Options, Schedule
-from rnnattn.attention.xla import heads_first
+from rnnattn.attention.xla import heads_first, time_first, time_last
 from rnnattn.linear import equations as linear, rule as linear_rule, xla as linear_xla
 from rnnattn.linear.arguments import masks_of
 from rnnattn.linear.problem import Options as LinearOptions, Schedule as LinearSchedule
@@ -557,6 +562,66 @@ def blockwise_problems() -> list[Problem]:
     ]
 
 
+@cache
+def parts_problems() -> list[Problem]:
+    """Of keys, each by XLA in place of the kernels: blocks under a function, and two ranges."""
+
+    def of_part(options, operands, masking, *rows):
+        assert options.mask_function is None and not two_ranges(masking.key_ranges)
+        return backward_on_xla(options, operands, masking, *rows)
+
+    def backward(blind, block, options, operands, masking, o, lse, do, dlse):
+        if blind is not None:
+            query = operands.query.at[:, :, :, blind].set(jnp.nan)
+            operands = operands._replace(query=query)
+        to_arguments = lambda q, k, v: (time_first(q), *(jnp.swapaxes(x, 1, 2) for x in (k, v)))
+        given = Operands(*to_arguments(*operands[:3]), *operands[3:])._replace(sinks=None)
+        rows = time_first(o), lse, time_first(do), dlse
+        as_made = lambda d, operands: d  # and so in float64
+        with ExitStack() as stack:
+            stack.enter_context(mock.patch.object(native, "_backward_of_part", of_part))
+            for module in (native, native_parts, placed):
+                stack.enter_context(mock.patch.object(module, "as_given", as_made))
+            few: dict[str, Any] = {"BACKWARD_BLOCK": block, "PAIRS": 1}
+            stack.enter_context(mock.patch.multiple(native_parts, **few))
+            d = native._backward(options, given, masking, *rows)
+        return d._replace(
+            query=time_last(d.query),
+            key=jnp.swapaxes(d.key, 1, 2),
+            value=jnp.swapaxes(d.value, 1, 2),
+            sinks=attention.sinks_gradient(operands.sinks, lse, attention.row_sums(do, o), dlse),
+        )
+
+    def problem_of(seed, mask, bias, *, blind=None, block=3, **how):
+        B, T, S, N, M, K, V = 2, 5, 7, 4, 2, 3, 2
+        arrays = lambda draw: Arrays(
+            query=draw(B, T, N, K),
+            key=draw(B, S, M, K),
+            value=draw(B, S, M, V),
+            bias=draw(*bias),
+            mask=jnp.arange(T)[:, None] != (T if blind is None else blind),
+            scale=draw(N),
+            query_offset=jnp.array([2, 1]),
+            sinks=draw(N),
+        )
+        score = partial(_bent, jnp.array([0.7, 1.2, -0.4, 0.9]))
+        options = Options(soft_cap=1.5, mask_function=mask, score_function=score)
+        case = _case(seed, options, arrays, blind)
+        return _gradient_problem(case, partial(backward, blind, block), **how)
+
+    function = masks.causal() & (lambda b, n, t, s: (s + t + n) % 5 > 0)
+    near_or_first = masks.causal() & (masks.window(2) | masks.sinks(1))
+    return [
+        problem_of(2, function, (1, 4, 5, 7), blind=1),
+        problem_of(3, function, (2, 1, 1, 7)),
+        problem_of(4, function, (1, 4, 5, 1), all_cotangents=False),
+        problem_of(5, function, (1, 4, 5, 1), block=7),
+        problem_of(6, near_or_first, (1, 4, 5, 1), all_cotangents=False),
+        problem_of(7, near_or_first, (1, 4, 5, 1)),
+        problem_of(8, None, (1, 4, 5, 1)),
+    ]
+
+
 def _tangent_problem(case):
     expected = lambda operands, tangents: jax.jvp(case.twin, (operands,), (tangents,))
     results, result_tangents = _in_small_blocks(expected, case.operands, case.tangents)
@@ -727,6 +792,12 @@ FUNCTIONS: dict[Callable, Callable[[], list[Problem]]] = {
     rule.instantiated: dense_problems,
     rule.as_given: dense_problems,
     blockwise._backward_blocks: blockwise_problems,
+    native._backward: parts_problems,
+    native_parts.backward: parts_problems,
+    native_parts.widened: parts_problems,
+    native_parts._backward_of_blocks: parts_problems,
+    native_parts._block: parts_problems,
+    blocks.visible_in: parts_problems,
     attention_pallas._backward: kernel_problems,
     attention_tpu._weights_and_gradient: kernel_problems,
     attention_tpu._summed: kernel_problems,
@@ -823,6 +894,41 @@ EQUIVALENT = {
         "blockwise._tangent",
         "partial(jax.checkpoint, prevent_cse=False) → jax.checkpoint",
     ): "what is computed again, and how, not what comes out",
+    (
+        "native._backward",
+        "as_given(d._replace(query=xla.time_first(scale) * d.query, scale=dscale), operands) → "
+        "d._replace(query=xla.time_first(scale) * d.query, scale=dscale)",
+    ): "the problems are in float64",
+    (
+        "native_parts.backward",
+        "as_given(jax.tree.map(lambda *parts: sum(parts), *parts), operands) → "
+        "jax.tree.map(lambda *parts: sum(parts), *parts)",
+    ): "the problems are in float64",
+    (
+        "native_parts._backward_of_blocks",
+        "as_given(jax.lax.scan(query_block, start, grid.blocks())[0], operands) → "
+        "jax.lax.scan(query_block, start, grid.blocks())[0]",
+    ): "the problems are in float64",
+    (
+        "native_parts._backward_of_blocks",
+        "accumulator(x.dtype) → x.dtype",
+    ): "the problems are in float64",
+    ("native_parts.widened", "accumulator(x.dtype) → x.dtype"): "the problems are in float64",
+    (
+        "native_parts._backward_of_blocks",
+        "jnp.where(first_time[None, None, None], lse_i, -jnp.inf) → "
+        "jnp.where(first_time[None, None, None], lse_i, jnp.inf)",
+    ): "an L of either infinity makes the weights of a row zero",
+    (
+        "native_parts._backward_of_blocks",
+        "_block(options, grid, operands, masking, 0, 0) → "
+        "_block(options, grid, operands, masking, 1, 0)",
+    ): "the last block is the first",
+    (
+        "native_parts._backward_of_blocks",
+        "_block(options, grid, operands, masking, 0, 0) → "
+        "_block(options, grid, operands, masking, 0, 1)",
+    ): "the last block is the first",
     (
         "slstm.SLSTM.slopes",
         "jnp.where(after.n == 0, 1, after.n) → jnp.where(after.n == 0, 2, after.n)",

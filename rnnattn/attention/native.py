@@ -125,7 +125,7 @@ def _backward(options, operands, masking, o, lse, do, dlse):
         return parts.backward(_backward_of_part, options, operands, masking, o, lse, do, dlse)
     # from the gradient of the query times the scale, neither of them rounded to 16 bits
     scale = operands.scale
-    wide, do = parts.in_float32(operands, do)
+    wide, do = parts.widened(operands, do)
     scaled = wide._replace(query=xla.time_first(scale) * wide.query, scale=jnp.ones_like(scale))
     d = parts.backward(_backward_of_part, options, scaled, masking, o, lse, do, dlse)
     # a query that sees nothing, and may be NaN, has a gradient of zero

@@ -27,6 +27,7 @@ from rnnattn.attention.masking import two_ranges, visible
 from rnnattn.attention.placed import as_given
 from rnnattn.attention.problem import Masking, Operands
 from rnnattn.attention.xla import time_first, time_last
+from rnnattn.precision import accumulator
 
 # Measured: benchmarks/README.md, "Masks and scores as functions".
 FORWARD_BLOCK = 256  # queries and keys
@@ -60,14 +61,14 @@ def backward(run, options, operands, masking, o, lse, do, dlse):
     first, *more = _ranges_apart(masking)
     if not more:
         return run(options, operands, first, *of_rows)
-    wide, do = in_float32(operands, do)
+    wide, do = widened(operands, do)
     parts = [run(options, wide, masking, o, lse, do, dlse) for masking in (first, *more)]
     return as_given(jax.tree.map(lambda *parts: sum(parts), *parts), operands)
 
 
-def in_float32(operands, do):
+def widened(operands, do):
     """Operands and dO, for a gradient that is a sum: what is added up is not rounded to 16 bits."""
-    q, k, v, do = (x.astype(jnp.float32) for x in (*operands[:3], do))
+    q, k, v, do = (x.astype(accumulator(x.dtype)) for x in (*operands[:3], do))
     return operands._replace(query=q, key=k, value=v), do
 
 
@@ -160,7 +161,7 @@ def _backward_of_blocks(run, options, operands, masking, o, lse, do, dlse):
     if _is_one(grid):
         return run(*_block(options, grid, operands, masking, 0, 0), o, lse, do, dlse)
     visits = _visits(options, grid, masking)
-    wide, do = in_float32(operands, do)
+    wide, do = widened(operands, do)
 
     def query_block(sums, i):
         of_query = lambda x, axis: grid.queries.cut(x, i, axis)
@@ -188,7 +189,7 @@ def _backward_of_blocks(run, options, operands, masking, o, lse, do, dlse):
         dq = grid.queries.add(sums.query, of_block.query, i, 1)
         return of_block._replace(query=dq, bias=dbias), None
 
-    zeros = partial(jax.tree.map, lambda x: jnp.zeros_like(x, jnp.float32))
+    zeros = partial(jax.tree.map, lambda x: jnp.zeros_like(x, accumulator(x.dtype)))
     dbias = zeros(operands.bias) if options.bias_gradient else None
     dscore = zeros(operands.score_arrays) if options.score_gradient else None
     start = Operands(*zeros(wide[:3]), None, dbias, None, dscore)
