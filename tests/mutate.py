@@ -27,8 +27,10 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run this file as a script
+if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", 4)  # as for the tests, before anything is computed
 
-from rnnattn import masks, reference
+from rnnattn import masks, parallel, reference
 from rnnattn.attention import (
     blocks,
     blockwise,
@@ -38,6 +40,7 @@ from rnnattn.attention import (
     native_parts,
     pallas as attention_pallas,
     placed,
+    ring,
     rule,
     tpu as attention_tpu,
 )
@@ -605,7 +608,7 @@ def parts_problems() -> list[Problem]:
             sinks=draw(N),
         )
         score = partial(_bent, jnp.array([0.7, 1.2, -0.4, 0.9]))
-        options = Options(soft_cap=1.5, mask_function=mask, score_function=score)
+        options = Options(False, None, 1.5, mask_function=mask, score_function=score)
         case = _case(seed, options, arrays, blind)
         return _gradient_problem(case, partial(backward, blind, block), **how)
 
@@ -619,6 +622,36 @@ def parts_problems() -> list[Problem]:
         problem_of(6, near_or_first, (1, 4, 5, 1), all_cotangents=False),
         problem_of(7, near_or_first, (1, 4, 5, 1)),
         problem_of(8, None, (1, 4, 5, 1)),
+    ]
+
+
+def _ring_problem(devices, more, **options):
+    """Round a ring of so many devices, in float64 and so by XLA; with rows that see nothing."""
+    case = attention_cases.make_case(
+        attention_cases.Sizes(1, 8, 8, 2, 1, 3, 2), scale=(2,), **more, **options
+    )
+    cotangents = attention_cases.cotangents_for(case)
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((devices,), ("ring",), auto, devices=jax.devices()[:devices])
+    how = {**options, "mesh": mesh, "axis_name": "ring"}
+
+    def results(function, **how):
+        run = attention_cases.first_order(function, **how)
+        return run(case.floats, case.others, cotangents)
+
+    def of_ring():
+        jax.clear_caches()  # nothing that was traced before is found again
+        return results(parallel.ring_attention, **how)
+
+    return Problem(of_ring, results(reference.dot_product_attention, **options))
+
+
+@cache
+def ring_problems() -> list[Problem]:
+    lengths = {"query_seq_lengths": jnp.array([7]), "key_value_seq_lengths": jnp.array([6])}
+    return [
+        _ring_problem(4, {"bias": (1, 2, 8, 8), "sinks": True, **lengths}, is_causal=True),
+        _ring_problem(2, {"bias": (1, 1, 1, 8), "mask": (1, 1, 8, 8)}),
     ]
 
 
@@ -798,6 +831,10 @@ FUNCTIONS: dict[Callable, Callable[[], list[Problem]]] = {
     native_parts._backward_of_blocks: parts_problems,
     native_parts._block: parts_problems,
     blocks.visible_in: parts_problems,
+    ring._backward_round: ring_problems,
+    ring._attend_bwd: ring_problems,
+    ring._masking_of_pair: ring_problems,
+    ring._cut_logits: ring_problems,
     attention_pallas._backward: kernel_problems,
     attention_tpu._weights_and_gradient: kernel_problems,
     attention_tpu._summed: kernel_problems,

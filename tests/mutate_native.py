@@ -27,7 +27,7 @@ HANDLERS = ("module", "attention_handlers", "linear_handlers", "recurrent_handle
 # Tests, and which of them compare.
 COMPARING = (
     "16_bits or twin or feature or sizes or several_blocks or window_and or bias_that_is or hidden"
-    " or streamed"
+    " or streamed or mask_shows"
 )
 LSTM = ("tests/test_native_lstm.py", COMPARING)
 UNITS = ("tests/test_native_units.py", COMPARING)
@@ -121,6 +121,10 @@ FUNCTIONS = [
             "rows_seeing(Range rows",
             "seen_by(const Range",
             "segments_meet(const Attention",
+            "Shown(const Attention",
+            "seen_of(Range columns",
+            "to_all(Range columns",
+            "add(const uint8_t",
             "block_of(const Attention",
         ],
     ),

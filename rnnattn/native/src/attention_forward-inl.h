@@ -360,7 +360,7 @@ static void forward_part(const AttentionForward<Number>& p, const ForwardPlan& p
 
 // O and L of a set of rows of one head, from all parts of the keys; those of the first are lost.
 template <class Number>
-static void join_terms(const AttentionForward<Number>& p, const ForwardPlan& plan, const Rows& rows,
+static void join_parts(const AttentionForward<Number>& p, const ForwardPlan& plan, const Rows& rows,
                        const PartsOfSoftmax& parts) {
   const int64_t size = p.B * p.M * p.G * p.T;
   for (int64_t r = 0; r < rows.count(); ++r) {
@@ -405,7 +405,7 @@ static bool forward(Threads& threads, const AttentionForward<Number>& p) {
          parallel_for(threads, p.B * p.M * plan.blocks.count(),
                       rows * p.V * plan.parts / WORK_OF_A_THREAD + 1, 0, [&](int64_t item, float*) {
                         const int64_t head = item / plan.blocks.count();
-                        join_terms(
+                        join_parts(
                             p, plan,
                             plan.blocks.rows(head / p.M, head % p.M, item % plan.blocks.count()),
                             parts);
