@@ -24,7 +24,6 @@ from rnnattn.attention.arguments import (
     Request,
     broadcasts,
     checked,
-    has_functions,
     numbered,
     sorted_arguments,
     with_functions,
@@ -34,7 +33,7 @@ from rnnattn.attention.ring import IN_ORDER, attend_to_parts, ring_of, stops_of,
 from rnnattn.attention.rule import attend
 from rnnattn.attention.signature import Window
 from rnnattn.attention.ulysses import attend_by_heads
-from rnnattn.checks import Check, those_that_hold
+from rnnattn.checks import Check
 
 
 class RingOptions(TypedDict, total=False):
@@ -149,8 +148,7 @@ def ring_attention(
             which D has to divide N: each device then has all of T and S for N/D heads. That serves
             every option, and sends less where there are as many heads of keys as of queries, but
             sends a bias and a mask as well, and gathers those that heads share. None is "ring", but
-            "ulysses" with dropout, and with functions that do not come down to causality, a window
-            or segments, which only that serves.
+            "ulysses" with dropout, which only that serves.
         bias, mask: (B, N, T, S), or what broadcasts to that. Within `jax.shard_map` T is that of
             the part, S of the whole. For a device they are best cut along T, as a query is. With
             `layout="zigzag"` they are reordered along T and along S, as queries and keys are.
@@ -210,7 +208,9 @@ def ring_attention(
     for argument, function in {"mask": mask_function, "score": score_function}.items():
         outside = function is None or not within
         check(outside, f"{argument}_function", "None within `jax.shard_map`", "one that is given")
+    of_documents = arrays.query_segment_ids is None
     arrays, options = with_functions(check.function, arrays, options)
+    of_documents &= arrays.query_segment_ids is not None
     of_logits = {"bias": bias, "mask": mask}
     by_heads = _chosen(check, method, arrays, options) == "ulysses"
     if within:
@@ -238,6 +238,8 @@ def ring_attention(
     if by_heads:
         ring, exchanged = ring._replace(chunks=1), False
     _check_division(check, arrays, mesh, axes, layout, ring)
+    if of_documents:
+        arrays = _in_place(mesh, axes, layout, arrays)
     if by_heads:
         divided = math.prod(mesh.shape[name] for name in axes.heads)
         _check_heads(check, arrays, layout, ring.devices, divided)
@@ -300,7 +302,8 @@ class _Axes(NamedTuple):
 def _run_ring(mesh, axes, ring, exchanged, options, arrays):
     """O and L, in the layout of the arguments."""
     ring = ring._replace(stops=stops_of(ring, options, arrays.query.shape[1], arrays.key.shape[1]))
-    return _in_parts(mesh, axes, arrays, partial(attend_to_parts, ring, exchanged, options))
+    run = partial(attend_to_parts, ring, exchanged, options)
+    return _in_parts(mesh, axes, numbered(options, arrays), run)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -328,6 +331,19 @@ def _in_parts(mesh, axes, arrays, run):
     part = lambda given: run(Arrays(**given))
     rows = _spec(axes, "query", arrays.query)
     return jax.shard_map(part, mesh=mesh, in_specs=(specs,), out_specs=(rows, rows))(given)
+
+
+def _in_place(mesh, axes, layout, arrays):
+    """With segment ids, which a mask came down to, where the tokens are that have them."""
+    devices = mesh.shape[axes.sequence[0]]
+    names = "query_segment_ids", "key_value_segment_ids"
+    ids = {name: getattr(arrays, name) for name in names}
+    if layout == "zigzag":
+        ids = {name: zigzag(x, devices) for name, x in ids.items()}
+    if mesh.explicit_axes:
+        place = lambda name, x: NamedSharding(mesh, _spec(axes, name, x))
+        ids = {name: jax.sharding.reshard(x, place(name, x)) for name, x in ids.items()}
+    return arrays._replace(**ids)
 
 
 def _spec(axes, name, x):
@@ -365,14 +381,10 @@ def _with_keys(options, arrays):
 def _chosen(check, method, arrays, options):
     """The method that is asked for, or that serves the options."""
     check.one_of("method", method, (None, "ring", "ulysses"))
-    functions = has_functions(options) or arrays.key_ranges is not None
-    unserved = those_that_hold(
-        {"dropout": options.dropout_rate > 0, "a function as mask or score": functions}
-    )
+    dropout = options.dropout_rate > 0
     if method == "ring":
-        names = ", ".join(unserved)
-        check(not unserved, "method", f"'ulysses' or None with {names}", "'ring'")
-    return method or ("ulysses" if unserved else "ring")
+        check(not dropout, "method", "'ulysses' or None with dropout", "'ring'")
+    return method or ("ulysses" if dropout else "ring")
 
 
 def _with_logits(check, arrays, of_logits, devices):

@@ -628,7 +628,7 @@ def parts_problems() -> list[Problem]:
 def _ring_problem(devices, more, **options):
     """Round a ring of so many devices, in float64 and so by XLA; with rows that see nothing."""
     case = attention_cases.make_case(
-        attention_cases.Sizes(1, 8, 8, 2, 1, 3, 2), scale=(2,), **more, **options
+        attention_cases.Sizes(1, 16, 16, 2, 1, 3, 2), scale=(2,), **more, **options
     )
     cotangents = attention_cases.cotangents_for(case)
     auto = (jax.sharding.AxisType.Auto,)
@@ -648,10 +648,13 @@ def _ring_problem(devices, more, **options):
 
 @cache
 def ring_problems() -> list[Problem]:
-    lengths = {"query_seq_lengths": jnp.array([7]), "key_value_seq_lengths": jnp.array([6])}
+    function = masks.causal() & (lambda b, n, t, s: (s * t + n) % 5 != 3)
+    score = partial(_bent, jnp.array([0.7, 1.2]))
+    lengths = {"query_seq_lengths": jnp.array([13]), "key_value_seq_lengths": jnp.array([11])}
     return [
-        _ring_problem(4, {"bias": (1, 2, 8, 8), "sinks": True, **lengths}, is_causal=True),
-        _ring_problem(2, {"bias": (1, 1, 1, 8), "mask": (1, 1, 8, 8)}),
+        _ring_problem(4, {"bias": (1, 2, 16, 16), "sinks": True, **lengths}, is_causal=True),
+        _ring_problem(2, {"bias": (1, 1, 1, 16), "mask": (1, 1, 16, 16)}),
+        _ring_problem(2, {}, mask_function=function, score_function=score),
     ]
 
 
@@ -832,7 +835,6 @@ FUNCTIONS: dict[Callable, Callable[[], list[Problem]]] = {
     native_parts._block: parts_problems,
     blocks.visible_in: parts_problems,
     ring._backward_round: ring_problems,
-    ring._attend_bwd: ring_problems,
     ring._masking_of_pair: ring_problems,
     ring._cut_logits: ring_problems,
     attention_pallas._backward: kernel_problems,

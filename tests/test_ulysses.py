@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from rnnattn import dot_product_attention, masks
-from rnnattn.parallel import ring_attention
+from rnnattn import dot_product_attention, masks, native
+from rnnattn.parallel import ring_attention, zigzag
 from tests.attention_cases import (
     Sizes,
     assert_same,
@@ -74,13 +74,33 @@ def test_batch_and_heads_may_be_in_parts_as_well(kind):
     assert_same(jax.tree.map(np.asarray, found), expected)
 
 
-@pytest.mark.parametrize("devices", [2, 8])
-def test_functions_are_of_rows_heads_and_positions_of_the_whole(devices):
-    """A mask that comes down to ranges, one that does not, and what a score closes over."""
+PREFIX = masks.causal() | masks.prefix(jnp.array([3, 9]))
+SOME = masks.as_mask(lambda b, n, t, s: (s + n + b) % 3 > 0)
+FUNCTIONS = {
+    "ranges": PREFIX,
+    "ranges and a function": PREFIX & SOME,
+    "causal and a function": masks.causal() & SOME,
+    "two ranges": masks.causal() & (masks.window(2) | masks.sinks(1)),
+    "a map": masks.mapped(SOME, 16, 16, batch=2, heads=8),
+}
+
+
+@pytest.mark.parametrize(
+    "devices, method, name",
+    [
+        (8, "ulysses", "ranges"),
+        (2, "ulysses", "ranges and a function"),
+        (2, "ring", "ranges and a function"),
+        (4, "ring", "causal and a function"),
+        (8, "ring", "two ranges"),
+        (8, "ring", "a map"),
+    ],
+)
+def test_functions_are_of_rows_heads_and_positions_of_the_whole(devices, method, name):
+    """Masks that come down to ranges, ones that do not, and what a score closes over."""
+    mask = FUNCTIONS[name]
     case = make_case(SIZES, query_seq_lengths=jnp.array([T, 3]))
     slopes = jnp.asarray(np.random.default_rng(1).normal(size=(B, N)))
-    prefix = masks.causal() | masks.prefix(jnp.array([3, 9]))
-    mask = prefix & (lambda b, n, t, s: (s + n + b) % 3 > 0) if devices == 2 else prefix
 
     def run(attend, **options):
         def call(floats, slopes):
@@ -94,8 +114,45 @@ def test_functions_are_of_rows_heads_and_positions_of_the_whole(devices):
 
         return quick(gradients)(case.floats, slopes)
 
-    several = run(ring_attention, mesh=ring_of(devices), axis_name="ring")
+    several = run(ring_attention, mesh=ring_of(devices), axis_name="ring", method=method)
     assert_same(several, run(dot_product_attention))
+
+
+@pytest.mark.skipif(not native.status().available, reason=f"no kernels: {native.status().reason}")
+def test_kernels_attend_under_functions():
+    """In float32, with a score of distances, against one device in float64."""
+    case = make_case(SIZES, bias=(1, N, T, S))
+    slopes = jnp.asarray(np.random.default_rng(1).uniform(size=N))
+    mask = FUNCTIONS["causal and a function"]
+
+    def run(attend, dtype, **options):
+        def loss(floats, slopes):
+            score = masks.alibi(slopes)
+            return jnp.sin(attend(**floats, **options, mask_function=mask, score_function=score))
+
+        floats, of_dtype = jax.tree.map(lambda x: x.astype(dtype), (case.floats, slopes))
+        whole = jax.grad(lambda *floats: loss(*floats).sum(), (0, 1))
+        text = jax.jit(whole).lower(floats, of_dtype).as_text()
+        return quick(whole)(floats, of_dtype), "rnnattn.attention_backward" in text
+
+    several = run(ring_attention, jnp.float32, mesh=ring_of(4), axis_name="ring")
+    assert several[1]
+    assert_same(several[0], run(dot_product_attention, jnp.float64)[0], 1e-5)
+
+
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
+@pytest.mark.parametrize("layout, method", [("zigzag", "ring"), ("contiguous", "ulysses")])
+def test_documents_are_those_of_positions_wherever_these_lie(layout, method, kind):
+    """A mask that comes down to segment ids, which nobody has reordered or placed."""
+    floats = make_case(SIZES).floats
+    documents = masks.document(IDS["query_segment_ids"], IDS["key_value_segment_ids"])
+    mask = documents & SOME if method == "ring" else documents
+    mesh, order = ring_of(2, kind), zigzag if layout == "zigzag" else lambda x, devices: x
+    options: dict[str, Any] = {"mesh": mesh, "axis_name": "ring", "layout": layout}
+    there = {n: placed(order(x, 2), mesh, None, "ring") for n, x in floats.items()}
+    found = ring_attention(**there, **options, method=method, mask_function=mask)
+    expected = order(dot_product_attention(**floats, mask_function=mask), 2)
+    np.testing.assert_allclose(np.asarray(found), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_masks_that_a_ring_knows_go_round_it():

@@ -196,7 +196,10 @@ def shown(function, masking, rows, columns):
 
 def _places(masking, rows, columns):
     given = masking.functions
-    return given.rows, given.heads, rows[None] + masking.offset[:, None], columns
+    t = rows[None] + masking.offset[:, None]
+    if given.start is not None:
+        t, columns = t + given.start, columns + given.start
+    return given.rows, given.heads, t, columns
 
 
 def scored(function, places, s, floats):

@@ -60,7 +60,8 @@ def _gradient_natively(options, operands, masking, o, lse, do, dlse):
     rows = (time_first(o), finite_lse(lse), time_first(do), dlse)
     d = native.HALVES[1](options, _time_before_heads(operands), masking, *rows)
     dk, dv = (jnp.moveaxis(x, 2, 1) for x in (d.key, d.value))
-    return d._replace(query=time_last(d.query), key=dk, value=dv)
+    darrays = jax.tree.map(lambda x: x.astype(jnp.float32), d.score_arrays)
+    return d._replace(query=time_last(d.query), key=dk, value=dv, score_arrays=darrays)
 
 
 def _wide(shape) -> Any:
@@ -76,7 +77,9 @@ def _gradient_results(options, operands, *_):
     q, k, v, scale, bias, *_ = operands
     dscale = _wide(scale.shape) if options.scale_gradient else None
     dbias = _wide(bias.shape) if bias is not None and options.bias_gradient else None
-    return Operands(_wide(q.shape), _wide(k.shape), _wide(v.shape), dscale, dbias)
+    arrays = operands.score_arrays if options.score_gradient else None
+    darrays = jax.tree.map(lambda x: _wide(x.shape), arrays)
+    return Operands(_wide(q.shape), _wide(k.shape), _wide(v.shape), dscale, dbias, None, darrays)
 
 
 _run_forward = dispatched(

@@ -48,6 +48,7 @@ class Functions(NamedTuple):
     of_score: tuple[Array, ...] = ()
     maps: tuple[Bool[Array, "#B #N positions keys"], ...] = ()  # in blocks: see `masks.mapped`
     blocks: Bool[Array, "#B #M blocks blocks"] | None = None  # of queries and keys that meet
+    start: Int[Array, ""] | None = None  # the place of the first key, which it counts from there
 
 
 class Masking(NamedTuple):

@@ -40,8 +40,8 @@ from jaxtyping import Array
 import rnnattn.attention.pair as pair
 from rnnattn.attention.arguments import problem
 from rnnattn.attention.equations import joined, merged
-from rnnattn.attention.masking import any_in_reach, only_seeing
-from rnnattn.attention.problem import Masking, Operands, Options
+from rnnattn.attention.masking import any_in_reach, only_seeing, rows_in_reach
+from rnnattn.attention.problem import Masking, Operands
 from rnnattn.attention.rule import as_given, instantiated, wanted
 from rnnattn.attention.xla import heads_first
 from rnnattn.precision import accumulator, varying_together
@@ -153,9 +153,17 @@ def _masking_of_pair(ring, masking, T, S, stop, a, b):
     row = places[device, a] * (T // ring.chunks)
     column = places[(device - stop) % ring.devices, b] * (S // ring.chunks)
     behind = lambda lengths, place: None if lengths is None else lengths - place
+    ranges, functions = masking.key_ranges, masking.functions
+    if ranges is not None:  # of all queries, in the order of the sequence
+        ranges = lax.dynamic_slice_in_dim(ranges, row, T // ring.chunks, 1)
+        ranges = jnp.maximum(ranges, 0) - column
+    if functions is not None:
+        functions = functions._replace(start=column)
     return Masking(
         offset=(row - column)[None],
         mask=_cut_logits(ring, masking.mask, S, stop, a, b),
+        key_ranges=ranges,
+        functions=functions,
         query_lengths=behind(masking.query_lengths, row),
         key_lengths=behind(masking.key_lengths, column),
         query_segments=ring.cut(masking.query_segments, a, 1),
@@ -183,11 +191,16 @@ def _over_pairs(ring, options, problem, stop, attend, carry):
                 ring.cut(operands.value, b, 2),
                 operands.scale,
                 _cut_logits(ring, operands.bias, S, stop, a, b),
+                None,
+                operands.score_arrays,
             )
             return attend(carry, chunks, of_pair, a, b, stop)
 
-        last_row, keys = T // ring.chunks - 1, S // ring.chunks
-        some = jnp.any(any_in_reach(options, of_pair, 0, last_row, keys))
+        rows, keys = T // ring.chunks, S // ring.chunks
+        in_reach = any_in_reach(options, of_pair, 0, rows - 1, keys)
+        if of_pair.key_ranges is not None:
+            in_reach = rows_in_reach(options, of_pair, rows, keys)
+        some = jnp.any(in_reach)
         return lax.cond(some, see, lambda carry: carry, carry), None
 
     return lax.scan(visit, carry, ring.pairs())[0]
@@ -236,7 +249,7 @@ def _backward_round(ring, options, operands, masking, o, lse, do, dlse):
     per_row = (o, lse, only_seeing(seeing, do), only_seeing(seeing, dlse))
 
     def attend(gradient, operands, masking, a, b, stop):
-        (dq, dscale, dbias), dk, dv = gradient
+        (dq, dscale, dbias, darrays), dk, dv = gradient
         of_a = (ring.cut(x, a, 3) for x in per_row)
         d = pair.gradient(options, operands, masking, *of_a)
         dscale = None if dscale is None else dscale + d.scale
@@ -244,8 +257,9 @@ def _backward_round(ring, options, operands, masking, o, lse, do, dlse):
             corner, size = ring.place(dbias, k.shape[2], stop, a, b)
             added = lax.dynamic_slice(dbias, corner, size) + d.bias
             dbias = lax.dynamic_update_slice(dbias, added, corner)
+        darrays = jax.tree.map(jnp.add, darrays, d.score_arrays)
         dq, dk = ring.add(dq, d.query, a, 3), ring.add(dk, d.key, b, 2)
-        return (dq, dscale, dbias), dk, ring.add(dv, d.value, b, 2)
+        return (dq, dscale, dbias, darrays), dk, ring.add(dv, d.value, b, 2)
 
     zeros = lambda x: jnp.zeros_like(x, lse.dtype)
     q, k, v, scale, bias, *_ = operands
@@ -265,12 +279,13 @@ def _backward_round(ring, options, operands, masking, o, lse, do, dlse):
     (first, last), stops = ring.stops, ring.every_stop()
     held = ring.move(_Held(k, v, masking.key_segments), first)
     dbias = None if bias is None or not options.bias_gradient else zeros(bias)
-    home = (zeros(q), zeros(scale) if options.scale_gradient else None, dbias)
+    darrays = jax.tree.map(zeros, operands.score_arrays) if options.score_gradient else None
+    home = (zeros(q), zeros(scale) if options.scale_gradient else None, dbias, darrays)
     home, dheld = visit(home, held, stops[0])
     if last > first:
         (home, _, dheld), _ = lax.scan(step, (home, ring.move(held), dheld), stops[1:])
-    (dq, dscale, dbias), (dk, dv) = home, ring.move(dheld, -last)
-    return Operands(dq, dk, dv, dscale, dbias)
+    (dq, dscale, dbias, darrays), (dk, dv) = home, ring.move(dheld, -last)
+    return Operands(dq, dk, dv, dscale, dbias, None, darrays)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -280,8 +295,8 @@ def _attend(ring, options, operands, masking):
 
 
 def _attend_fwd(ring, options, operands, masking):
-    """Keeps the device's operands, O and L, and whether scale and bias are differentiated."""
-    asked = wanted(operands.scale), wanted(operands.bias)
+    """Keeps the device's operands, O and L, and what of scale, bias and score is differentiated."""
+    asked = tuple(map(wanted, (operands.scale, operands.bias, operands.score_arrays)))
     operands, masking = jax.tree.map(lambda x: x.value, (operands, masking))
     o, lse = _forward_round(ring, options, operands, masking)
     return (o, lse), (operands, masking, o, lse, asked)
@@ -290,8 +305,10 @@ def _attend_fwd(ring, options, operands, masking):
 def _attend_bwd(ring, options, residuals, cotangents):
     """dq = Σ dS k and dbias at home; dk = Σ dSᵀ q and dv = Σ Pᵀ dO on their way round."""
     *kept, asked = residuals
-    wants_scale, wants_bias = (flag.size > 0 for flag in asked)
-    options = options._replace(scale_gradient=wants_scale, bias_gradient=wants_bias)
+    wants_scale, wants_bias, wants_score = (flag.size > 0 for flag in asked)
+    options = options._replace(
+        scale_gradient=wants_scale, bias_gradient=wants_bias, score_gradient=wants_score
+    )
     operands = kept[0]
     gradient = _backward_round(ring, options, *kept, *instantiated(cotangents, operands))
     return as_given(gradient, operands), None
@@ -308,7 +325,10 @@ def attend_to_parts(ring, exchanged, options, arrays):
         arrays = arrays._replace(**{name: to(getattr(arrays, name)) for name in IN_ORDER})
     # Lengths count from where the sequence begins, and so wait for its chunks.
     apart = arrays._replace(query_seq_lengths=None, key_value_seq_lengths=None)
-    operands, masking = problem(Options(), apart)
+    if arrays.function_arrays is not None:  # places of a chunk are in no map
+        of_mask, of_score, _ = arrays.function_arrays
+        apart = apart._replace(function_arrays=(of_mask, of_score, ()))
+    operands, masking = problem(options, apart)
     operands = heads_first(operands)
     lengths = lambda x: None if x is None else x.astype(jnp.int32)
     masking = masking._replace(
