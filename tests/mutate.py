@@ -649,12 +649,16 @@ def _ring_problem(devices, more, **options):
 @cache
 def ring_problems() -> list[Problem]:
     function = masks.causal() & (lambda b, n, t, s: (s * t + n) % 5 != 3)
+    near_or_first = masks.causal() & (masks.window(2) | masks.sinks(1))
     score = partial(_bent, jnp.array([0.7, 1.2]))
+    ids = jnp.arange(16)[None] // 7
+    segments = {"query_segment_ids": ids, "key_value_segment_ids": ids}
     lengths = {"query_seq_lengths": jnp.array([13]), "key_value_seq_lengths": jnp.array([11])}
     return [
         _ring_problem(4, {"bias": (1, 2, 16, 16), "sinks": True, **lengths}, is_causal=True),
         _ring_problem(2, {"bias": (1, 1, 1, 16), "mask": (1, 1, 16, 16)}),
-        _ring_problem(2, {}, mask_function=function, score_function=score),
+        _ring_problem(2, segments, mask_function=function, score_function=score, is_causal=True),
+        _ring_problem(4, {}, mask_function=near_or_first),
     ]
 
 
