@@ -87,8 +87,8 @@ def _call(name, options, operands, masking, others, results, S):
 def _by_kernel(name, options, operands, masking, S, *others):
     """O and L of a kernel."""
     results = forward_results(options, operands, masking)
-    others = [_given(operands.sinks), *others]
-    return tuple(_call(name, options, operands, masking, others, results, S))
+    more = [_given(operands.sinks), *others]
+    return tuple(_call(name, options, operands, masking, more, results, S))
 
 
 def _forward(options, operands, masking):

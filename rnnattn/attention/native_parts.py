@@ -192,5 +192,6 @@ def _backward_of_blocks(run, options, operands, masking, o, lse, do, dlse):
     zeros = partial(jax.tree.map, lambda x: jnp.zeros_like(x, accumulator(x.dtype)))
     dbias = zeros(operands.bias) if options.bias_gradient else None
     dscore = zeros(operands.score_arrays) if options.score_gradient else None
-    start = Operands(*zeros(wide[:3]), None, dbias, None, dscore)
+    dq, dk, dv = zeros(wide[:3])
+    start = Operands(dq, dk, dv, None, dbias, None, dscore)
     return as_given(jax.lax.scan(query_block, start, grid.blocks())[0], operands)

@@ -14,7 +14,8 @@ add them up:
     backward    travels: k, v, dk, dv               stays: q, O, L, dO, dL, dq, bias, dbias
 
 A bias and a mask stay with their queries, T/D of them and all keys, of which each stop reads the
-columns of those that a device holds. Sinks join the softmax when all keys have been.
+columns of those that a device holds. Functions are of the places of chunks in the whole sequence.
+Sinks join the softmax when all keys have been.
 
 A device holds 1/D of the queries, 1/D of the keys and the 1/D that comes next. With a causal mask
 the end of a sequence has more to do than its beginning, and so each device takes two of 2D chunks,
