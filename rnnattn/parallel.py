@@ -146,9 +146,9 @@ def ring_attention(
             nothing is moved.
         method: "ring", keys and values travel; or "ulysses", heads change places with time, for
             which D has to divide N: each device then has all of T and S for N/D heads. That serves
-            every option, and sends less where there are as many heads of keys as of queries, but
-            sends a bias and a mask as well, and gathers those that heads share. None is "ring", but
-            "ulysses" with dropout, which only that serves.
+            derivatives of every order, and sends less where there are as many heads of keys as of
+            queries, but sends a bias and a mask as well, and gathers those that heads share. None
+            is "ring".
         bias, mask: (B, N, T, S), or what broadcasts to that. Within `jax.shard_map` T is that of
             the part, S of the whole. For a device they are best cut along T, as a query is. With
             `layout="zigzag"` they are reordered along T and along S, as queries and keys are.
@@ -212,7 +212,8 @@ def ring_attention(
     arrays, options = with_functions(check.function, arrays, options)
     of_documents &= arrays.query_segment_ids is not None
     of_logits = {"bias": bias, "mask": mask}
-    by_heads = _chosen(check, method, arrays, options) == "ulysses"
+    check.one_of("method", method, (None, "ring", "ulysses"))
+    by_heads = method == "ulysses"
     if within:
         outside = (mesh, batch_axis_name, head_axis_name) != (None, None, None)
         expected = "None within `jax.shard_map`"
@@ -228,6 +229,7 @@ def ring_attention(
         _check_parts(check, arrays, layout, ring)
         T, S = (x.shape[1] * ring.devices for x in (arrays.query, arrays.key))
         ring = ring._replace(stops=stops_of(ring, options, T, S))
+        arrays = _with_keys(options, arrays)
         out, lse = attend_to_parts(ring, exchanged, options, arrays)
         return (out, lse) if return_residual else out
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
@@ -303,7 +305,7 @@ def _run_ring(mesh, axes, ring, exchanged, options, arrays):
     """O and L, in the layout of the arguments."""
     ring = ring._replace(stops=stops_of(ring, options, arrays.query.shape[1], arrays.key.shape[1]))
     run = partial(attend_to_parts, ring, exchanged, options)
-    return _in_parts(mesh, axes, numbered(options, arrays), run)
+    return _in_parts(mesh, axes, numbered(options, _with_keys(options, arrays)), run)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -376,15 +378,6 @@ def _with_keys(options, arrays):
 
 
 # ---- checks -----------------------------------------------------------------------------------
-
-
-def _chosen(check, method, arrays, options):
-    """The method that is asked for, or that serves the options."""
-    check.one_of("method", method, (None, "ring", "ulysses"))
-    dropout = options.dropout_rate > 0
-    if method == "ring":
-        check(not dropout, "method", "'ulysses' or None with dropout", "'ring'")
-    return method or ("ulysses" if dropout else "ring")
 
 
 def _with_logits(check, arrays, of_logits, devices):

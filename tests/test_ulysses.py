@@ -19,6 +19,7 @@ from tests.attention_cases import (
     like,
     make_case,
     quick,
+    small_blocks,  # noqa: F401
     value_and_gradients,
 )
 from tests.test_parallel import AUTO, EXPLICIT, placed, ring_of
@@ -36,24 +37,29 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bias of keys": {"bias": (N, 1, S), "mask": (1, S), "scale": (N,), **LENGTHS},
     "dropout": {"dropout_rate": 0.3, "dropout_key": jax.random.key(1), **IDS},
     "window": {"local_window_size": (3, 1), "mask": (N, T, 1)},
+    "dropout, causal": {"dropout_rate": 0.3, "dropout_key": jax.random.key(1), "is_causal": True},
 }
 
 
-RUNS = list(zip(VARIANTS, (8, 4, 2, 8, 2), strict=True))
+RUNS = [(n, d, "ulysses") for n, d in zip(VARIANTS, (8, 4, 2, 8, 2, 4), strict=True)]
+OF_RING = [("dropout", 8, "ring"), ("dropout, causal", 4, "ring")]
 
 
-@pytest.mark.parametrize("name, devices", RUNS)
-def test_equals_attention_on_one_device(name, devices):
-    """O, L and all gradients; with 8 devices a query is alone, and a head of keys on four."""
+@pytest.mark.parametrize("name, devices, method", RUNS + OF_RING)
+def test_equals_attention_on_one_device(name, devices, method, small_blocks):  # noqa: F811
+    """O, L and all gradients; with 8 devices a query is alone, and a head of keys on four.
+
+    Round a ring what is dropped is that of the places of chunks, which it holds in a zigzag.
+    """
     case = make_case(SIZES, **VARIANTS[name])
     expected = value_and_gradients(case, dot_product_attention)
-    method = None if name == "dropout" else "ulysses"
     options = {"mesh": ring_of(devices), "axis_name": "ring", "method": method}
     assert_same(value_and_gradients(case, ring_attention, **options), expected)
 
 
+@pytest.mark.parametrize("method", ["ring", "ulysses"])
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=str)
-def test_batch_and_heads_may_be_in_parts_as_well(kind):
+def test_batch_and_heads_may_be_in_parts_as_well(kind, method):
     case = make_case(SIZES, bias=(B, N, T, S), sinks=True, dropout_rate=0.2, mask=(B, 1, T, S))
     case.others["dropout_key"] = jax.random.key(3)
     expected = value_and_gradients(case, dot_product_attention)
@@ -66,7 +72,7 @@ def test_batch_and_heads_may_be_in_parts_as_well(kind):
         for name, x in tree.items()
     }
     names = {"axis_name": "ring", "batch_axis_name": "data", "head_axis_name": "model"}
-    run = first_order(ring_attention, **case.options, **names, mesh=mesh)
+    run = first_order(ring_attention, **case.options, **names, mesh=mesh, method=method)
     given = [put(tree) for tree in (case.floats, case.others)]
     with jax.set_mesh(mesh):
         cotangents = tuple(placed(x, mesh, *axes) for x in cotangents_for(case))
@@ -260,9 +266,6 @@ def _bad_calls() -> dict[str, Any]:
     mask = jnp.ones((8, 16), bool)
     return {
         "`method` must be None, 'ring' or 'ulysses', got 'star'": run(method="star"),
-        "`method` must be 'ulysses' or None with dropout, got 'ring'": run(
-            method="ring", mask=mask, dropout_rate=0.5, dropout_key=jax.random.key(0)
-        ),
         "`query` must be of heads that 4 devices divide, which exchange them, got 6 heads": run(
             method="ulysses"
         ),

@@ -27,6 +27,8 @@ def dropout_mask(options, masking, first_row, first_column, T, S):
     if options.dropout_rate == 0:
         return None
     rate, keys = options.dropout_rate, masking.dropout_keys
+    if masking.corner is not None:
+        first_row, first_column = masking.corner[0] + jnp.array([first_row, first_column])
 
     def tiles(first, size):
         """The tiles that cover `size` from `first` on, wherever it lies in its own."""

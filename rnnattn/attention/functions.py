@@ -197,8 +197,9 @@ def shown(function, masking, rows, columns):
 def _places(masking, rows, columns):
     given = masking.functions
     t = rows[None] + masking.offset[:, None]
-    if given.start is not None:
-        t, columns = t + given.start, columns + given.start
+    if masking.corner is not None:
+        first_key = masking.corner[0, 1]
+        t, columns = t + first_key, columns + first_key
     return given.rows, given.heads, t, columns
 
 

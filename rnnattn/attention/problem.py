@@ -48,7 +48,6 @@ class Functions(NamedTuple):
     of_score: tuple[Array, ...] = ()
     maps: tuple[Bool[Array, "#B #N positions keys"], ...] = ()  # in blocks: see `masks.mapped`
     blocks: Bool[Array, "#B #M blocks blocks"] | None = None  # of queries and keys that meet
-    start: Int[Array, ""] | None = None  # the place of the first key, which it counts from there
 
 
 class Masking(NamedTuple):
@@ -64,6 +63,7 @@ class Masking(NamedTuple):
     # [first, past), in place of position and lengths; or two such that have no key in common, as 4
     key_ranges: Int[Array, "B T bounds"] | None = None
     functions: Functions | None = None
+    corner: Int[Array, "1 2"] | None = None  # the numbers of the first query and key, if not 0
 
 
 class Schedule(NamedTuple):

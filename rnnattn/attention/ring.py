@@ -14,8 +14,8 @@ add them up:
     backward    travels: k, v, dk, dv               stays: q, O, L, dO, dL, dq, bias, dbias
 
 A bias and a mask stay with their queries, T/D of them and all keys, of which each stop reads the
-columns of those that a device holds. Functions are of the places of chunks in the whole sequence.
-Sinks join the softmax when all keys have been.
+columns of those that a device holds. Functions and dropout are of the places of chunks in the whole
+sequence. Sinks join the softmax when all keys have been.
 
 A device holds 1/D of the queries, 1/D of the keys and the 1/D that comes next. With a causal mask
 the end of a sequence has more to do than its beginning, and so each device takes two of 2D chunks,
@@ -154,17 +154,17 @@ def _masking_of_pair(ring, masking, T, S, stop, a, b):
     row = places[device, a] * (T // ring.chunks)
     column = places[(device - stop) % ring.devices, b] * (S // ring.chunks)
     behind = lambda lengths, place: None if lengths is None else lengths - place
-    ranges, functions = masking.key_ranges, masking.functions
+    ranges = masking.key_ranges
     if ranges is not None:  # of all queries, in the order of the sequence
         ranges = lax.dynamic_slice_in_dim(ranges, row, T // ring.chunks, 1)
         ranges = jnp.maximum(ranges, 0) - column
-    if functions is not None:
-        functions = functions._replace(start=column)
     return Masking(
         offset=(row - column)[None],
         mask=_cut_logits(ring, masking.mask, S, stop, a, b),
+        dropout_keys=masking.dropout_keys,
         key_ranges=ranges,
-        functions=functions,
+        functions=masking.functions,
+        corner=jnp.stack([row, column])[None],
         query_lengths=behind(masking.query_lengths, row),
         key_lengths=behind(masking.key_lengths, column),
         query_segments=ring.cut(masking.query_segments, a, 1),
