@@ -84,7 +84,7 @@ def test_images_of_another_source_are_told_apart(copy):
 def test_the_walking_tests_and_those_of_imports_find_them(copy):
     tests = ["tests/experiments/test_experiments.py", "tests/experiments/test_configs.py"]
     chosen = " or ".join([*NAMES, "every_experiment", "names_and_claims", "list_names"])
-    command = ["-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
+    command = ["-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-m", ""]
     # for each name a run, a default, large numbers and the comments of its config
     assert "11 passed" in python(copy, *command, *tests, "-k", chosen)
     python(copy, *command, "tests/test_imports.py", "-k", "an_experiment_imports or circle")
