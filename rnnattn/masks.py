@@ -328,8 +328,9 @@ def mapped(
     key to find them: in each call, and again for the gradient. With a map none of them does. It
     pays where few blocks are left of many, and where a mask depends on rows or heads: make it
     before the layers, or before the steps, that share the mask. Masks that run as causality,
-    windows, segments or one or two ranges of keys need no map, and `packed_attention` and pages
-    have no use for one. It holds under `&` with other masks, and is lost under `|` and `~`.
+    windows, segments or one or two ranges of keys need no map, and `packed_attention`, pages
+    and rings have no use for one. It holds under `&` with other masks, and is lost under `|` and
+    `~`.
 
     Args:
         mask: a mask, or a function (b, n, t, s) → Boolean.

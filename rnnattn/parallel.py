@@ -220,16 +220,15 @@ def ring_attention(
         names = "mesh, batch_axis_name, head_axis_name"
         check(not outside, names, expected, "one that is given")
         devices = lax.axis_size(axis_name)
-        arrays = _with_logits(check, arrays, of_logits, devices)
+        arrays = _with_keys(options, _with_logits(check, arrays, of_logits, devices))
         if by_heads:
             _check_heads(check, arrays, layout, devices)
-            out, lse = _attend_by_heads(axis_name, devices, options, _with_keys(options, arrays))
+            out, lse = _attend_by_heads(axis_name, devices, options, arrays)
             return (out, lse) if return_residual else out
         ring, exchanged = ring_of(axis_name, devices, layout, options)
         _check_parts(check, arrays, layout, ring)
         T, S = (x.shape[1] * ring.devices for x in (arrays.query, arrays.key))
         ring = ring._replace(stops=stops_of(ring, options, T, S))
-        arrays = _with_keys(options, arrays)
         out, lse = attend_to_parts(ring, exchanged, options, arrays)
         return (out, lse) if return_residual else out
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
@@ -305,7 +304,7 @@ def _run_ring(mesh, axes, ring, exchanged, options, arrays):
     """O and L, in the layout of the arguments."""
     ring = ring._replace(stops=stops_of(ring, options, arrays.query.shape[1], arrays.key.shape[1]))
     run = partial(attend_to_parts, ring, exchanged, options)
-    return _in_parts(mesh, axes, numbered(options, _with_keys(options, arrays)), run)
+    return _in_parts(mesh, axes, options, arrays, run)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -313,7 +312,7 @@ def _run_by_heads(mesh, axes, options, arrays):
     """The same, of arguments whose heads are exchanged."""
     (axis_name,) = axes.sequence
     run = partial(_attend_by_heads, axis_name, mesh.shape[axis_name], options)
-    return _in_parts(mesh, axes, numbered(options, _with_keys(options, arrays)), run)
+    return _in_parts(mesh, axes, options, arrays, run)
 
 
 def _attend_by_heads(axis_name, devices, options, arrays):
@@ -322,8 +321,9 @@ def _attend_by_heads(axis_name, devices, options, arrays):
     return attend_by_heads(axis_name, devices, run, arrays)
 
 
-def _in_parts(mesh, axes, arrays, run):
-    """`run(arrays)`, O and L, of each device's part."""
+def _in_parts(mesh, axes, options, arrays, run):
+    """`run(arrays)`, O and L, of each device's part, which has numbers and keys of the whole."""
+    arrays = numbered(options, _with_keys(options, arrays))
     given = arrays._replace(query_offset=None)._asdict().items()
     given = {name: x for name, x in given if x is not None}
     specs = {name: _spec(axes, name, x) for name, x in given.items()}

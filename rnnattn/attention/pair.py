@@ -13,6 +13,7 @@ import rnnattn.attention.blockwise as blockwise
 import rnnattn.attention.native as native
 from rnnattn.attention.equations import finite_lse
 from rnnattn.attention.masking import zero_unreachable
+from rnnattn.attention.native_parts import widened
 from rnnattn.attention.problem import Operands
 from rnnattn.attention.xla import time_first, time_last
 from rnnattn.dispatch import dispatched
@@ -54,9 +55,7 @@ def _forward_natively(options, operands, masking):
 
 
 def _gradient_natively(options, operands, masking, o, lse, do, dlse):
-    # what is added to a sum is not rounded to 16 bits
-    q, k, v, do = (x.astype(jnp.float32) for x in (*operands[:3], do))
-    operands = operands._replace(query=q, key=k, value=v)
+    operands, do = widened(operands, do)
     rows = (time_first(o), finite_lse(lse), time_first(do), dlse)
     d = native.HALVES[1](options, _time_before_heads(operands), masking, *rows)
     dk, dv = (jnp.moveaxis(x, 2, 1) for x in (d.key, d.value))
