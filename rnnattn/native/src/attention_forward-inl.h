@@ -157,23 +157,28 @@ static void begin_rows(const AttentionForward<Number>& p, const Rows& rows, bool
   zero(my.o, count * whole_vectors(p.V));
 }
 
+// What is hidden has weight 0, which NaN and ∞ among the values pass through. They are rare: a set of
+// rows is computed as if there were none, and once more, with what is hidden zeroed, if there is
+// NaN or ∞ among what comes.
+enum class Values { finite, any };
+
 // The values of a block of keys as what P is multiplied by: in rows, where they are or packed.
 template <class Number>
 class ValueRows {
  public:
   ValueRows(const AttentionForward<Number>& p, const Rows& rows, Range keys, bool streamed,
-            const ForwardMemory<Number>& my)
+            Values values, const ForwardMemory<Number>& my)
       : p_(p),
         rows_(rows),
         keys_(keys),
         my_(my),
         v_(rows_in_place(p, p.value, p.V, rows.b, rows.m, keys)),
-        in_place_(streamed && ALIKE<Number> && vectors_in_place(p, p.V, rows.b, rows.m, keys)) {}
+        finite_(values == Values::finite),
+        in_place_((streamed || rows.count() <= ROWS) && ALIKE<Number> && finite_ &&
+                  vectors_in_place(p, p.V, rows.b, rows.m, keys)) {}
 
   // Before the first block of rows.
-  void pack(const Block& block) {
-    // NaN and ∞ matter only where something is hidden
-    in_place_ = in_place_ && (block.shows_all() || are_finite(v_, block.count, p_.V));
+  void pack() {
     if (!in_place_) pack_packed();
   }
   // Of keys that no row of a block sees, after its logits are known.
@@ -191,7 +196,7 @@ class ValueRows {
 
  private:
   KeyRows<float> packed() const { return {my_.v, whole_vectors(p_.V)}; }
-  void pack_packed() { finite_ = pack_rows(p_, p_.value, p_.V, rows_.b, rows_.m, keys_, my_.v); }
+  void pack_packed() { pack_rows(p_, p_.value, p_.V, rows_.b, rows_.m, keys_, my_.v); }
   template <class Values>
   void add_products_with(const KeyRows<Values>& v, const Block& block, int64_t r) {
     const int64_t width = whole_vectors(p_.V);
@@ -205,7 +210,7 @@ class ValueRows {
   Range keys_;
   const ForwardMemory<Number>& my_;
   KeyRows<Number> v_;
-  bool in_place_, finite_ = true;
+  bool finite_, in_place_;
 };
 
 #if defined(RNNATTN_TILES)
@@ -213,18 +218,16 @@ class ValueRows {
 class ValuePairs {
  public:
   using Number = Bfloat16;
-  ValuePairs(const AttentionForward<Number>& p, const Rows& rows, Range keys, bool,
+  ValuePairs(const AttentionForward<Number>& p, const Rows& rows, Range keys, bool, Values values,
              const ForwardMemory<Number>& my)
       : p_(p),
         rows_(rows),
         keys_(keys),
         my_(my),
-        v_(rows_in_place(p, p.value, p.V, rows.b, rows.m, keys)) {}
+        v_(rows_in_place(p, p.value, p.V, rows.b, rows.m, keys)),
+        finite_(values == Values::finite) {}
 
-  void pack(const Block& block) {
-    finite_ = are_finite(v_, block.count, p_.V);
-    pairs_ = pair_rows(v_, block.count, p_.V, my_.v_pairs);
-  }
+  void pack() { pairs_ = pair_rows(v_, keys_.past - keys_.first, p_.V, my_.v_pairs); }
   void hide(const Block& block) {
     if (finite_) return;
     const int64_t width = whole_vectors(p_.V);
@@ -246,19 +249,19 @@ class ValuePairs {
   Range keys_;
   const ForwardMemory<Number>& my_;
   KeyRows<Number> v_;
+  bool finite_;
   PairedRows pairs_{};
-  bool finite_ = true;
 };
 #endif
 
 // The softmax of rows of a head after a block of keys more.
-template <class Values, class Number>
+template <class Packed, class Number>
 static void see_keys(const AttentionForward<Number>& p, const Rows& rows, Range keys, bool streamed,
-                     const ForwardMemory<Number>& my) {
+                     Values of, const ForwardMemory<Number>& my) {
   const int64_t count = rows.count(), q_width = whole_along<Operand<Number>>(p.K);
   Against<Operand<Number>> k{streamed ? nullptr : my.k, {my.k, q_width}};
   if constexpr (ALIKE<Number>) k.rows = rows_in_place(p, p.key, p.K, rows.b, rows.m, keys);
-  Values values(p, rows, keys, streamed, my);
+  Packed values(p, rows, keys, streamed, of, my);
   bool packed = false;
   if (streamed) {
     prefetch_share(p, p.key, p.K, rows.b, rows.m, keys.past, keys.past - keys.first);
@@ -276,7 +279,7 @@ static void see_keys(const AttentionForward<Number>& p, const Rows& rows, Range 
         pack_columns(p, p.key, p.K, rows.b, rows.m, keys, my.k);
       else if constexpr (!ALIKE<Number>)
         pack_rows(p, p.key, p.K, rows.b, rows.m, keys, my.k);
-      values.pack(block);
+      values.pack();
     }
     const QueryRows<Operand<Number>> q{my.q + r * q_width,
                                        IN_PAIRS<Number> ? my.scale + r : nullptr};
@@ -290,12 +293,12 @@ static void see_keys(const AttentionForward<Number>& p, const Rows& rows, Range 
 }
 template <class Number>
 static void see_keys(const AttentionForward<Number>& p, const Rows& rows, Range keys, bool streamed,
-                     const ForwardMemory<Number>& my) {
+                     Values values, const ForwardMemory<Number>& my) {
 #if defined(RNNATTN_TILES)
   if constexpr (IN_TERMS<Number>)
-    if (!streamed) return see_keys<ValuePairs>(p, rows, keys, streamed, my);
+    if (!streamed) return see_keys<ValuePairs>(p, rows, keys, streamed, values, my);
 #endif
-  see_keys<ValueRows<Number>>(p, rows, keys, streamed, my);
+  see_keys<ValueRows<Number>>(p, rows, keys, streamed, values, my);
 }
 
 // O and L of a row, from the weighted sum, the total and the peak of all its keys.
@@ -331,16 +334,20 @@ static void forward_part(const AttentionForward<Number>& p, const ForwardPlan& p
     f(rows, my);
   };
   for (int64_t r = 0; r < count; ++r) all.ranges[r] = keys_of(p, first.b, first.time(r));
-  for (int64_t head = 0; head < plan.heads; ++head)
-    of_head(head, [&](const Rows& rows, const ForwardMemory<Number>& my) {
-      begin_rows(p, rows, part == 0, my);
-    });
   const Range keys = plan.seen_of_part(p, part, seen_by(all.ranges, count).any);
-  for (int64_t key = keys.first; key < keys.past; key += plan.keys)
+  constexpr Values ATTEMPTS[] = {Values::finite, Values::any};
+  for (const Values values : ATTEMPTS) {
     for (int64_t head = 0; head < plan.heads; ++head)
       of_head(head, [&](const Rows& rows, const ForwardMemory<Number>& my) {
-        see_keys(p, rows, {key, least(key + plan.keys, keys.past)}, plan.streamed, my);
+        begin_rows(p, rows, part == 0, my);
       });
+    for (int64_t key = keys.first; key < keys.past; key += plan.keys)
+      for (int64_t head = 0; head < plan.heads; ++head)
+        of_head(head, [&](const Rows& rows, const ForwardMemory<Number>& my) {
+          see_keys(p, rows, {key, least(key + plan.keys, keys.past)}, plan.streamed, values, my);
+        });
+    if (are_finite(KeyRows<float>{all.o, v_width}, plan.heads * count, p.V)) break;
+  }
   const int64_t size = p.B * p.M * p.G * p.T;
   for (int64_t head = 0; head < plan.heads; ++head)
     of_head(head, [&](const Rows& rows, const ForwardMemory<Number>& my) {

@@ -30,11 +30,15 @@ struct Row {
 static void mask_outside(const Row& row, float* s) {
   const int64_t first = least(most(row.sees.first - row.first, row.from), row.to);
   const int64_t past = most(least(row.sees.past - row.first, row.to), first);
+  const V hidden = splat(-INFINITY);
   int64_t j = row.from;
-  for (; j + W <= first; j += W) store(s + j, splat(-INFINITY));
-  if (j < first) store(s + j, splat(-INFINITY), static_cast<int>(first - j));
-  for (j = past; j % W && j < row.to; ++j) s[j] = -INFINITY;
-  for (; j < row.to; j += W) store(s + j, splat(-INFINITY));
+  for (; j + W <= first; j += W) store(s + j, hidden);
+  if (j < first)
+    store(s + j, where(first_lanes(static_cast<int>(first - j)), hidden, load(s + j)));
+  j = past / W * W;
+  if (j < past)
+    store(s + j, where(first_lanes(static_cast<int>(past - j)), load(s + j), hidden)), j += W;
+  for (; j < row.to; j += W) store(s + j, hidden);
 }
 
 // s from q kᵀ: the soft cap, the biases, −∞ where masked. `uncap` is 1 − (s / c)², if asked for.

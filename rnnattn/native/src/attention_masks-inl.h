@@ -41,6 +41,8 @@ constexpr int64_t LEAST_ITEMS = 16;  // if there are as many key blocks
 constexpr int64_t LEAST_KEYS_OF_A_PART = 256;  // forward, of packed ones
 // Multiply-adds: with fewer, another thread does not pay.
 constexpr int64_t WORK_OF_A_THREAD = 1 << 21;
+// What is done once for a row, however few keys there are, takes as long as so many.
+constexpr int64_t WORK_OF_A_ROW = 1 << 11;
 // The same in numbers of keys and values, where they are streamed.
 constexpr int64_t NUMBERS_OF_A_THREAD = 1 << 17;
 
@@ -116,7 +118,8 @@ static int64_t streamed_heads(const Attention& p) {
 // How many threads pay.
 static int64_t threads_for(const Attention& p, int64_t multiply_adds) {
   const int64_t numbers = is_streamed(p) ? p.B * p.S * p.M * (p.K + p.V) : 0;
-  return most(multiply_adds / WORK_OF_A_THREAD, numbers / NUMBERS_OF_A_THREAD) + 1;
+  const int64_t of_rows = p.B * p.M * p.G * p.T * WORK_OF_A_ROW;
+  return most((multiply_adds + of_rows) / WORK_OF_A_THREAD, numbers / NUMBERS_OF_A_THREAD) + 1;
 }
 
 // What some row sees, and what all do.

@@ -118,14 +118,13 @@ static void pack_columns(const Attention& p, const Number* x, int64_t width, int
   }
 }
 
-// Keys [first, past) as rows. Whether none of them holds NaN or ∞.
+// Keys [first, past) as rows.
 template <class Number>
-static bool pack_rows(const Attention& p, const Number* x, int64_t width, int64_t b, int64_t m,
+static void pack_rows(const Attention& p, const Number* x, int64_t width, int64_t b, int64_t m,
                       Range keys, float* to) {
   const int64_t padded = whole_vectors(width), count = keys.past - keys.first;
   const Number* from = x + key_at(p, width, b, m, keys.first);
   for (int64_t i = 0; i < count; ++i) pack_row(from + i * p.M * width, width, to + i * padded);
-  return is_finite(to, count * padded);
 }
 
 // Rows of keys or values of a head: where they are, or packed.

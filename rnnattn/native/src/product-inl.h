@@ -100,6 +100,8 @@ constexpr int TILE_VECTORS = 4;  // of 32 registers
 constexpr int TILE_VECTORS = 2;  // of 16
 #endif
 constexpr int TILE_COLUMNS = TILE_VECTORS * W;
+// Sums that a core can be at together: four steps of two a cycle.
+constexpr int LEAST_SUMS = 8;
 
 #if defined(RNNATTN_PAIRS)
 // W pairs of bfloat16; `dot` adds the products of both numbers of each to a sum.
@@ -322,16 +324,18 @@ struct ProductTile {
     V sums[R][N];
     begin_sums<from>(sums, rows, c_stride, scale ? scale + first : nullptr);
     int64_t step = 0;
-    if constexpr (from == From::scaled && R == 1) {
+    if constexpr (from == From::scaled && R * N < LEAST_SUMS) {
       // sums of every second step, or every fourth: few sums would wait at each step for the last
-      constexpr int APART = N > 2 ? 2 : 4;
+      constexpr int APART = 2 * R * N < LEAST_SUMS ? 4 : 2;
       V others[APART - 1][R][N] = {};
       for (; step + APART <= steps; step += APART) {
         add(sums, step, 1);
         unrolled<APART - 1>([&](auto i) RNNATTN_LAMBDA { add(others[i], step + 1 + i, 1); });
       }
       for (const auto& other : others)
-        for (int n = 0; n < N; ++n) sums[0][n] += other[0][n];
+        unrolled<R>([&](auto r) RNNATTN_LAMBDA {
+          unrolled<N>([&](auto n) RNNATTN_LAMBDA { sums[r][n] += other[r][n]; });
+        });
     }
     add(sums, step, steps - step);
     end_sums(sums, rows, c_stride);
@@ -339,17 +343,24 @@ struct ProductTile {
 };
 
 // C = A B, or C + A B, of `columns` vectors. B is in panels of TILE_COLUMNS: the next one is
-// `b_panel` numbers on, TILE_COLUMNS where B is one matrix.
+// `b_panel` numbers on. TILE_COLUMNS where B is one matrix, and then tiles are about as wide as one
+// another.
 template <Stored stored, From from, class Number>
 static void product(int64_t rows, int64_t columns, int64_t steps, const float* a, int64_t a_stride,
                     const Number* b, int64_t b_stride, int64_t b_panel, float* c, int64_t c_stride,
                     const float* scale = nullptr) {
-  for (; columns > 0; columns -= TILE_VECTORS, b += b_panel, c += TILE_COLUMNS)
-    as_constant<TILE_VECTORS>(columns, [&](auto N) RNNATTN_LAMBDA {
+  for (int64_t tiles = ceil_div(columns, TILE_VECTORS); tiles > 0; --tiles) {
+    const bool even = b_panel == TILE_COLUMNS;
+    const int64_t width = even ? ceil_div(columns, tiles) : least(columns, TILE_VECTORS);
+    as_constant<TILE_VECTORS>(width, [&](auto N) RNNATTN_LAMBDA {
       over_tiles<TILE_ROWS>(0, rows,
                             ProductTile<N, stored, from, Number>{steps, a, a_stride, b, b_stride, c,
                                                                  c_stride, scale});
     });
+    columns -= width;
+    b += even ? width * W : b_panel;
+    c += width * W;
+  }
 }
 
 }  // namespace rnnattn::RNNATTN_SET

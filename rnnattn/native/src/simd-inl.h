@@ -40,6 +40,23 @@ RNNATTN_INLINE void store(float* p, V v) { __builtin_memcpy(p, &v, sizeof v); }
 // a b + c, contracted where the target has a fused multiply-add.
 RNNATTN_INLINE V fma(V a, V b, V c) { return a * b + c; }
 
+// Of which lanes something holds: the first n; and a of these, b of the others.
+#if RNNATTN_LANES == 16
+using Lanes = __mmask16;
+RNNATTN_INLINE Lanes first_lanes(int n) { return static_cast<Lanes>((1u << n) - 1); }
+RNNATTN_INLINE V where(Lanes holds, V a, V b) { return _mm512_mask_blend_ps(holds, b, a); }
+#else
+using Lanes = Integers;
+template <int... lane>
+RNNATTN_INLINE Lanes first_lanes(int n, std::integer_sequence<int, lane...>) {
+  return Integers{lane...} < n;
+}
+RNNATTN_INLINE Lanes first_lanes(int n) {
+  return first_lanes(n, std::make_integer_sequence<int, W>{});
+}
+RNNATTN_INLINE V where(Lanes holds, V a, V b) { return holds ? a : b; }
+#endif
+
 #if RNNATTN_LANES == 16
 
 // The larger and the smaller; b where either is NaN.
@@ -48,27 +65,19 @@ RNNATTN_INLINE V min(V a, V b) { return _mm512_maskz_min_ps(0xffff, a, b); }
 RNNATTN_INLINE V sqrt(V x) { return _mm512_maskz_sqrt_ps(0xffff, x); }
 
 // The first n lanes, zero behind them; and to the first n places only.
-RNNATTN_INLINE V load(const float* p, int n) {
-  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
-}
-RNNATTN_INLINE void store(float* p, V v, int n) {
-  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v);
-}
+RNNATTN_INLINE V load(const float* p, int n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
+RNNATTN_INLINE void store(float* p, V v, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), v); }
 
-// y 2ⁿ for whole n, of any size.
+// y 2ⁿ, n rounded down, of any size.
 RNNATTN_INLINE V scale_by_power(V y, V n) { return _mm512_maskz_scalef_ps(0xffff, y, n); }
-
-// Of which lanes something holds; a of these and b of the others.
-using Lanes = __mmask16;
-RNNATTN_INLINE V where(Lanes holds, V a, V b) { return _mm512_mask_blend_ps(holds, b, a); }
 
 // Which of the first n bytes are not 0, which of the first n numbers are x.
 RNNATTN_INLINE Lanes nonzero(const uint8_t* p, int n) {
-  const __m128i bytes = _mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << n) - 1), p);
+  const __m128i bytes = _mm_maskz_loadu_epi8(first_lanes(n), p);
   return _mm_test_epi8_mask(bytes, bytes);
 }
 RNNATTN_INLINE Lanes equal(const int32_t* p, int n, int32_t x) {
-  const auto some = static_cast<__mmask16>((1u << n) - 1);
+  const Lanes some = first_lanes(n);
   return _mm512_mask_cmpeq_epi32_mask(some, _mm512_maskz_loadu_epi32(some, p),
                                       _mm512_set1_epi32(x));
 }
@@ -79,11 +88,12 @@ RNNATTN_INLINE V max(V a, V b) { return _mm256_max_ps(a, b); }
 RNNATTN_INLINE V min(V a, V b) { return _mm256_min_ps(a, b); }
 RNNATTN_INLINE V sqrt(V x) { return _mm256_sqrt_ps(x); }
 
-RNNATTN_INLINE __m256i first_lanes(int n) {
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+RNNATTN_INLINE V load(const float* p, int n) {
+  return _mm256_maskload_ps(p, reinterpret_cast<__m256i>(first_lanes(n)));
 }
-RNNATTN_INLINE V load(const float* p, int n) { return _mm256_maskload_ps(p, first_lanes(n)); }
-RNNATTN_INLINE void store(float* p, V v, int n) { _mm256_maskstore_ps(p, first_lanes(n), v); }
+RNNATTN_INLINE void store(float* p, V v, int n) {
+  _mm256_maskstore_ps(p, reinterpret_cast<__m256i>(first_lanes(n)), v);
+}
 
 #else
 
@@ -106,9 +116,6 @@ RNNATTN_INLINE void store(float* p, V v, int n) {
 #endif
 
 #if RNNATTN_LANES != 16
-
-using Lanes = Integers;
-RNNATTN_INLINE V where(Lanes holds, V a, V b) { return holds ? a : b; }
 
 // W numbers, of which the first n are those from p on.
 template <class Number>
@@ -142,8 +149,26 @@ RNNATTN_INLINE V scale_by_power(V y, V n) {
 
 // eˣ within 1 ulp or so: 0 from −104 down, ∞ from 88.73 up, NaN of NaN.
 //
-// x = n ln 2 + r with |r| ≤ ½ ln 2; added to 1.5 · 2²³, n is rounded, as no bits are left for a
-// fraction.
+// x = n s + r with |r| ≤ ½ s for whole n; added to 1.5 · 2²³, n is rounded, as no bits are left for
+// a fraction. The step s is ln 2, or a sixteenth of it where one instruction looks up the sixteen
+// powers of 2^(1/16): a shorter polynomial is as near then.
+#if RNNATTN_LANES == 16
+RNNATTN_INLINE V exp(V x) {
+  constexpr V ROOTS = {1.0f,          1.0442737824f, 1.0905077327f, 1.1387886348f,
+                       1.1892071150f, 1.2418578121f, 1.2968395547f, 1.3542555469f,
+                       1.4142135624f, 1.4768261459f, 1.5422108254f, 1.6104903320f,
+                       1.6817928305f, 1.7562521604f, 1.8340080864f, 1.9152065614f};
+  x = min(splat(89.0f), max(splat(-105.0f), x));
+  constexpr float rounds = 12582912.0f;
+  const V rounded = fma(x, splat(16 * 1.44269504f), splat(rounds)), n = rounded - rounds;
+  V r = fma(n, splat(-0.693359375f / 16), x);
+  r = fma(n, splat(2.12194440e-4f / 16), r);
+  const V less_one = fma(fma(splat(1.0f / 6), r, splat(0.5f)), r * r, r);
+  // by the last four bits of n
+  const V root = _mm512_maskz_permutexvar_ps(0xffff, reinterpret_cast<__m512i>(rounded), ROOTS);
+  return scale_by_power(fma(root, less_one, root), n / 16);
+}
+#else
 RNNATTN_INLINE V exp(V x) {
   x = min(splat(89.0f), max(splat(-105.0f), x));
   constexpr float rounds = 12582912.0f;
@@ -159,6 +184,7 @@ RNNATTN_INLINE V exp(V x) {
   p = fma(p, r * r, r) + 1.0f;
   return scale_by_power(p, n);
 }
+#endif
 
 // tanh x within 6 ulp, a quotient of polynomials in x² (that of XLA and Eigen).
 RNNATTN_INLINE V tanh(V x) {
@@ -180,16 +206,29 @@ RNNATTN_INLINE V tanh(V x) {
 // ½ + ½ tanh ½x.
 RNNATTN_INLINE V sigmoid(V x) { return fma(splat(0.5f), tanh(0.5f * x), splat(0.5f)); }
 
-// Of all lanes, halves first: one order for one instruction set.
-RNNATTN_INLINE float sum(V v) {
-  for (int half = W / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) v[i] += v[i + half];
+// The lanes of a vector, each in the place of that `by` of its bits away.
+template <int by, int... lane>
+RNNATTN_INLINE V swapped(V v, std::integer_sequence<int, lane...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(v, v, (lane ^ by)...);
+#else
+  return __builtin_shuffle(v, Integers{(lane ^ by)...});
+#endif
+}
+// Of all lanes, joined by `of`, which changes its first, halves first: one order for one instruction
+// set.
+template <int half = W / 2, class Of>
+RNNATTN_INLINE float of_lanes(V v, Of of) {
+  const V other = swapped<half>(v, std::make_integer_sequence<int, W>{});
+  of(v, other);
+  if constexpr (half > 1) return of_lanes<half / 2>(v, of);
   return v[0];
 }
+RNNATTN_INLINE float sum(V v) {
+  return of_lanes(v, [](V& a, const V& b) RNNATTN_LAMBDA { a += b; });
+}
 RNNATTN_INLINE float max(V v) {
-  float largest = v[0];
-  for (int i = 1; i < W; ++i) largest = v[i] > largest ? v[i] : largest;
-  return largest;
+  return of_lanes(v, [](V& a, const V& b) RNNATTN_LAMBDA { a = max(a, b); });
 }
 
 // Of two rows, every other `half` lanes of the first for those before them of the second.
