@@ -556,9 +556,9 @@ def test_wrong_shapes_are_errors_of_the_call():
     f32, shape = np.float32, jax.ShapeDtypeStruct
     absent = [np.zeros(0, t) for t in (f32, np.bool_)]
     integers = [np.zeros(0, np.int32)] * 5
-    q, k, v = np.ones((1, 4, 1, 1, 3), f32), np.ones((1, 5, 1, 3), f32), np.ones((1, 5, 1, 2), f32)
+    q, k, v = np.ones((1, 4, 1, 3), f32), np.ones((1, 5, 1, 3), f32), np.ones((1, 5, 1, 2), f32)
     scale = np.ones((1,) * 5, f32)
-    results = [shape((1, 4, 1, 1, 2), f32), shape((1, 1, 1, 4), f32)]
+    results = [shape((1, 4, 1, 2), f32), shape((1, 1, 1, 4), f32)]
 
     none = np.zeros(0, f32)
 
@@ -584,16 +584,18 @@ def test_wrong_shapes_are_errors_of_the_call():
             **calls.call_attributes(),
             **attributes,
         }
-        return jax.ffi.ffi_call("rnnattn.attention_forward.v4", results)(*arguments, **options)
+        return jax.ffi.ffi_call("rnnattn.attention_forward.v5", results)(*arguments, **options)
 
-    np.testing.assert_allclose(call()[0], np.ones((1, 4, 1, 1, 2)))
+    np.testing.assert_allclose(call()[0], np.ones((1, 4, 1, 2)))
     for wrong, name in (
         ({"k": np.ones((1, 5, 1, 4), f32)}, "key"),
         ({"k": np.ones((1, 6, 1, 3), f32)}, "value"),
         ({"v": np.ones((1, 5, 2, 2), f32)}, "value"),
-        ({"q": np.ones((1, 1, 4, 3), f32)}, "query"),
-        ({"q": np.ones((1, 4, 1, 1, 3), np.int32)}, "query"),
-        ({"q": np.ones((1, 0, 1, 1, 3), f32)}, "query"),
+        ({"q": np.ones((1, 1, 1, 4, 3), f32)}, "query"),
+        ({"q": np.ones((1, 4, 1, 3), np.int32)}, "query"),
+        ({"q": np.ones((1, 0, 1, 3), f32)}, "query"),
+        ({"k": np.ones((1, 5, 2, 3), f32)}, "query: heads"),
+        ({"k": np.ones((1, 5, 0, 3), f32)}, "query: heads"),
         ({"scale": np.ones((2, 1, 1, 1, 1), f32)}, "scale"),
         ({"scale": np.ones((0, 1, 1, 1, 1), f32)}, "scale"),
         ({"offset": (0, 0)}, "offset"),

@@ -277,14 +277,14 @@ def test_wrong_pages_are_errors_of_the_call():
     """Which `paged_attention` never hands over: it would read where nothing is."""
     f32, ints = np.float32, partial(np.array, dtype=np.int32)
     none, absent = np.zeros(0, f32), np.zeros(0, np.int32)
-    shapes = (2, 1, 1, 1, 4), (2, 1, 1, 1)
+    shapes = (2, 1, 1, 4), (2, 1, 1, 1)
     results = [jax.ShapeDtypeStruct(shape, f32) for shape in shapes]
 
     def call(pages=((2, 0), (1, 2)), page_size=64):
         key = np.ones((3, page_size, 1, 4), f32)
         scale, mask = np.ones((1,) * 5, f32), np.zeros(0, np.bool_)
-        return jax.ffi.ffi_call("rnnattn.attention_paged_forward.v4", results)(
-            *(np.ones((2, 1, 1, 1, 4), f32), key, key, scale, none, mask, ints([0])),
+        return jax.ffi.ffi_call("rnnattn.attention_paged_forward.v5", results)(
+            *(np.ones((2, 1, 1, 4), f32), key, key, scale, none, mask, ints([0])),
             *([absent] * 5),
             *(none, none, ints(pages)),
             is_causal=False,
@@ -294,7 +294,7 @@ def test_wrong_pages_are_errors_of_the_call():
             **calls.call_attributes(),
         )
 
-    np.testing.assert_allclose(call()[0], np.ones((2, 1, 1, 1, 4)))
+    np.testing.assert_allclose(call()[0], np.ones((2, 1, 1, 4)))
     for wrong, message in (
         ({"pages": ((2, 0), (1, 3))}, "pages: a page that there is not"),
         ({"pages": ((-1, 0), (1, 2))}, "pages: a page that there is not"),

@@ -62,17 +62,37 @@ def _float32(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
+def _joined(x):
+    """(B, T, M, G, …) as (B, T, N, …), which is what the kernels read and write.
+
+    So arrays come and go as the caller has them. XLA copies a result with one axis more where two
+    of them are of size 1, as in decoding.
+    """
+    B, T, M, G, width = x.shape
+    return x.reshape(B, T, M * G, width)
+
+
+def _apart(x, M):
+    """(B, T, N, …) as (B, T, M, G, …)."""
+    B, T, N, width = x.shape
+    return x.reshape(B, T, M, N // M, width)
+
+
+def _joined_shape(x):
+    return jax.eval_shape(_joined, x)
+
+
 def _call(name, options, operands, masking, others, results, S):
     """A kernel's results, like these, given the operands with S keys, the masking and more."""
     q, k, v, scale, bias, *_ = operands
-    arguments = [q, k, v, scale, _given(bias), _given(masking.mask, jnp.bool), masking.offset]
+    arguments = [_joined(q), k, v, scale, _given(bias), _given(masking.mask, jnp.bool), masking.offset]
     integers = [masking.query_lengths, masking.key_lengths]
     integers += [masking.query_segments, masking.key_segments, masking.key_ranges]
     arguments += [_given(x, jnp.int32) for x in integers]
     arguments.append(_given(_by_distance(options, operands, masking, S)))
     left, right = options.window or (None, None)
     side = lambda x: np.int64(-1 if x is None else x)
-    found = jax.ffi.ffi_call(f"rnnattn.attention_{name}.v4", results)(
+    found = jax.ffi.ffi_call(f"rnnattn.attention_{name}.v5", results)(
         *arguments,
         *others,
         is_causal=options.is_causal,
@@ -86,9 +106,10 @@ def _call(name, options, operands, masking, others, results, S):
 
 def _by_kernel(name, options, operands, masking, S, *others):
     """O and L of a kernel."""
-    results = forward_results(options, operands, masking)
-    more = [_given(operands.sinks), *others]
-    return tuple(_call(name, options, operands, masking, more, results, S))
+    o, lse = forward_results(options, operands, masking)
+    more, results = [_given(operands.sinks), *others], [_joined_shape(o), lse]
+    o, lse = _call(name, options, operands, masking, more, results, S)
+    return _apart(o, operands.query.shape[2]), lse
 
 
 def _forward(options, operands, masking):
@@ -110,13 +131,14 @@ def _backward_of_part(options, operands, masking, o, lse, do, dlse):
     wants_dbias = bias is not None and options.bias_gradient
     wants_dscore = operands.score_arrays is not None and options.score_gradient
     (B, T, M, G, _), S = q.shape, k.shape[1]
-    results = [q, k, v, _float32(*bias.shape) if wants_dbias else _float32(0)]
+    results = [_joined_shape(q), k, v, _float32(*bias.shape) if wants_dbias else _float32(0)]
     results.append(_float32(B, M, G, 1, T + S - 1) if wants_dscore else _float32(0))
-    others = [o, lse, do, dlse]
+    others = [_joined(o), lse, _joined(do), dlse]
     dq, dk, dv, dbias, ddistances = _call(
         "backward", options, operands, masking, others, results, S
     )
     dscore = _score_gradient(options, operands, masking, ddistances) if wants_dscore else None
+    dq = _apart(dq, M)
     return Operands(dq, dk, dv, None, dbias if wants_dbias else None, None, dscore)
 
 

@@ -47,19 +47,21 @@ void fill(Checks& checks, Arguments& p, Buffer query, Buffer key, Buffer value, 
           Buffer bias, Buffer mask, Buffer offset, Buffer query_lengths, Buffer key_lengths,
           Buffer query_segments, Buffer key_segments, Buffer key_ranges, Buffer by_distance,
           const AttentionOptions& options, const Buffer* pages = nullptr) {
-  checks.require(query.dimensions().size() == 5, "query", "another rank than 5");
+  checks.require(query.dimensions().size() == 4, "query", "another rank than 4");
   checks.require(key.dimensions().size() == 4, "key", "another rank than 4");
   checks.require(value.dimensions().size() == 4, "value", "another rank than 4");
   if (checks.error()) return;
   const auto q = query.dimensions();
-  p.B = q[0], p.T = q[1], p.M = q[2], p.G = q[3], p.K = q[4];
   const auto keys = key.dimensions();
+  checks.require(keys[2] > 0 && q[2] % keys[2] == 0, "query", "heads that keys do not divide");
+  if (checks.error()) return;
+  p.B = q[0], p.T = q[1], p.M = keys[2], p.G = q[2] / keys[2], p.K = q[3];
   p.S = keys[1], p.V = value.dimensions()[3];
   if (pages) fill_pages(checks, p, *pages, keys[0], keys[1]);
   if (checks.error()) return;
   checks.require(query.element_count() > 0 && p.S > 0 && p.V > 0, "query, key, value", "empty");
   checks.require(p.T < INT32_MAX && p.S < INT32_MAX, "query, key", "too long");
-  p.query = checks.data<const Number>("query", query, {p.B, p.T, p.M, p.G, p.K});
+  p.query = checks.data<const Number>("query", query, {p.B, p.T, p.M * p.G, p.K});
   const int64_t rows = pages ? p.P : p.B, of_row = pages ? p.page_size : p.S;
   p.key = checks.data<const Number>("key", key, {rows, of_row, p.M, p.K});
   p.value = checks.data<const Number>("value", value, {rows, of_row, p.M, p.V});
@@ -93,9 +95,9 @@ ffi::Error forward_over(const Buffer* pages, ffi::ThreadPool pool, Buffer query,
                query_segments, key_segments, key_ranges, by_distance, options, pages);
   p.sinks = checks.optional<const float>("sinks", sinks, {1, p.M, p.G, 1});
   if (o->element_type() == ffi::F32)
-    p.o = checks.data<float>("o", *o, {p.B, p.T, p.M, p.G, p.V});
+    p.o = checks.data<float>("o", *o, {p.B, p.T, p.M * p.G, p.V});
   else
-    p.narrow_o = checks.data<Number>("o", *o, {p.B, p.T, p.M, p.G, p.V});
+    p.narrow_o = checks.data<Number>("o", *o, {p.B, p.T, p.M * p.G, p.V});
   p.lse = checks.data<float>("lse", *lse, {p.B, p.M, p.G, p.T});
   return run(
       "an attention", [](const Kernels& of) { return of.attention(Number{}).forward; }, checks,
@@ -125,11 +127,11 @@ ffi::Error backward_of(ffi::ThreadPool pool, Buffer query, Buffer key, Buffer va
   AttentionBackward<Number> p{};
   fill<Number>(checks, p, query, key, value, scale, bias, mask, offset, query_lengths, key_lengths,
                query_segments, key_segments, key_ranges, by_distance, options);
-  p.o = checks.data<const float>("o", o, {p.B, p.T, p.M, p.G, p.V});
+  p.o = checks.data<const float>("o", o, {p.B, p.T, p.M * p.G, p.V});
   p.lse = checks.data<const float>("lse", lse, {p.B, p.M, p.G, p.T});
-  p.d_o = checks.data<const Number>("do", d_o, {p.B, p.T, p.M, p.G, p.V});
+  p.d_o = checks.data<const Number>("do", d_o, {p.B, p.T, p.M * p.G, p.V});
   p.dlse = checks.data<const float>("dlse", dlse, {p.B, p.M, p.G, p.T});
-  p.dq = checks.data<Number>("dq", *dq, {p.B, p.T, p.M, p.G, p.K});
+  p.dq = checks.data<Number>("dq", *dq, {p.B, p.T, p.M * p.G, p.K});
   p.dk = checks.data<Number>("dk", *dk, {p.B, p.S, p.M, p.K});
   p.dv = checks.data<Number>("dv", *dv, {p.B, p.S, p.M, p.V});
   p.dbias = checks.of_logits<float>("dbias", *dbias, {p.B, p.M, p.G, p.T, p.S});

@@ -31,9 +31,9 @@ PyObject* targets(PyObject*, PyObject*) {
     const char* name;
     XLA_FFI_Handler* handler;
   } all[] = {
-      {"rnnattn.attention_forward.v4", rnnattn_attention_forward},
-      {"rnnattn.attention_paged_forward.v4", rnnattn_attention_paged_forward},
-      {"rnnattn.attention_backward.v4", rnnattn_attention_backward},
+      {"rnnattn.attention_forward.v5", rnnattn_attention_forward},
+      {"rnnattn.attention_paged_forward.v5", rnnattn_attention_paged_forward},
+      {"rnnattn.attention_backward.v5", rnnattn_attention_backward},
       {"rnnattn.lstm_forward.v2", rnnattn_lstm_forward},
       {"rnnattn.lstm_backward.v2", rnnattn_lstm_backward},
       {"rnnattn.gru_forward.v2", rnnattn_gru_forward},
