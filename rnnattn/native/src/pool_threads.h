@@ -39,6 +39,9 @@ namespace rnnattn {
 // Work items on XLA's pool. A call waits until its items are done, not until the tasks that it gave
 // the pool have run, and so waits for nobody's turn: a task that starts later than that finds no
 // item left and touches nothing of the call's.
+//
+// As many threads take part as the pool has, the calling one among them: with one more, each of
+// them would lose its core to another now and then, for as long as a short call takes.
 class PoolThreads final : public Threads {
  public:
   PoolThreads(xla::ffi::ThreadPool pool, int64_t limit) : pool_(pool), limit_(limit) {}
@@ -82,7 +85,7 @@ class PoolThreads final : public Threads {
 
  private:
   int64_t threads_for(int64_t limit) const {
-    int64_t threads = std::min(limit, pool_.num_threads() + 1);
+    int64_t threads = std::min(limit, pool_.num_threads());
     if (limit_ > 0) threads = std::min(threads, limit_);
     return std::max<int64_t>(threads, 1);
   }
@@ -107,16 +110,25 @@ class PoolThreads final : public Threads {
       if (done.fetch_add(count, std::memory_order_acq_rel) + count == items) {
         std::lock_guard<std::mutex> lock(mutex);
         all_done.notify_one();
+      } else {
+        stay_awake();
       }
     }
 
+    bool finished() const { return done.load(std::memory_order_acquire) == items; }
+
+    // Until the others are done, too, for some tenths of a millisecond at most: to wake a thread for
+    // the next call would take longer than many a call does.
+    void stay_awake() const {
+      for (int i = 0; i < 5000 && !finished(); ++i) RNNATTN_PAUSE();
+    }
+
     void wait() {
-      const auto finished = [this] { return done.load(std::memory_order_acquire) == items; };
       // the others are mostly about to be done, and going to sleep would take longer
       for (int i = 0; i < 100; ++i, std::this_thread::yield())
         if (finished()) return;
       std::unique_lock<std::mutex> lock(mutex);
-      all_done.wait(lock, finished);
+      all_done.wait(lock, [this] { return finished(); });
     }
   };
 
