@@ -85,7 +85,8 @@ def _joined_shape(x):
 def _call(name, options, operands, masking, others, results, S):
     """A kernel's results, like these, given the operands with S keys, the masking and more."""
     q, k, v, scale, bias, *_ = operands
-    arguments = [_joined(q), k, v, scale, _given(bias), _given(masking.mask, jnp.bool), masking.offset]
+    mask = _given(masking.mask, jnp.bool)
+    arguments = [_joined(q), k, v, scale, _given(bias), mask, masking.offset]
     integers = [masking.query_lengths, masking.key_lengths]
     integers += [masking.query_segments, masking.key_segments, masking.key_ranges]
     arguments += [_given(x, jnp.int32) for x in integers]

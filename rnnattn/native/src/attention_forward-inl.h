@@ -157,8 +157,8 @@ static void begin_rows(const AttentionForward<Number>& p, const Rows& rows, bool
   zero(my.o, count * whole_vectors(p.V));
 }
 
-// What is hidden has weight 0, which NaN and ∞ among the values pass through. They are rare: a set of
-// rows is computed as if there were none, and once more, with what is hidden zeroed, if there is
+// What is hidden has weight 0, which NaN and ∞ among the values pass through. They are rare: a set
+// of rows is computed as if there were none, and once more, with what is hidden zeroed, if there is
 // NaN or ∞ among what comes.
 enum class Values { finite, any };
 

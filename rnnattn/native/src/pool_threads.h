@@ -117,8 +117,8 @@ class PoolThreads final : public Threads {
 
     bool finished() const { return done.load(std::memory_order_acquire) == items; }
 
-    // Until the others are done, too, for some tenths of a millisecond at most: to wake a thread for
-    // the next call would take longer than many a call does.
+    // Until the others are done, too, for some tenths of a millisecond at most: to wake a thread
+    // for the next call would take longer than many a call does.
     void stay_awake() const {
       for (int i = 0; i < 5000 && !finished(); ++i) RNNATTN_PAUSE();
     }

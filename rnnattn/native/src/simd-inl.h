@@ -215,8 +215,8 @@ RNNATTN_INLINE V swapped(V v, std::integer_sequence<int, lane...>) {
   return __builtin_shuffle(v, Integers{(lane ^ by)...});
 #endif
 }
-// Of all lanes, joined by `of`, which changes its first, halves first: one order for one instruction
-// set.
+// Of all lanes, joined by `of`, which changes its first, halves first: one order for one
+// instruction set.
 template <int half = W / 2, class Of>
 RNNATTN_INLINE float of_lanes(V v, Of of) {
   const V other = swapped<half>(v, std::make_integer_sequence<int, W>{});
