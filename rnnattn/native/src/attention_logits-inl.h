@@ -31,13 +31,12 @@ static void mask_outside(const Row& row, float* s) {
   const int64_t first = least(most(row.sees.first - row.first, row.from), row.to);
   const int64_t past = most(least(row.sees.past - row.first, row.to), first);
   const V hidden = splat(-INFINITY);
-  const auto before = [](int64_t j, int64_t n) { return first_lanes(static_cast<int>(n - j)); };
   int64_t j = row.from;
   for (; j + W <= first; j += W) store(s + j, hidden);
-  if (j < first) store(s + j, where(before(j, first), hidden, load(s + j)));
+  if (j < first) store(s + j, where(first_lanes(first - j), hidden, load(s + j)));
   j = past / W * W;
   if (j < past) {
-    store(s + j, where(before(j, past), load(s + j), hidden));
+    store(s + j, where(first_lanes(past - j), load(s + j), hidden));
     j += W;
   }
   for (; j < row.to; j += W) store(s + j, hidden);

@@ -43,16 +43,16 @@ RNNATTN_INLINE V fma(V a, V b, V c) { return a * b + c; }
 // Of which lanes something holds: the first n; and a of these, b of the others.
 #if RNNATTN_LANES == 16
 using Lanes = __mmask16;
-RNNATTN_INLINE Lanes first_lanes(int n) { return static_cast<Lanes>((1u << n) - 1); }
+RNNATTN_INLINE Lanes first_lanes(int64_t n) { return static_cast<Lanes>((1u << n) - 1); }
 RNNATTN_INLINE V where(Lanes holds, V a, V b) { return _mm512_mask_blend_ps(holds, b, a); }
 #else
 using Lanes = Integers;
 template <int... lane>
-RNNATTN_INLINE Lanes first_lanes(int n, std::integer_sequence<int, lane...>) {
+RNNATTN_INLINE Lanes first_lanes(int32_t n, std::integer_sequence<int, lane...>) {
   return Integers{lane...} < n;
 }
-RNNATTN_INLINE Lanes first_lanes(int n) {
-  return first_lanes(n, std::make_integer_sequence<int, W>{});
+RNNATTN_INLINE Lanes first_lanes(int64_t n) {
+  return first_lanes(static_cast<int32_t>(n), std::make_integer_sequence<int, W>{});
 }
 RNNATTN_INLINE V where(Lanes holds, V a, V b) { return holds ? a : b; }
 #endif
