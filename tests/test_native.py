@@ -526,6 +526,23 @@ def test_programs_for_a_cpu_call_the_kernels_and_exported_ones_do_not():
     assert "rnnattn.attention" not in foreign.as_text()
 
 
+@pytest.mark.parametrize(
+    ("B", "T", "N", "M"), [(2, 1, 3, 3), (2, 1, 4, 1), (2, 5, 1, 1), (1, 1, 1, 1), (1, 2, 2, 1)]
+)
+def test_no_result_is_copied(B, T, N, M):
+    """As XLA did where two axes of a result that a reshape joins were of size 1."""
+    array = lambda *shape: jax.ShapeDtypeStruct((B, *shape, 8), jnp.float32)
+    operands = array(T, N), array(6, M), array(6, M)
+
+    def gradients(operands, do):
+        o, pullback = jax.vjp(partial(dot_product_attention, **NATIVE), *operands)
+        return o, pullback(do)
+
+    program = jax.jit(gradients).lower(operands, array(T, N)).compile().as_text()
+    assert "rnnattn.attention_backward" in program
+    assert " copy(" not in program and " transpose(" not in program
+
+
 # ---- what it cannot serve, and where it is not -------------------------------------------------
 
 
