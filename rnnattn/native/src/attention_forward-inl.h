@@ -63,6 +63,14 @@ struct ForwardPlan {
   }
 };
 
+// Whether so many rows meet keys in columns. To sum over the lanes of products with keys in rows
+// takes as long for each row, to turn keys over grows with their width: of those that are streamed,
+// the latter is the faster where rows are many beside the width, but for pairs.
+template <class Number>
+static bool keys_in_columns(const Attention& p, bool streamed, int64_t rows) {
+  return !streamed || (!IN_PAIRS<Number> && rows * (W / 2) > p.K);
+}
+
 // The softmax of all rows after each part of the keys, where there are several.
 struct PartsOfSoftmax {
   Memory memory;
@@ -90,7 +98,8 @@ struct ForwardMemory {
     const int64_t rows = least(FORWARD_ROWS, p.G * p.T), all = rows * plan.heads;
     const int64_t keys = least(plan.keys, whole_panels(p.S));
     q = memory.take<Operand>(all * whole_along<Operand>(p.K));
-    k = memory.take<Operand>(ALIKE<Number> && plan.streamed ? 0 : keys * whole_along<Operand>(p.K));
+    const bool in_rows = ALIKE<Number> && !keys_in_columns<Number>(p, plan.streamed, rows);
+    k = memory.take<Operand>(in_rows ? 0 : keys * whole_along<Operand>(p.K));
     scale = IN_PAIRS<Number> ? memory.take(all) : nullptr;
     v = memory.take(keys * whole_vectors(p.V));
     s = memory.take(least(ROWS, rows) * STRIDE);
@@ -259,7 +268,8 @@ template <class Packed, class Number>
 static void see_keys(const AttentionForward<Number>& p, const Rows& rows, Range keys, bool streamed,
                      Values of, const ForwardMemory<Number>& my) {
   const int64_t count = rows.count(), q_width = whole_along<Operand<Number>>(p.K);
-  Against<Operand<Number>> k{streamed ? nullptr : my.k, {my.k, q_width}};
+  const bool columns = keys_in_columns<Number>(p, streamed, count);
+  Against<Operand<Number>> k{columns ? my.k : nullptr, {my.k, q_width}};
   if constexpr (ALIKE<Number>) k.rows = rows_in_place(p, p.key, p.K, rows.b, rows.m, keys);
   Packed values(p, rows, keys, streamed, of, my);
   bool packed = false;
@@ -275,7 +285,7 @@ static void see_keys(const AttentionForward<Number>& p, const Rows& rows, Range 
     if (block.empty()) continue;
     if (!packed) {
       packed = true;
-      if (!streamed)
+      if (columns)
         pack_columns(p, p.key, p.K, rows.b, rows.m, keys, my.k);
       else if constexpr (!ALIKE<Number>)
         pack_rows(p, p.key, p.K, rows.b, rows.m, keys, my.k);
