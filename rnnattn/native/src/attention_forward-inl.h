@@ -68,7 +68,7 @@ struct ForwardPlan {
 // the latter is the faster where rows are many beside the width, but for pairs.
 template <class Number>
 static bool keys_in_columns(const Attention& p, bool streamed, int64_t rows) {
-  return !streamed || (!IN_PAIRS<Number> && rows * (W / 2) > p.K);
+  return !streamed || (!IN_PAIRS<Number> && rows * W > p.K);
 }
 
 // The softmax of all rows after each part of the keys, where there are several.
@@ -183,7 +183,7 @@ class ValueRows {
         my_(my),
         v_(rows_in_place(p, p.value, p.V, rows.b, rows.m, keys)),
         finite_(values == Values::finite),
-        in_place_((streamed || rows.count() <= ROWS) && ALIKE<Number> && finite_ &&
+        in_place_(streamed && ALIKE<Number> && finite_ &&
                   vectors_in_place(p, p.V, rows.b, rows.m, keys)) {}
 
   // Before the first block of rows.

@@ -215,20 +215,12 @@ RNNATTN_INLINE V swapped(V v, std::integer_sequence<int, lane...>) {
   return __builtin_shuffle(v, Integers{(lane ^ by)...});
 #endif
 }
-// Of all lanes, joined by `of`, which changes its first, halves first: one order for one
-// instruction set.
-template <int half = W / 2, class Of>
-RNNATTN_INLINE float of_lanes(V v, Of of) {
-  const V other = swapped<half>(v, std::make_integer_sequence<int, W>{});
-  of(v, other);
-  if constexpr (half > 1) return of_lanes<half / 2>(v, of);
-  return v[0];
-}
+// Of all lanes, halves first: one order for one instruction set.
+template <int half = W / 2>
 RNNATTN_INLINE float sum(V v) {
-  return of_lanes(v, [](V& a, const V& b) RNNATTN_LAMBDA { a += b; });
-}
-RNNATTN_INLINE float max(V v) {
-  return of_lanes(v, [](V& a, const V& b) RNNATTN_LAMBDA { a = max(a, b); });
+  v += swapped<half>(v, std::make_integer_sequence<int, W>{});
+  if constexpr (half > 1) return sum<half / 2>(v);
+  return v[0];
 }
 
 // Of two rows, every other `half` lanes of the first for those before them of the second.
