@@ -538,7 +538,7 @@ def test_no_result_is_copied(B, T, N, M):
         o, pullback = jax.vjp(partial(dot_product_attention, **NATIVE), *operands)
         return o, pullback(do)
 
-    program = jax.jit(gradients).lower(operands, array(T, N)).compile().as_text()
+    program = str(jax.jit(gradients).lower(operands, array(T, N)).compile().as_text())
     assert "rnnattn.attention_backward" in program
     assert " copy(" not in program and " transpose(" not in program
 
