@@ -206,8 +206,8 @@ class ValueRows {
  private:
   KeyRows<float> packed() const { return {my_.v, whole_vectors(p_.V)}; }
   void pack_packed() { pack_rows(p_, p_.value, p_.V, rows_.b, rows_.m, keys_, my_.v); }
-  template <class Values>
-  void add_products_with(const KeyRows<Values>& v, const Block& block, int64_t r) {
+  template <class Value>
+  void add_products_with(const KeyRows<Value>& v, const Block& block, int64_t r) {
     const int64_t width = whole_vectors(p_.V);
     product<Stored::by_row, From::scaled>(block.rows, width / W, block.seen(), my_.s + block.from,
                                           STRIDE, v.data + block.from * v.stride, v.stride,
@@ -266,12 +266,12 @@ class ValuePairs {
 // The softmax of rows of a head after a block of keys more.
 template <class Packed, class Number>
 static void see_keys(const AttentionForward<Number>& p, const Rows& rows, Range keys, bool streamed,
-                     Values of, const ForwardMemory<Number>& my) {
+                     Values values, const ForwardMemory<Number>& my) {
   const int64_t count = rows.count(), q_width = whole_along<Operand<Number>>(p.K);
   const bool columns = keys_in_columns<Number>(p, streamed, count);
   Against<Operand<Number>> k{columns ? my.k : nullptr, {my.k, q_width}};
   if constexpr (ALIKE<Number>) k.rows = rows_in_place(p, p.key, p.K, rows.b, rows.m, keys);
-  Packed values(p, rows, keys, streamed, of, my);
+  Packed v(p, rows, keys, streamed, values, my);
   bool packed = false;
   if (streamed) {
     prefetch_share(p, p.key, p.K, rows.b, rows.m, keys.past, keys.past - keys.first);
@@ -289,16 +289,16 @@ static void see_keys(const AttentionForward<Number>& p, const Rows& rows, Range 
         pack_columns(p, p.key, p.K, rows.b, rows.m, keys, my.k);
       else if constexpr (!ALIKE<Number>)
         pack_rows(p, p.key, p.K, rows.b, rows.m, keys, my.k);
-      values.pack();
+      v.pack();
     }
     const QueryRows<Operand<Number>> q{my.q + r * q_width,
                                        IN_PAIRS<Number> ? my.scale + r : nullptr};
     logits(p, block, rows, my.ranges + r, r, q, k, my.s, nullptr);
-    values.hide(block);
+    v.hide(block);
     for (int64_t i = 0; i < block.rows; i += W)
       weigh(block, least(W, block.rows - i), my.s + i * STRIDE, my.peak + r + i,
             my.total + (r + i) * W, my.shrink + i);
-    values.add(block, r);
+    v.add(block, r);
   }
 }
 template <class Number>

@@ -41,10 +41,10 @@ constexpr int64_t LEAST_ITEMS = 16;  // if there are as many key blocks
 constexpr int64_t LEAST_KEYS_OF_A_PART = 256;  // forward, of packed ones
 // Multiply-adds: with fewer, another thread does not pay.
 constexpr int64_t WORK_OF_A_THREAD = 1 << 20;
-// What is done once for a row, however few keys there are, takes as long as so many.
-constexpr int64_t WORK_OF_A_ROW = 1 << 13;
 // The same in numbers of keys and values, where they are streamed.
 constexpr int64_t NUMBERS_OF_A_THREAD = 1 << 16;
+// As so many multiply-adds takes what is done once for a row, however few keys there are.
+constexpr int64_t WORK_OF_A_ROW = 1 << 13;
 
 struct Range {
   int64_t first, past;

@@ -343,14 +343,13 @@ struct ProductTile {
 };
 
 // C = A B, or C + A B, of `columns` vectors. B is in panels of TILE_COLUMNS: the next one is
-// `b_panel` numbers on. TILE_COLUMNS where B is one matrix, and then tiles are about as wide as one
-// another.
+// `b_panel` numbers on, TILE_COLUMNS where B is one matrix: its tiles are as even as can be.
 template <Stored stored, From from, class Number>
 static void product(int64_t rows, int64_t columns, int64_t steps, const float* a, int64_t a_stride,
                     const Number* b, int64_t b_stride, int64_t b_panel, float* c, int64_t c_stride,
                     const float* scale = nullptr) {
+  const bool even = b_panel == TILE_COLUMNS;
   for (int64_t tiles = ceil_div(columns, TILE_VECTORS); tiles > 0; --tiles) {
-    const bool even = b_panel == TILE_COLUMNS;
     const int64_t width = even ? ceil_div(columns, tiles) : least(columns, TILE_VECTORS);
     as_constant<TILE_VECTORS>(width, [&](auto N) RNNATTN_LAMBDA {
       over_tiles<TILE_ROWS>(0, rows,
