@@ -30,13 +30,17 @@ RNNATTN_INLINE void multiply(V (&sums)[R][N], int64_t steps, const float* a, int
       V column[R];
       unrolled<R>([&](auto r) RNNATTN_LAMBDA { column[r] = splat(a[r * a_row]); });
       unrolled<N>([&](auto n) RNNATTN_LAMBDA {
-        const V y = load_units(b + n * W, W);
+        V y = load_units(b + n * W, W);
+        if constexpr (R > 1) keep_in_register(y);
         unrolled<R>([&](auto r) RNNATTN_LAMBDA { sums[r][n] = fma(column[r], y, sums[r][n]); });
       });
       a += a_step;
     } else {
       V row[N];
-      unrolled<N>([&](auto n) RNNATTN_LAMBDA { row[n] = load_units(b + n * W, W); });
+      unrolled<N>([&](auto n) RNNATTN_LAMBDA {
+        row[n] = load_units(b + n * W, W);
+        if constexpr (R > 1) keep_in_register(row[n]);
+      });
       unrolled<R>([&](auto r) RNNATTN_LAMBDA {
         const V x = splat(a[r * a_row + step * a_step]);
         unrolled<N>([&](auto n) RNNATTN_LAMBDA { sums[r][n] = fma(x, row[n], sums[r][n]); });
@@ -139,6 +143,7 @@ RNNATTN_INLINE void accumulate(V (&sums)[R][N], int64_t steps, const Bfloat16* a
     unrolled<N>([&](auto n) RNNATTN_LAMBDA {
       Pairs y;
       __builtin_memcpy(&y, b + 2 * n * W, sizeof y);
+      if constexpr (R > 1) keep_in_register(y);
       unrolled<R>([&](auto r) RNNATTN_LAMBDA { sums[r][n] = dot(sums[r][n], column[r], y); });
     });
   }

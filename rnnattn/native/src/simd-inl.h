@@ -37,6 +37,19 @@ RNNATTN_INLINE V load(const float* p) {
 }
 RNNATTN_INLINE void store(float* p, V v) { __builtin_memcpy(p, &v, sizeof v); }
 
+// A vector that several products read is to be read from memory once. Compilers would read it again
+// for each where these are three or fewer, as such an instruction may have one operand in memory.
+template <class Vector>
+RNNATTN_INLINE void keep_in_register(Vector& v) {
+#if RNNATTN_LANES == 16
+  asm("" : "+v"(v));
+#elif defined(__x86_64__)
+  asm("" : "+x"(v));
+#else
+  (void)v;
+#endif
+}
+
 // a b + c, contracted where the target has a fused multiply-add.
 RNNATTN_INLINE V fma(V a, V b, V c) { return a * b + c; }
 
