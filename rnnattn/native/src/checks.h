@@ -138,11 +138,11 @@ ffi::Error by_dtype(Of of, ffi::ThreadPool pool, Buffer first, Others... others)
   }
 }
 
-// The threads of a kernel of so much work, of which `share` pays for waking one.
+// The threads of a kernel: as many as are asked for, or of so much work, of which `share` pays for
+// waking one.
 inline int64_t threads_for(ffi::ThreadPool pool, int64_t asked_for, int64_t work, int64_t share) {
-  int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
-  if (asked_for > 0) threads = std::min(threads, asked_for);
-  return std::min(threads, 1 + work / share);
+  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
+  return std::min(threads, asked_for > 0 ? asked_for : 1 + work / share);
 }
 
 }  // namespace rnnattn

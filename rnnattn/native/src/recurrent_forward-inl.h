@@ -404,19 +404,22 @@ static int64_t groups_of(const Recurrent<Number>& s) {
   return most(1, least(s.threads, s.B / FEW_ROWS));
 }
 
-// How many threads can share out the units: none that has less to do than waiting takes.
+// How many threads can share out the units: none that has less to do than waiting takes. A row alone
+// takes as long as a few, which is how long it takes to read the weights.
 template <class Unit, class Number>
 static int64_t members_of(const Recurrent<Number>& s) {
-  const int64_t worth = s.B * s.R * s.G * s.H / SHARE;
+  const int64_t worth = most(s.B, FEW_ROWS) * s.R * s.G * s.H / SHARE;
   return most(1, least(least(s.threads, tiles_across<Unit>(s.H)), worth));
 }
 
-// Whether they do, there being too few rows to share out: each then reads a part of the weights
-// alone, and waits for the others after every step.
+// Whether they do, there being too few rows to share out, or too few to read so many weights for in
+// every step: each then reads a part of these alone, and waits for the others after the step.
 template <class Unit, class Number>
-static bool shares_units(const Recurrent<Number>& s) {
+static bool shares_units(const Recurrent<Number>& s, int64_t weights) {
+  const int64_t members = members_of<Unit>(s), rows = ceil_div(s.B, groups_of(s));
   const int64_t with_enough = most(1, least(s.threads, s.B / ENOUGH_ROWS));
-  return s.B < FEW_ROWS || members_of<Unit>(s) > with_enough;
+  return s.B < FEW_ROWS || members > with_enough ||
+         (members > 1 && weights > WEIGHTS_OF_A_ROW * rows);
 }
 
 // The steps whose biases + x w_x are computed at once.
@@ -508,11 +511,12 @@ class Forward {
   bool run() {
     const int64_t T = s_.T, B = s_.B, H = s_.H, weights = Cells::size(s_.D, H, s_.R);
     const bool once = T == 1 && weights > CACHED && !HAS_Q<Unit>;
-    const bool by_units = !once && shares_units<Unit>(s_);
-    length_ = by_units ? chunk_of(s_) : s_.interval ? s_.interval : most(T, 1);
-    rows_of_x_ = by_units ? least(length_, T) * B : B;
+    const bool by_units = !once && shares_units<Unit>(s_, weights);
+    projects_ = by_units && !(Inputs<Number>::as_given(s_.D) && s_.D <= NARROW_X * B);
+    length_ = projects_ ? chunk_of(s_) : !by_units && s_.interval ? s_.interval : most(T, 1);
+    rows_of_x_ = projects_ ? least(length_, T) * B : B;
     const int64_t packed = once ? 0 : weights;
-    const bool has_panels = by_units && !s_.a;
+    const bool has_panels = projects_ && !s_.a;
     Memory size{nullptr};
     lay_out(size, packed, has_panels);
     const Allocation allocation(size.used);
@@ -620,7 +624,7 @@ class Forward {
     });
   }
 
-  // The biases + x w_x of many steps at once, then these.
+  // The biases + x w_x of many steps at once, then these; or step by step, if x is narrow.
   bool units_shared_out() const {
     const int64_t T = s_.T, B = s_.B, n = s_.interval;
     const Gates gates = Gates::in_rows<Unit>(s_.a, s_.H);
@@ -630,10 +634,14 @@ class Forward {
     over_steps(s_.reverse, 0, ceil_div(T, length_), [&](int64_t k) {
       const int64_t from = k * length_, to = least(from + length_, T);
       const Gates out = gates ? gates.from(from * B) : from_x_;
-      ok = ok && project<Unit, Number>(threads_, s_, cells_, inputs_, out, from, to - from);
+      if (projects_)
+        ok = ok && project<Unit, Number>(threads_, s_, cells_, inputs_, out, from, to - from);
       share_units<Unit, Number>(
           threads_, s_, cells_, state, from, to,
-          [&](int64_t t) { return step_at(t, nullptr, out.from((t - from) * B)); },
+          [&](int64_t t) {
+            return projects_ ? step_at(t, nullptr, out.from((t - from) * B))
+                             : step_at(t, inputs_.rows(t, 0, 0), Gates{});
+          },
           [&](const State& before, int64_t t, const Share& share) {
             const bool begins = n && (s_.reverse ? t == T - 1 || (t + 1) % n == 0 : t % n == 0);
             if (begins) keep(before, t / n, share, 0, B);
@@ -646,6 +654,7 @@ class Forward {
   Threads& threads_;
   const RecurrentForward<Number>& s_;
   int64_t length_ = 0, rows_of_x_ = 0;
+  bool projects_ = false;  // x w_x of many steps at once
   Operand* packed_ = nullptr;
   Gates from_x_{};
   Cells cells_{};

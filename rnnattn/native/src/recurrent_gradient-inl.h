@@ -147,7 +147,7 @@ class Backward {
     over_steps(!s_.reverse, 0, ceil_div(T, length_), [&](int64_t k) {
       const Chunk chunk = chunk_at(k);
       if (recomputes_a_) ok = ok && preactivations(chunk);
-      if (shares_units<Unit>(s_))
+      if (shares_units<Unit>(s_, s_.R * s_.G * H))
         ok = ok && steps_by_units(chunk);
       else
         ok = ok && over_groups(threads_, s_, [&](int64_t lo, int64_t hi) { steps(chunk, lo, hi); });

@@ -11,7 +11,8 @@
 namespace rnnattn {
 namespace {
 
-constexpr int64_t WORK_OF_A_THREAD = 1 << 18;  // multiply-adds that pay for waking another
+constexpr int64_t WORK_OF_A_THREAD = 1 << 21;  // multiply-adds that pay for waking another
+constexpr int64_t READING = 16;  // those that take as long as to read a weight and to pack it
 
 struct LstmOptions {
   bool reverse;
@@ -51,7 +52,7 @@ void fill(Checks& checks, Recurrent<Number>& p, ffi::ThreadPool pool, int64_t G,
   p.fresh = checks.optional<const uint8_t>("fresh", fresh, {p.T, p.B});
   p.reverse = options.reverse;
   p.interval = options.interval;
-  const int64_t work = p.T * p.B * (p.D + p.R) * G * p.H;
+  const int64_t work = (p.T * p.B + READING) * (p.D + p.R) * G * p.H;
   p.threads = threads_for(pool, options.threads, work, WORK_OF_A_THREAD);
 }
 
