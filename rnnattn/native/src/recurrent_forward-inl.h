@@ -496,8 +496,8 @@ static void enter(const Recurrent<Number>& s, const State<Operand<Number>>& stat
   if (s.c) copy_rows(c, s.H, state.c, state.c_stride, s.H, lo, hi);
 }
 
-// All steps. The rows of the batch are shared out, or the units where rows are few; a single step
-// with large weights goes through these block by block.
+// All steps. The rows of the batch are shared out, or the units where rows are few; one or two steps
+// with large weights go through these block by block.
 template <class Unit, class Number>
 class Forward {
   using Operand = rnnattn::RNNATTN_SET::Operand<Number>;
@@ -510,12 +510,12 @@ class Forward {
 
   bool run() {
     const int64_t T = s_.T, B = s_.B, H = s_.H, weights = Cells::size(s_.D, H, s_.R);
-    const bool once = T == 1 && weights > CACHED && !HAS_Q<Unit>;
-    const bool by_units = !once && shares_units<Unit>(s_, weights);
+    const bool by_blocks = T <= BLOCKWISE_STEPS && weights > CACHED && !HAS_Q<Unit>;
+    const bool by_units = !by_blocks && shares_units<Unit>(s_, weights);
     projects_ = by_units && !(Inputs<Number>::as_given(s_.D) && s_.D <= NARROW_X * B);
     length_ = projects_ ? chunk_of(s_) : !by_units && s_.interval ? s_.interval : most(T, 1);
     rows_of_x_ = projects_ ? least(length_, T) * B : B;
-    const int64_t packed = once ? 0 : weights;
+    const int64_t packed = by_blocks ? 0 : weights;
     const bool has_panels = projects_ && !s_.a;
     Memory size{nullptr};
     lay_out(size, packed, has_panels);
@@ -527,7 +527,7 @@ class Forward {
     advise_huge_pages(s_.y, T * B * s_.R);
     advise_huge_pages(s_.c_all, T * B * H);
     advise_huge_pages(s_.a, T * B * GATES<Unit> * H);
-    if (once) return block_by_block();
+    if (by_blocks) return block_by_block();
     return pack() && (by_units ? units_shared_out() : rows_shared_out());
   }
 
@@ -566,6 +566,11 @@ class Forward {
     if (s_.c) copy_rows(state.c, state.c_stride, s_.c_last, s_.H, s_.H, lo, hi);
   }
 
+  // Whether the state before step t is kept.
+  bool begins_interval(int64_t t) const {
+    const int64_t n = s_.interval;
+    return n && (s_.reverse ? t == s_.T - 1 || (t + 1) % n == 0 : t % n == 0);
+  }
   // The state before the steps of interval k: a share of rows [lo, hi).
   void keep(const State& state, int64_t k, const Share& share, int64_t lo, int64_t hi) const {
     const int64_t i = share.v * W, j = share.u * W;
@@ -578,35 +583,36 @@ class Forward {
     }
   }
 
-  // One step: a block of weights is packed in a core's cache, and multiplied by at once.
+  // Few steps: in each a block of weights is packed in a core's cache, and multiplied by at once.
   bool block_by_block() const {
     const Share all = all_of_it();
-    const Step step = step_at(0, inputs_.rows(0, 0, 0), Gates{});
     const int64_t floats = cells_.stride(s_.D, s_.R) / TOGETHER<Operand>;
     const int64_t panels = s_.projection ? ceil_div(all.v_past, TILE_VECTORS) : 0;
-    return over_groups(threads_, s_,
-                       [&](int64_t lo, int64_t hi) {
-                         enter_rows(lo, hi);
-                         inputs_.rows(0, lo, hi);
-                         if (s_.interval) keep(state_, 0, all, lo, hi);
-                         zero_fresh(state_, s_.fresh, s_.valid, lo, hi, all);
-                       }) &&
+    State state = state_;
+    enter_rows(0, s_.B);
+    bool ok = true;
+    over_steps(s_.reverse, 0, s_.T, [&](int64_t t) {
+      const Step step = step_at(t, inputs_.rows(t, 0, s_.B), Gates{});
+      if (begins_interval(t)) keep(state, t / s_.interval, all, 0, s_.B);
+      zero_fresh(state, mask_at(s_.fresh, t, s_.B), step.valid, 0, s_.B, all);
+      ok = ok &&
            parallel_for(threads_, tiles_across<Unit>(s_.H), s_.threads, floats,
                         [&](int64_t u, float* memory) {
                           Operand* block = reinterpret_cast<Operand*>(memory);
                           pack_cells<Unit, Number>(s_, u, block);
-                          if (s_.projection) pack_projection(s_, u * W, state_.projection.packed);
+                          if (s_.projection) pack_projection(s_, u * W, state.projection.packed);
                           advance<CellTile<Unit, Number>>(s_, Cells{block, s_.D, s_.H, s_.R, u},
-                                                          state_, step, u, u + 1, 0, s_.B);
+                                                          state, step, u, u + 1, 0, s_.B);
                         }) &&
-           parallel_for(threads_, panels, s_.threads, 0,
-                        [&](int64_t panel, float*) {
-                          const int64_t v = panel * TILE_VECTORS;
-                          project_state<Number>(s_, state_, step, v,
-                                                least(v + TILE_VECTORS, all.v_past), 0, s_.B);
-                        }) &&
-           over_groups(threads_, s_,
-                       [&](int64_t lo, int64_t hi) { leave_rows(state_.after(1), lo, hi); });
+           parallel_for(threads_, panels, s_.threads, 0, [&](int64_t panel, float*) {
+             const int64_t v = panel * TILE_VECTORS;
+             project_state<Number>(s_, state, step, v, least(v + TILE_VECTORS, all.v_past), 0,
+                                   s_.B);
+           });
+      state = state.after(1);
+    });
+    leave_rows(state, 0, s_.B);
+    return ok;
   }
 
   bool rows_shared_out() const {
@@ -626,7 +632,7 @@ class Forward {
 
   // The biases + x w_x of many steps at once, then these; or step by step, if x is narrow.
   bool units_shared_out() const {
-    const int64_t T = s_.T, B = s_.B, n = s_.interval;
+    const int64_t T = s_.T, B = s_.B;
     const Gates gates = Gates::in_rows<Unit>(s_.a, s_.H);
     State state = state_;
     enter_rows(0, B);
@@ -643,8 +649,7 @@ class Forward {
                              : step_at(t, inputs_.rows(t, 0, 0), Gates{});
           },
           [&](const State& before, int64_t t, const Share& share) {
-            const bool begins = n && (s_.reverse ? t == T - 1 || (t + 1) % n == 0 : t % n == 0);
-            if (begins) keep(before, t / n, share, 0, B);
+            if (begins_interval(t)) keep(before, t / s_.interval, share, 0, B);
           });
     });
     leave_rows(state, 0, B);

@@ -64,6 +64,7 @@ constexpr int64_t PROJECTED_ROWS = 96;   // of the batch and time, of an item of
 constexpr int64_t STEP_ROWS = 4;         // up to so many, few steps pack no weights
 constexpr int64_t STEP_UNITS = 256;      // of a work item of such a step
 constexpr int64_t CACHED = 1 << 17;      // weights of a step that may be packed all at once
+constexpr int64_t BLOCKWISE_STEPS = 2;   // up to so many, others are packed in each, block by block
 constexpr int64_t SMALL_STEP = 1 << 20;  // with fewer weights: one thread, and the third step packs
 constexpr int64_t CHUNK_ROWS = 2048;     // of the batch and time, of a chunk of the gradient
 constexpr int64_t CHUNK_FLOATS = 1 << 20;  // of its dz
