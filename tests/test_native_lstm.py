@@ -85,7 +85,8 @@ PROBLEMS = [
     ((600, 4, 3, 8), ("lengths", "resets"), False, "plain"),
     ((3, 14, 40, 70), ("resets",), False, "peepholes"),
     ((1, 14, 5, 200, 90), ("lengths", "resets"), False, "plain"),
-    ((12, 2, 3, 130), ("lengths", "resets"), True, "peepholes"),
+    ((2, 14, 90, 200, 97), ("lengths", "resets"), True, "peepholes"),  # block by block
+    ((12, 2, 20, 130), ("lengths", "resets"), True, "peepholes"),  # x w_x of all steps at once
     ((11, 5, 20, 100, 35), ("lengths", "resets"), False, "all"),
     ((9, 1, 3, 130, 75), ("lengths", "resets"), True, "plain"),
 ]
@@ -161,7 +162,7 @@ def test_any_number_of_threads_gives_the_same_bits(monkeypatch, dtype):
         ((6, 1, 5, 40), 3),
         ((6, 17, 5, 40, 20), "gates"),
         ((2, 23, 90, 80, 30), "states"),
-        ((1, 23, 90, 200, 97), "states"),  # weights that are packed block by block
+        ((2, 23, 90, 200, 97), "states"),  # weights that are packed block by block
         # units that are shared out, a barrier after each step
         *(
             ((30, B, 5, 150, R), residuals)
@@ -169,6 +170,7 @@ def test_any_number_of_threads_gives_the_same_bits(monkeypatch, dtype):
             for residuals in ("gates", "states", 4)
         ),
         ((9, 2, 300, 330), "states"),
+        ((5, 8, 20, 240), "gates"),  # of few rows beside the weights
     ]
     weights, variant = VARIANTS["all"]
     for shape, residuals in problems:
