@@ -404,8 +404,8 @@ static int64_t groups_of(const Recurrent<Number>& s) {
   return most(1, least(s.threads, s.B / FEW_ROWS));
 }
 
-// How many threads can share out the units: none that has less to do than waiting takes. A row alone
-// takes as long as a few, which is how long it takes to read the weights.
+// How many threads can share out the units: none that has less to do than waiting takes. A row
+// alone takes as long as a few, which is how long it takes to read the weights.
 template <class Unit, class Number>
 static int64_t members_of(const Recurrent<Number>& s) {
   const int64_t worth = most(s.B, FEW_ROWS) * s.R * s.G * s.H / SHARE;
@@ -496,8 +496,8 @@ static void enter(const Recurrent<Number>& s, const State<Operand<Number>>& stat
   if (s.c) copy_rows(c, s.H, state.c, state.c_stride, s.H, lo, hi);
 }
 
-// All steps. The rows of the batch are shared out, or the units where rows are few; one or two steps
-// with large weights go through these block by block.
+// All steps. The rows of the batch are shared out, or the units where rows are few; one or two
+// steps with large weights go through these block by block.
 template <class Unit, class Number>
 class Forward {
   using Operand = rnnattn::RNNATTN_SET::Operand<Number>;
@@ -595,20 +595,20 @@ class Forward {
       const Step step = step_at(t, inputs_.rows(t, 0, s_.B), Gates{});
       if (begins_interval(t)) keep(state, t / s_.interval, all, 0, s_.B);
       zero_fresh(state, mask_at(s_.fresh, t, s_.B), step.valid, 0, s_.B, all);
-      ok = ok &&
-           parallel_for(threads_, tiles_across<Unit>(s_.H), s_.threads, floats,
-                        [&](int64_t u, float* memory) {
-                          Operand* block = reinterpret_cast<Operand*>(memory);
-                          pack_cells<Unit, Number>(s_, u, block);
-                          if (s_.projection) pack_projection(s_, u * W, state.projection.packed);
-                          advance<CellTile<Unit, Number>>(s_, Cells{block, s_.D, s_.H, s_.R, u},
-                                                          state, step, u, u + 1, 0, s_.B);
-                        }) &&
-           parallel_for(threads_, panels, s_.threads, 0, [&](int64_t panel, float*) {
-             const int64_t v = panel * TILE_VECTORS;
-             project_state<Number>(s_, state, step, v, least(v + TILE_VECTORS, all.v_past), 0,
-                                   s_.B);
-           });
+      ok =
+          ok &&
+          parallel_for(threads_, tiles_across<Unit>(s_.H), s_.threads, floats,
+                       [&](int64_t u, float* memory) {
+                         Operand* block = reinterpret_cast<Operand*>(memory);
+                         pack_cells<Unit, Number>(s_, u, block);
+                         if (s_.projection) pack_projection(s_, u * W, state.projection.packed);
+                         advance<CellTile<Unit, Number>>(s_, Cells{block, s_.D, s_.H, s_.R, u},
+                                                         state, step, u, u + 1, 0, s_.B);
+                       }) &&
+          parallel_for(threads_, panels, s_.threads, 0, [&](int64_t panel, float*) {
+            const int64_t v = panel * TILE_VECTORS;
+            project_state<Number>(s_, state, step, v, least(v + TILE_VECTORS, all.v_past), 0, s_.B);
+          });
       state = state.after(1);
     });
     leave_rows(state, 0, s_.B);

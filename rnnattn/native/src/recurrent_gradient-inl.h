@@ -32,18 +32,102 @@ RNNATTN_INLINE void put_parts(Operand* to, V v, int64_t H) {
   store_units(to + rest_of<Unit>(H), v - rounded(Operand{}, v), W);
 }
 
+// What the weight gradient is a product of, rows of [x h₋ q 1] and of dz in panels: as they lie.
+template <class Operand>
+struct WeightOperands {
+  static constexpr int ROWS = GATE_TILE_ROWS;  // of a register tile
+  const float* xh;
+  int64_t stride;
+  Gates dz;
+
+  void take(Memory&, int64_t, int64_t, int64_t) {}
+  bool prepare(Threads&, int64_t, int64_t) const { return true; }
+
+  // sum += rows [m, m + R) of [x h₋ q 1]ᵀ dz: the vectors from `first` on of panel u, and `depth`
+  // rows from r on.
+  template <int first, int R, int N>
+  void add(V (&sum)[R][N], int64_t m, int64_t u, int64_t r, int64_t depth) const {
+    multiply<Held::a>(sum, depth, xh + r * stride + m, 1, stride,
+                      dz.data + u * dz.tile + r * dz.row + first * W, PANEL);
+  }
+};
+
+#if defined(RNNATTN_TILES)
+// By tiles of pairs: [x h₋ 1] turned over, which is of 16 bits as it is, and dz as the sum of two.
+template <>
+struct WeightOperands<Bfloat16> {
+  static constexpr int ROWS = PAIR_ROWS;
+  const float* xh;
+  int64_t stride;
+  Gates dz;
+  int64_t columns = 0, panels = 0, capacity = 0;
+  Bfloat16 *turned = nullptr, *pairs = nullptr;
+
+  // For so many rows, columns of [x h₋ 1] and panels of dz.
+  void take(Memory& memory, int64_t rows, int64_t columns_, int64_t panels_) {
+    columns = columns_, panels = panels_, capacity = whole_vectors(rows);
+    turned = memory.take<Bfloat16>(whole_vectors(columns) * turned_stride());
+    pairs = memory.take<Bfloat16>(panels * 2 * part());
+  }
+  bool prepare(Threads& threads, int64_t limit, int64_t rows) const {
+    return parallel_for(threads, panels + ceil_div(columns, W), limit, 0,
+                        [&](int64_t item, float*) {
+                          if (item < panels)
+                            pair_panel(item, rows);
+                          else
+                            turn_columns((item - panels) * W, rows);
+                        });
+  }
+  template <int first, int R, int N>
+  void add(V (&sum)[R][N], int64_t m, int64_t u, int64_t r, int64_t depth) const {
+    const int64_t steps = whole_steps<Bfloat16>(depth);
+    const Bfloat16* a = turned + m * turned_stride() + r;
+    const Bfloat16* b = pairs + u * 2 * part() + r * PANEL + 2 * first * W;
+    accumulate(sum, steps, a, turned_stride(), b, PANEL);
+    accumulate(sum, steps, a, turned_stride(), b + part(), PANEL);
+  }
+
+ private:
+  // Rows of a tile are not in the same set of a cache.
+  int64_t turned_stride() const { return capacity + LINE_BYTES / sizeof(Bfloat16); }
+  int64_t part() const { return capacity * PANEL; }
+
+  // Columns [m, m + W) as rows, zeros behind them to whole vectors.
+  void turn_columns(int64_t m, int64_t rows) const {
+    for (int64_t r = 0; r < rows; r += W) {
+      V block[W];
+      for (int64_t i = 0; i < W; ++i)
+        block[i] = r + i < rows ? load(xh + (r + i) * stride + m) : V{};
+      transpose(block);
+      for (int64_t i = 0; i < W; ++i)
+        store_units(turned + (m + i) * turned_stride() + r, block[i], W);
+    }
+  }
+  // Two rows of a panel in each 32 bits, zeros behind the last: the numbers rounded, and what that
+  // leaves.
+  void pair_panel(int64_t u, int64_t rows) const {
+    const float* row = dz.data + u * dz.tile;
+    Bfloat16 *to = pairs + u * 2 * part(), *rest = to + part();
+    for (int64_t r = 0; r < rows; r += 2, row += 2 * PANEL)
+      for (int64_t j = 0; j < PANEL; j += W) {
+        const V first = load(row + j), second = r + 1 < rows ? load(row + PANEL + j) : V{};
+        put_pairs(to, first, second);
+        put_pairs(rest, first - rounded(Bfloat16{}, first), second - rounded(Bfloat16{}, second));
+      }
+  }
+};
+#endif
+
 // A block of the weight gradient, rows [m, m + R) of [x h₋ q 1]ᵀ dz and one panel of dz, of those
 // gates that have a block in these rows.
-template <class Columns>
+template <class Columns, class Operand>
 struct WeightTile {
   int64_t D, K, past_q;  // where in a row x, h₋ and q end
   int64_t width, H;
   float *dw_x, *dw_h, *db;  // db of all gates
-  const float* a;           // [x h₋ q 1] of the first row of dz
-  int64_t stride;
-  const float* panel;  // of dz
-  int64_t depth, u;
-  bool adds;  // to what the gradient holds
+  const WeightOperands<Operand>& operands;
+  int64_t u, first, depth;  // the panel of dz, and rows of it
+  bool adds;                // to what the gradient holds
 
   template <int R>
   void run(int64_t m) const {
@@ -61,7 +145,7 @@ struct WeightTile {
           __builtin_prefetch(row[i] + Columns::at(FIRST + v, u, H), 1);
     }
     V sum[R][COUNT] = {};
-    multiply<Held::a>(sum, depth, a + m, 1, stride, panel + FIRST * W, PANEL);
+    operands.template add<FIRST>(sum, m, u, first, depth);
     unrolled<R>([&](auto i) RNNATTN_LAMBDA {
       unrolled<COUNT>([&](auto v) RNNATTN_LAMBDA {
         const int n = Columns::lanes(FIRST + v, u, H);
@@ -95,9 +179,9 @@ class Backward {
   using Chunk = recurrent::Chunk<Number>;
   using State = recurrent::State<Operand>;
   using Step = recurrent::Step<Number>;
-  // Whether dz w_hᵀ and the gates that are computed again are products of pairs. Those that give
-  // dx, dw and db are of float32: dz rounded for them would make their errors 1.4 times as large,
-  // and two parts of it are no faster.
+  // Whether dz w_hᵀ and the gates that are computed again are products of pairs. That which gives
+  // dx is of float32, as are those of dw and db but where they are of tiles: dz rounded for them
+  // would make their errors 1.4 times as large, and two parts of it are as fast only there.
   static constexpr bool PAIRS = !std::is_same_v<Operand, float>;
   static constexpr int GATES = recurrent::GATES<Unit>, VECTORS = recurrent::VECTORS<Unit>;
 
@@ -170,6 +254,8 @@ class Backward {
     dz_ = take_panels<Unit>(memory, H, rows);
     width_ = ceil_div(past_q() + 1, LINE) * LINE + LINE;
     xh_ = memory.take(rows * width_);
+    operands_ = {xh_, width_, dz_};
+    operands_.take(memory, rows, past_q() + 1, tiles_across<Unit>(H));
     dh_ = memory.take(s_.B * whole_vectors(R));
     if (HAS_Q<Unit>) dq_ = memory.take(s_.B * whole_vectors(R));
     if (s_.c) dc_ = memory.take(s_.B * whole_vectors(H));
@@ -548,22 +634,12 @@ class Backward {
     const int64_t D = s_.D, K = D + s_.R, width = s_.G * s_.H;
     for (int64_t first = 0; first < rows; first += DEPTH) {
       const auto add = [&](auto blocks, int64_t lo, int64_t hi) {
-        const WeightTile<Columns<Unit, decltype(blocks)>> tile{
-            D,
-            K,
-            past_q(),
-            width,
-            s_.H,
-            dw_x_,
-            dw_h_,
-            db_,
-            xh_ + first * width_,
-            width_,
-            dz_.data + u * dz_.tile + first * dz_.row,
-            least(DEPTH, rows - first),
-            u,
-            !is_first || first > 0};
-        over_tiles<GATE_TILE_ROWS>(most(m, lo), least(past, hi), tile);
+        const int64_t depth = least(DEPTH, rows - first);
+        const bool adds = !is_first || first > 0;
+        over_tiles<WeightOperands<Operand>::ROWS>(
+            most(m, lo), least(past, hi),
+            WeightTile<Columns<Unit, decltype(blocks)>, Operand>{
+                D, K, past_q(), width, s_.H, dw_x_, dw_h_, db_, operands_, u, first, depth, adds});
       };
       if constexpr (std::is_same_v<OfX, OfH>) {
         add(OfX{}, 0, K + 1);
@@ -634,7 +710,8 @@ class Backward {
       if (item < peepholes) return add_peepholes(chunk, is_first, item);
       add_projection(rows, is_first, item - peepholes);
     };
-    return parallel_for(threads_, blocks * panels + dx_items + peepholes + projections, s_.threads,
+    return operands_.prepare(threads_, s_.threads, rows) &&
+           parallel_for(threads_, blocks * panels + dx_items + peepholes + projections, s_.threads,
                         0, compute);
   }
 
@@ -670,6 +747,7 @@ class Backward {
   TransposedX to_x_{};
   Inputs<Number> inputs_{s_, nullptr};
   Gates dz_{};
+  WeightOperands<Operand> operands_{};
   float *xh_ = nullptr, *dh_ = nullptr, *dq_ = nullptr, *dc_ = nullptr;
   Operand *narrow_ = nullptr, *xh_pairs_ = nullptr;
   float *dw_x_ = nullptr, *dw_h_ = nullptr, *db_ = nullptr, *dpeephole_ = nullptr;

@@ -55,9 +55,9 @@ constexpr int GATE_ROWS<Bfloat16> = PAIR_ROWS;
 
 constexpr int PANEL = TILE_WIDTH * W;
 
-constexpr int64_t FEW_ROWS = 3;          // fewer for a thread do not pay
-constexpr int64_t ENOUGH_ROWS = 4;       // with fewer for each, the units are shared out instead
-constexpr int64_t SHARE = 1 << 16;       // products of a step that pay for waiting for another
+constexpr int64_t FEW_ROWS = 3;     // fewer for a thread do not pay
+constexpr int64_t ENOUGH_ROWS = 4;  // with fewer for each, the units are shared out instead
+constexpr int64_t SHARE = 1 << 16;  // products of a step that pay for waiting for another
 constexpr int64_t WEIGHTS_OF_A_ROW = 3 << 14;  // with more for each row of a thread, likewise
 constexpr int64_t NARROW_X = 8;          // columns for a row of a step: its x w_x is soon computed
 constexpr int64_t PROJECTED_ROWS = 96;   // of the batch and time, of an item of the projection
