@@ -172,17 +172,22 @@ class Backward {
   using OfX = typename Unit::OfX;
   using OfH = typename Unit::OfH;
   using Operand = rnnattn::RNNATTN_SET::Operand<Number>;
+  // Whether dz w_hᵀ and the gates that are computed again are products of pairs. Those that give
+  // dx, dw and db are that where they are of tiles, and else of float32: dz rounded for them would
+  // make their errors 1.4 times as large, and two parts of it are no faster without tiles.
+  static constexpr bool PAIRS = !std::is_same_v<Operand, float>;
+#if defined(RNNATTN_TILES)
+  using OfDx = Operand;
+#else
+  using OfDx = float;
+#endif
   using Cells = recurrent::Cells<Unit, Operand>;
   using TransposedH = Transposed<Unit, OfH, Operand>;
   using TransposedQ = Transposed<Unit, typename Unit::OfQ, Operand>;
-  using TransposedX = Transposed<Unit, OfX, float>;
+  using TransposedX = Transposed<Unit, OfX, OfDx>;
   using Chunk = recurrent::Chunk<Number>;
   using State = recurrent::State<Operand>;
   using Step = recurrent::Step<Number>;
-  // Whether dz w_hᵀ and the gates that are computed again are products of pairs. That which gives
-  // dx is of float32, as are those of dw and db but where they are of tiles: dz rounded for them
-  // would make their errors 1.4 times as large, and two parts of it are as fast only there.
-  static constexpr bool PAIRS = !std::is_same_v<Operand, float>;
   static constexpr int GATES = recurrent::GATES<Unit>, VECTORS = recurrent::VECTORS<Unit>;
 
  public:
@@ -250,7 +255,7 @@ class Backward {
     packed_cells_ = recomputes ? memory.take<Operand>(Cells::size(D, H, R)) : nullptr;
     packed_h_ = memory.take<Operand>(TransposedH::size(R, H));
     packed_q_ = memory.take<Operand>(TransposedQ::size(R, H));
-    packed_x_ = memory.take(TransposedX::size(D, H));
+    packed_x_ = memory.take<OfDx>(TransposedX::size(D, H));
     dz_ = take_panels<Unit>(memory, H, rows);
     width_ = ceil_div(past_q() + 1, LINE) * LINE + LINE;
     xh_ = memory.take(rows * width_);
@@ -268,7 +273,8 @@ class Backward {
     }
     if constexpr (PAIRS) {
       narrow_stride_ = 2 * rest_of<Unit>(H) + LINE;
-      narrow_ = memory.take<Operand>(2 * s_.B * narrow_stride_);
+      narrow_steps_ = std::is_same_v<OfDx, float> ? 2 : length_;
+      narrow_ = memory.take<Operand>(narrow_steps_ * s_.B * narrow_stride_);
       xh_stride_ = ceil_div(whole_steps<Operand>(D) + R, W) * W + LINE;
       if (recomputes_a_) xh_pairs_ = memory.take<Operand>(rows * xh_stride_);
     }
@@ -550,7 +556,7 @@ class Backward {
 
   // dz of a step as pairs, or null: while one step is read, the one before it is written.
   Operand* narrow(int64_t t, int64_t r) const {
-    return PAIRS ? narrow_ + (t % 2 * s_.B + r) * narrow_stride_ : nullptr;
+    return PAIRS ? narrow_ + (t % narrow_steps_ * s_.B + r) * narrow_stride_ : nullptr;
   }
 
   Panels<Operand> operand_of_step(const Chunk& chunk, int64_t t) const {
@@ -560,6 +566,13 @@ class Backward {
       return panels_of(dz_.from((t - chunk.from) * s_.B));
   }
 
+  // dz of all steps.
+  Panels<OfDx> operand_of_dx(const Chunk& chunk) const {
+    if constexpr (std::is_same_v<OfDx, float>)
+      return panels_of(dz_);
+    else
+      return operand_of_step(chunk, chunk.from);
+  }
   static Panels<float> panels_of(const Gates& dz) { return {dz.data, dz.row, dz.tile, 0}; }
 
   // What goes back from it, from dz of all units: dh₋, and nothing where a row is fresh. Where the
@@ -703,8 +716,8 @@ class Backward {
       }
       item -= blocks * panels;
       if (item < dx_items)
-        return times_transposed(panels_of(dz_), to_x_, s_.dx + chunk.from * s_.B * s_.D, false,
-                                s_.D, nullptr, 0, ceil_div(s_.D, W), rows * item / dx_items,
+        return times_transposed(operand_of_dx(chunk), to_x_, s_.dx + chunk.from * s_.B * s_.D,
+                                false, s_.D, nullptr, 0, ceil_div(s_.D, W), rows * item / dx_items,
                                 rows * (item + 1) / dx_items);
       item -= dx_items;
       if (item < peepholes) return add_peepholes(chunk, is_first, item);
@@ -738,9 +751,9 @@ class Backward {
   const RecurrentBackward<Number>& s_;
   int64_t length_ = 0, width_ = 0;
   bool recomputes_steps_ = false, recomputes_a_ = false;
-  int64_t narrow_stride_ = 0, xh_stride_ = 0;
+  int64_t narrow_stride_ = 0, narrow_steps_ = 0, xh_stride_ = 0;
   Operand *packed_cells_ = nullptr, *packed_h_ = nullptr, *packed_q_ = nullptr;
-  float* packed_x_ = nullptr;
+  OfDx* packed_x_ = nullptr;
   Cells cells_{};
   TransposedH to_h_{};
   TransposedQ to_q_{};
