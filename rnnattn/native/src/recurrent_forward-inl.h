@@ -601,7 +601,8 @@ class Forward {
                        [&](int64_t u, float* memory) {
                          Operand* block = reinterpret_cast<Operand*>(memory);
                          pack_cells<Unit, Number>(s_, u, block);
-                         if (s_.projection) pack_projection(s_, u * W, state.projection.packed);
+                         if (s_.projection && !state.turned)  // the first step
+                           pack_projection(s_, u * W, state.projection.packed);
                          advance<CellTile<Unit, Number>>(s_, Cells{block, s_.D, s_.H, s_.R, u},
                                                          state, step, u, u + 1, 0, s_.B);
                        }) &&

@@ -64,8 +64,8 @@ struct WeightOperands<Bfloat16> {
   Bfloat16 *turned = nullptr, *pairs = nullptr;
 
   // For so many rows, columns of [x h₋ 1] and panels of dz.
-  void take(Memory& memory, int64_t rows, int64_t columns_, int64_t panels_) {
-    columns = columns_, panels = panels_, capacity = whole_vectors(rows);
+  void take(Memory& memory, int64_t rows, int64_t width, int64_t tiles) {
+    columns = width, panels = tiles, capacity = whole_vectors(rows);
     turned = memory.take<Bfloat16>(whole_vectors(columns) * turned_stride());
     pairs = memory.take<Bfloat16>(panels * 2 * part());
   }
@@ -88,7 +88,7 @@ struct WeightOperands<Bfloat16> {
   }
 
  private:
-  // Rows of a tile are not in the same set of a cache.
+  // A cache line longer than the rows: those of a tile would fall into the same set of a cache.
   int64_t turned_stride() const { return capacity + LINE_BYTES / sizeof(Bfloat16); }
   int64_t part() const { return capacity * PANEL; }
 
@@ -554,7 +554,8 @@ class Backward {
     store_units(xh_ + row * width_ + s_.D + s_.R + j, reset(unit, a, before), n);
   }
 
-  // dz of a step as pairs, or null: while one step is read, the one before it is written.
+  // dz of a step as pairs, or null: while one step is read, the one before it is written. Where dx
+  // is of pairs, too, the steps of a chunk are kept.
   Operand* narrow(int64_t t, int64_t r) const {
     return PAIRS ? narrow_ + (t % narrow_steps_ * s_.B + r) * narrow_stride_ : nullptr;
   }
