@@ -398,10 +398,10 @@ static void advance_rows(const Recurrent<Number>& s, const Cells<Unit, Operand<N
   state = state.after(1);
 }
 
-// Into how many groups the rows are split, of FEW_ROWS at least.
+// Into how many groups the rows are split, of GROUP_ROWS at least.
 template <class Number>
 static int64_t groups_of(const Recurrent<Number>& s) {
-  return most(1, least(s.threads, s.B / FEW_ROWS));
+  return most(1, least(s.threads, s.B / GROUP_ROWS));
 }
 
 // How many threads can share out the units: none that has less to do than waiting takes. A row
@@ -541,9 +541,13 @@ class Forward {
   }
 
   bool pack() const {
-    return parallel_for(threads_, tiles_across<Unit>(s_.H), s_.threads, 0, [&](int64_t u, float*) {
-      pack_cells<Unit, Number>(s_, u, packed_ + u * cells_.stride(s_.D, s_.R));
-      if (s_.projection) pack_projection(s_, u * W, state_.projection.packed);
+    const int64_t tiles = tiles_across<Unit>(s_.H),
+                  items = most(ceil_div(tiles, PACKED_TILES), least(tiles, s_.threads));
+    return parallel_for(threads_, items, s_.threads, 0, [&](int64_t item, float*) {
+      const int64_t u = tiles * item / items, past = tiles * (item + 1) / items;
+      pack_cells<Unit, Number>(s_, u, past, packed_ + u * cells_.stride(s_.D, s_.R));
+      if (!s_.projection) return;
+      for (int64_t i = u; i < past; ++i) pack_projection(s_, i * W, state_.projection.packed);
     });
   }
 
@@ -600,7 +604,7 @@ class Forward {
           parallel_for(threads_, tiles_across<Unit>(s_.H), s_.threads, floats,
                        [&](int64_t u, float* memory) {
                          Operand* block = reinterpret_cast<Operand*>(memory);
-                         pack_cells<Unit, Number>(s_, u, block);
+                         pack_cells<Unit, Number>(s_, u, u + 1, block);
                          if (s_.projection && !state.turned)  // the first step
                            pack_projection(s_, u * W, state.projection.packed);
                          advance<CellTile<Unit, Number>>(s_, Cells{block, s_.D, s_.H, s_.R, u},

@@ -304,7 +304,7 @@ class Backward {
   // What is packed of a tile of units.
   void pack_units(int64_t u) const {
     if (packed_cells_)
-      pack_cells<Unit, Number>(s_, u, packed_cells_ + u * cells_.stride(s_.D, s_.R));
+      pack_cells<Unit, Number>(s_, u, u + 1, packed_cells_ + u * cells_.stride(s_.D, s_.R));
     if (!s_.projection) return;
     if (recomputes_steps_) pack_projection<Number>(s_, u * W, state_.projection.packed);
     pack_transposed_projection<Number>(s_, u * W, packed_p_);

@@ -55,7 +55,8 @@ constexpr int GATE_ROWS<Bfloat16> = PAIR_ROWS;
 
 constexpr int PANEL = TILE_WIDTH * W;
 
-constexpr int64_t FEW_ROWS = 3;     // fewer for a thread do not pay
+constexpr int64_t GROUP_ROWS = 2;   // fewer for a thread do not pay
+constexpr int64_t FEW_ROWS = 3;     // take as long as a row alone, the weights being read for these
 constexpr int64_t ENOUGH_ROWS = 4;  // with fewer for each, the units are shared out instead
 constexpr int64_t SHARE = 1 << 16;  // products of a step that pay for waiting for another
 constexpr int64_t WEIGHTS_OF_A_ROW = 3 << 14;  // with more for each row of a thread, likewise
@@ -66,6 +67,8 @@ constexpr int64_t STEP_UNITS = 256;      // of a work item of such a step
 constexpr int64_t CACHED = 1 << 17;      // weights of a step that may be packed all at once
 constexpr int64_t BLOCKWISE_STEPS = 2;   // up to so many, others are packed in each, block by block
 constexpr int64_t SMALL_STEP = 1 << 20;  // with fewer weights: one thread, and the third step packs
+constexpr int64_t PACKED_TILES = 16;     // of units, at once,
+constexpr int64_t PACKED_ROWS = 32;      // so many rows of the weights at a time
 constexpr int64_t CHUNK_ROWS = 2048;     // of the batch and time, of a chunk of the gradient
 constexpr int64_t CHUNK_FLOATS = 1 << 20;  // of its dz
 constexpr int64_t DEPTH = 512;  // rows of dz that a block of the weight gradient sums at once
@@ -178,35 +181,45 @@ RNNATTN_INLINE const Number* bias_block(const Recurrent<Number>& s, int k) {
   return k < s.G ? s.b + k * s.H : s.b_n;
 }
 
+// Tiles of units [u, past), of which `packed` is the first. A few rows of the weights at a time for
+// all of them: along a row memory is fetched ahead, and no two rows of large weights share a page.
 template <class Unit, class Number>
-static void pack_cells(const Recurrent<Number>& s, int64_t u, Operand<Number>* out) {
+static void pack_cells(const Recurrent<Number>& s, int64_t u, int64_t past,
+                       Operand<Number>* packed) {
   using Cells = recurrent::Cells<Unit, Operand<Number>>;
-  const int64_t H = s.H, width = s.G * H;
-  float* biases = reinterpret_cast<float*>(out);
-  for (int k = 0; k < Unit::CELLS; ++k)
-    for (int g = 0; g < GATES<Unit>; ++g) {
-      const Number* block = bias_block(s, Unit::OfBias::of(g));
-      const int n = units_of<Unit>(u, k, H);
-      put_steps(biases, block
-                            ? load_units(block + first_unit<Unit>(u, k), n) * splat(Unit::scale(g))
-                            : V{});
-    }
-  out += Cells::BIAS;
+  constexpr int64_t STEP = TOGETHER<Operand<Number>>;
+  const int64_t H = s.H, width = s.G * H, stride = Cells::stride(s.D, s.R);
+  for (int64_t i = u; i < past; ++i) {
+    float* biases = reinterpret_cast<float*>(packed + (i - u) * stride);
+    for (int k = 0; k < Unit::CELLS; ++k)
+      for (int g = 0; g < GATES<Unit>; ++g) {
+        const Number* block = bias_block(s, Unit::OfBias::of(g));
+        const int n = units_of<Unit>(i, k, H);
+        put_steps(
+            biases,
+            block ? load_units(block + first_unit<Unit>(i, k), n) * splat(Unit::scale(g)) : V{});
+      }
+  }
+  Operand<Number>* first = packed + Cells::BIAS;
   const auto put = [&](auto columns, const Number* w, int64_t K) RNNATTN_LAMBDA {
     using Columns = decltype(columns);
-    for (int64_t k = 0; k < K;
-         k += TOGETHER<Operand<Number>>, w += TOGETHER<Operand<Number>> * width)
-      unrolled<Columns::COUNT>([&](auto i) RNNATTN_LAMBDA {
-        constexpr int v = Columns::FIRST + i;
-        const Number* block = w + Columns::at(v, u, H);
-        const int n = Columns::lanes(v, u, H);
-        const V scale = splat(Unit::scale(Columns::gate(v)));
-        const V row = load_units(block, n) * scale;
-        if constexpr (TOGETHER<Operand<Number>> == 2)
-          put_pairs(out, row, k + 1 < K ? load_units(block + width, n) * scale : V{});
-        else
-          put_steps(out, row);
-      });
+    for (int64_t row = 0; row < K; row += PACKED_ROWS)
+      for (int64_t i = u; i < past; ++i) {
+        Operand<Number>* out = first + (i - u) * stride + row * Columns::COUNT * W;
+        for (int64_t k = row; k < least(row + PACKED_ROWS, K); k += STEP)
+          unrolled<Columns::COUNT>([&](auto c) RNNATTN_LAMBDA {
+            constexpr int v = Columns::FIRST + c;
+            const Number* block = w + k * width + Columns::at(v, i, H);
+            const int n = Columns::lanes(v, i, H);
+            const V scale = splat(Unit::scale(Columns::gate(v)));
+            const V numbers = load_units(block, n) * scale;
+            if constexpr (STEP == 2)
+              put_pairs(out, numbers, k + 1 < K ? load_units(block + width, n) * scale : V{});
+            else
+              put_steps(out, numbers);
+          });
+      }
+    first += Cells::template rows<Columns>(K);
   };
   put(typename Cells::OfX{}, s.w_x, s.D);
   put(typename Cells::OfH{}, s.w_h, s.R);
