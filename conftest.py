@@ -17,12 +17,15 @@ import pytest
 
 # Most of the suite's time goes into compiling programs that run for milliseconds. That takes two
 # thirds of it without LLVM's optimisations, and half of that with XLA's older emitter of loops; the
-# emitter is gone from 0.11 on, where an unknown flag ends the process. An XLA_FLAGS of one's own is
-# left as it is: `XLA_FLAGS=" " make test` compiles as users do.
-flags = ["--xla_backend_optimization_level=0"]
+# emitter is gone from 0.11 on, where an unknown flag ends the process. Each program as one module
+# of LLVM saves a fifth of the rest, and a twelfth that nothing says where in the sources an
+# operation comes from. An XLA_FLAGS of one's own is left as it is: `XLA_FLAGS=" " make test`
+# compiles as users do.
+flags = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
 if tuple(map(int, jaxlib.__version__.split(".")[:2])) < (0, 11):
     flags.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(flags))
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # of other processes
 # Tracing makes many objects, most of which live: to look for garbage among them as often as Python
 # does by itself takes a tenth of the time.
 gc.set_threshold(100_000)
@@ -30,6 +33,7 @@ matplotlib.use("Agg")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell
     signal.signal(signal.SIGINT, signal.default_int_handler)  # tests interrupt what they start
 jax.config.update("jax_num_cpu_devices", 8)  # what runs on several is tested on the CPU
+jax.config.update("jax_traceback_in_locations_limit", 0)
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
