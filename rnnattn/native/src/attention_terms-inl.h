@@ -42,7 +42,7 @@ RNNATTN_INLINE void put_terms(Bfloat16* to, int64_t second, V v) {
   const auto put = [](Bfloat16* at, V x) RNNATTN_LAMBDA {
     const __m256bh halves = _mm512_cvtneps_pbh(x);
     __builtin_memcpy(at, &halves, sizeof halves);
-    return widened(Bfloat16{}, __builtin_convertvector(reinterpret_cast<Halves>(halves), Words));
+    return widened(Bfloat16{}, words_of(reinterpret_cast<Halves>(halves)));
   };
   const V rest = v - put(to, v);
   put(to + second, rest == rest ? rest : V{});

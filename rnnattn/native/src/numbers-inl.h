@@ -20,6 +20,23 @@ RNNATTN_INLINE Words bits_of(V v) { return reinterpret_cast<Words>(v); }
 RNNATTN_INLINE V of_bits(Words bits) { return reinterpret_cast<V>(bits); }
 RNNATTN_INLINE Words choose(Words where, Words a, Words b) { return (a & where) | (b & ~where); }
 RNNATTN_INLINE Words where(Integers condition) { return reinterpret_cast<Words>(condition); }
+// Of the lower half of each, and back. Compilers would make two of what is one instruction.
+RNNATTN_INLINE Halves halves_of(Words words) {
+#if RNNATTN_LANES == 16
+  return reinterpret_cast<Halves>(
+      _mm512_maskz_cvtepi32_epi16(0xffff, reinterpret_cast<__m512i>(words)));
+#else
+  return __builtin_convertvector(words, Halves);
+#endif
+}
+RNNATTN_INLINE Words words_of(Halves halves) {
+#if RNNATTN_LANES == 16
+  return reinterpret_cast<Words>(
+      _mm512_maskz_cvtepu16_epi32(0xffff, reinterpret_cast<__m256i>(halves)));
+#else
+  return __builtin_convertvector(halves, Words);
+#endif
+}
 // As signed numbers, which every instruction set compares: those here are below 2³¹.
 RNNATTN_INLINE Integers signs_of(Words bits) { return reinterpret_cast<Integers>(bits); }
 
@@ -38,8 +55,7 @@ RNNATTN_INLINE Words narrowed(Bfloat16, V v) {
 
 RNNATTN_INLINE V widened(Float16, Words bits) {
 #if RNNATTN_LANES == 16
-  const Halves halves = __builtin_convertvector(bits, Halves);
-  return _mm512_maskz_cvtph_ps(0xffff, reinterpret_cast<__m256i>(halves));
+  return _mm512_maskz_cvtph_ps(0xffff, reinterpret_cast<__m256i>(halves_of(bits)));
 #else
   const Words sign = (bits & 0x8000u) << 16, rest = (bits & 0x7fffu) << 13;
   // 2⁻¹⁴ is subtracted again from what has no leading one; ∞ and NaN have the largest exponent
@@ -56,7 +72,7 @@ RNNATTN_INLINE Words narrowed(Float16, V v) {
 #if RNNATTN_LANES == 16
   constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   const __m256i halves = _mm512_maskz_cvtps_ph(0xffff, v, nearest);
-  return __builtin_convertvector(reinterpret_cast<Halves>(halves), Words);
+  return words_of(reinterpret_cast<Halves>(halves));
 #else
   const Words bits = bits_of(v), size = bits & 0x7fffffffu, sign = (bits & 0x80000000u) >> 16;
   // a number of that size in the last place of ½ is rounded as a subnormal one is
@@ -79,22 +95,42 @@ RNNATTN_INLINE void store_units(float* p, V v, int n) {
     store(p, v, n);
 }
 
+// n numbers of 16 bits, zeros behind them; and back.
+#if RNNATTN_LANES == 16
 template <class Number>
-RNNATTN_INLINE V load_units(const Number* p, int n) {
+RNNATTN_INLINE Halves load_halves(const Number* p, int n) {
+  return reinterpret_cast<Halves>(_mm256_maskz_loadu_epi16(first_lanes(n), p));
+}
+template <class Number>
+RNNATTN_INLINE void store_halves(Number* p, Halves halves, int n) {
+  _mm256_mask_storeu_epi16(p, first_lanes(n), reinterpret_cast<__m256i>(halves));
+}
+#else
+template <class Number>
+RNNATTN_INLINE Halves load_halves(const Number* p, int n) {
   Halves halves{};
   if (n == W)
     __builtin_memcpy(&halves, p, sizeof halves);
   else
     __builtin_memcpy(&halves, p, sizeof(Number) * static_cast<size_t>(n));
-  return widened(Number{}, __builtin_convertvector(halves, Words));
+  return halves;
 }
 template <class Number>
-RNNATTN_INLINE void store_units(Number* p, V v, int n) {
-  const Halves halves = __builtin_convertvector(narrowed(Number{}, v), Halves);
+RNNATTN_INLINE void store_halves(Number* p, Halves halves, int n) {
   if (n == W)
     __builtin_memcpy(p, &halves, sizeof halves);
   else
     __builtin_memcpy(p, &halves, sizeof(Number) * static_cast<size_t>(n));
+}
+#endif
+
+template <class Number>
+RNNATTN_INLINE V load_units(const Number* p, int n) {
+  return widened(Number{}, words_of(load_halves(p, n)));
+}
+template <class Number>
+RNNATTN_INLINE void store_units(Number* p, V v, int n) {
+  store_halves(p, halves_of(narrowed(Number{}, v)), n);
 }
 
 // What is left of v in memory of that type.
