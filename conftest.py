@@ -18,7 +18,7 @@ import pytest
 # Most of the suite's time goes into compiling programs that run for milliseconds. That takes two
 # thirds of it without LLVM's optimisations, and half of that with XLA's older emitter of loops; the
 # emitter is gone from 0.11 on, where an unknown flag ends the process. Each program as one module
-# of LLVM saves a fifth of the rest, and a twelfth that nothing says where in the sources an
+# of LLVM saves a fifth of the rest, and a tenth that nothing says where in the sources an
 # operation comes from. An XLA_FLAGS of one's own is left as it is: `XLA_FLAGS=" " make test`
 # compiles as users do.
 flags = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
