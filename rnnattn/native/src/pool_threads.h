@@ -7,11 +7,11 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
-#include <cstdlib>
 #include <memory>
 #include <mutex>
 #include <thread>
 
+#include "memory.h"
 #include "threads.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -50,10 +50,9 @@ class PoolThreads final : public Threads {
     if (items <= 0) return true;
     const int64_t threads = threads_for(std::min(items, limit));
     floats = (floats + LINE - 1) / LINE * LINE;
-    std::unique_ptr<float, void (*)(void*)> memory(nullptr, std::free);
+    std::unique_ptr<float, void (*)(float*)> memory(nullptr, give_back_memory);
     if (floats > 0) {
-      memory.reset(
-          static_cast<float*>(std::aligned_alloc(LINE_BYTES, threads * floats * sizeof(float))));
+      memory.reset(take_memory(threads * floats));
       if (!memory) return false;
     }
     auto call = std::make_shared<Call>();

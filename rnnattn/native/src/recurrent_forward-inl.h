@@ -822,7 +822,7 @@ static bool single_step(Threads& threads, const RecurrentForward<Number>& s) {
   constexpr int GATES = recurrent::GATES<Unit>;
   // of all units, for what waits for them: m, or q and z
   const int64_t numbers = HAS_Q<Unit> ? (1 + GATES) * s.B * s.H : s.projection ? s.B * s.H : 0;
-  const Allocation between(ceil_div(numbers, LINE) * LINE);
+  const Allocation between(numbers);
   if (numbers && !between.data()) return false;
   float *m = numbers ? between.data() : nullptr, *q = m;
   const int64_t limit = (s.D + s.R) * s.G * s.H < SMALL_STEP ? 1 : s.threads;

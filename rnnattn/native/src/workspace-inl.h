@@ -4,13 +4,13 @@
 #define RNNATTN_WORKSPACE_INL_H_
 
 #include <cstdint>
-#include <cstdlib>
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
 #include "instruction_set.h"
+#include "memory.h"
 #include "threads.h"
 #include "util-inl.h"
 
@@ -35,9 +35,8 @@ struct Memory {
 // Memory of a call, beside the workspaces of its threads; `data` is null where there is none.
 class Allocation {
  public:
-  explicit Allocation(int64_t floats)
-      : data_(static_cast<float*>(std::aligned_alloc(LINE_BYTES, floats * sizeof(float)))) {}
-  ~Allocation() { std::free(data_); }
+  explicit Allocation(int64_t floats) : data_(take_memory(floats)) {}
+  ~Allocation() { give_back_memory(data_); }
   Allocation(const Allocation&) = delete;
   Allocation& operator=(const Allocation&) = delete;
   float* data() const { return data_; }
