@@ -63,48 +63,58 @@ def of_rows(scale, query):
 
 
 def logits(query, key, scale, soft_cap):
+    """Before the bias."""
     s = of_rows(scale, query) * jnp.einsum("btnk,bsnk->bnts", query, key)
     return s if soft_cap is None else soft_cap * jnp.tanh(s / soft_cap)
+
+
+def biased(s, bias):
+    return s if bias is None else s + bias
 
 
 def of_heads(x, N):
     return jnp.repeat(x, N // x.shape[2], 2)
 
 
-def forward(query, key, value, scale, reach, *, soft_cap, dtype):
+def forward(query, key, value, scale, reach, *, soft_cap, dtype, bias=None):
     (_, T, N, _), S = query.shape, key.shape[1]
     assert T % TILE == S % TILE == 0 and dtype == jnp.float32
     sees = seen(reach, T, S, TILE, BLOCK)[:, None]
-    s = jnp.where(sees, logits(query, of_heads(key, N), scale, soft_cap), -jnp.inf)
+    s = biased(logits(query, of_heads(key, N), scale, soft_cap), bias)
+    s = jnp.where(sees, s, -jnp.inf)
     lse = jax.nn.logsumexp(s, -1)
     p = jnp.exp(s - jnp.where(lse == -jnp.inf, 0, lse)[..., None])
     return jnp.einsum("bnts,bsnv->btnv", p, of_heads(value, N)), lse
 
 
-def gradient(arrays, scale, reach, soft_cap, sees):
-    """Of each head: dq, dk, dv."""
+def gradient(arrays, scale, reach, soft_cap, sees, bias):
+    """Of each head: dq, dk, dv; and dS before scale and cap."""
     q, k, v, do, lse, delta = arrays
     k, v = (of_heads(x, q.shape[2]) for x in (k, v))
     s = logits(q, k, scale, soft_cap)
-    p = jnp.where(sees[:, None], jnp.exp2(s * LOG2_E - lse[..., None]), 0)
-    ds = p * (jnp.einsum("btnv,bsnv->bnts", do, v) - delta[..., None])
+    p = jnp.where(sees[:, None], jnp.exp2(biased(s, bias) * LOG2_E - lse[..., None]), 0)
+    ds = of_bias = p * (jnp.einsum("btnv,bsnv->bnts", do, v) - delta[..., None])
     if soft_cap is not None:
         ds *= 1 - (s / soft_cap) ** 2
     ds *= of_rows(scale, q)
     sums = partial(jnp.einsum, "bnts,btnc->bsnc")
-    return jnp.einsum("bnts,bsnk->btnk", ds, k), sums(ds, q), sums(p, do)
+    return jnp.einsum("bnts,bsnk->btnk", ds, k), sums(ds, q), sums(p, do), of_bias
 
 
-def query_gradient(arrays, scale, reach, *, soft_cap):
+def query_gradient(arrays, scale, reach, *, soft_cap, bias=None, bias_gradient=False):
+    """Of dS no kernel writes the blocks that it does not visit."""
     T, S = arrays[0].shape[1], arrays[1].shape[1]
     sees = seen(reach, T, S, TILE, BLOCK)
-    return gradient(arrays, scale, reach, soft_cap, sees)[0]
+    dq, *_, ds = gradient(arrays, scale, reach, soft_cap, sees, bias)
+    blocks = sees.reshape(-1, T // TILE, TILE, S // BLOCK, BLOCK).any((2, 4))
+    visited = jnp.repeat(jnp.repeat(blocks, TILE, 1), BLOCK, 2)[:, None]
+    return [dq, jnp.where(visited, ds, jnp.nan)] if bias_gradient else [dq]
 
 
-def key_gradient(arrays, scale, reach, *, soft_cap):
+def key_gradient(arrays, scale, reach, *, soft_cap, bias=None):
     T, (B, S, M, _) = arrays[0].shape[1], arrays[1].shape
     sees = jnp.swapaxes(seen(reach, T, S, TILE, BLOCK, transposed=True), 1, 2)
-    of_each = gradient(arrays, scale, reach, soft_cap, sees)[1:]
+    of_each = gradient(arrays, scale, reach, soft_cap, sees, bias)[1:3]
     return [x.reshape(B, S, M, -1, x.shape[3]).sum(3) for x in of_each]
 
 
@@ -154,6 +164,10 @@ CASES: dict[str, dict[str, Any]] = {
     "lengths": LENGTHS | {"scale": (4,), "sinks": True},
     "segments": segments(SORTED) | {"is_causal": True, "sinks": True},
     "segments in no order": segments(SHUFFLED) | LENGTHS,
+    "bias": {"bias": (3, 4, 22, 25)},
+    "one bias for all, capped": LENGTHS | {"bias": (22, 25), "logits_soft_cap": 1.5},
+    "a bias of each head, causal": {"bias": (1, 4, 22, 25), "is_causal": True, "sinks": True},
+    "a bias of each row, segments": segments(SORTED) | {"bias": (3, 1, 22, 25)},
     "segments that keys have not": {
         "query_segment_ids": SORTED[:, :22],
         "key_value_segment_ids": jnp.where(SORTED == 2, 7, SORTED),
@@ -247,6 +261,16 @@ KERNEL_CASES: dict[str, tuple[Sizes, Any, dict[str, Any]]] = {
             "key_value_segment_ids": ids(1, 200),
         },
     ),
+    "a bias of each head, causal, capped, groups": (
+        Sizes(1, 200, 200, 2, 1, 64, 64),
+        jnp.bfloat16,
+        {"is_causal": True, "logits_soft_cap": 2.0, "bias": (1, 2, 200, 200)},
+    ),
+    "one bias for all rows, wide": (
+        Sizes(2, 128, 256, 1, 1, 128, 128),
+        jnp.float16,
+        {"bias": (128, 256)},
+    ),
 }
 
 
@@ -273,6 +297,7 @@ def test_the_kernels_are_about_as_exact_as_xla(name):
 
 T = 256
 IDS = {"query_segment_ids": ids(2, T), "key_value_segment_ids": ids(2, T)}
+BIAS = {"bias": jnp.zeros((1, 2, T, T), jnp.bfloat16), "logits_soft_cap": 3.0}
 
 
 def gradient_of(query, key, value, **options):
@@ -293,7 +318,7 @@ def kernels_for_a_gpu(implementation, rows=T, dtype=jnp.bfloat16, **options):
     return [text.count("@mosaic_gpu_v2") for text in (here, str(made.mlir_module()))]
 
 
-@pytest.mark.parametrize("options", [{}, {"is_causal": True, "logits_soft_cap": 3.0}, IDS])
+@pytest.mark.parametrize("options", [{}, {"is_causal": True, "logits_soft_cap": 3.0}, IDS, BIAS])
 def test_a_program_for_a_gpu_has_the_kernels(options):
     assert kernels_for_a_gpu("pallas", **options) == [3, 3]
 
@@ -304,6 +329,7 @@ def test_a_program_for_a_gpu_has_the_kernels(options):
         ((9, 0), 256, IDS, 3),
         ((9, 0), 255, {"logits_soft_cap": 3.0}, 0),
         ((9, 0), 256, {"is_causal": True}, 0),  # which cuDNN serves
+        ((9, 0), 256, BIAS, 0),
         ((8, 0), 256, IDS, 0),
     ],
 )
@@ -369,7 +395,7 @@ def test_what_the_kernels_cannot_serve_is_refused_by_name(monkeypatch):
 
     refused("the dtype float64 or the dtype float64 on a TPU;", dtype=jnp.float64)
     refused("`mask`", mask=(2, 2))
-    refused("`bias`", bias=(2, 2))
+    refused("a bias that queries or keys share or `bias` on a TPU", bias=(1, 2))
     refused("dropout", dropout_rate=0.5, dropout_key=jax.random.key(0))
     refused("an array without elements", (1, 2, 0, 1, 1, 64, 64))
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")

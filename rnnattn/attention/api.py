@@ -82,11 +82,13 @@ def dot_product_attention(
             of the two, blockwise from 2¹⁶ logits for each head on.
             "native" is the kernels for a CPU, see `rnnattn.native`: no float64, no dropout.
             "pallas" is the kernels for one Hopper GPU (`rnnattn.attention.hopper`): 16 bits, widths
-            of 64 and 128, no mask, bias or dropout. On one TPU from the fifth generation on it is
-            those of `rnnattn.attention.tpu`, for bfloat16 and float32 and widths up to 256, without
-            the same: they compile for a v5e and a v6e, were measured on none, and None never takes
-            them. A call that one of the two can serve runs on XLA on the other's platform, unless
-            that device is at hand: then it is refused.
+            of 64 and 128, no mask or dropout; a bias of the same dtype, (…, T, S), with which they
+            were compiled but not yet run on a GPU, so that None does not take them for it. On one
+            TPU from the fifth generation on it is those of `rnnattn.attention.tpu`, for bfloat16
+            and float32 and widths up to 256, without a mask, bias or dropout: they compile for a
+            v5e and a v6e, were measured on none, and None never takes them. A call that one of the
+            two can serve runs on XLA on the other's platform, unless that device is at hand: then
+            it is refused.
             All that is said here is true of them, but that in 16 bits weights are rounded before
             their product with the values, and a value of ∞ that a query sees makes its output NaN.
             "cudnn" and "tokamax" hand the call over to `jax.nn` and to tokamax, for what they can

@@ -13,6 +13,9 @@ Who sees whom is said by `Reach`: the keys from one to another for each query, a
 both. `blocks` says for each tile which blocks are visited, and between which of these all see all,
 so that nothing is compared there.
 
+A bias comes block by block as keys do. Its gradient is dS before scale and cap, of the blocks that
+are visited; the others are not written.
+
 Weights and dS are rounded to 16 bits before their products.
 
 Axes: B batch, T queries and S keys, multiples of `TILE`, N query heads, M key/value heads, K head
@@ -127,7 +130,8 @@ def _added_product(sums, a, b, through, wg):
 def _fetch(steps, copies):
     """The third warpgroup's part: copies of each step, as soon as their place is free.
 
-    copies: a source by the step, the places, their barriers, and those of places that are free.
+    copies: a source by the step, the places, their barriers, and those of places that are free;
+    none for what has the same places free as the copy before it.
     """
     plgpu.set_max_registers(24, action="decrease")
 
@@ -149,13 +153,49 @@ def _fetch(steps, copies):
     lax.fori_loop(_i32(0), steps + _STAGES, step, None)
 
 
-def _fetch_keys(sight, b, m, size, *of_each):
-    """The same for the blocks of keys that a tile visits, of row b and head m."""
+def _fetch_keys(sight, b, m, size, *of_each, others=()):
+    """The same for the blocks of keys that a tile visits, of row b and head m; then others."""
 
     def source(ref):
         return lambda i: ref.at[b, _part(sight.begin + i, size), m]
 
-    _fetch(sight.count, [(source(ref), *places) for ref, *places in of_each])
+    _fetch(sight.count, [*((source(ref), *places) for ref, *places in of_each), *others])
+
+
+class _Bias(NamedTuple):
+    """A bias (#B, #N, rows, columns), of which a step has the rows of a tile, by warpgroups.
+
+    Its places are free when those of the copies before it are.
+    """
+
+    ref: Any
+    places: Any  # (2, stages, ROWS, columns of a step)
+    arrived: Any
+
+    @classmethod
+    def scratch(cls, bias, columns):
+        if bias is None:
+            return []
+        return [_shared(bias.dtype, 2, _STAGES, ROWS, columns), _stages(2)]
+
+    def copies(self, b, tile, place):
+        """What fetches it: `place(i)` is the head and the block of columns of a step."""
+        rows, columns = self.ref.shape[:2], self.places.shape[3]
+        at = lambda n, count: n if count > 1 else 0
+
+        def of(wg):
+            def source(i):
+                n, block = place(i)
+                of_head = self.ref.at[at(b, rows[0]), at(n, rows[1])]
+                return of_head.at[_part(2 * tile + wg, ROWS), _part(block, columns)]
+
+            return source, self.places.at[wg], self.arrived, None
+
+        return of(0), of(1)
+
+    def take(self, wg, slot):
+        plgpu.barrier_wait(self.arrived.at[slot])
+        return load(self.places.at[wg, slot], _LAYOUT)
 
 
 def _call(kernel, arrays, reach, results, scratch, grid, interpret):
@@ -200,21 +240,31 @@ def _through(dtype, columns, interpret):
 _out: Any = jax.ShapeDtypeStruct
 
 
+def _given(bias):
+    return [] if bias is None else [bias]
+
+
+def _bias_of(ref, scratch):
+    """Of what follows in the scratch: the bias, if there is one, and the rest."""
+    return (_Bias(*ref, *scratch[:2]), scratch[2:]) if ref else (None, scratch)
+
+
 # ---- forward ----------------------------------------------------------------------------------
 
 
-def forward(query, key, value, scale, reach, *, soft_cap, dtype, interpret=None):
+def forward(query, key, value, scale, reach, *, soft_cap, dtype, bias=None, interpret=None):
     """O (B, T, N, V) in that dtype, and L (B, N, T) in float32, without sinks.
 
     scale: (B N,) in float32. reach: of tiles of queries and `FORWARD_KEYS`; None if all see all.
-    interpret: parameters of the interpreter.
+    bias: (#B, #N, T, S), in the dtype of the query. interpret: parameters of the interpreter.
     """
     (B, T, N, K), (_, S, M, V) = query.shape, value.shape
     keys_of_step = FORWARD_KEYS
 
     def kernel(arrays, reach, results, scratch):
-        (q_ref, k_ref, v_ref, scale_ref), (o_ref, lse_ref) = arrays, results
-        q_s, k_s, v_s, q_here, k_here, v_here, k_free, v_free, turn, *through = scratch
+        (q_ref, k_ref, v_ref, scale_ref, *bias_ref), (o_ref, lse_ref) = arrays, results
+        q_s, k_s, v_s, q_here, k_here, v_here, k_free, v_free, turn, *more = scratch
+        of_bias, through = _bias_of(bias_ref, more)
         b, n, wg = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
         # later tiles see more keys where sight is causal, and so begin earlier
         tile = T // TILE - 1 - lax.axis_index("tile")
@@ -229,7 +279,8 @@ def forward(query, key, value, scale, reach, *, soft_cap, dtype, interpret=None)
         @pl.when(wg == 2)
         def _():
             of_keys, of_values = (k_ref, k_s, k_here, k_free), (v_ref, v_s, v_here, v_free)
-            _fetch_keys(sight, b, m, keys_of_step, of_keys, of_values)
+            others = of_bias.copies(b, tile, lambda i: (n, sight.begin + i)) if of_bias else ()
+            _fetch_keys(sight, b, m, keys_of_step, of_keys, of_values, others=others)
 
         @pl.when(wg < 2)
         def _():
@@ -247,7 +298,8 @@ def forward(query, key, value, scale, reach, *, soft_cap, dtype, interpret=None)
                 plgpu.barrier_wait(k_here.at[slot])
                 product = _product(q, k_s.at[slot], take_turns)
                 plgpu.barrier_arrive(k_free.at[slot])
-                _, s = logits(product, scale, soft_cap)
+                bias = of_bias.take(wg, slot) if of_bias else None
+                _, s = logits(product, scale, soft_cap, bias)
                 sees = lambda: _sees_keys(reach, of_rows, block, keys_of_step)
                 s = sight.only_seen(s, block, sees, -jnp.inf)
                 before, peak = peak, jnp.maximum(peak, jnp.max(s, axis=1))
@@ -279,11 +331,13 @@ def forward(query, key, value, scale, reach, *, soft_cap, dtype, interpret=None)
         plgpu.Barrier(num_barriers=2),
         *(_stages(), _stages(), _stages(2), _stages(2)),
         plgpu.Barrier(num_arrivals=2),
+        *_Bias.scratch(bias, keys_of_step),
         *_through(of_16_bits, keys_of_step, interpret),
     ]
     results = [_out((B, T, N, V), dtype), _out((B, N, T), _f32)]
     grid = {"head": N, "tile": T // TILE, "batch": B}
-    return _call(kernel, (query, key, value, scale), reach, results, scratch, grid, interpret)
+    arrays = (query, key, value, scale, *_given(bias))
+    return _call(kernel, arrays, reach, results, scratch, grid, interpret)
 
 
 def _rows_in_reach(reach, rows):
@@ -308,8 +362,10 @@ def _sees_keys(reach, of_rows, block, size):
 # ---- the gradient -----------------------------------------------------------------------------
 
 
-def query_gradient(arrays, scale, reach, *, soft_cap, interpret=None):
-    """dq (B, T, N, K), in 16 bits.
+def query_gradient(
+    arrays, scale, reach, *, soft_cap, bias=None, bias_gradient=False, interpret=None
+):
+    """[dq], (B, T, N, K), and dS (B, N, T, S) before scale and cap, if wanted; in 16 bits.
 
     arrays: query, key, value, dO (B, T, N, V); L in units of log 2 and Δ − dL, (B, N, T).
     reach: of tiles of queries and `backward_keys`; None if all see all.
@@ -319,9 +375,11 @@ def query_gradient(arrays, scale, reach, *, soft_cap, interpret=None):
     keys_of_step = backward_keys(K, V)
 
     def kernel(arrays, reach, results, scratch):
-        q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, scale_ref = arrays
-        (dq_ref,) = results
-        q_s, do_s, k_s, v_s, q_here, k_here, v_here, k_free, v_free, *through = scratch
+        q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, scale_ref, *bias_ref = arrays
+        dq_ref, *ds_ref = results
+        q_s, do_s, k_s, v_s, q_here, k_here, v_here, k_free, v_free, *more = scratch
+        of_bias, more = _bias_of(bias_ref, more)
+        ds_s, through = more[: len(ds_ref)], more[len(ds_ref) :]
         b, n, wg = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
         tile = T // TILE - 1 - lax.axis_index("tile")
         m = lax.div(n, _i32(N // M))
@@ -331,7 +389,8 @@ def query_gradient(arrays, scale, reach, *, soft_cap, interpret=None):
         @pl.when(wg == 2)
         def _():
             of_keys, of_values = (k_ref, k_s, k_here, k_free), (v_ref, v_s, v_here, v_free)
-            _fetch_keys(sight, b, m, keys_of_step, of_keys, of_values)
+            others = of_bias.copies(b, tile, lambda i: (n, sight.begin + i)) if of_bias else ()
+            _fetch_keys(sight, b, m, keys_of_step, of_keys, of_values, others=others)
 
         @pl.when(wg < 2)
         def _():
@@ -348,22 +407,36 @@ def query_gradient(arrays, scale, reach, *, soft_cap, interpret=None):
             def step(i, dq):
                 slot, block = lax.rem(i, _i32(_STAGES)), sight.begin + i
                 plgpu.barrier_wait(k_here.at[slot])
-                capped, s = logits(_product(q, k_s.at[slot]), scale, soft_cap)
+                bias = of_bias.take(wg, slot) if of_bias else None
+                product = _product(q, k_s.at[slot])
+                capped, s = logits(product, scale, soft_cap, bias)
                 p = jnp.exp2(s - along_rows(lse, shape))
                 sees = lambda: _sees_keys(reach, of_rows, block, keys_of_step)
                 p = sight.only_seen(p, block, sees, 0.0)
-                # dS is linear in P: s is let go of before dP is there
-                p = cap_gradient(scale * p, capped, soft_cap)
+                before_cap = lambda ds: cap_gradient(scale * ds, capped, soft_cap)
+                if not ds_ref:
+                    # dS is linear in P: s is let go of before dP is there
+                    p = before_cap(p)
                 plgpu.barrier_wait(v_here.at[slot])
                 dp = _product(do, v_s.at[slot])
                 plgpu.barrier_arrive(v_free.at[slot])
                 ds = logits_gradient(p, dp, along_rows(delta, shape))
+                if ds_ref:
+                    place = ds_s[0].at[wg]
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    place[...] = ds.astype(dtype)
+                    ds = before_cap(ds)
+                    plgpu.commit_smem()
+                    to = ds_ref[0].at[b, n, rows, _part(block, keys_of_step)]
+                    plgpu.copy_smem_to_gmem(place, to)
                 dq = _added_product(dq, ds.astype(dtype), k_s.at[slot], through, wg)
                 plgpu.barrier_arrive(k_free.at[slot])
                 return dq
 
             dq = lax.fori_loop(_i32(0), sight.count, step, _full((ROWS, K), 0, _LAYOUT))
             store(dq_ref.at[b, rows, n], dq.astype(dtype))
+            if ds_ref:
+                plgpu.wait_smem_to_gmem(0)
 
     scratch = [
         _shared(dtype, 2, ROWS, K),
@@ -372,29 +445,37 @@ def query_gradient(arrays, scale, reach, *, soft_cap, interpret=None):
         _shared(dtype, _STAGES, keys_of_step, V),
         plgpu.Barrier(num_arrivals=2, num_barriers=2),
         *(_stages(), _stages(), _stages(2), _stages(2)),
+        *_Bias.scratch(bias, keys_of_step),
+        *([_shared(dtype, 2, ROWS, keys_of_step)] if bias_gradient else []),
         *_through(dtype, keys_of_step, interpret),
     ]
     results = [_out((B, T, N, K), dtype)]
+    if bias_gradient:
+        results.append(_out((B, N, T, S), dtype))
     grid = {"head": N, "tile": T // TILE, "batch": B}
-    return _call(kernel, (*arrays, scale), reach, results, scratch, grid, interpret)[0]
+    arrays = (*arrays, scale, *_given(bias))
+    return _call(kernel, arrays, reach, results, scratch, grid, interpret)
 
 
-def key_gradient(arrays, scale, reach, *, soft_cap, interpret=None):
+def key_gradient(arrays, scale, reach, *, soft_cap, bias=None, interpret=None):
     """dk (B, S, M, K) and dv (B, S, M, V), in 16 bits: as `query_gradient`.
 
     reach: of tiles of keys and `BACKWARD_QUERIES`; None if all see all.
     """
+    if bias is not None:
+        bias = jnp.swapaxes(bias, 2, 3)
     query, _, value, *_ = arrays
     (B, T, N, K), (_, S, M, V), dtype = query.shape, value.shape, query.dtype
     G, queries_of_step = N // M, BACKWARD_QUERIES
     shape = (ROWS, queries_of_step)
 
     def kernel(arrays, reach, results, scratch):
-        q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, scale_ref = arrays
+        q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, scale_ref, *bias_ref = arrays
         dk_ref, dv_ref = results
-        k_s, v_s, q_s, do_s, lse_s, delta_s, k_here, q_here, do_here, q_free, do_free, *through = (
+        k_s, v_s, q_s, do_s, lse_s, delta_s, k_here, q_here, do_here, q_free, do_free, *more = (
             scratch
         )
+        of_bias, through = _bias_of(bias_ref, more)
         b, m, wg = (lax.axis_index(name) for name in ("batch", "head", "warpgroup"))
         tile = lax.axis_index("tile")
         reach = jax.tree.map(lambda ref: ref.at[b], reach)
@@ -428,7 +509,8 @@ def key_gradient(arrays, scale, reach, *, soft_cap, interpret=None):
                 (queries_of(do_ref), do_s, do_here, do_free),
                 (numbers_of(delta_ref), delta_s, do_here, None),
             ]
-            _fetch(steps, copies)
+            others = of_bias.copies(b, tile, place) if of_bias else ()
+            _fetch(steps, [*copies, *others])
 
         @pl.when(wg < 2)
         def _():
@@ -459,7 +541,9 @@ def key_gradient(arrays, scale, reach, *, soft_cap, interpret=None):
                 (n, block), slot = place(i), lax.rem(i, _i32(_STAGES))
                 scale = scale_ref[b * N + n]
                 plgpu.barrier_wait(q_here.at[slot])
-                capped, s = logits(_product(k, q_s.at[slot]), scale, soft_cap)
+                product = _product(k, q_s.at[slot])
+                bias = of_bias.take(wg, slot) if of_bias else None
+                capped, s = logits(product, scale, soft_cap, bias)
                 p = jnp.exp2(s - _along_columns(_load(lse_s.at[slot], _OF_COLUMNS), shape))
                 p = sight.only_seen(p, block, lambda: sees(block), 0.0)
                 rounded, p = p.astype(dtype), cap_gradient(scale * p, capped, soft_cap)
@@ -487,8 +571,10 @@ def key_gradient(arrays, scale, reach, *, soft_cap, interpret=None):
         plgpu.SMEM((_STAGES, queries_of_step), _f32),
         plgpu.Barrier(num_arrivals=2, num_barriers=2),
         *(_stages(2), _stages(2), _stages(2), _stages(2)),
+        *_Bias.scratch(bias, queries_of_step),
         *_through(dtype, queries_of_step, interpret),
     ]
     results = [_out((B, S, M, K), dtype), _out((B, S, M, V), dtype)]
     grid = {"head": M, "tile": S // TILE, "batch": B}
-    return _call(kernel, (*arrays, scale), reach, results, scratch, grid, interpret)
+    arrays = (*arrays, scale, *_given(bias))
+    return _call(kernel, arrays, reach, results, scratch, grid, interpret)

@@ -30,9 +30,8 @@ def within(first, past, keys, segments):
     return sees if segments is None else sees & (segments[0] == segments[1])
 
 
-def logits(product, scale, soft_cap):
-    """s before masks, if the cap's gradient needs it, and s in units of log 2."""
-    if soft_cap is None:
-        return None, product * (scale * LOG2_E)
-    s = cap(product * scale, soft_cap)
-    return s, s * LOG2_E
+def logits(product, scale, soft_cap, bias=None):
+    """s before bias and masks, if the cap's gradient needs it, and s in units of log 2."""
+    capped = None if soft_cap is None else cap(product * scale, soft_cap)
+    s = product * (scale * LOG2_E) if capped is None else capped * LOG2_E
+    return capped, s if bias is None else s + bias.astype(s.dtype) * LOG2_E

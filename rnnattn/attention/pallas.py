@@ -18,9 +18,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rnnattn.attention.equations import row_sums
+from rnnattn.attention.equations import row_sums, sum_to
 from rnnattn.attention.kernels import LOG2_E, Reach
-from rnnattn.attention.masking import key_range, ranges_within, two_ranges
+from rnnattn.attention.masking import key_range, ranges_within, two_ranges, visible
 from rnnattn.attention.placed import backward_on_xla, forward_on_xla, placed, with_sinks
 from rnnattn.attention.problem import Operands
 from rnnattn.attention.xla import time_last
@@ -41,6 +41,12 @@ def unserved_on_gpu(arrays, options):
         f"the dtype {dtype.name}": dtype not in (jnp.bfloat16, jnp.float16),
         f"a width of {K} and {V} (64 and 128 can be)": not {K, V} <= {*_WIDTHS},
     }
+    bias, pairs = arrays.bias, (arrays.query.shape[-3], arrays.key.shape[-3])
+    if bias is not None:
+        reasons |= {
+            f"a bias of {bias.dtype.name}": bias.dtype != dtype,
+            "a bias that queries or keys share": bias.shape[-2:] != pairs,
+        }
     return those_that_hold(reasons | _unserved(arrays, options))
 
 
@@ -51,6 +57,7 @@ def unserved_on_tpu(arrays, options):
     reasons = {
         f"the dtype {dtype.name} on a TPU": dtype not in (jnp.bfloat16, jnp.float32),
         f"a width of {K} and {V} on a TPU (up to {_WIDEST_ON_TPU} can be)": not fits,
+        "`bias` on a TPU": arrays.bias is not None,
     }
     return those_that_hold(reasons | _unserved(arrays, options))
 
@@ -60,7 +67,6 @@ def _unserved(arrays, options):
     return {
         "symbolic shapes": not all(isinstance(n, int) for n in sizes),
         "`mask`": arrays.mask is not None,
-        "`bias`": arrays.bias is not None,
         "two ranges of keys of a query": two_ranges(arrays.key_ranges),
         "dropout": options.dropout_rate > 0,
         "`mask_function`": options.mask_function is not None,
@@ -236,6 +242,23 @@ def _of_heads(scale, operands):
     return jnp.broadcast_to(scale[..., 0, 0], (B, M, G)).reshape(-1)
 
 
+def _of_pairs(bias, missing):
+    """The bias, if there is one, as (#B, #N, T, S), with so many more queries and keys."""
+    if bias is None:
+        return {}
+    bias = bias.reshape(bias.shape[0], -1, *bias.shape[3:])
+    return {"bias": _filled(_filled(bias, 2, missing[0]), 3, missing[1])}
+
+
+def _bias_gradient(ds, options, operands, masking):
+    """From dS (B, N, T, S) where a tile came by; elsewhere anything may stand in memory."""
+    (T, M, G), S = operands.query.shape[1:4], operands.key.shape[1]
+    rows, columns = (jnp.arange(n, dtype=jnp.int32) for n in (T, S))
+    sees = visible(options, masking, rows, columns)
+    ds = ds[:, :, :T, :S].astype(jnp.float32).reshape(-1, M, G, T, S)
+    return sum_to(ds if sees is None else jnp.where(sees, ds, 0), operands.bias.shape)
+
+
 def _heads_joined(x):
     """(B, T, M, G, …) → (B, T, N, …)."""
     return x.reshape(*x.shape[:2], -1, *x.shape[4:])
@@ -258,6 +281,7 @@ def _forward(kernels, options, operands, masking):
         _with_blocks(reach, S + missing[1], tiles.forward),
         soft_cap=options.soft_cap,
         dtype=accumulator(v.dtype) if options.keeps_o else v.dtype,
+        **_of_pairs(operands.bias, missing),
     )
     o = o[:, :T].reshape(B, T, M, G, -1)
     return with_sinks(o, lse[..., :T].reshape(B, M, G, T), operands.sinks)
@@ -281,15 +305,20 @@ def _backward(kernels, options, operands, masking, o, lse, do, dlse):
     query, do = (of_queries(_heads_joined(x), 1) for x in (q, do))
     lse, delta = (of_queries(x.reshape(B, M * G, T), 2) for x in (lse, delta))
     arrays = [query, of_keys(k, 1), of_keys(v, 1), do, lse, delta]
-    run = lambda kernel, *sight: kernel(
+    run = lambda kernel, *sight, **how: kernel(
         arrays,
         _of_heads(scale, operands),
         _with_blocks(reach, S + missing[1], *sight),
         soft_cap=options.soft_cap,
+        **_of_pairs(operands.bias, missing),
+        **how,
     )
-    dq = run(kernels.query_gradient, tiles.query_gradient)
+    wanted = operands.bias is not None and options.bias_gradient
+    how = {"bias_gradient": True} if wanted else {}
+    dq, *ds = run(kernels.query_gradient, tiles.query_gradient, **how)
     dk, dv = run(kernels.key_gradient, tiles.key_gradient, True)
-    return Operands(dq[:, :T].reshape(q.shape), dk[:, :S], dv[:, :S], None)
+    dbias = _bias_gradient(ds[0], options, operands, masking) if wanted else None
+    return Operands(dq[:, :T].reshape(q.shape), dk[:, :S], dv[:, :S], None, dbias)
 
 
 def halves(kernels):

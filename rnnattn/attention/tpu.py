@@ -343,7 +343,7 @@ def _summed(sums, results, add):
 
 
 def query_gradient(arrays, scale, reach, *, soft_cap, interpret: Any = False):
-    """dq (B, T, N, K), in the dtype of the query.
+    """[dq], (B, T, N, K) in the dtype of the query.
 
     arrays: query, key, value, dO (B, T, N, V); L in units of log 2 and Δ − dL, (B, N, T), in the
         dtype of sums. scale: (B N,), likewise.
@@ -363,7 +363,7 @@ def query_gradient(arrays, scale, reach, *, soft_cap, interpret: Any = False):
     results = [(_out((B, N, K, T), dtype), grid.across(K))]
     scratch = [(K, grid.sizes[0])]
     (dq,) = _call(kernel, grid, given, scale, reach, results, scratch, interpret)
-    return jnp.moveaxis(dq, 3, 1)
+    return [jnp.moveaxis(dq, 3, 1)]
 
 
 def key_gradient(arrays, scale, reach, *, soft_cap, interpret: Any = False):
