@@ -266,10 +266,10 @@ KERNEL_CASES: dict[str, tuple[Sizes, Any, dict[str, Any]]] = {
         jnp.bfloat16,
         {"is_causal": True, "logits_soft_cap": 2.0, "bias": (1, 2, 200, 200)},
     ),
-    "one bias for all rows, wide": (
-        Sizes(2, 128, 256, 1, 1, 128, 128),
+    "a bias of each row, wide": (
+        Sizes(2, 128, 256, 2, 2, 128, 128),
         jnp.float16,
-        {"bias": (128, 256)},
+        {"bias": (2, 1, 128, 256)},
     ),
 }
 
