@@ -180,13 +180,13 @@ class _Bias(NamedTuple):
 
     def copies(self, b, tile, place):
         """What fetches it: `place(i)` is the head and the block of columns of a step."""
-        rows, columns = self.ref.shape[:2], self.places.shape[3]
+        (batch, heads, *_), columns = self.ref.shape, self.places.shape[3]
         at = lambda n, count: n if count > 1 else 0
 
         def of(wg):
             def source(i):
                 n, block = place(i)
-                of_head = self.ref.at[at(b, rows[0]), at(n, rows[1])]
+                of_head = self.ref.at[at(b, batch), at(n, heads)]
                 return of_head.at[_part(2 * tile + wg, ROWS), _part(block, columns)]
 
             return source, self.places.at[wg], self.arrived, None

@@ -305,12 +305,13 @@ def _backward(kernels, options, operands, masking, o, lse, do, dlse):
     query, do = (of_queries(_heads_joined(x), 1) for x in (q, do))
     lse, delta = (of_queries(x.reshape(B, M * G, T), 2) for x in (lse, delta))
     arrays = [query, of_keys(k, 1), of_keys(v, 1), do, lse, delta]
+    of_pairs = _of_pairs(operands.bias, missing)
     run = lambda kernel, *sight, **how: kernel(
         arrays,
         _of_heads(scale, operands),
         _with_blocks(reach, S + missing[1], *sight),
         soft_cap=options.soft_cap,
-        **_of_pairs(operands.bias, missing),
+        **of_pairs,
         **how,
     )
     wanted = operands.bias is not None and options.bias_gradient
