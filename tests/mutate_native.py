@@ -6,7 +6,8 @@ As `tests/mutate.py`, for C++: each function that states an equation is changed 
 time (+ and − exchanged, a product made a sum, a comparison turned round, the larger taken for the
 smaller), the kernels are compiled anew in build/mutated, for the portable instruction set alone,
 and the tests that compare with the plain twins run until the first failure. It takes some ten
-seconds a change. Exits with 1 if one survives.
+seconds a change. What only another set has is compiled for that, if it runs here. Exits with 1 if
+one survives.
 """
 
 import os
@@ -21,9 +22,11 @@ from typing import NamedTuple
 
 import jaxlib
 
+from rnnattn.native import load
+
 ROOT = Path(__file__).resolve().parent.parent
 NATIVE = Path("rnnattn/native/src")
-HANDLERS = ("module", "attention_handlers", "linear_handlers", "recurrent_handlers")
+HANDLERS = ("module", "memory", "attention_handlers", "linear_handlers", "recurrent_handlers")
 # Tests, and which of them compare.
 COMPARING = (
     "16_bits or twin or feature or sizes or several_blocks or window_and or bias_that_is or hidden"
@@ -36,9 +39,12 @@ LINEAR = (
     "tests/test_linear.py",
     "instruction_set or 16_bits or close_to or all_but or episodes_that",
 )
+FIXED = (LSTM[0], "(16_bits or cotangents_that) and avx512_bf16")
 HIDDEN = ("tests/test_hidden.py", "test_attention and native")
 PAGES = ("tests/test_pages.py", "kernels_read or every_instruction_set or wrong_pages")
 EITHER = (f"{ATTENTION[0]} {PAGES[0]}", f"{COMPARING} or {PAGES[1]}")
+# The instruction sets that the tests are of, and what these take kernels from.
+BASED_ON = {"baseline": (), "avx512_bf16": ("baseline", "avx512")}
 # Functions by file, and the tests of each.
 FUNCTIONS = [
     (
@@ -105,6 +111,19 @@ FUNCTIONS = [
         "linear-inl.h",
         LINEAR,
         ["at(int64_t n)", "forward_item(const LinearScanForward", "backward_item(const LinearScan"],
+    ),
+    (
+        "fixed_point-inl.h",
+        FIXED,
+        [
+            "constexpr int64_t with_scale(",
+            "struct Scales {",
+            "scales_of_a(Words",
+            "scales_of_b(Words",
+            "put_row(Fixed",
+            "put_columns(Fixed",
+            "accumulate_blocks(V",
+        ],
     ),
     (
         "numbers-inl.h",
@@ -180,7 +199,9 @@ CHANGES = [
     (rf" \* (?!{PLACE})", " + "),
     (r" \*= ", " += "),
     (r" \+= ", " -= "),
-    (r" / (?=p\.)", " * "),
+    (r" / (?=p\.|scale)", " * "),
+    (r"\b1 / (?=[A-Z])", ""),
+    (r"\bmax\((?=of_bits)", "min("),
     (r" < (?=static_cast<int32_t>|p\.)", " >= "),
     (r" >= (?=static_cast<int32_t>)", " < "),
     (r"&&", "||"),
@@ -190,7 +211,7 @@ CHANGES = [
     (r"\bleast\(", "most("),
     (r"(?<![a-z_])most\(", "least("),
     (r"\bfma\((half|dm|f|dz|dz_|r|z)\b", r"-fma(\1"),
-    (r" > (?=splat)", " < "),
+    (r" > (?=splat|1e)", " < "),
     (r" < (?=splat)", " > "),
     (r" \| (?=\(a)", " & "),
     (r"splat\(-", "splat("),
@@ -249,6 +270,8 @@ class Mutant(NamedTuple):
 
 def mutants(part: str) -> Iterator[Mutant]:
     for file, tests, functions in FUNCTIONS:
+        if instruction_set_of(tests) not in native_sets():
+            continue
         lines = (ROOT / NATIVE / file).read_text().splitlines()
         for function in functions:
             if part not in function:
@@ -288,14 +311,16 @@ def noticed(mutant: Mutant | None, folder: Path, tests: tuple[str, str]) -> str 
         lines[mutant.line] = mutant.after
         (folder / NATIVE / mutant.file).write_text("\n".join(lines) + "\n")
     try:
-        changed = mutant.file if mutant and mutant.file.endswith(".cc") else "baseline.cc"
-        others = (name for name in ("baseline", *HANDLERS, "none") if f"{name}.cc" != changed)
-        objects = [str(NATIVE / changed), *(f"{name}.o" for name in others)]
+        run_by = instruction_set_of(tests)
+        changed = mutant.file if mutant and mutant.file.endswith(".cc") else f"{run_by}.cc"
+        others = (run_by, *BASED_ON[run_by], *HANDLERS, f"none_but_{run_by}")
+        objects = [f"{name}.o" for name in others if f"{name}.cc" != changed]
+        objects.append(str(NATIVE / changed))
         if compiler(folder, "-shared", *objects, "-o", "rnnattn/native/kernels.abi3.so").returncode:
             return "the compiler"
         file, which = tests
         pytest = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", *file.split(), "-k", which]
-        environment = os.environ | {"RNNATTN_NATIVE": "baseline"}
+        environment = os.environ | {"RNNATTN_NATIVE": run_by}
         run = subprocess.run(pytest, cwd=folder, capture_output=True, text=True, env=environment)
         if run.returncode == 0:
             return None
@@ -306,11 +331,20 @@ def noticed(mutant: Mutant | None, folder: Path, tests: tuple[str, str]) -> str 
             shutil.copy(ROOT / NATIVE / mutant.file, folder / NATIVE / mutant.file)
 
 
+def instruction_set_of(tests: tuple[str, str]) -> str:
+    return "avx512_bf16" if tests is FIXED else "baseline"
+
+
 def compiler(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     command = "g++ -fPIC -std=c++17 -O1 -w -fvisibility=hidden".split()
     includes = (Path(jaxlib.__file__).parent / "include", sysconfig.get_paths()["include"])
     command += [f"-I{path}" for path in includes]
     return subprocess.run([*command, *arguments], cwd=folder, capture_output=True, text=True)
+
+
+def native_sets() -> list[str]:
+    """The instruction sets that run here."""
+    return list(load.found()[1])
 
 
 def prepare(folder: Path) -> None:
@@ -322,22 +356,29 @@ def prepare(folder: Path) -> None:
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
     for name in ("conftest.py", "pyproject.toml"):
         shutil.copy(ROOT / name, folder / name)
-    none = "".join(
-        f"const Kernels* {name}_kernels() {{ return nullptr; }}\n"
-        for name in ("avx512_amx", "avx512_bf16", "avx512", "avx2", "neon_bf16")
-    )
-    (folder / "none.cc").write_text(
-        f'#include "{NATIVE}/kernels.h"\nnamespace rnnattn {{\n{none}}}\n'
-    )
-    built = ("baseline", *HANDLERS)
-    for source in (*(NATIVE / f"{name}.cc" for name in built), Path("none.cc")):
-        compiler(folder, "-c", str(source), "-o", f"{source.stem}.o").check_returncode()
+    every = ("avx512_amx", "avx512_bf16", "avx512", "avx2", "neon_bf16", "baseline")
+    sources = [NATIVE / f"{name}.cc" for name in HANDLERS]
+    for run_by, others in BASED_ON.items():
+        if run_by not in native_sets():
+            continue
+        none = "".join(
+            f"const Kernels* {name}_kernels() {{ return nullptr; }}\n"
+            for name in every
+            if name not in (run_by, *others)
+        )
+        source = Path(f"none_but_{run_by}.cc")
+        (folder / source).write_text(
+            f'#include "{NATIVE}/kernels.h"\nnamespace rnnattn {{\n{none}}}\n'
+        )
+        sources += [source, *(NATIVE / f"{name}.cc" for name in (run_by, *others))]
+    for path in dict.fromkeys(sources):
+        compiler(folder, "-c", str(path), "-o", f"{path.stem}.o").check_returncode()
 
 
 def main(part: str = "") -> int:
     folder = ROOT / "build/mutated"
     prepare(folder)
-    for tests in (LSTM, UNITS, LINEAR, ATTENTION, HIDDEN, PAGES):
+    for tests in dict.fromkeys(mutant.tests for mutant in mutants(part)):
         if error := noticed(None, folder, tests):
             print(f"{tests[0]} fails as it is: {error}")
             return 1

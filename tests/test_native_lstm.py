@@ -301,6 +301,95 @@ def test_sums_beyond_16_bits_are_infinite(dtype, instruction_set):
     np.testing.assert_array_equal(jnp.isinf(db), jnp.isinf(right))
 
 
+@cache
+def uneven_problem(which):
+    """A case in bfloat16 of numbers of very different sizes, or of many steps that the gradient
+    goes back through; what must come out, and what comes out on XLA."""
+    rng = np.random.default_rng(1)
+    case = scaled_case(*((300, 2, 3, 48) if which == "long memory" else (12, 9, 21, 48)))
+    uneven = lambda tree, sigma: jax.tree.map(
+        lambda a: a * jnp.asarray(rng.lognormal(0, sigma, a.shape), a.dtype), tree
+    )
+    if which == "long memory":
+        of_y, of_last = case.cotangents
+        b = case.params.b.at[48:96].add(4)
+        case = case._replace(
+            params=case.params._replace(b=b), cotangents=(jnp.zeros_like(of_y), of_last)
+        )
+    elif which == "outliers":
+        w_x, w_h = uneven((case.params.w_x, case.params.w_h), 1)
+        params = case.params._replace(w_x=w_x / 2, w_h=w_h / 2)
+        cotangents = uneven(case.cotangents, 2)
+        case = Case(params, uneven(case.x, 2), case.state, cotangents)
+    elif which == "rare tokens":
+        tokens = np.minimum(rng.zipf(1.3, size=(9, 12)), 21) - 1
+        case = case._replace(x=jnp.asarray(np.eye(21)[tokens], jnp.float32))
+    case = in_dtype(case, jnp.bfloat16)
+    on_xla = value_and_gradients(partial(lstm, implementation="xla"), case)
+    return case, value_and_gradients(reference.lstm, wide(case)), on_xla
+
+
+@pytest.mark.parametrize("instruction_set", SETS, indirect=True)
+@pytest.mark.parametrize("which", ["long memory", "outliers", "rare tokens"])
+def test_16_bits_are_as_exact_where_sizes_differ(which, instruction_set):
+    """The root mean square of the error, and the median of the relative error."""
+    case, expected, on_xla = uneven_problem(which)
+    leaves = map(jax.tree.leaves, (value_and_gradients(native_lstm, case), on_xla, expected))
+    for ours, theirs, right in zip(*leaves, strict=True):
+        difference = lambda x: np.abs(np.asarray(x, np.float64) - right)  # noqa: B023
+        of_all = lambda x: np.sqrt(np.mean(difference(x) ** 2))  # noqa: B023
+        of_each = lambda x: np.median(difference(x) / (np.abs(right) + 1e-30))  # noqa: B023
+        assert of_all(ours) <= 1.3 * of_all(theirs) + 1e-7 * np.max(np.abs(right))
+        assert of_each(ours) <= 1.3 * of_each(theirs) + 1e-6
+
+
+@pytest.mark.parametrize("instruction_set", SETS, indirect=True)
+def test_the_largest_sums_in_16_bits_fit(instruction_set):
+    """Blocks of numbers alike, of one sign: dz of i and f, the weights, and x and h₋."""
+    B, D, H = 64, 40, 32
+    alike = lambda value, *shape: jnp.full(shape, value, jnp.bfloat16)
+    g = 0.7808  # where dz_i and dz_g are alike, and c₋ = g makes dz_f so
+    b = jnp.concatenate([alike(z, H) for z in (0, 0, np.arctanh(g), 0)])
+    params = LSTMParams(alike(1, D, 4 * H), alike(1, H, 4 * H), b)
+    h, c = alike(2**-9, B, H), jnp.full((B, H), g, jnp.float32)
+    state = LSTMState(h, c)
+    case = Case(params, alike(2**-9, B, 1, D), state, (alike(1, B, 1, H), state))
+    expected = value_and_gradients(reference.lstm, wide(case))
+    assert_close(value_and_gradients(native_lstm, case), expected, float(jnp.finfo(h.dtype).eps))
+
+
+@pytest.mark.parametrize("instruction_set", SETS, indirect=True)
+def test_gradients_in_16_bits_are_linear_in_cotangents_of_any_size(instruction_set):
+    """To the bit, as their sizes are powers of 2."""
+    case = in_dtype(scaled_case(5, 3, 7, 20), jnp.bfloat16)
+    gradients = jax.jit(lambda case: value_and_gradients(native_lstm, case)[1])
+    scaled = lambda tree, power: jax.tree.map(lambda a: a * jnp.asarray(2.0**power, a.dtype), tree)
+    once = gradients(case)
+    for power in (-60, 60):
+        results = gradients(case._replace(cotangents=scaled(case.cotangents, power)))
+        jax.tree.map(np.testing.assert_array_equal, results, scaled(once, power))
+
+
+@pytest.mark.parametrize("dtype, instruction_set", NARROW_SETS, indirect=["instruction_set"])
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_cotangents_that_are_no_numbers_reach_what_they_reach_on_xla(
+    dtype, instruction_set, poison
+):
+    """All of a row before them, and all of the weights that their units have."""
+    case = in_dtype(scaled_case(3, 5, 7, 40), dtype)
+    of_y, of_last = case.cotangents
+    of_last = jax.tree.map(jnp.zeros_like, of_last)
+    reached = []
+    for t in (0, 2):
+        poisoned = case._replace(cotangents=(of_y.at[2, t, 19].set(poison), of_last))
+        for how in ("native", "xla"):
+            results = value_and_gradients(partial(lstm, implementation=how), poisoned)[1]
+            reached.append(jax.tree.map(lambda a: np.asarray(jnp.isfinite(a)), results))
+    jax.tree.map(np.testing.assert_array_equal, reached[0], reached[1])
+    jax.tree.map(np.testing.assert_array_equal, reached[2], reached[3])
+    assert reached[0][1][[0, 1, 3, 4]].all() and not reached[0][1][2, 0].any()
+
+
 def test_saturated_gates_and_infinite_inputs_behave_as_on_xla():
     params, x = narrow(init_lstm(jax.random.key(0), 2, 20)), jnp.ones((4, 6, 2), jnp.float32)
     x = x.at[0].set(1e30).at[1].set(-1e30).at[2, 3].set(jnp.inf).at[3, 2].set(jnp.nan)

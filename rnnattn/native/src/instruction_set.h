@@ -4,7 +4,8 @@
 //     RNNATTN_SET      its namespace
 //     RNNATTN_LANES    floats in a vector
 //     RNNATTN_PAIRS    if one instruction multiplies pairs of bfloat16
-//     RNNATTN_TILES    if one instruction multiplies tiles of such pairs, beside RNNATTN_PAIRS
+//     RNNATTN_FIXED    if one multiplies pairs of integers as fast, beside RNNATTN_PAIRS
+//     RNNATTN_TILES    if one instruction multiplies tiles of pairs, beside RNNATTN_PAIRS
 //     RNNATTN_TARGET   what compilers may use beyond what every machine has, if anything
 //
 // Their code stands between the two macros below, and what they include outside: it must use no

@@ -20,6 +20,29 @@
 RNNATTN_BEFORE_NAMESPACE();
 namespace rnnattn::RNNATTN_SET::recurrent {
 
+// What the products with dz are of: dz w_hᵀ in the loop, and dx and the weight gradients behind it.
+// Rounded to bfloat16, dz would make their errors 1.4 times as large, and what a step leaves out
+// goes through all steps before it; as the sum of two it takes as long as in float32, unless by
+// tiles.
+template <class Operand>
+struct OperandsOfGradient {
+  using Step = Operand;
+  using Dx = float;
+};
+#if defined(RNNATTN_TILES)
+template <>
+struct OperandsOfGradient<Bfloat16> {
+  using Step = Bfloat16;
+  using Dx = Bfloat16;
+};
+#elif defined(RNNATTN_FIXED)
+template <>
+struct OperandsOfGradient<Bfloat16> {
+  using Step = Fixed;
+  using Dx = Fixed;
+};
+#endif
+
 // How far behind its first part the second part of dz lies, see `Panels`.
 template <class Unit>
 RNNATTN_INLINE int64_t rest_of(int64_t H) {
@@ -118,6 +141,63 @@ struct WeightOperands<Bfloat16> {
 };
 #endif
 
+#if defined(RNNATTN_FIXED)
+// In fixed point, both in blocks of rows.
+template <>
+struct WeightOperands<Fixed> {
+  static constexpr int ROWS = GATE_TILE_ROWS;
+  static constexpr int64_t STEPS = 32, BLOCK = with_scale(STEPS);
+  const float* xh;
+  int64_t stride;
+  Gates dz;
+  int64_t columns = 0, panels = 0, blocks = 0;
+  Fixed *of_xh = nullptr, *of_dz = nullptr;
+
+  // For so many rows, columns of [x h₋ 1] and panels of dz.
+  void take(Memory& memory, int64_t rows, int64_t width, int64_t tiles) {
+    columns = width, panels = tiles, blocks = ceil_div(rows, STEPS);
+    of_xh = memory.take<Fixed>(blocks * BLOCK * across());
+    of_dz = memory.take<Fixed>(panels * blocks * BLOCK * PANEL);
+  }
+  bool prepare(Threads& threads, int64_t limit, int64_t rows) const {
+    const int64_t used = ceil_div(rows, STEPS);
+    return parallel_for(threads, (panels + 1) * used, limit, 0, [&](int64_t item, float*) {
+      const int64_t u = item / used, block = item % used, r = block * STEPS;
+      const int64_t count = least(STEPS, rows - r);
+      if (u < panels)
+        put<Factor::b>(dz.data + u * dz.tile + r * dz.row, dz.row, count, PANEL, of_panel(u, block),
+                       PANEL);
+      else
+        put<Factor::a>(xh + r * stride, stride, count, columns, of_rows(block), across());
+    });
+  }
+  template <int first, int R, int N>
+  void add(V (&sum)[R][N], int64_t m, int64_t u, int64_t r, int64_t depth) const {
+    const FixedRows rows{of_rows(r / STEPS) + 2 * m, 2, 2 * across(), BLOCK * across()};
+    accumulate_blocks(sum, ceil_div(depth, STEPS), STEPS, rows,
+                      of_panel(u, r / STEPS) + 2 * first * W, PANEL);
+  }
+
+ private:
+  // A cache line longer than the columns: the rows of a tile would fall into the same set of a
+  // cache.
+  int64_t across() const { return whole_vectors(columns) + LINE; }
+  Fixed* of_rows(int64_t block) const { return of_xh + block * BLOCK * across(); }
+  Fixed* of_panel(int64_t u, int64_t block) const {
+    return of_dz + (u * blocks + block) * BLOCK * PANEL;
+  }
+  // A block of `count` rows, zeros behind them, to rows of `across` pairs.
+  template <Factor factor>
+  static void put(const float* rows, int64_t stride, int64_t count, int64_t width, Fixed* to,
+                  int64_t across) {
+    for (int64_t j = 0; j < width; j += W)
+      put_columns<factor>(to + 2 * j, across, STEPS, [&](int64_t step) RNNATTN_LAMBDA {
+        return step < count ? load(rows + step * stride + j) : V{};
+      });
+  }
+};
+#endif
+
 // A block of the weight gradient, rows [m, m + R) of [x h₋ q 1]ᵀ dz and one panel of dz, of those
 // gates that have a block in these rows.
 template <class Columns, class Operand>
@@ -172,18 +252,13 @@ class Backward {
   using OfX = typename Unit::OfX;
   using OfH = typename Unit::OfH;
   using Operand = rnnattn::RNNATTN_SET::Operand<Number>;
-  // Whether dz w_hᵀ and the gates that are computed again are products of pairs. Those that give
-  // dx, dw and db are that where they are of tiles, and else of float32: dz rounded for them would
-  // make their errors 1.4 times as large, and two parts of it are no faster without tiles.
-  static constexpr bool PAIRS = !std::is_same_v<Operand, float>;
-#if defined(RNNATTN_TILES)
-  using OfDx = Operand;
-#else
-  using OfDx = float;
-#endif
+  using OfStep = typename OperandsOfGradient<Operand>::Step;
+  using OfDx = typename OperandsOfGradient<Operand>::Dx;
+  static constexpr bool PAIRS = !std::is_same_v<Operand, float>;  // of the gates, computed again
+  static constexpr bool FIXED = std::is_same_v<OfStep, Fixed>;
   using Cells = recurrent::Cells<Unit, Operand>;
-  using TransposedH = Transposed<Unit, OfH, Operand>;
-  using TransposedQ = Transposed<Unit, typename Unit::OfQ, Operand>;
+  using TransposedH = Transposed<Unit, OfH, OfStep>;
+  using TransposedQ = Transposed<Unit, typename Unit::OfQ, OfStep>;
   using TransposedX = Transposed<Unit, OfX, OfDx>;
   using Chunk = recurrent::Chunk<Number>;
   using State = recurrent::State<Operand>;
@@ -253,8 +328,8 @@ class Backward {
     const int64_t D = s_.D, H = s_.H, R = s_.R, rows = length_ * s_.B;
     const bool recomputes = recomputes_steps_ || recomputes_a_;
     packed_cells_ = recomputes ? memory.take<Operand>(Cells::size(D, H, R)) : nullptr;
-    packed_h_ = memory.take<Operand>(TransposedH::size(R, H));
-    packed_q_ = memory.take<Operand>(TransposedQ::size(R, H));
+    packed_h_ = memory.take<OfStep>(TransposedH::size(R, H));
+    packed_q_ = memory.take<OfStep>(TransposedQ::size(R, H));
     packed_x_ = memory.take<OfDx>(TransposedX::size(D, H));
     dz_ = take_panels<Unit>(memory, H, rows);
     width_ = ceil_div(past_q() + 1, LINE) * LINE + LINE;
@@ -272,11 +347,18 @@ class Backward {
       dprojection_ = memory.take(H * whole_vectors(R));
     }
     if constexpr (PAIRS) {
-      narrow_stride_ = 2 * rest_of<Unit>(H) + LINE;
-      narrow_steps_ = std::is_same_v<OfDx, float> ? 2 : length_;
-      narrow_ = memory.take<Operand>(narrow_steps_ * s_.B * narrow_stride_);
+      narrow_stride_ =
+          (FIXED ? tiles_across<Unit>(H) * TILE_SIZE<OfStep, typename TransposedH::Columns>
+                 : 2 * rest_of<Unit>(H)) +
+          LINE;
+      narrow_steps_ = std::is_same_v<OfDx, Operand> ? length_ : 2;
+      narrow_ = memory.take<OfStep>(narrow_steps_ * s_.B * narrow_stride_);
       xh_stride_ = ceil_div(whole_steps<Operand>(D) + R, W) * W + LINE;
       if (recomputes_a_) xh_pairs_ = memory.take<Operand>(rows * xh_stride_);
+    }
+    if constexpr (FIXED) {
+      fixed_stride_ = tiles_across<Unit>(H) * TILE_SIZE<OfDx, typename TransposedX::Columns> + LINE;
+      fixed_ = memory.take<Fixed>(rows * fixed_stride_);
     }
     if constexpr (std::is_same_v<Number, float>) {
       dw_x_ = s_.dw_x, dw_h_ = s_.dw_h, dpeephole_ = s_.dpeephole;
@@ -468,15 +550,30 @@ class Backward {
       if (is_valid(t, r))
         cells_of_row(chunk, t, r, u, past);
       else
-        for (int64_t i = u; i < past; ++i)
+        for (int64_t i = u; i < past; ++i) {
           for (int v = 0; v < VECTORS; ++v) put_dz(k, narrow(t, r), v, i, splat(0), W);
+          if constexpr (FIXED) put_fixed<TransposedH>(narrow(t, r), i, {});
+        }
       if (s_.projection && !is_valid(t, r)) zero(m_ + k * padded(H) + u * W, (past - u) * W);
     }
   }
 
-  void put_dz(int64_t row, Operand* pairs, int v, int64_t u, V dz, int n) const {
+  void put_dz(int64_t row, OfStep* pairs, int v, int64_t u, V dz, int n) const {
     dz_.put(row, v, u, dz, n);
-    if constexpr (PAIRS) put_parts<Unit>(pairs + u * PANEL + v * W, dz, s_.H);
+    if constexpr (PAIRS && !FIXED) put_parts<Unit>(pairs + u * PANEL + v * W, dz, s_.H);
+  }
+
+  // Of tile u of a row, dz of those gates that a transposed weight has.
+  template <class Of>
+  static void put_fixed(Fixed* row, int64_t u, const V (&dz)[GATES]) {
+    using Tile = FixedTile<typename Of::Columns>;
+    unrolled<Tile::BLOCKS>([&](auto k) RNNATTN_LAMBDA {
+      V block[Tile::VECTORS];
+      unrolled<Tile::VECTORS>([&](auto v) RNNATTN_LAMBDA {
+        block[v] = dz[Of::Columns::FIRST + k * Tile::VECTORS + v];
+      });
+      put_row(row + u * Tile::SIZE + k * Tile::BLOCK, block);
+    });
   }
 
   // The same of a row that is valid; m's cotangent is dh + dy, or what is projected back of it.
@@ -489,7 +586,7 @@ class Backward {
     const Number* dy = projects ? nullptr : s_.dy + (t * s_.B + r) * H;
     const float* dm = (projects ? dm_ : dh_) + r * stride;
     float* dprev = (Unit::CARRIES_C ? dc_ : dh_) + r * stride;
-    Operand* pairs = narrow(t, r);
+    OfStep* pairs = narrow(t, r);
     for (; u < past; ++u) {
       for (int k = 0; k < Unit::CELLS; ++k) {
         const int64_t j = first_unit<Unit>(u, k);
@@ -510,6 +607,7 @@ class Backward {
         if (projects) store(m_ + row * padded(H) + j, m);
         for (int g = 0; g < GATES; ++g)
           if (!waits_for_dq(g)) put_dz(row, pairs, k * GATES + g, u, dz[g], n);
+        if constexpr (FIXED) put_fixed<TransposedH>(pairs, u, dz);
       }
     }
   }
@@ -554,22 +652,32 @@ class Backward {
     store_units(xh_ + row * width_ + s_.D + s_.R + j, reset(unit, a, before), n);
   }
 
-  // dz of a step as pairs, or null: while one step is read, the one before it is written. Where dx
-  // is of pairs, too, the steps of a chunk are kept.
-  Operand* narrow(int64_t t, int64_t r) const {
+  // dz of a step in 16 bits, or null: while one step is read, the one before it is written. Where
+  // dx is of pairs, too, the steps of a chunk are kept.
+  OfStep* narrow(int64_t t, int64_t r) const {
     return PAIRS ? narrow_ + (t % narrow_steps_ * s_.B + r) * narrow_stride_ : nullptr;
   }
 
-  Panels<Operand> operand_of_step(const Chunk& chunk, int64_t t) const {
-    if constexpr (PAIRS)
+  Panels<OfStep> operand_of_step(const Chunk& chunk, int64_t t) const {
+    if constexpr (FIXED)
+      return {narrow(t, 0), narrow_stride_, 0, 0};
+    else if constexpr (PAIRS)
       return {narrow(t, 0), narrow_stride_, PANEL, rest_of<Unit>(s_.H)};
     else
       return panels_of(dz_.from((t - chunk.from) * s_.B));
   }
 
-  // dz of all steps.
-  Panels<OfDx> operand_of_dx(const Chunk& chunk) const {
-    if constexpr (std::is_same_v<OfDx, float>)
+  // dz of all steps, to read rows [lo, hi) of it: in fixed point these are made here.
+  Panels<OfDx> operand_of_dx(const Chunk& chunk, int64_t lo, int64_t hi) const {
+    if constexpr (FIXED) {
+      for (int64_t r = lo; r < hi; ++r)
+        for (int64_t u = 0; u < tiles_across<Unit>(s_.H); ++u) {
+          V dz[GATES];
+          for (int g = 0; g < GATES; ++g) dz[g] = dz_.get(r, g, u, W);
+          put_fixed<TransposedX>(fixed_ + r * fixed_stride_, u, dz);
+        }
+      return {fixed_, fixed_stride_, 0, 0};
+    } else if constexpr (std::is_same_v<OfDx, float>)
       return panels_of(dz_);
     else
       return operand_of_step(chunk, chunk.from);
@@ -650,9 +758,9 @@ class Backward {
       const auto add = [&](auto blocks, int64_t lo, int64_t hi) {
         const int64_t depth = least(DEPTH, rows - first);
         const bool adds = !is_first || first > 0;
-        over_tiles<WeightOperands<Operand>::ROWS>(
+        over_tiles<WeightOperands<OfDx>::ROWS>(
             most(m, lo), least(past, hi),
-            WeightTile<Columns<Unit, decltype(blocks)>, Operand>{
+            WeightTile<Columns<Unit, decltype(blocks)>, OfDx>{
                 D, K, past_q(), width, s_.H, dw_x_, dw_h_, db_, operands_, u, first, depth, adds});
       };
       if constexpr (std::is_same_v<OfX, OfH>) {
@@ -716,10 +824,12 @@ class Backward {
                            item % panels);
       }
       item -= blocks * panels;
-      if (item < dx_items)
-        return times_transposed(operand_of_dx(chunk), to_x_, s_.dx + chunk.from * s_.B * s_.D,
-                                false, s_.D, nullptr, 0, ceil_div(s_.D, W), rows * item / dx_items,
-                                rows * (item + 1) / dx_items);
+      if (item < dx_items) {
+        const int64_t lo = rows * item / dx_items, hi = rows * (item + 1) / dx_items;
+        return times_transposed(operand_of_dx(chunk, lo, hi), to_x_,
+                                s_.dx + chunk.from * s_.B * s_.D, false, s_.D, nullptr, 0,
+                                ceil_div(s_.D, W), lo, hi);
+      }
       item -= dx_items;
       if (item < peepholes) return add_peepholes(chunk, is_first, item);
       add_projection(rows, is_first, item - peepholes);
@@ -752,8 +862,9 @@ class Backward {
   const RecurrentBackward<Number>& s_;
   int64_t length_ = 0, width_ = 0;
   bool recomputes_steps_ = false, recomputes_a_ = false;
-  int64_t narrow_stride_ = 0, narrow_steps_ = 0, xh_stride_ = 0;
-  Operand *packed_cells_ = nullptr, *packed_h_ = nullptr, *packed_q_ = nullptr;
+  int64_t narrow_stride_ = 0, narrow_steps_ = 0, fixed_stride_ = 0, xh_stride_ = 0;
+  Operand* packed_cells_ = nullptr;
+  OfStep *packed_h_ = nullptr, *packed_q_ = nullptr;
   OfDx* packed_x_ = nullptr;
   Cells cells_{};
   TransposedH to_h_{};
@@ -761,9 +872,11 @@ class Backward {
   TransposedX to_x_{};
   Inputs<Number> inputs_{s_, nullptr};
   Gates dz_{};
-  WeightOperands<Operand> operands_{};
+  WeightOperands<OfDx> operands_{};
   float *xh_ = nullptr, *dh_ = nullptr, *dq_ = nullptr, *dc_ = nullptr;
-  Operand *narrow_ = nullptr, *xh_pairs_ = nullptr;
+  OfStep* narrow_ = nullptr;
+  Operand* xh_pairs_ = nullptr;
+  Fixed* fixed_ = nullptr;
   float *dw_x_ = nullptr, *dw_h_ = nullptr, *db_ = nullptr, *dpeephole_ = nullptr;
   float *packed_p_ = nullptr, *m_ = nullptr, *dm_ = nullptr;
   float *dh_of_steps_ = nullptr, *dprojection_ = nullptr;

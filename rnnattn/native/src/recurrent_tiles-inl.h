@@ -21,6 +21,7 @@
 
 #include <cstdint>
 
+#include "fixed_point-inl.h"
 #include "instruction_set.h"
 #include "kernels.h"
 #include "numbers-inl.h"
@@ -248,6 +249,21 @@ static void pack_transposed_projection(const Recurrent<Number>& s, int64_t j, fl
   }
 }
 
+// In fixed point the gates of a tile that meet a weight are blocks of two; three are one.
+template <class Columns>
+struct FixedTile {
+  static constexpr int VECTORS = Columns::COUNT % 2 ? Columns::COUNT : 2;
+  static constexpr int BLOCKS = Columns::COUNT / VECTORS;
+  static constexpr int64_t STEPS = VECTORS * W, BLOCK = with_scale(STEPS);
+  static constexpr int64_t SIZE = BLOCKS * BLOCK;
+};
+
+// What the gates of a tile that meet a weight take in memory, of each row or column.
+template <class Operand, class Columns>
+constexpr int64_t TILE_SIZE = Columns::COUNT * W;
+template <class Columns>
+constexpr int64_t TILE_SIZE<Fixed, Columns> = FixedTile<Columns>::SIZE;
+
 // wᵀ of a weight w of N rows in panels of TRANSPOSED_COLUMNS; the last may have 1 or 2 vectors. Its
 // rows are in the order of `Gates::in_panels`: for each tile its gates in w, zero beyond H.
 constexpr int TRANSPOSED_COLUMNS = 4 * W;
@@ -261,7 +277,7 @@ struct Transposed {
 
   static int64_t tiles(int64_t H) { return tiles_across<Unit>(H); }
   static int64_t panels(int64_t N) { return ceil_div(N, TRANSPOSED_COLUMNS); }
-  static int64_t depth(int64_t H) { return tiles(H) * Columns::COUNT * W; }
+  static int64_t depth(int64_t H) { return tiles(H) * TILE_SIZE<Operand, Columns>; }
   static int64_t size(int64_t N, int64_t H) { return panels(N) * TRANSPOSED_COLUMNS * depth(H); }
   static int vectors(int64_t N, int64_t p) {
     const int64_t n = ceil_div(N - p * TRANSPOSED_COLUMNS, W);
@@ -269,6 +285,31 @@ struct Transposed {
   }
   const Operand* panel(int64_t p) const { return packed + p * TRANSPOSED_COLUMNS * depth(H); }
 };
+
+// W columns of a tile of it, in rows that are `across` wide.
+template <class Columns>
+RNNATTN_INLINE void put_tile(float* to, int64_t across, const V (&gates)[Columns::COUNT][W]) {
+  for (int64_t k = 0; k < Columns::COUNT * W; ++k) store(to + k * across, gates[k / W][k % W]);
+}
+#if defined(RNNATTN_PAIRS)
+template <class Columns>
+RNNATTN_INLINE void put_tile(Bfloat16* to, int64_t across, const V (&gates)[Columns::COUNT][W]) {
+  for (int64_t k = 0; k < Columns::COUNT * W; k += 2) {
+    Bfloat16* out = to + k * across;
+    put_pairs(out, gates[k / W][k % W], gates[k / W][k % W + 1]);
+  }
+}
+#endif
+#if defined(RNNATTN_FIXED)
+template <class Columns>
+RNNATTN_INLINE void put_tile(Fixed* to, int64_t across, const V (&gates)[Columns::COUNT][W]) {
+  using Tile = FixedTile<Columns>;
+  for (int64_t block = 0; block < Tile::BLOCKS; ++block)
+    put_columns<Factor::b>(
+        to + block * Tile::BLOCK * across, across, Tile::STEPS,
+        [&](int64_t k) RNNATTN_LAMBDA { return gates[block * Tile::VECTORS + k / W][k % W]; });
+}
+#endif
 
 // Panel p of it; rows of w are `width` wide.
 template <class Packed, class Number>
@@ -278,33 +319,28 @@ static void pack_transposed(const Number* w, int64_t width, int64_t N, int64_t H
   using Operand = typename Packed::Operand;
   const int64_t across = Packed::vectors(N, p) * W, first = p * TRANSPOSED_COLUMNS;
   Operand* out = packed + first * Packed::depth(H);
-  for (int64_t u = 0; u < Packed::tiles(H); ++u)
-    unrolled<Columns::COUNT>([&](auto i) RNNATTN_LAMBDA {
-      constexpr int v = Columns::FIRST + i;
-      const Number* of_gate = w + Columns::at(v, u, H);
-      const int n = Columns::lanes(v, u, H);
-      for (int64_t column = 0; column < across; column += W) {
-        V block[W];
+  for (int64_t u = 0; u < Packed::tiles(H); ++u) {
+    for (int64_t column = 0; column < across; column += W) {
+      V gates[Columns::COUNT][W];
+      unrolled<Columns::COUNT>([&](auto i) RNNATTN_LAMBDA {
+        constexpr int v = Columns::FIRST + i;
+        const Number* of_gate = w + Columns::at(v, u, H);
+        const int n = Columns::lanes(v, u, H);
         for (int64_t k = 0; k < W; ++k) {
           const int64_t row = first + column + k;
-          block[k] = row < N ? load_units(of_gate + row * width, n) : V{};
+          gates[i][k] = row < N ? load_units(of_gate + row * width, n) : V{};
         }
-        transpose(block);
-        unrolled<W / TOGETHER<Operand>>([&](auto k) RNNATTN_LAMBDA {
-          Operand* to = out + (k * across + column) * TOGETHER<Operand>;
-          if constexpr (TOGETHER<Operand> == 2)
-            put_pairs(to, block[2 * k], block[2 * k + 1]);
-          else
-            put_steps(to, block[k]);
-        });
-      }
-      out += W * across;
-    });
+        transpose(gates[i]);
+      });
+      put_tile<Columns>(out + column * TOGETHER<Operand>, across, gates);
+    }
+    out += TILE_SIZE<Operand, Columns> * across;
+  }
 }
 
 // Rows of dz in panels of PANEL numbers, in the order of `Gates::in_panels`. As pairs a number is
 // the sum of two, the second `rest` behind the first: one alone would leave 2⁻⁹ of dz out of every
-// step.
+// step. In fixed point a panel is a `FixedTile`, of the gates that meet one weight.
 template <class Operand>
 struct Panels {
   const Operand* data;
@@ -327,8 +363,14 @@ struct TransposedTile {
   template <int R>
   void run(int64_t r) const {
     V sum[R][N] = {};
-    accumulate_blocks(sum, tiles, Columns::COUNT * W, dz.data + r * dz.row + Columns::FIRST * W,
-                      dz.row, dz.tile, dz.rest, w, width);
+    if constexpr (std::is_same_v<Operand, Fixed>) {
+      using Tile = FixedTile<Columns>;
+      const FixedRows rows{dz.data + r * dz.row, dz.row, 2, Tile::BLOCK};
+      accumulate_blocks(sum, tiles * Tile::BLOCKS, Tile::STEPS, rows, w, width);
+    } else {
+      accumulate_blocks(sum, tiles, Columns::COUNT * W, dz.data + r * dz.row + Columns::FIRST * W,
+                        dz.row, dz.tile, dz.rest, w, width);
+    }
     unrolled<R>([&](auto i) RNNATTN_LAMBDA {
       if (written && !written[r + i]) return;
       Number* row = out + (r + i) * stride;
