@@ -1,10 +1,12 @@
-"""What attention in bfloat16 loses: its errors, over those of exact results rounded once.
+"""What bfloat16 loses: errors against float64, over those of exact results rounded once.
 
     python benchmarks/sixteen_bits.py
+    python benchmarks/sixteen_bits.py lstm
 
-First the errors of ours, by the kernels and on XLA. Then, simulated in NumPy, what they would be if
-the products with weights or dS were of pairs of bfloat16, and so the weights and dS rounded. Root
-mean square / largest, one head, against float64.
+Root mean square / largest. Of attention, one head, first the errors of ours, by the kernels and on
+XLA; then, simulated in NumPy, what they would be if the products with weights or dS were of pairs
+of bfloat16, and so the weights and dS rounded. Of the LSTM the gradients by the kernels and on XLA,
+whose products are of float32; h is rounded in every step of both, and not in what is exact.
 """
 
 import sys
@@ -92,8 +94,68 @@ def show(results, exact):
     return "  ".join(f"{cell:>14}" for cell in cells)
 
 
+# ---- the LSTM ---------------------------------------------------------------------------------
+
+GRADIENTS = ("w_x", "w_h", "b", "x", "h", "c")
+D, H = 32, 64
+
+
+def lstm_cases():
+    """By name: parameters, x, the state and the cotangents of y and the last state."""
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: rng.normal(size=shape)
+    uneven = lambda sigma, *shape: rng.lognormal(0, sigma, shape) * normal(*shape)
+
+    def case(T, B, x, w_x, w_h, b, dy):
+        state = lambda: rnnattn.LSTMState(normal(B, H), normal(B, H))
+        params = rnnattn.LSTMParams(w_x / D**0.5, w_h / H**0.5, b)
+        return params, x, state(), (dy, state())
+
+    remembers = np.repeat([0, 4, 0, 0], H)
+    return {
+        "normal": case(
+            64, 8, normal(8, 64, D), normal(D, 4 * H), normal(H, 4 * H), normal(4 * H) / 2,
+            normal(8, 64, H),
+        ),
+        "outliers": case(
+            64, 8, uneven(2, 8, 64, D), uneven(1, D, 4 * H), uneven(1, H, 4 * H) / 2,
+            normal(4 * H) / 2, uneven(2, 8, 64, H),
+        ),
+        "rare tokens": case(
+            64, 8, np.eye(D)[np.minimum(rng.zipf(1.3, (8, 64)), D) - 1], D**0.5 * normal(D, 4 * H),
+            normal(H, 4 * H), np.zeros(4 * H), normal(8, 64, H),
+        ),
+        "remembers": case(
+            512, 4, normal(4, 512, D), normal(D, 4 * H), normal(H, 4 * H) / 2, remembers,
+            np.zeros((4, 512, H)),
+        ),
+    }  # fmt: skip
+
+
+def gradients(function, params, x, state, cotangents):
+    return jax.jit(lambda *given: jax.vjp(function, *given)[1](cotangents))(params, x, state)
+
+
+def show_lstm():
+    print("the LSTM" + " " * 8 + "  ".join(f"{name:>14}" for name in GRADIENTS))
+    for name, given in lstm_cases().items():
+        print(name)
+        given = jax.tree.map(rounded, given)
+        with jax.enable_x64(True):
+            exact = gradients(rnnattn.reference.lstm, *jax.tree.map(jnp.asarray, given))
+            exact = jax.tree.leaves(jax.tree.map(np.asarray, exact))
+        params, x, state, (dy, last) = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), given)
+        in_float32 = lambda state: state._replace(c=state.c.astype(jnp.float32))
+        narrow = params, x, in_float32(state), (dy, in_float32(last))
+        for how in ("native", "xla"):
+            run = lambda *given: rnnattn.lstm(*given, implementation=how)  # noqa: B023
+            print(f"  {how:<14}{show(jax.tree.leaves(gradients(run, *narrow)), exact)}")
+
+
 def main():
     print(__doc__.splitlines()[0])
+    if sys.argv[1:] == ["lstm"]:
+        return show_lstm()
     print(" " * 16 + "  ".join(f"{name:>14}" for name in NAMES))
     for case in CASES:
         arrays = draw(case)
