@@ -40,6 +40,7 @@ LINEAR = (
     "instruction_set or 16_bits or close_to or all_but or episodes_that",
 )
 FIXED = (LSTM[0], "(16_bits or cotangents_that) and avx512_bf16")
+FIXED_ATTENTION = (ATTENTION[0], "(16_bits or no_bit) and avx512_bf16")
 HIDDEN = ("tests/test_hidden.py", "test_attention and native")
 PAGES = ("tests/test_pages.py", "kernels_read or every_instruction_set or wrong_pages")
 EITHER = (f"{ATTENTION[0]} {PAGES[0]}", f"{COMPARING} or {PAGES[1]}")
@@ -122,9 +123,24 @@ FUNCTIONS = [
             "scales_of_b(Words",
             "put_row(Fixed",
             "put_columns(Fixed",
+            "multiply(__m512i",
+            "scale_of_row(const FixedRows",
             "accumulate_blocks(V",
         ],
     ),
+    ("fixed_point-inl.h", FIXED_ATTENTION, ["scales_alone(Words", "accumulate_alone(V"]),
+    (
+        "attention_fixed-inl.h",
+        FIXED_ATTENTION,
+        [
+            "narrow_rows(Fixed",
+            "narrow_columns(Fixed",
+            "pair_rows(KeyRows",
+            "struct NarrowWeights {",
+            "accumulate_narrow(V",
+        ],
+    ),
+    ("attention_gradient-inl.h", FIXED_ATTENTION, ["struct NarrowGradient {"]),
     (
         "numbers-inl.h",
         LSTM,
@@ -221,6 +237,7 @@ CHANGES = [
 ]
 EQUIVALENT = [
     "0.0f + my.delta[r] == 0",  # more rows are looked at, with the same result
+    "if (finite_keys || !finite_rows)",  # multiplied in float32
     # sums of zeros, or NaN
     "products -= 0.0f",
     "(products[0] - products[1]) + (",
@@ -332,7 +349,7 @@ def noticed(mutant: Mutant | None, folder: Path, tests: tuple[str, str]) -> str 
 
 
 def instruction_set_of(tests: tuple[str, str]) -> str:
-    return "avx512_bf16" if tests is FIXED else "baseline"
+    return "avx512_bf16" if tests in (FIXED, FIXED_ATTENTION) else "baseline"
 
 
 def compiler(folder: Path, *arguments: str) -> subprocess.CompletedProcess:

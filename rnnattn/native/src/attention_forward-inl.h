@@ -8,8 +8,8 @@
 
 #include "attention_logits-inl.h"
 #include "attention_masks-inl.h"
+#include "attention_narrow-inl.h"
 #include "attention_packing-inl.h"
-#include "attention_terms-inl.h"
 #include "instruction_set.h"
 #include "kernels.h"
 #include "numbers-inl.h"
@@ -90,8 +90,8 @@ struct ForwardMemory {
   Memory memory;
   Operand *q, *k;
   float *scale, *v, *s, *o, *total, *peak, *shrink;
-  Bfloat16 *weights, *v_pairs;  // of products in two terms
   Range* ranges;
+  NarrowMemory narrow{};
 
   ForwardMemory(const Attention& p, const ForwardPlan& plan, float* base) : memory{base} {
     // No more than is used: to touch new pages would cost more than a small problem does.
@@ -108,9 +108,7 @@ struct ForwardMemory {
     peak = memory.take(all + W);
     shrink = memory.take(ROWS + W);
     ranges = memory.take<Range>(rows);
-    const bool in_terms = IN_TERMS<Number> && !plan.streamed;
-    weights = memory.take<Bfloat16>(in_terms ? least(ROWS, rows) * TERMS : 0);
-    v_pairs = memory.take<Bfloat16>(in_terms ? paired_size(keys, p.V) : 0);
+    if (NARROWS_VALUES<Number> && !plan.streamed) narrow.take(memory, least(ROWS, rows), keys, p.V);
   }
 };
 
@@ -223,43 +221,29 @@ class ValueRows {
 };
 
 #if defined(RNNATTN_TILES)
-// The same in pairs, which P in two terms is multiplied by.
-class ValuePairs {
+// The same for narrow products, of values without NaN and ∞.
+class NarrowValues {
  public:
-  using Number = Bfloat16;
-  ValuePairs(const AttentionForward<Number>& p, const Rows& rows, Range keys, bool, Values values,
-             const ForwardMemory<Number>& my)
-      : p_(p),
-        rows_(rows),
-        keys_(keys),
-        my_(my),
-        v_(rows_in_place(p, p.value, p.V, rows.b, rows.m, keys)),
-        finite_(values == Values::finite) {}
+  NarrowValues(const AttentionForward<Bfloat16>& p, const Rows& rows, Range keys, bool, Values,
+               const ForwardMemory<Bfloat16>& my)
+      : p_(p), my_(my), keys_(keys), rows_(rows_in_place(p, p.value, p.V, rows.b, rows.m, keys)) {}
 
-  void pack() { pairs_ = pair_rows(v_, keys_.past - keys_.first, p_.V, my_.v_pairs); }
-  void hide(const Block& block) {
-    if (finite_) return;
-    const int64_t width = whole_vectors(p_.V);
-    pack_rows(p_, p_.value, p_.V, rows_.b, rows_.m, keys_, my_.v);
-    hide_unseen(block, my_.s, my_.v, width);
-    pairs_ = pair_rows(KeyRows<float>{my_.v, width}, block.count, p_.V, my_.v_pairs);
-  }
+  void pack() { pair_rows(rows_, keys_.past - keys_.first, p_.V, v_); }
+  void hide(const Block&) {}
   void add(const Block& block, int64_t r) {
     const int64_t width = whole_vectors(p_.V);
-    split_rows(block, my_.s, nullptr, my_.weights);
-    product_of_terms<From::scaled>(block.rows, p_.V, block.seen(),
-                                   terms_of_rows(my_.weights, block.from), pairs_, block.from,
-                                   my_.o + r * width, width, my_.shrink);
+    narrow_rows(my_.narrow.weights, block, my_.s, nullptr, v_);
+    product_of_narrow<From::scaled>(block.rows, p_.V, block.seen(),
+                                    NarrowWeights::of_rows(my_.narrow.weights, block.from), v_,
+                                    block.from, my_.o + r * width, width, my_.shrink);
   }
 
  private:
-  const AttentionForward<Number>& p_;
-  const Rows& rows_;
+  const AttentionForward<Bfloat16>& p_;
+  const ForwardMemory<Bfloat16>& my_;
   Range keys_;
-  const ForwardMemory<Number>& my_;
-  KeyRows<Number> v_;
-  bool finite_;
-  PairedRows pairs_{};
+  KeyRows<Bfloat16> rows_;
+  NarrowRows v_ = my_.narrow.along_s;
 };
 #endif
 
@@ -305,8 +289,9 @@ template <class Number>
 static void see_keys(const AttentionForward<Number>& p, const Rows& rows, Range keys, bool streamed,
                      Values values, const ForwardMemory<Number>& my) {
 #if defined(RNNATTN_TILES)
-  if constexpr (IN_TERMS<Number>)
-    if (!streamed) return see_keys<ValuePairs>(p, rows, keys, streamed, values, my);
+  if constexpr (NARROWS_VALUES<Number>)
+    if (!streamed && values == Values::finite)
+      return see_keys<NarrowValues>(p, rows, keys, streamed, values, my);
 #endif
   see_keys<ValueRows<Number>>(p, rows, keys, streamed, values, my);
 }

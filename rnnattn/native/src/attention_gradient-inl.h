@@ -9,6 +9,7 @@
 #include "attention_forward-inl.h"
 #include "attention_logits-inl.h"
 #include "attention_masks-inl.h"
+#include "attention_narrow-inl.h"
 #include "attention_packing-inl.h"
 #include "instruction_set.h"
 #include "kernels.h"
@@ -60,8 +61,8 @@ struct BackwardMemory {
   float* scale;                  // of the logits, where q_along is not scaled
   Operand *k_columns, *v_columns;
   float *k, *s, *dp, *uncap, *dq, *dk, *dv, *lse, *delta;
-  Bfloat16 *weights, *turned, *k_pairs, *row_pairs;  // of products in two terms
   Range* ranges;
+  NarrowMemory narrow{};
 
   BackwardMemory(const Attention& p, const BackwardPlan& plan, float* base) : memory{base} {
     const int64_t rows = least(ROWS, p.G * p.T), keys = least(plan.keys, whole_panels(p.S));
@@ -89,11 +90,7 @@ struct BackwardMemory {
     lse = memory.take(rows);
     delta = memory.take(rows);
     ranges = memory.take<Range>(rows);
-    const bool in_terms = IN_TERMS<Number> && !plan.streamed;
-    weights = memory.take<Bfloat16>(in_terms ? rows * TERMS : 0);
-    turned = memory.take<Bfloat16>(in_terms ? keys * TURNED_TERMS : 0);
-    k_pairs = memory.take<Bfloat16>(in_terms ? paired_size(keys, p.K) : 0);
-    row_pairs = memory.take<Bfloat16>(in_terms ? paired_size(rows, most(p.K, p.V)) : 0);
+    if (NARROWS_GRADIENT<Number> && !plan.streamed) narrow.take(memory, rows, keys, most(p.K, p.V));
   }
 };
 
@@ -158,16 +155,21 @@ static bool sees_nothing(const Block& block, const float* s) {
 }
 
 // Zero the query, do and Δ of rows that see no key of the block, where NaN or ∞ is among them.
+// Whether none is left.
 template <class Number>
-static void hide_unseeing(const AttentionBackward<Number>& p, const Block& block,
+static bool hide_unseeing(const AttentionBackward<Number>& p, const Block& block,
                           const BackwardMemory<Number>& my) {
   const int64_t k_width = whole_vectors(p.K), v_width = whole_vectors(p.V);
   const int64_t q_along = whole_along<Operand<Number>>(p.K);
   const int64_t d_o_along = whole_along<Operand<Number>>(p.V);
+  bool finite = true;
   for (int64_t r = 0; r < block.rows; ++r) {
     float *q = my.q + r * k_width, *d_o = my.d_o + r * v_width;
     if (is_finite(q, k_width) && is_finite(d_o, v_width) && 0.0f * my.delta[r] == 0) continue;
-    if (!sees_nothing(block, my.s + r * STRIDE)) continue;
+    if (!sees_nothing(block, my.s + r * STRIDE)) {
+      finite = false;
+      continue;
+    }
     zero(q, k_width);
     zero(d_o, v_width);
     if constexpr (IN_PAIRS<Number>) {
@@ -176,6 +178,7 @@ static void hide_unseeing(const AttentionBackward<Number>& p, const Block& block
     }
     my.delta[r] = 0;
   }
+  return finite;
 }
 
 // Sums of one part of the keys; of distances null where nobody asked.
@@ -184,9 +187,9 @@ struct PartSums {
 };
 
 // P in place of s, dS in place of dP, of a block of rows and keys; what they add to dbias and
-// d_by_distance.
+// d_by_distance. Whether the rows that see a key are without NaN and ∞.
 template <class Number>
-static void weights_and_gradient(const AttentionBackward<Number>& p, const Block& block,
+static bool weights_and_gradient(const AttentionBackward<Number>& p, const Block& block,
                                  const Rows& rows, const Against<Operand<Number>>& k,
                                  const Against<Operand<Number>>& v, const float* delta, bool finite,
                                  const PartSums& sums, const BackwardMemory<Number>& my) {
@@ -209,7 +212,7 @@ static void weights_and_gradient(const AttentionBackward<Number>& p, const Block
   const QueryRows<Operand> q{my.q_along, my.scale}, d_o{my.d_o_along, nullptr};
   logits(p, block, rows, my.ranges, 0, q, k, my.s, my.uncap);
   if (!finite) hide_unseen(block, my.s, my.k, k_width);
-  hide_unseeing(p, block, my);
+  const bool finite_rows = hide_unseeing(p, block, my);
   product_against(block, p.V, d_o, v, my.dp);
   for (int64_t r = 0; r < block.rows; ++r) {
     float* dbias = p.dbias.data ? p.dbias.row(rows.b, rows.m, rows.head(r), rows.time(r)) : nullptr;
@@ -220,6 +223,7 @@ static void weights_and_gradient(const AttentionBackward<Number>& p, const Block
                     my.uncap ? my.uncap + r * STRIDE : nullptr, my.s + r * STRIDE,
                     my.dp + r * STRIDE, dbias, p.dbias.s, d_by_distance, block.count);
   }
+  return finite_rows;
 }
 
 // What a block of keys, as rows of whole vectors, adds to dq.
@@ -245,7 +249,7 @@ struct BlockGradient {
 
   // The keys, before the first block of rows, and after one whose unseen keys were hidden.
   void pack_keys(bool) const { pack_rows(p, p.key, p.K, b, m, keys, my.k); }
-  void add(const Block& block, const Rows& rows, bool, float* dq) const {
+  void add(const Block& block, const Rows& rows, bool, bool, float* dq) const {
     const int64_t k_width = whole_vectors(p.K), v_width = whole_vectors(p.V);
     const int64_t from = block.from, met = block.seen();
     product<Stored::by_step, From::c>(met, v_width / W, block.rows, my.s + from, STRIDE, my.d_o,
@@ -256,53 +260,53 @@ struct BlockGradient {
   }
 };
 
-#if defined(RNNATTN_TILES)
-// The same in two terms; what they meet is as it was given, and the scale goes into dS.
-template <>
-struct BlockGradient<Bfloat16> {
+#if defined(RNNATTN_TILES) || defined(RNNATTN_FIXED)
+// The same by narrow products, where all is finite; the scale goes into dS.
+struct NarrowGradient {
   const AttentionBackward<Bfloat16>& p;
   const BackwardMemory<Bfloat16>& my;
   int64_t b, m;
   Range keys;
+  BlockGradient<Bfloat16> wide{p, my, b, m, keys};
+  NarrowRows k = my.narrow.along_s, met = my.narrow.along_t;
 
-  void pack_keys(bool finite) const {
-    if (finite)
-      pair_rows(rows_in_place(p, p.key, p.K, b, m, keys), count(), p.K, my.k_pairs);
-    else
-      pack_rows(p, p.key, p.K, b, m, keys, my.k);
+  void pack_keys(bool finite) {
+    if (!finite) return wide.pack_keys(finite);
+    pair_rows(rows_in_place(p, p.key, p.K, b, m, keys), keys.past - keys.first, p.K, k);
   }
-  void add(const Block& block, const Rows& rows, bool finite, float* dq) const {
-    const int64_t k_width = whole_vectors(p.K), v_width = whole_vectors(p.V);
-    const int64_t from = block.from, met = block.seen();
-    const PairedRows k = finite
-                             ? PairedRows{my.k_pairs, panel()}
-                             : pair_rows(KeyRows<float>{my.k, k_width}, count(), p.K, my.k_pairs);
-    const auto pairs_of = [&](const Bfloat16* along, int64_t width) {
-      return pair_rows(KeyRows<Bfloat16>{along, whole_along<Bfloat16>(width)}, block.rows, width,
-                       my.row_pairs);
-    };
-    split_columns(block, my.s, nullptr, my.turned);
-    product_of_terms<From::c>(met, p.V, block.rows, terms_of_columns(my.turned, from),
-                              pairs_of(my.d_o_along, p.V), 0, my.dv + from * v_width, v_width);
-    split_columns(block, my.dp, my.scale, my.turned);
-    product_of_terms<From::c>(met, p.K, block.rows, terms_of_columns(my.turned, from),
-                              pairs_of(my.q_along, p.K), 0, my.dk + from * k_width, k_width);
-    split_rows(block, my.dp, my.scale, my.weights);
-    product_of_terms<From::zero>(block.rows, p.K, met, terms_of_rows(my.weights, from), k, from,
-                                 my.dq, k_width);
+  void add(const Block& block, const Rows& rows, bool finite_keys, bool finite_rows, float* dq) {
+    if (!finite_keys || !finite_rows) {
+      if (finite_keys) wide.pack_keys(finite_keys);
+      return wide.add(block, rows, finite_keys, finite_rows, dq);
+    }
+    const int64_t k_width = whole_vectors(p.K);
+    add_columns(block, my.s, nullptr, my.d_o_along, p.V, my.dv);
+    add_columns(block, my.dp, my.scale, my.q_along, p.K, my.dk);
+    narrow_rows(my.narrow.weights, block, my.dp, my.scale, k);
+    product_of_narrow<From::zero>(block.rows, p.K, block.seen(),
+                                  NarrowWeights::of_rows(my.narrow.weights, block.from), k,
+                                  block.from, my.dq, k_width);
     for (int64_t r = 0; r < block.rows; ++r)
       add_row(my.dq + r * k_width, 1, p.K, dq + query_at(p, p.K, rows, r));
   }
 
  private:
-  int64_t count() const { return keys.past - keys.first; }
-  int64_t panel() const { return whole_steps<Bfloat16>(count()) * TILE_COLUMNS; }
+  // Of the keys of a block, Σ over its rows of P or dS, times `scale`, and x.
+  void add_columns(const Block& block, const float* s, const float* scale, const Bfloat16* x,
+                   int64_t width, float* to) {
+    const int64_t stride = whole_vectors(width);
+    pair_rows({x, whole_along<Bfloat16>(width)}, block.rows, width, met);
+    narrow_columns(my.narrow.turned, block, s, scale, met);
+    product_of_narrow<From::c>(block.seen(), width, block.rows,
+                               NarrowWeights::of_columns(my.narrow.turned, block.rows, block.from),
+                               met, 0, to + block.from * stride, stride);
+  }
 };
 #endif
 
 // dk and dv of a block of keys of a key/value head, and what they add to dbias and the sums; `seen`
 // are the keys that each block of queries sees.
-template <class Number>
+template <class Gradient, class Number>
 static void backward_keys(const AttentionBackward<Number>& p, const RowBlocks& blocks,
                           const Range* seen, int64_t b, int64_t m, Range keys, const float* delta,
                           const PartSums& sums, const BackwardMemory<Number>& my) {
@@ -310,7 +314,7 @@ static void backward_keys(const AttentionBackward<Number>& p, const RowBlocks& b
   const int64_t count = keys.past - keys.first;
   bool packed = false, finite = true;
   const Against<Operand<Number>> k_columns{my.k_columns, {}}, v_columns{my.v_columns, {}};
-  const BlockGradient<Number> gradient{p, my, b, m, keys};
+  Gradient gradient{p, my, b, m, keys};
   for (int64_t i = 0; i < blocks.count(); ++i) {
     if (!meet(seen[i % blocks.times.count], keys)) continue;
     Rows rows = blocks.rows(b, m, i);
@@ -333,8 +337,9 @@ static void backward_keys(const AttentionBackward<Number>& p, const RowBlocks& b
       zero(my.dk, count * k_width);
       zero(my.dv, count * v_width);
     }
-    weights_and_gradient(p, block, rows, k_columns, v_columns, delta, finite, sums, my);
-    gradient.add(block, rows, finite, sums.dq);
+    const bool finite_rows =
+        weights_and_gradient(p, block, rows, k_columns, v_columns, delta, finite, sums, my);
+    gradient.add(block, rows, finite, finite_rows, sums.dq);
     if (!finite) gradient.pack_keys(finite);
   }
   if (!packed) {
@@ -345,6 +350,18 @@ static void backward_keys(const AttentionBackward<Number>& p, const RowBlocks& b
     unpack_row(my.dk + s * k_width, 1, p.K, p.dk + key_at(p, p.K, b, m, keys.first + s));
     unpack_row(my.dv + s * v_width, 1, p.V, p.dv + key_at(p, p.V, b, m, keys.first + s));
   }
+}
+
+template <class Number>
+static void backward_keys(const AttentionBackward<Number>& p, const RowBlocks& blocks,
+                          const Range* seen, int64_t b, int64_t m, Range keys, const float* delta,
+                          const PartSums& sums, const BackwardMemory<Number>& my) {
+#if defined(RNNATTN_TILES) || defined(RNNATTN_FIXED)
+  if constexpr (NARROWS_GRADIENT<Number>)
+    if (least(p.K, p.V) >= LEAST_NARROW_WIDTH)
+      return backward_keys<NarrowGradient>(p, blocks, seen, b, m, keys, delta, sums, my);
+#endif
+  backward_keys<BlockGradient<Number>>(p, blocks, seen, b, m, keys, delta, sums, my);
 }
 
 // aᵀ x to rows of the gradient of keys or values: where these are, if they are whole vectors of

@@ -77,10 +77,10 @@ struct Scales {
   Scales(Words sizes, V scale, float factor) : kept(scale * factor) {
     inverse = of_bits(bits_of(splat(1.0f) / scale) & where(of_bits(sizes) > 1e-28f));
   }
-  Words multiples(V v) const {
-    return reinterpret_cast<Words>(_mm512_maskz_cvtps_epi32(0xffff, v * inverse));
-  }
 };
+RNNATTN_INLINE Words multiples(V v, V inverse) {
+  return reinterpret_cast<Words>(_mm512_maskz_cvtps_epi32(0xffff, v * inverse));
+}
 RNNATTN_INLINE Scales scales_of_a(Words sizes) {
   return {sizes, of_bits(sizes) * (1 / LARGEST_OF_A), 1 / OF_B};
 }
@@ -97,14 +97,20 @@ RNNATTN_INLINE void put_row(Fixed* to, const V (&row)[N]) {
   unrolled<N>([&](auto n) RNNATTN_LAMBDA { sizes = larger(sizes, row[n]); });
   const Scales block = scales_of_a(largest_of_all(sizes));
   unrolled<N>([&](auto n) RNNATTN_LAMBDA {
-    store_halves(to + n * W, halves_of(block.multiples(row[n])), W);
+    store_halves(to + n * W, halves_of(multiples(row[n], block.inverse)), W);
   });
   const float scale = block.kept[0];
   __builtin_memcpy(to + N * W, &scale, sizeof scale);
 }
 
+// Scales of A of which `largest` and `sums`, Σ |a| / m, are known, where B is of whole multiples up
+// to 2¹⁴ of scales that A was multiplied by, and by 2¹³ more.
+RNNATTN_INLINE Scales scales_alone(Words sizes, V sums) {
+  return {sizes, max(of_bits(sizes) * (1 / LARGEST_OF_B), sums), 1 / 8192.0f};
+}
+
 // The vectors row(0), …, row(steps − 1) as blocks, one for each column, in rows of `across` pairs.
-enum class Factor { a, b };
+enum class Factor { a, b, alone };
 template <Factor factor, class Row>
 RNNATTN_INLINE void put_columns(Fixed* to, int64_t across, int64_t steps, Row row) {
   Words sizes{};
@@ -112,11 +118,14 @@ RNNATTN_INLINE void put_columns(Fixed* to, int64_t across, int64_t steps, Row ro
   for (int64_t step = 0; step < steps; ++step) {
     const V v = row(step);
     sizes = larger(sizes, v);
-    if constexpr (factor == Factor::b) sums = fma(size_of(v), splat(1 / LARGEST_SUM_OF_B), sums);
+    if constexpr (factor != Factor::a) sums = fma(size_of(v), splat(1 / LARGEST_SUM_OF_B), sums);
   }
-  const Scales block = factor == Factor::a ? scales_of_a(sizes) : scales_of_b(sizes, sums);
+  const Scales block = factor == Factor::a   ? scales_of_a(sizes)
+                       : factor == Factor::b ? scales_of_b(sizes, sums)
+                                             : scales_alone(sizes, sums);
   for (int64_t step = 0; step < steps; step += 2, to += 2 * across) {
-    const Words first = block.multiples(row(step)), second = block.multiples(row(step + 1));
+    const Words first = multiples(row(step), block.inverse);
+    const Words second = multiples(row(step + 1), block.inverse);
     const Words pairs = (first & 0xffffu) | (second << 16);
     __builtin_memcpy(to, &pairs, sizeof pairs);
   }
@@ -129,33 +138,62 @@ RNNATTN_INLINE void add_products(__m512i& sum, __m512i x, __m512i y) {
   asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(y));
 }
 
-// sums += A B, so many blocks of so many steps each; rows of pairs of B are `width` wide.
+// The sums of a block, of so many steps; rows of pairs of B are `width` wide.
+template <int R, int N>
+RNNATTN_INLINE void multiply(__m512i (&sums)[R][N], int64_t steps, const FixedRows& a,
+                             const Fixed* b, int64_t width) {
+  const Fixed* pair = a.first;
+  for (int64_t step = 0; step < steps; step += 2, pair += a.pair, b += 2 * width) {
+    __m512i y[N];
+    unrolled<N>([&](auto n)
+                    RNNATTN_LAMBDA { __builtin_memcpy(&y[n], b + 2 * n * W, sizeof y[n]); });
+    unrolled<R>([&](auto r) RNNATTN_LAMBDA {
+      uint32_t both;
+      __builtin_memcpy(&both, pair + r * a.row, sizeof both);
+      const __m512i x = reinterpret_cast<__m512i>(Words{} + both);
+      unrolled<N>([&](auto n) RNNATTN_LAMBDA { add_products(sums[r][n], x, y[n]); });
+    });
+  }
+}
+RNNATTN_INLINE V converted(__m512i sums) {
+  return __builtin_convertvector(reinterpret_cast<Integers>(sums), V);
+}
+// The scale of a row's block of so many steps.
+RNNATTN_INLINE float scale_of_row(const FixedRows& a, int64_t r, int64_t steps) {
+  float scale;
+  __builtin_memcpy(&scale, a.first + r * a.row + steps / 2 * a.pair, sizeof scale);
+  return scale;
+}
+
+// sums += A B, so many blocks of so many steps each.
 template <int R, int N>
 RNNATTN_INLINE void accumulate_blocks(V (&sums)[R][N], int64_t blocks, int64_t steps, FixedRows a,
                                       const Fixed* b, int64_t width) {
-  for (; blocks > 0; --blocks, a.first += a.block, b += 2 * width) {
+  for (; blocks > 0; --blocks, a.first += a.block, b += with_scale(steps) * width) {
     __m512i whole[R][N] = {};
-    const Fixed* pair = a.first;
-    for (int64_t step = 0; step < steps; step += 2, pair += a.pair, b += 2 * width) {
-      __m512i y[N];
-      unrolled<N>([&](auto n)
-                      RNNATTN_LAMBDA { __builtin_memcpy(&y[n], b + 2 * n * W, sizeof y[n]); });
-      unrolled<R>([&](auto r) RNNATTN_LAMBDA {
-        uint32_t both;
-        __builtin_memcpy(&both, pair + r * a.row, sizeof both);
-        const __m512i x = reinterpret_cast<__m512i>(Words{} + both);
-        unrolled<N>([&](auto n) RNNATTN_LAMBDA { add_products(whole[r][n], x, y[n]); });
-      });
-    }
-    // the scales, where one more pair would be
+    multiply(whole, steps, a, b, width);
     unrolled<R>([&](auto r) RNNATTN_LAMBDA {
-      float of_row;
-      __builtin_memcpy(&of_row, pair + r * a.row, sizeof of_row);
+      const float of_row = scale_of_row(a, r, steps);
       unrolled<N>([&](auto n) RNNATTN_LAMBDA {
         V of_columns;
-        __builtin_memcpy(&of_columns, b + 2 * n * W, sizeof of_columns);
-        const V sum = __builtin_convertvector(reinterpret_cast<Integers>(whole[r][n]), V);
-        sums[r][n] = fma(sum * of_row, of_columns, sums[r][n]);
+        __builtin_memcpy(&of_columns, b + steps * width + 2 * n * W, sizeof of_columns);
+        sums[r][n] = fma(converted(whole[r][n]) * of_row, of_columns, sums[r][n]);
+      });
+    });
+  }
+}
+
+// sums += A B of so many steps, in blocks of `block`, with all scales in A.
+template <int R, int N>
+RNNATTN_INLINE void accumulate_alone(V (&sums)[R][N], int64_t steps, int64_t block, FixedRows a,
+                                     const Fixed* b, int64_t width) {
+  for (; steps > 0; steps -= block, a.first += a.block, b += block * width) {
+    __m512i whole[R][N] = {};
+    multiply(whole, least(steps, block), a, b, width);
+    unrolled<R>([&](auto r) RNNATTN_LAMBDA {
+      const V of_row = splat(scale_of_row(a, r, block));
+      unrolled<N>([&](auto n) RNNATTN_LAMBDA {
+        sums[r][n] = fma(converted(whole[r][n]), of_row, sums[r][n]);
       });
     });
   }
