@@ -31,6 +31,8 @@ class Case(NamedTuple):
     mean: float = 0  # of keys
     size: float = 1  # of queries and keys
     causal: bool = False
+    sigma: float = 0  # of log-normal sizes of the numbers in keys and values
+    columns: bool = False  # these are of columns
 
 
 CASES = [
@@ -42,6 +44,9 @@ CASES = [
     Case(256, 256, 64, mean=16),
     Case(16, 1000, 64),
     Case(1000, 16, 64),
+    Case(256, 256, 64, sigma=1.5),
+    Case(256, 256, 64, sigma=1, columns=True),
+    Case(256, 256, 64, size=4, sigma=1, columns=True),
 ]
 NAMES = ("o", "dq", "dk", "dv")
 
@@ -55,7 +60,9 @@ def draw(case):
     rng = np.random.default_rng(0)
     normal = lambda length: rng.normal(size=(length, case.K))
     q, k = normal(case.T) * case.size, normal(case.S) * case.size + case.mean
-    return [rounded(x) for x in (q, k, normal(case.S), normal(case.T))]
+    v, do = normal(case.S), normal(case.T)
+    sizes = rng.lognormal(0, case.sigma, (1 if case.columns else case.S, case.K))
+    return [rounded(x) for x in (q, k * sizes, v * sizes, do)]
 
 
 def exact_and_in_pairs(case, q, k, v, do):

@@ -251,6 +251,8 @@ EQUIVALENT = [
     "seen.all.first <= keys.first - block.from",
     "of_part.first - skipped",
     # for the sanitizers
+    "most(W, block.rows - r)",
+    "i - 1 < past",
     "p.query_segments - rows.b",
     "p.T - rows.t",
     "p.key_segments - rows.b",

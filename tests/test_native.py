@@ -398,14 +398,18 @@ def assert_rounded_once(
     return actual
 
 
-def in_bfloat16(T, S, width, **options):
-    return make_case(Sizes(1, T, S, 1, 1, width, width), dtype=jnp.bfloat16, **options)
+def in_bfloat16(T, S, width, heads=1, **options):
+    sizes = Sizes(1, T, S, heads, heads, width, width)
+    return make_case(sizes, dtype=jnp.bfloat16, **options)
 
 
 @cache
 def uneven_problem(which):
     """A case in bfloat16 of numbers of very different sizes, or that cancel, and what must come."""
-    case = in_bfloat16(150, 200, 64)
+    if which == "a window":  # of heads for each of which all keys are in one block
+        case = in_bfloat16(200, 200, 64, heads=4, is_causal=True, local_window_size=(40, 0))
+        return case, _exact(case)
+    case = in_bfloat16(200, 200, 64)
     rng = np.random.default_rng(1)
     if which == "a mean of the keys":
         case.floats["key"] += jnp.bfloat16(16)
@@ -418,7 +422,9 @@ def uneven_problem(which):
 
 
 @pytest.mark.parametrize("instruction_set", SETS, indirect=True)
-@pytest.mark.parametrize("which", ["a mean of the keys", "outliers", "outlying columns"])
+@pytest.mark.parametrize(
+    "which", ["a window", "a mean of the keys", "outliers", "outlying columns"]
+)
 def test_16_bits_are_as_exact_where_sizes_differ(which, instruction_set):
     """Errors of gradients in root mean square, beside those of exact ones rounded once."""
     case, expected = uneven_problem(which)

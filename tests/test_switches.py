@@ -475,7 +475,7 @@ AROUND: dict[str, Any] = {
 LONG = ("lstm, drawn", "dot_product_attention, blockwise", "dot_product_attention_jvp", "rope")
 
 
-# Of the programs, which take long to compile under so much, one of each kind.
+# One of each kind is enough of what takes long: programs, and operations one by one.
 KINDS = ("lstm_step", "linear_scan", "dot_product_attention, alone", "rope", "patchify")
 
 
@@ -483,8 +483,8 @@ def around_calls():
     for name, switch in itertools.product(CASES, AROUND):
         if switch == "disable_jit" and name in LONG:
             continue
-        in_program = AROUND[switch][0] is compiled
-        marks = [pytest.mark.thorough] if in_program and name not in KINDS else []
+        is_long = switch == "disable_jit" or AROUND[switch][0] is compiled
+        marks = [pytest.mark.thorough] if is_long and name not in KINDS else []
         yield pytest.param(name, switch, marks=marks)
 
 

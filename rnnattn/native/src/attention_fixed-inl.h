@@ -66,10 +66,10 @@ static void narrow_rows(Fixed* to, const Block& block, const float* s, const flo
         x[0] = load(row) * load(met.factors + j);
         x[1] = both ? load(row + W) * load(met.factors + j + W) : V{};
       };
-      V largest[W], sums[W];
-      for (int64_t i = 0; i < W; ++i) {
+      V largest[W]{}, sums[W]{};
+      for (int64_t i = 0; i < rows; ++i) {
         V x[2];
-        at(least(i, rows - 1), x);
+        at(i, x);
         const V sizes[2] = {size_of(x[0]), size_of(x[1])};
         largest[i] = max(sizes[0], sizes[1]);
         sums[i] = fma(sizes[1], splat(1 / LARGEST_SUM_OF_B), sizes[0] * (1 / LARGEST_SUM_OF_B));

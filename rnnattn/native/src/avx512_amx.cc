@@ -24,11 +24,15 @@ namespace rnnattn {
 // Whether the machine has tiles and products of bfloat16 in them, and Linux lets this process use
 // them: it does not before it is asked, as it must keep 8 KB more of each thread.
 static bool has_tiles() {
+#if defined(RNNATTN_EMULATED_TILES)
+  return true;
+#else
   constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;
   constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (~d & (bf16 | tile))) return false;
   return syscall(SYS_arch_prctl, request, tile_data) == 0;
+#endif
 }
 
 const Kernels* avx512_amx_kernels() {

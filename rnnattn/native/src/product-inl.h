@@ -10,6 +10,9 @@
 #include "kernels.h"
 #include "numbers-inl.h"
 #include "simd-inl.h"
+#if defined(RNNATTN_TILES)
+#include "tiles-inl.h"
+#endif
 #include "util-inl.h"
 
 RNNATTN_BEFORE_NAMESPACE();
@@ -162,57 +165,11 @@ RNNATTN_INLINE void accumulate_blocks(V (&sums)[R][N], int64_t blocks, int64_t s
 #else
 
 // ---- AMX: products of whole tiles ---------------------------------------------------------------
-//
-// A register holds 16 rows of 64 bytes at most: 16 sums of each row of C, 32 steps of each row of
-// A, or as pairs 32 steps of W columns of B. One instruction multiplies two of them. How many rows
-// and bytes each has is set before, and is the same for the registers until it is set again.
-
-constexpr int PAIR_ROWS = 16;
-constexpr int64_t TILE_STEPS = 32;
-
-// The registers of `accumulate`.
-constexpr int TILE_OF_C = 0, TILE_OF_A = 4, TILE_OF_B = 5, REST_OF_A = 6, REST_OF_B = 7;
-
-struct TileShapes {
-  uint8_t palette = 1, start = 0, unused[14] = {};
-  uint16_t bytes[16] = {};
-  uint8_t rows[16] = {};
-
-  constexpr void set(int tile, int64_t rows_of_tile, int64_t bytes_of_row) {
-    rows[tile] = static_cast<uint8_t>(rows_of_tile);
-    bytes[tile] = static_cast<uint16_t>(bytes_of_row);
-  }
-  // Of products of R rows, with `rest` steps behind the last whole tile.
-  constexpr TileShapes(int R, int64_t rest) {
-    for (int n = 0; n < 4; ++n) set(TILE_OF_C + n, R, sizeof(V));
-    set(TILE_OF_A, R, sizeof(V));
-    set(TILE_OF_B, TILE_STEPS / 2, sizeof(V));
-    if (rest == 0) return;
-    set(REST_OF_A, R, 2 * rest);
-    set(REST_OF_B, rest / 2, sizeof(V));
-  }
-};
-
-// Compilers do not know these registers, and must not know: what is in them lives within
-// `accumulate` alone.
-template <int tile>
-RNNATTN_INLINE void load_tile(const void* from, int64_t row_bytes) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(row_bytes), "i"(tile) : "memory");
-}
-template <int tile>
-RNNATTN_INLINE void store_tile(void* to, int64_t row_bytes) {
-  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(row_bytes), "i"(tile) : "memory");
-}
-template <int c, int a, int b>
-RNNATTN_INLINE void multiply_tiles() {
-  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(c), "i"(a), "i"(b));
-}
 
 // The sums of a row are the same whichever rows are beside it.
 template <int R, int N>
 RNNATTN_INLINE void begin_tiles(V (&sums)[R][N], int64_t rest) {
-  const TileShapes shapes(R, rest);
-  asm volatile("ldtilecfg %0" : : "m"(shapes));
+  begin_tiles(TileShapes(R, rest));
   unrolled<N>([&](auto n)
                   RNNATTN_LAMBDA { load_tile<TILE_OF_C + n>(&sums[0][n], sizeof sums[0]); });
 }
@@ -220,7 +177,7 @@ template <int R, int N>
 RNNATTN_INLINE void end_tiles(V (&sums)[R][N]) {
   unrolled<N>([&](auto n)
                   RNNATTN_LAMBDA { store_tile<TILE_OF_C + n>(&sums[0][n], sizeof sums[0]); });
-  asm volatile("tilerelease");
+  end_tiles();
 }
 
 template <int N>
