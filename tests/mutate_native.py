@@ -128,7 +128,7 @@ FUNCTIONS = [
             "accumulate_blocks(V",
         ],
     ),
-    ("fixed_point-inl.h", FIXED_ATTENTION, ["scales_alone(Words", "accumulate_alone(V"]),
+    ("fixed_point-inl.h", FIXED_ATTENTION, ["scales_of_joint(Words", "accumulate_joint(V"]),
     (
         "attention_fixed-inl.h",
         FIXED_ATTENTION,

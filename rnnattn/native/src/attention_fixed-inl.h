@@ -1,9 +1,9 @@
 // Narrow products in fixed point, see fixed_point-inl.h.
 //
-// A row of what P and dS meet, x, is of whole multiples of a power of two, up to 2¹⁴: exact, but
-// for numbers less than 2⁻⁷ of the largest of the row. P and dS are multiplied by these powers, and
-// are whole multiples in turn, of a scale for each block of a row. So where P is 0, as behind a
-// mask, what it meets changes no bit.
+// A row of what P and dS meet is of whole multiples of a power of two, exact but for numbers below
+// 2⁻⁷ of the largest of the row. The power goes into P and dS, which are of whole multiples in
+// turn, of a scale for each block of a row. So where P is 0, as behind a mask, what it meets
+// changes no bit.
 
 #ifndef RNNATTN_ATTENTION_FIXED_INL_H_
 #define RNNATTN_ATTENTION_FIXED_INL_H_
@@ -34,22 +34,16 @@ constexpr int64_t LEAST_NARROW_WIDTH = 32;
 constexpr int64_t STEPS = 32, FIXED_ROW = KEYS / STEPS * with_scale(STEPS);
 static int64_t weights_size(int64_t rows) { return rows * FIXED_ROW; }
 static int64_t turned_size(int64_t rows, int64_t) {
-  return with_scale(whole_steps<Bfloat16>(rows)) * STRIDE;
+  return with_scale(whole_steps<Fixed>(rows)) * STRIDE;
 }
 
-// What P or dS meet, as what a product sums over: rows in pairs, zeros beyond them to a whole pair,
-// in panels of TILE_COLUMNS; and what each is to be multiplied by.
-struct NarrowRows {
-  Fixed* data;
+// What P or dS meet, and what each row of it is to be multiplied by.
+struct NarrowRows : PairedRows<Fixed> {
   float* factors;
-  int64_t panel;  // so many numbers is one
 
   void take(Memory& memory, int64_t rows, int64_t width) {
-    data = memory.take<Fixed>(whole_steps<Bfloat16>(rows) * whole_panels(width));
+    PairedRows::take(memory, rows, width);
     factors = memory.take(whole_vectors(rows));
-  }
-  Fixed* pair(int64_t row, int64_t column) const {
-    return data + column / TILE_COLUMNS * panel + row * TILE_COLUMNS + 2 * (column % TILE_COLUMNS);
   }
 };
 
@@ -74,7 +68,7 @@ static void narrow_rows(Fixed* to, const Block& block, const float* s, const flo
         largest[i] = max(sizes[0], sizes[1]);
         sums[i] = fma(sizes[1], splat(1 / LARGEST_SUM_OF_B), sizes[0] * (1 / LARGEST_SUM_OF_B));
       }
-      const Scales scales = scales_alone(bits_of(max_of_each(largest)), sum_of_each(sums));
+      const Scales scales = scales_of_joint(bits_of(max_of_each(largest)), sum_of_each(sums));
       float kept[W], inverse[W];
       store(kept, scales.kept);
       store(inverse, scales.inverse);
@@ -93,18 +87,18 @@ static void narrow_rows(Fixed* to, const Block& block, const float* s, const flo
 static void narrow_columns(Fixed* to, const Block& block, const float* s, const float* scale,
                            const NarrowRows& met) {
   for (int64_t j = block.from; j < block.to; j += W)
-    put_columns<Factor::alone>(
-        to + 2 * j, STRIDE, whole_steps<Bfloat16>(block.rows), [&](int64_t r) RNNATTN_LAMBDA {
+    put_columns<Factor::joint>(
+        to + 2 * j, STRIDE, whole_steps<Fixed>(block.rows), [&](int64_t r) RNNATTN_LAMBDA {
           if (r >= block.rows) return V{};
           const float factor = scale ? met.factors[r] * scale[r] : met.factors[r];
           return load(s + r * STRIDE + j) * factor;
         });
 }
 
-// A row as pairs with the next, both in fixed point. The power of two is the largest that is not
-// above the largest number, times 2⁻¹³; a row of numbers below 10⁻²⁸ is taken for 0.
+// A row as pairs with the next, both in fixed point. The factor is the largest power of two that is
+// not above the largest number; a row of numbers below 10⁻²⁸ is taken for 0.
 static void pair_rows(KeyRows<Bfloat16> rows, int64_t count, int64_t width, NarrowRows& to) {
-  to.panel = whole_steps<Bfloat16>(count) * TILE_COLUMNS;
+  to.begin(count);
   const auto numbers = [&](int64_t i, int64_t j) RNNATTN_LAMBDA {
     return load_units(rows.data + i * rows.stride + j, static_cast<int>(least(W, width - j)));
   };
@@ -120,8 +114,9 @@ static void pair_rows(KeyRows<Bfloat16> rows, int64_t count, int64_t width, Narr
         of_each(sizes, [](V& x, const V& y) RNNATTN_LAMBDA { x = of_bits(larger(bits_of(x), y)); });
     const Words power = bits_of(largest) & 0x7f800000u;
     store(to.factors + first, of_bits(power));
-    float inverse[W];  // 2¹³ over the power
-    store(inverse, of_bits((0x85800000u - power) & where(of_bits(power) > 1e-28f)));
+    const V multiple = splat(MULTIPLES_OF_POWER) / of_bits(power);
+    float inverse[W];
+    store(inverse, of_bits(bits_of(multiple) & where(of_bits(power) > 1e-28f)));
     for (int64_t i = first; i < past; i += 2)
       for (int64_t j = 0; j < width; j += W) {
         Words pairs = multiples(numbers(i, j), splat(inverse[i - first])) & 0xffffu;
@@ -142,7 +137,7 @@ struct NarrowWeights {
     return {{weights + key / STEPS * size, FIXED_ROW, 2, size}, STEPS};
   }
   static NarrowWeights of_columns(const Fixed* weights, int64_t rows, int64_t key) {
-    return {{weights + 2 * key, 2, 2 * STRIDE, 0}, whole_steps<Bfloat16>(rows)};
+    return {{weights + 2 * key, 2, 2 * STRIDE, 0}, whole_steps<Fixed>(rows)};
   }
 };
 template <int R, int N>
@@ -150,7 +145,7 @@ RNNATTN_INLINE void accumulate_narrow(V (&sums)[R][N], int64_t steps, const Narr
                                       int64_t row, const Fixed* b) {
   FixedRows rows = a.rows;
   rows.first += row * rows.row;
-  accumulate_alone(sums, whole_steps<Bfloat16>(steps), a.block, rows, b, TILE_COLUMNS);
+  accumulate_joint(sums, whole_steps<Fixed>(steps), a.block, rows, b, TILE_COLUMNS);
 }
 // Of a register tile, in which the sums of a block stand beside those of all before it.
 constexpr int NARROW_ROWS = TILE_ROWS, NARROW_VECTORS = 2;

@@ -14,6 +14,7 @@
 #include "product-inl.h"
 #include "simd-inl.h"
 #include "util-inl.h"
+#include "workspace-inl.h"
 
 RNNATTN_BEFORE_NAMESPACE();
 namespace rnnattn::RNNATTN_SET::attention {
@@ -182,6 +183,22 @@ static void prefetch_share(const Attention& p, const Number* x, int64_t width, i
 }
 
 static int64_t whole_panels(int64_t n) { return ceil_div(n, TILE_COLUMNS) * TILE_COLUMNS; }
+
+// Rows as pairs, zeros beyond them to a whole pair, in panels of TILE_COLUMNS: what a product sums
+// over.
+template <class Operand>
+struct PairedRows {
+  Operand* data;
+  int64_t panel;  // so many numbers is one
+
+  void take(Memory& memory, int64_t rows, int64_t width) {
+    data = memory.take<Operand>(whole_steps<Operand>(rows) * whole_panels(width));
+  }
+  void begin(int64_t rows) { panel = whole_steps<Operand>(rows) * TILE_COLUMNS; }
+  Operand* pair(int64_t row, int64_t column) const {
+    return data + column / TILE_COLUMNS * panel + row * TILE_COLUMNS + 2 * (column % TILE_COLUMNS);
+  }
+};
 
 }  // namespace rnnattn::RNNATTN_SET::attention
 RNNATTN_AFTER_NAMESPACE();

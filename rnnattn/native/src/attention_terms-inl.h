@@ -13,7 +13,6 @@
 #include "product-inl.h"
 #include "simd-inl.h"
 #include "util-inl.h"
-#include "workspace-inl.h"
 
 RNNATTN_BEFORE_NAMESPACE();
 namespace rnnattn::RNNATTN_SET::attention {
@@ -28,19 +27,8 @@ constexpr int64_t TURNED_TERM = ROWS, TURNED_TERMS = 2 * TURNED_TERM;
 static int64_t weights_size(int64_t rows) { return rows * TERMS; }
 static int64_t turned_size(int64_t, int64_t keys) { return keys * TURNED_TERMS; }
 
-// What P or dS meet, as what a product sums over: rows in pairs, zeros beyond them to a whole pair,
-// in panels of TILE_COLUMNS.
-struct NarrowRows {
-  Bfloat16* data;
-  int64_t panel;  // so many numbers is one
-
-  void take(Memory& memory, int64_t rows, int64_t width) {
-    data = memory.take<Bfloat16>(whole_steps<Bfloat16>(rows) * whole_panels(width));
-  }
-  Bfloat16* pair(int64_t row, int64_t column) const {
-    return data + column / TILE_COLUMNS * panel + row * TILE_COLUMNS + 2 * (column % TILE_COLUMNS);
-  }
-};
+// What P or dS meet.
+using NarrowRows = PairedRows<Bfloat16>;
 
 // Rows of W numbers to two of 16 bits; the second, what the first leaves, is `second` behind it. It
 // is 0 where the first is ∞.
@@ -77,7 +65,7 @@ static void narrow_columns(Bfloat16* to, const Block& block, const float* s, con
 
 // A row as pairs with the next.
 static void pair_rows(KeyRows<Bfloat16> rows, int64_t count, int64_t width, NarrowRows& to) {
-  to.panel = whole_steps<Bfloat16>(count) * TILE_COLUMNS;
+  to.begin(count);
   for (int64_t i = 0; i < count; i += 2) {
     const Bfloat16 *first = rows.data + i * rows.stride, *second = first + rows.stride;
     for (int64_t j = 0; j < width; j += W) {

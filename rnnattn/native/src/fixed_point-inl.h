@@ -14,6 +14,11 @@
 // 2⁻⁹ of the number itself. (Das and others, "Mixed Precision Training of Convolutional Neural
 // Networks using Integer Operations", 2018, do so with one scale for an array.)
 //
+// Or B has a scale for each step, and not for its columns in a block: a power of two, of which its
+// numbers are multiples up to 2¹⁴. Then the power goes into A, whose scale is joint,
+//
+//     s = max(max |a| / (2¹⁵ − 1), Σ |a| / m)             m < 2³¹ / 2¹⁴
+//
 // A block lies in memory as pairs of steps, and its scale in the place of one more pair. The scale
 // of a block with NaN or ∞ in it is NaN or ∞, and its products are NaN.
 
@@ -48,6 +53,8 @@ struct FixedRows {
 constexpr float LARGEST_OF_A = 16383, LARGEST_OF_B = 32767;
 // Below 2³¹ over LARGEST_OF_A by more than rounding can add, ½ for each of 48 steps at most.
 constexpr float LARGEST_SUM_OF_B = 131040;
+// The multiple that the power of two of a row of B is: its numbers are below twice that.
+constexpr float MULTIPLES_OF_POWER = 8192;
 
 RNNATTN_INLINE V size_of(V v) { return of_bits(bits_of(v) & 0x7fffffffu); }
 
@@ -103,14 +110,13 @@ RNNATTN_INLINE void put_row(Fixed* to, const V (&row)[N]) {
   __builtin_memcpy(to + N * W, &scale, sizeof scale);
 }
 
-// Scales of A of which `largest` and `sums`, Σ |a| / m, are known, where B is of whole multiples up
-// to 2¹⁴ of scales that A was multiplied by, and by 2¹³ more.
-RNNATTN_INLINE Scales scales_alone(Words sizes, V sums) {
-  return {sizes, max(of_bits(sizes) * (1 / LARGEST_OF_B), sums), 1 / 8192.0f};
+// `sums` is Σ |a| / m.
+RNNATTN_INLINE Scales scales_of_joint(Words sizes, V sums) {
+  return {sizes, max(of_bits(sizes) * (1 / LARGEST_OF_B), sums), 1 / MULTIPLES_OF_POWER};
 }
 
 // The vectors row(0), …, row(steps − 1) as blocks, one for each column, in rows of `across` pairs.
-enum class Factor { a, b, alone };
+enum class Factor { a, b, joint };
 template <Factor factor, class Row>
 RNNATTN_INLINE void put_columns(Fixed* to, int64_t across, int64_t steps, Row row) {
   Words sizes{};
@@ -122,7 +128,7 @@ RNNATTN_INLINE void put_columns(Fixed* to, int64_t across, int64_t steps, Row ro
   }
   const Scales block = factor == Factor::a   ? scales_of_a(sizes)
                        : factor == Factor::b ? scales_of_b(sizes, sums)
-                                             : scales_alone(sizes, sums);
+                                             : scales_of_joint(sizes, sums);
   for (int64_t step = 0; step < steps; step += 2, to += 2 * across) {
     const Words first = multiples(row(step), block.inverse);
     const Words second = multiples(row(step + 1), block.inverse);
@@ -183,9 +189,9 @@ RNNATTN_INLINE void accumulate_blocks(V (&sums)[R][N], int64_t blocks, int64_t s
   }
 }
 
-// sums += A B of so many steps, in blocks of `block`, with all scales in A.
+// sums += A B of so many steps, in blocks of `block`, with the scales of both in A.
 template <int R, int N>
-RNNATTN_INLINE void accumulate_alone(V (&sums)[R][N], int64_t steps, int64_t block, FixedRows a,
+RNNATTN_INLINE void accumulate_joint(V (&sums)[R][N], int64_t steps, int64_t block, FixedRows a,
                                      const Fixed* b, int64_t width) {
   for (; steps > 0; steps -= block, a.first += a.block, b += block * width) {
     __m512i whole[R][N] = {};
