@@ -34,6 +34,7 @@ COMPARING = (
 )
 LSTM = ("tests/test_native_lstm.py", COMPARING)
 UNITS = ("tests/test_native_units.py", COMPARING)
+RECURRENT = (f"{LSTM[0]} {UNITS[0]}", COMPARING)
 ATTENTION = ("tests/test_native.py", COMPARING)
 LINEAR = (
     "tests/test_linear.py",
@@ -95,8 +96,9 @@ FUNCTIONS = [
     (
         "recurrent_gradient-inl.h",
         LSTM,
-        ["cotangents(const Chunk", "add_peepholes(const Chunk", "add_projection(int64_t"],
+        ["cotangents(const Chunk", "add_peepholes(const Chunk", "add_projection(const Chunk"],
     ),
+    ("recurrent_gradient-inl.h", RECURRENT, ["Number* row(int64_t", "add_weights(const Chunk"]),
     (
         "linear_units-inl.h",
         LINEAR,

@@ -207,7 +207,7 @@ NARROW_PROBLEMS = [
     ((12, 2, 3, 130, 75), ("lengths", "resets"), True, "peepholes", "states"),
     ((6, 13, 17, 33, 9), ("lengths",), False, "all", "gates"),
     ((7, 14, 40, 70), ("resets",), True, "peepholes", 3),
-    ((20, 37, 21, 40), (), False, "plain", "states"),  # more rows than dw sums at once
+    ((60, 37, 21, 40), (), False, "plain", "states"),  # two chunks, one summed in two parts
 ]
 
 

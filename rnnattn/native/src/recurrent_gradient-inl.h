@@ -198,39 +198,54 @@ struct WeightOperands<Fixed> {
 };
 #endif
 
+// The gradient of the weights, or the sums in float32 that it is made of where not all rows of dz
+// are multiplied at once.
+template <class Number>
+struct WeightRows {
+  Number *dw_x, *dw_h, *db;  // db of all gates
+  int64_t D, K, past_q;      // where in a row of [x h₋ q 1] x, h₋ and q end
+  int64_t width;
+
+  // What comes of column k of [x h₋ q 1].
+  Number* row(int64_t k) const {
+    return k < D        ? dw_x + k * width
+           : k < K      ? dw_h + (k - D) * width
+           : k < past_q ? dw_h + (k - K) * width
+                        : db;
+  }
+};
+
 // A block of the weight gradient, rows [m, m + R) of [x h₋ q 1]ᵀ dz and one panel of dz, of those
 // gates that have a block in these rows.
-template <class Columns, class Operand>
+template <class Columns, class Operand, class Number>
 struct WeightTile {
-  int64_t D, K, past_q;  // where in a row x, h₋ and q end
-  int64_t width, H;
-  float *dw_x, *dw_h, *db;  // db of all gates
+  const WeightRows<float>& sums;
+  const WeightRows<Number>& gradient;
   const WeightOperands<Operand>& operands;
-  int64_t u, first, depth;  // the panel of dz, and rows of it
-  bool adds;                // to what the gradient holds
+  int64_t u, first, depth, H;  // the panel of dz, and rows of it
+  bool adds, ends;             // to the sums; with it the gradient is complete
 
   template <int R>
   void run(int64_t m) const {
     constexpr int FIRST = Columns::FIRST, COUNT = Columns::COUNT;
-    float* row[R];
-    for (int i = 0; i < R; ++i) {
-      const int64_t k = m + i;
-      row[i] = k < D        ? dw_x + k * width
-               : k < K      ? dw_h + (k - D) * width
-               : k < past_q ? dw_h + (k - K) * width
-                            : db;
-      // fetched while the product is computed, which is then added to them
-      if (adds)
+    // fetched while the product is computed, which is then added to them
+    if (adds)
+      for (int i = 0; i < R; ++i)
         for (int v = 0; v < COUNT; ++v)
-          __builtin_prefetch(row[i] + Columns::at(FIRST + v, u, H), 1);
-    }
+          __builtin_prefetch(sums.row(m + i) + Columns::at(FIRST + v, u, H), 1);
     V sum[R][COUNT] = {};
     operands.template add<FIRST>(sum, m, u, first, depth);
     unrolled<R>([&](auto i) RNNATTN_LAMBDA {
+      float* const from = sums.row(m + i);
+      Number* const to = gradient.row(m + i);
       unrolled<COUNT>([&](auto v) RNNATTN_LAMBDA {
         const int n = Columns::lanes(FIRST + v, u, H);
-        float* to = row[i] + Columns::at(FIRST + v, u, H);
-        store_units(to, adds ? load_units(to, n) + sum[i][v] : sum[i][v], n);
+        const int64_t j = Columns::at(FIRST + v, u, H);
+        const V total = adds ? load_units(from + j, n) + sum[i][v] : sum[i][v];
+        if (ends)
+          store_units(to + j, total, n);
+        else
+          store_units(from + j, total, n);
       });
     });
   }
@@ -245,6 +260,7 @@ struct Chunk {
   Gates a;                // likewise
   const Number* h_start;  // before the first step run
   const float* c_start;
+  bool is_first, is_last;  // of those that the gradient goes through
 };
 
 template <class Unit, class Number>
@@ -307,7 +323,6 @@ class Backward {
     copy_rows(s_.dh_last, R, dh_, stride, R, 0, B);
     if (s_.c) copy_rows(s_.dc_last, H, dc_, c_stride, H, 0, B);
 
-    bool is_first = true;
     over_steps(!s_.reverse, 0, ceil_div(T, length_), [&](int64_t k) {
       const Chunk chunk = chunk_at(k);
       if (recomputes_a_) ok = ok && preactivations(chunk);
@@ -315,12 +330,12 @@ class Backward {
         ok = ok && steps_by_units(chunk);
       else
         ok = ok && over_groups(threads_, s_, [&](int64_t lo, int64_t hi) { steps(chunk, lo, hi); });
-      ok = ok && products(chunk, is_first);
-      is_first = false;
+      ok = ok && products(chunk);
     });
     copy_rows(dh_, stride, s_.dh, R, R, 0, B);
     if (s_.c) copy_rows(dc_, c_stride, s_.dc, H, H, 0, B);
-    return ok && weight_gradients();
+    other_gradients();
+    return ok;
   }
 
  private:
@@ -360,14 +375,14 @@ class Backward {
       fixed_stride_ = tiles_across<Unit>(H) * TILE_SIZE<OfDx, typename TransposedX::Columns> + LINE;
       fixed_ = memory.take<Fixed>(rows * fixed_stride_);
     }
+    gradient_ = weight_rows(s_.dw_x, s_.dw_h, memory.take<Number>(GATES * H));
     if constexpr (std::is_same_v<Number, float>) {
-      dw_x_ = s_.dw_x, dw_h_ = s_.dw_h, dpeephole_ = s_.dpeephole;
+      sums_ = gradient_, dpeephole_ = s_.dpeephole;
     } else {
-      dw_x_ = memory.take(D * s_.G * H);
-      dw_h_ = memory.take(R * s_.G * H);
+      float *dw_x = memory.take(D * s_.G * H), *dw_h = memory.take(R * s_.G * H);
+      sums_ = weight_rows(dw_x, dw_h, memory.take(GATES * H));
       dpeephole_ = s_.peephole ? memory.take(3 * H) : nullptr;
     }
-    db_ = memory.take(GATES * H);
     if (recomputes_steps_) {
       state_ = take_state<Unit, Number>(memory, s_);
       y_ = memory.take<Number>(rows * R);
@@ -383,6 +398,11 @@ class Backward {
   // Where in a row [x h₋ q 1] q ends.
   int64_t past_q() const { return s_.D + (HAS_Q<Unit> ? 2 : 1) * s_.R; }
 
+  template <class To>
+  WeightRows<To> weight_rows(To* dw_x, To* dw_h, To* db) const {
+    return {dw_x, dw_h, db, s_.D, s_.D + s_.R, past_q(), s_.G * s_.H};
+  }
+
   // What is packed of a tile of units.
   void pack_units(int64_t u) const {
     if (packed_cells_)
@@ -395,10 +415,13 @@ class Backward {
   Chunk chunk_at(int64_t k) const {
     const int64_t BH = s_.B * s_.H, BR = s_.B * s_.R, from = k * length_,
                   to = least(from + length_, s_.T);
+    const bool has_start = from == 0, has_end = to == s_.T;
+    const bool is_first = s_.reverse ? has_start : has_end;
+    const bool is_last = s_.reverse ? has_end : has_start;
     if (recomputes_steps_)
-      return {from, to, y_, c_, dz_, s_.h_starts + k * BR, at(s_.c_starts, k, BH)};
+      return {from,     to,     y_, c_, dz_, s_.h_starts + k * BR, at(s_.c_starts, k, BH),
+              is_first, is_last};
     const int64_t before = s_.reverse ? to : from - 1;
-    const bool is_first = before < 0 || before >= s_.T;
     // only read from
     const Gates kept = Gates::in_rows<Unit>(const_cast<float*>(s_.a), s_.H);
     return {from,
@@ -407,7 +430,9 @@ class Backward {
             at(s_.c_all, from, BH),
             s_.a ? kept.from(from * s_.B) : dz_,
             s_.h,
-            is_first ? s_.c : at(s_.c_all, before, BH)};
+            is_last ? s_.c : at(s_.c_all, before, BH),
+            is_first,
+            is_last};
   }
 
   bool is_valid(int64_t t, int64_t b) const { return !s_.valid || s_.valid[t * s_.B + b]; }
@@ -752,16 +777,17 @@ class Backward {
 
   // What a chunk adds to rows [m, past) of the gradient of [w_x w_h w_h b], of one panel of dz: w_h
   // once with what met h₋, and once with what met q.
-  void add_weights(int64_t rows, bool is_first, int64_t m, int64_t past, int64_t u) const {
-    const int64_t D = s_.D, K = D + s_.R, width = s_.G * s_.H;
+  void add_weights(const Chunk& chunk, int64_t rows, int64_t m, int64_t past, int64_t u) const {
+    const int64_t D = s_.D, K = D + s_.R;
     for (int64_t first = 0; first < rows; first += DEPTH) {
       const auto add = [&](auto blocks, int64_t lo, int64_t hi) {
         const int64_t depth = least(DEPTH, rows - first);
-        const bool adds = !is_first || first > 0;
+        const bool adds = !chunk.is_first || first > 0;
+        const bool ends = chunk.is_last && first + depth == rows;
         over_tiles<WeightOperands<OfDx>::ROWS>(
             most(m, lo), least(past, hi),
-            WeightTile<Columns<Unit, decltype(blocks)>, OfDx>{
-                D, K, past_q(), width, s_.H, dw_x_, dw_h_, db_, operands_, u, first, depth, adds});
+            WeightTile<Columns<Unit, decltype(blocks)>, OfDx, Number>{
+                sums_, gradient_, operands_, u, first, depth, s_.H, adds, ends});
       };
       if constexpr (std::is_same_v<OfX, OfH>) {
         add(OfX{}, 0, K + 1);
@@ -776,7 +802,7 @@ class Backward {
 
   // What W units of a chunk add to the gradient of the peepholes: Σ dz_i ⊙ c₋, Σ dz_f ⊙ c₋ and
   // Σ dz_o ⊙ c.
-  void add_peepholes(const Chunk& chunk, bool is_first, int64_t u) const {
+  void add_peepholes(const Chunk& chunk, int64_t u) const {
     const int64_t H = s_.H, j = u * W;
     const int n = static_cast<int>(least(W, H - j));
     V sum[3] = {};
@@ -792,14 +818,14 @@ class Backward {
       }
     for (int k = 0; k < 3; ++k) {
       float* to = dpeephole_ + k * H + j;
-      store_units(to, is_first ? sum[k] : load_units(to, n) + sum[k], n);
+      store_units(to, chunk.is_first ? sum[k] : load_units(to, n) + sum[k], n);
     }
   }
 
   // What a chunk adds to the gradient of the projection, Σ mᵀ dh: a block of its rows.
-  void add_projection(int64_t rows, bool is_first, int64_t block) const {
+  void add_projection(const Chunk& chunk, int64_t rows, int64_t block) const {
     const int64_t m = block * BLOCK, units = least(BLOCK, s_.H - m), width = whole_vectors(s_.R);
-    if (is_first) zero(dprojection_ + m * width, units * width);
+    if (chunk.is_first) zero(dprojection_ + m * width, units * width);
     for (int64_t first = 0; first < rows; first += DEPTH)
       product<Stored::by_step, From::c>(units, width / W, least(DEPTH, rows - first),
                                         m_ + first * padded(s_.H) + m, padded(s_.H),
@@ -808,7 +834,7 @@ class Backward {
   }
 
   // dx of a chunk, and what it adds to the gradients of the weights.
-  bool products(const Chunk& chunk, bool is_first) const {
+  bool products(const Chunk& chunk) const {
     const int64_t rows = (chunk.to - chunk.from) * s_.B, M = past_q() + 1;
     const int64_t panels = tiles_across<Unit>(s_.H), dx_items = items_of(rows);
     // a block of [x h₋ 1] stays in a core's cache while it meets one panel after the other
@@ -820,7 +846,7 @@ class Backward {
     const auto compute = [&](int64_t item, float*) {
       if (item < blocks * panels) {
         const int64_t block = item / panels;
-        return add_weights(rows, is_first, M * block / blocks, M * (block + 1) / blocks,
+        return add_weights(chunk, rows, M * block / blocks, M * (block + 1) / blocks,
                            item % panels);
       }
       item -= blocks * panels;
@@ -831,31 +857,23 @@ class Backward {
                                 ceil_div(s_.D, W), lo, hi);
       }
       item -= dx_items;
-      if (item < peepholes) return add_peepholes(chunk, is_first, item);
-      add_projection(rows, is_first, item - peepholes);
+      if (item < peepholes) return add_peepholes(chunk, item);
+      add_projection(chunk, rows, item - peepholes);
     };
     return operands_.prepare(threads_, s_.threads, rows) &&
            parallel_for(threads_, blocks * panels + dx_items + peepholes + projections, s_.threads,
                         0, compute);
   }
 
-  // What was summed in float32, in the type of the weights; the biases in their arrays.
-  bool weight_gradients() const {
+  // Those of the biases, the projection and the peepholes, in their arrays and types.
+  void other_gradients() const {
+    const int64_t H = s_.H, width = s_.G * H;
+    copy_numbers(gradient_.db, width, s_.db);
+    if (s_.db_n) copy_numbers(gradient_.db + width, H, s_.db_n);
     if (s_.projection)
-      copy_rows(dprojection_, whole_vectors(s_.R), s_.dprojection, s_.R, s_.R, 0, s_.H);
-    const int64_t D = s_.D, width = s_.G * s_.H;
-    copy_numbers(db_, width, s_.db);
-    if (s_.db_n) copy_numbers(db_ + width, s_.H, s_.db_n);
-    if constexpr (!std::is_same_v<Number, float>) {
-      if (dpeephole_) copy_numbers(dpeephole_, 3 * s_.H, s_.dpeephole);
-      return parallel_for(threads_, D + s_.R, s_.threads, 0, [&](int64_t k, float*) {
-        if (k < D)
-          copy_numbers(dw_x_ + k * width, width, s_.dw_x + k * width);
-        else
-          copy_numbers(dw_h_ + (k - D) * width, width, s_.dw_h + (k - D) * width);
-      });
-    }
-    return true;
+      copy_rows(dprojection_, whole_vectors(s_.R), s_.dprojection, s_.R, s_.R, 0, H);
+    if constexpr (!std::is_same_v<Number, float>)
+      if (dpeephole_) copy_numbers(dpeephole_, 3 * H, s_.dpeephole);
   }
 
   Threads& threads_;
@@ -877,7 +895,9 @@ class Backward {
   OfStep* narrow_ = nullptr;
   Operand* xh_pairs_ = nullptr;
   Fixed* fixed_ = nullptr;
-  float *dw_x_ = nullptr, *dw_h_ = nullptr, *db_ = nullptr, *dpeephole_ = nullptr;
+  WeightRows<float> sums_{};
+  WeightRows<Number> gradient_{};
+  float* dpeephole_ = nullptr;
   float *packed_p_ = nullptr, *m_ = nullptr, *dm_ = nullptr;
   float *dh_of_steps_ = nullptr, *dprojection_ = nullptr;
   State state_{};
