@@ -127,6 +127,7 @@ FUNCTIONS = [
             "put_columns(Fixed",
             "multiply(__m512i",
             "scale_of_row(const FixedRows",
+            "accumulate_block(V",
             "accumulate_blocks(V",
         ],
     ),

@@ -171,25 +171,33 @@ RNNATTN_INLINE float scale_of_row(const FixedRows& a, int64_t r, int64_t steps) 
   return scale;
 }
 
-// sums += A B, so many blocks of so many steps each.
+// sums += A B, the first steps of a block.
 template <int R, int N>
-RNNATTN_INLINE void accumulate_blocks(V (&sums)[R][N], int64_t blocks, int64_t steps, FixedRows a,
-                                      const Fixed* b, int64_t width) {
-  for (; blocks > 0; --blocks, a.first += a.block, b += with_scale(steps) * width) {
-    __m512i whole[R][N] = {};
-    multiply(whole, steps, a, b, width);
-    unrolled<R>([&](auto r) RNNATTN_LAMBDA {
-      const float of_row = scale_of_row(a, r, steps);
-      unrolled<N>([&](auto n) RNNATTN_LAMBDA {
-        V of_columns;
-        __builtin_memcpy(&of_columns, b + steps * width + 2 * n * W, sizeof of_columns);
-        sums[r][n] = fma(converted(whole[r][n]) * of_row, of_columns, sums[r][n]);
-      });
+RNNATTN_INLINE void accumulate_block(V (&sums)[R][N], int64_t steps, int64_t block,
+                                     const FixedRows& a, const Fixed* b, int64_t width) {
+  __m512i whole[R][N] = {};
+  multiply(whole, steps, a, b, width);
+  unrolled<R>([&](auto r) RNNATTN_LAMBDA {
+    const float of_row = scale_of_row(a, r, block);
+    unrolled<N>([&](auto n) RNNATTN_LAMBDA {
+      V of_columns;
+      __builtin_memcpy(&of_columns, b + block * width + 2 * n * W, sizeof of_columns);
+      sums[r][n] = fma(converted(whole[r][n]) * of_row, of_columns, sums[r][n]);
     });
-  }
+  });
 }
 
-// sums += A B of so many steps, in blocks of `block`, with the scales of both in A.
+// sums += A B of so many steps, in blocks. The loop over the steps of a whole one has a constant
+// length, with which it is faster than one that ends where a block does.
+template <int block, int R, int N>
+RNNATTN_INLINE void accumulate_blocks(V (&sums)[R][N], int64_t steps, FixedRows a, const Fixed* b,
+                                      int64_t width) {
+  for (; steps >= block; steps -= block, a.first += a.block, b += with_scale(block) * width)
+    accumulate_block(sums, block, block, a, b, width);
+  if (steps > 0) accumulate_block(sums, steps, block, a, b, width);
+}
+
+// The same, in blocks of `block`, with the scales of both in A.
 template <int R, int N>
 RNNATTN_INLINE void accumulate_joint(V (&sums)[R][N], int64_t steps, int64_t block, FixedRows a,
                                      const Fixed* b, int64_t width) {

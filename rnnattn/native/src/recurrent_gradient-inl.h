@@ -174,8 +174,7 @@ struct WeightOperands<Fixed> {
   template <int first, int R, int N>
   void add(V (&sum)[R][N], int64_t m, int64_t u, int64_t r, int64_t depth) const {
     const FixedRows rows{of_rows(r / STEPS) + 2 * m, 2, 2 * across(), BLOCK * across()};
-    accumulate_blocks(sum, ceil_div(depth, STEPS), STEPS, rows,
-                      of_panel(u, r / STEPS) + 2 * first * W, PANEL);
+    accumulate_blocks<STEPS>(sum, depth, rows, of_panel(u, r / STEPS) + 2 * first * W, PANEL);
   }
 
  private:

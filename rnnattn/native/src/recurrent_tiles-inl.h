@@ -366,7 +366,7 @@ struct TransposedTile {
     if constexpr (std::is_same_v<Operand, Fixed>) {
       using Tile = FixedTile<Columns>;
       const FixedRows rows{dz.data + r * dz.row, dz.row, 2, Tile::BLOCK};
-      accumulate_blocks(sum, tiles * Tile::BLOCKS, Tile::STEPS, rows, w, width);
+      accumulate_blocks<Tile::STEPS>(sum, tiles * Tile::BLOCKS * Tile::STEPS, rows, w, width);
     } else {
       accumulate_blocks(sum, tiles, Columns::COUNT * W, dz.data + r * dz.row + Columns::FIRST * W,
                         dz.row, dz.tile, dz.rest, w, width);
