@@ -171,8 +171,9 @@ struct WeightOperands<Fixed> {
         put<Factor::a>(xh + r * stride, stride, count, columns, of_rows(block), across());
     });
   }
+  // Inlined, or the sums would go through memory.
   template <int first, int R, int N>
-  void add(V (&sum)[R][N], int64_t m, int64_t u, int64_t r, int64_t depth) const {
+  RNNATTN_METHOD void add(V (&sum)[R][N], int64_t m, int64_t u, int64_t r, int64_t depth) const {
     const FixedRows rows{of_rows(r / STEPS) + 2 * m, 2, 2 * across(), BLOCK * across()};
     accumulate_blocks<STEPS>(sum, depth, rows, of_panel(u, r / STEPS) + 2 * first * W, PANEL);
   }

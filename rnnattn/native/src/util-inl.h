@@ -17,6 +17,7 @@ namespace rnnattn::RNNATTN_SET {
 
 #define RNNATTN_INLINE static inline __attribute__((always_inline))
 #define RNNATTN_LAMBDA __attribute__((always_inline))
+#define RNNATTN_METHOD __attribute__((always_inline))
 
 // The smaller and the larger: those of the standard library are templates, see instruction_set.h.
 RNNATTN_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
