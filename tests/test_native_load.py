@@ -148,7 +148,7 @@ def hook(event, arguments):
         raise SystemExit(f"writes {arguments}")
 sys.addaudithook(hook)
 """
-    run(hook + USE)
+    run(hook + USE, JAX_ENABLE_COMPILATION_CACHE="false")
 
 
 @pytest.mark.skipif(not native.status().available, reason="no kernels")
