@@ -46,10 +46,6 @@ constexpr int64_t NUMBERS_OF_A_THREAD = 1 << 16;
 // As so many multiply-adds takes what is done once for a row, however few keys there are.
 constexpr int64_t WORK_OF_A_ROW = 1 << 13;
 
-struct Range {
-  int64_t first, past;
-};
-
 // The keys that positions and lengths leave to a query, or that it is given.
 static Range keys_of(const Attention& p, int64_t b, int64_t t) {
   if (p.key_ranges) {

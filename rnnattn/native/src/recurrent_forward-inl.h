@@ -1,4 +1,4 @@
-// Recurrent units forwards: all steps, or a single one of few rows.
+// Recurrent units forwards, with packed weights.
 
 #ifndef RNNATTN_RECURRENT_FORWARD_INL_H_
 #define RNNATTN_RECURRENT_FORWARD_INL_H_
@@ -9,6 +9,7 @@
 #include "kernels.h"
 #include "numbers-inl.h"
 #include "product-inl.h"
+#include "recurrent_few_steps-inl.h"
 #include "recurrent_tiles-inl.h"
 #include "recurrent_unit-inl.h"
 #include "simd-inl.h"
@@ -672,209 +673,10 @@ class Forward {
   State state_{};
 };
 
-// ---- few steps of few rows --------------------------------------------------------------------
-
-// Weights that are hardly read again are not worth packing: they are read along their rows.
-
-// z += a w for R rows and those of G gates that have a block in w; z (R, G, `units`) of the units
-// from `first` on, a (R, K), w (K, `width`), with blocks of H columns.
-template <int R, int G, class Blocks, class Number>
-static void add_product(const float* a, const Number* w, int64_t width, int64_t K, int64_t H,
-                        int64_t first, int64_t units, float* z) {
-  constexpr int AT_ONCE = 8 / R;
-  for (int64_t k = 0; k < K; k += AT_ONCE) {
-    const int64_t depth = least(AT_ONCE, K - k);
-    V e[R][AT_ONCE];
-    for (int r = 0; r < R; ++r)
-      for (int i = 0; i < AT_ONCE; ++i) e[r][i] = splat(i < depth ? a[r * K + k + i] : 0);
-    for (int g = Blocks::FIRST; g < Blocks::PAST; ++g) {
-      const Number* block = w + k * width + Blocks::of(g) * H + first;
-      for (int64_t j = 0; j < units; j += W) {
-        const int n = static_cast<int>(least(W, units - j));
-        V sum[R];
-        for (int r = 0; r < R; ++r) sum[r] = load_units(z + (r * G + g) * units + j, n);
-        const auto add = [&](int i) {
-          const V v = load_units(block + i * width + j, n);
-          for (int r = 0; r < R; ++r) sum[r] = fma(e[r][i], v, sum[r]);
-        };
-        if (depth == AT_ONCE)
-          for (int i = 0; i < AT_ONCE; ++i) add(i);
-        else
-          for (int i = 0; i < depth; ++i) add(i);
-        for (int r = 0; r < R; ++r) store_units(z + (r * G + g) * units + j, sum[r], n);
-      }
-    }
-  }
-}
-
-// Rows of numbers as float32: in `copied`, if they are not.
-RNNATTN_INLINE const float* in_float(const float* numbers, int64_t, float*) { return numbers; }
-template <class Number>
-RNNATTN_INLINE const float* in_float(const Number* numbers, int64_t count, float* copied) {
-  copy_numbers(numbers, count, copied);
-  return copied;
-}
-
-// The pre-activations of units [first, first + units) in z, (R, GATES, `units`), not yet scaled, as
-// far as x and h₋ go.
-template <int R, class Unit, class Number>
-static void products_of_units(const RecurrentForward<Number>& s, int64_t first, int64_t units,
-                              float* z, float* copied) {
-  constexpr int GATES = recurrent::GATES<Unit>;
-  const int64_t H = s.H, width = s.G * H;
-  for (int r = 0; r < R; ++r)
-    for (int g = 0; g < GATES; ++g) {
-      const Number* bias = bias_block(s, Unit::OfBias::of(g));
-      float* of_gate = z + (r * GATES + g) * units;
-      if (bias)
-        copy_numbers(bias + first, units, of_gate);
-      else
-        zero(of_gate, units);
-    }
-  add_product<R, GATES, typename Unit::OfX>(in_float(s.x, R * s.D, copied), s.w_x, width, s.D, H,
-                                            first, units, z);
-  add_product<R, GATES, typename Unit::OfH>(in_float(s.h, R * s.R, copied), s.w_h, width, s.R, H,
-                                            first, units, z);
-}
-
-// f(row, unit, count, a, before) for W units each, with what their cell meets.
-template <int R, class Unit, class Number, class F>
-static void over_cells(const RecurrentForward<Number>& s, int64_t first, int64_t units,
-                       const float* z, F f) {
-  constexpr int GATES = recurrent::GATES<Unit>;
-  for (int r = 0; r < R; ++r)
-    for (int64_t j = 0; j < units; j += W) {
-      const int n = static_cast<int>(least(W, units - j));
-      const int64_t at = r * s.H + first + j;
-      const V before = Unit::CARRIES_C ? load_units(s.c + at, n) : load_units(s.h + at, n);
-      V a[GATES];
-      for (int g = 0; g < GATES; ++g)
-        a[g] = load_units(z + (r * GATES + g) * units + j, n) * splat(Unit::scale(g));
-      f(r, first + j, n, a, before);
-    }
-}
-
-// `m` is what is projected, or null.
-template <int R, class Unit, class Number>
-static void cells_of_units(const RecurrentForward<Number>& s, float* m, int64_t first,
-                           int64_t units, const float* z) {
-  constexpr int GATES = recurrent::GATES<Unit>;
-  over_cells<R, Unit>(s, first, units, z, [&](int r, int64_t j, int n, V(&a)[GATES], V before) {
-    const int64_t at = r * s.H + j;
-    V c = before, h;
-    cell(Unit::of(s, j, n), a, before, c, h);
-    if (m) {
-      store_units(m + at, rounded(Number{}, h), n);
-    } else {
-      store_units(s.y + at, h, n);
-      store_units(s.h_last + at, h, n);
-    }
-    if (Unit::CARRIES_C) store_units(s.c_last + at, c, n);
-    if (s.c_all) store_units(s.c_all + at, c, n);
-    if (s.a)
-      for (int g = 0; g < GATES; ++g) store_units(s.a + (r * GATES + g) * s.H + j, a[g], n);
-  });
-}
-
-// Of a step with two products what the first gives: q, and z for the second in `a`, block for block
-// of units.
-template <int R, class Unit, class Number>
-static void reset_units(const RecurrentForward<Number>& s, float* q, float* a, int64_t first,
-                        int64_t units, float* z) {
-  constexpr int GATES = recurrent::GATES<Unit>;
-  products_of_units<R, Unit>(s, first, units, z, z + R * GATES * STEP_UNITS);
-  copy(z, R * GATES * units, a + R * GATES * first);
-  over_cells<R, Unit>(s, first, units, z,
-                      [&](int r, int64_t j, int n, const V(&of)[GATES], V before) {
-                        const V all = reset(Unit::of(s, j, n), of[Unit::RESET], before);
-                        store_units(q + r * s.H + j, rounded(Number{}, all), n);
-                      });
-}
-template <int R, class Unit, class Number>
-static void cells_after_reset(const RecurrentForward<Number>& s, const float* q, const float* a,
-                              int64_t first, int64_t units, float* z) {
-  constexpr int GATES = recurrent::GATES<Unit>;
-  copy(a + R * GATES * first, R * GATES * units, z);
-  add_product<R, GATES, typename Unit::OfQ>(q, s.w_h, s.G * s.H, s.R, s.H, first, units, z);
-  cells_of_units<R, Unit>(s, nullptr, first, units, z);
-}
-
-// h = m P of columns [first, first + columns).
-template <int R, class Number>
-static void project_step(const RecurrentForward<Number>& s, const float* m, int64_t first,
-                         int64_t columns, float* z) {
-  zero(z, R * columns);
-  add_product<R, 1, Blocks<0, 0>>(m, s.projection, s.R, s.H, s.R, first, columns, z);
-  for (int r = 0; r < R; ++r) {
-    copy_numbers(z + r * columns, columns, s.y + r * s.R + first);
-    copy_numbers(z + r * columns, columns, s.h_last + r * s.R + first);
-  }
-}
-
-template <class Number>
-static bool are_few_steps(const RecurrentForward<Number>& s) {
-  const int64_t few = (s.D + s.R) * s.G * s.H < SMALL_STEP ? 2 : 4;
-  return s.T <= few && s.B <= STEP_ROWS && !s.valid && !s.fresh && !s.interval;
-}
-
-template <class Unit, class Number>
-static bool single_step(Threads& threads, const RecurrentForward<Number>& s) {
-  constexpr int GATES = recurrent::GATES<Unit>;
-  // of all units, for what waits for them: m, or q and z
-  const int64_t numbers = HAS_Q<Unit> ? (1 + GATES) * s.B * s.H : s.projection ? s.B * s.H : 0;
-  const Allocation between(numbers);
-  if (numbers && !between.data()) return false;
-  float *m = numbers ? between.data() : nullptr, *q = m;
-  const int64_t limit = (s.D + s.R) * s.G * s.H < SMALL_STEP ? 1 : s.threads;
-  const int64_t floats = s.B * (GATES * STEP_UNITS + most(s.D, s.R));
-  // f(rows, first, units, workspace) of `width` units in blocks
-  const auto over_blocks = [&](int64_t width, auto f) {
-    return parallel_for(
-        threads, ceil_div(width, STEP_UNITS), limit, floats, [&](int64_t item, float* z) {
-          const int64_t first = item * STEP_UNITS, units = least(STEP_UNITS, width - first);
-          as_constant<STEP_ROWS>(s.B, [&](auto rows) { f(rows, first, units, z); });
-        });
-  };
-  if constexpr (HAS_Q<Unit>) {
-    float* a = q + s.B * s.H;
-    return over_blocks(s.H, [&](auto rows, int64_t first, int64_t units,
-                                float* z) { reset_units<rows, Unit>(s, q, a, first, units, z); }) &&
-           over_blocks(s.H, [&](auto rows, int64_t first, int64_t units, float* z) {
-             cells_after_reset<rows, Unit>(s, q, a, first, units, z);
-           });
-  } else {
-    const auto cells = [&](auto rows, int64_t first, int64_t units, float* z) {
-      products_of_units<rows, Unit>(s, first, units, z, z + rows * GATES * STEP_UNITS);
-      cells_of_units<rows, Unit>(s, m, first, units, z);
-    };
-    const auto projected = [&](auto rows, int64_t first, int64_t columns, float* z) {
-      project_step<rows>(s, m, first, columns, z);
-    };
-    return over_blocks(s.H, cells) && (!s.projection || over_blocks(s.R, projected));
-  }
-}
-
-template <class Unit, class Number>
-static bool few_steps(Threads& threads, const RecurrentForward<Number>& s) {
-  RecurrentForward<Number> step = s;
-  const int64_t BH = s.B * s.H, BR = s.B * s.R;
-  bool ok = true;
-  over_steps(s.reverse, 0, s.T, [&](int64_t t) {
-    step.x = s.x + t * s.B * s.D;
-    step.y = s.y + t * BR;
-    step.c_all = at(s.c_all, t, BH);
-    step.a = at(s.a, t, GATES<Unit> * BH);
-    ok = ok && single_step<Unit>(threads, step);
-    // While one unit writes its y others still read h: it is y of the step before, not of this one.
-    step.h = step.y;
-    step.c = s.c_last;
-  });
-  return ok;
-}
-
 template <class Unit, class Number>
 static bool forward(Threads& threads, const RecurrentForward<Number>& s) {
-  return are_few_steps(s) ? few_steps<Unit>(threads, s) : Forward<Unit, Number>(threads, s).run();
+  return are_few_steps(s) ? FewSteps<Unit, Number>(threads, s).run()
+                          : Forward<Unit, Number>(threads, s).run();
 }
 
 }  // namespace rnnattn::RNNATTN_SET::recurrent

@@ -1,4 +1,4 @@
-// Recurrent units: forward, backward, and a single step of few rows. The equations are those of
+// Recurrent units: forward, backward, and a few steps of few rows. The equations are those of
 // lstm_cell-inl.h and the like, see recurrent_unit-inl.h; arrays are time-major.
 //
 // A register tile holds all gates of W hidden units for a few rows of the batch, so that the
@@ -61,16 +61,13 @@ constexpr int64_t FEW_ROWS = 3;     // take as long as a row alone, the weights 
 constexpr int64_t ENOUGH_ROWS = 4;  // with fewer for each, the units are shared out instead
 constexpr int64_t SHARE = 1 << 16;  // products of a step that pay for waiting for another
 constexpr int64_t WEIGHTS_OF_A_ROW = 3 << 14;  // with more for each row of a thread, likewise
-constexpr int64_t NARROW_X = 8;          // columns for a row of a step: its x w_x is soon computed
-constexpr int64_t PROJECTED_ROWS = 96;   // of the batch and time, of an item of the projection
-constexpr int64_t STEP_ROWS = 4;         // up to so many, few steps pack no weights
-constexpr int64_t STEP_UNITS = 256;      // of a work item of such a step
-constexpr int64_t CACHED = 1 << 17;      // weights of a step that may be packed all at once
-constexpr int64_t BLOCKWISE_STEPS = 2;   // up to so many, others are packed in each, block by block
-constexpr int64_t SMALL_STEP = 1 << 20;  // with fewer weights: one thread, and the third step packs
-constexpr int64_t PACKED_TILES = 16;     // of units, at once,
-constexpr int64_t PACKED_ROWS = 32;      // so many rows of the weights at a time
-constexpr int64_t CHUNK_ROWS = 2048;     // of the batch and time, of a chunk of the gradient
+constexpr int64_t NARROW_X = 8;         // columns for a row of a step: its x w_x is soon computed
+constexpr int64_t PROJECTED_ROWS = 96;  // of the batch and time, of an item of the projection
+constexpr int64_t CACHED = 1 << 17;     // weights of a step that may be packed all at once
+constexpr int64_t BLOCKWISE_STEPS = 2;  // up to so many, others are packed in each, block by block
+constexpr int64_t PACKED_TILES = 16;    // of units, at once,
+constexpr int64_t PACKED_ROWS = 32;     // so many rows of the weights at a time
+constexpr int64_t CHUNK_ROWS = 2048;    // of the batch and time, of a chunk of the gradient
 constexpr int64_t CHUNK_FLOATS = 1 << 20;  // of its dz
 constexpr int64_t DEPTH = 1024;  // rows of dz that a block of the weight gradient sums at once
 constexpr int64_t BLOCK = 32 * GATE_TILE_ROWS;  // rows of such a block

@@ -32,6 +32,11 @@ RNNATTN_INLINE void copy(const float* from, int64_t n, float* to) {
   std::memcpy(to, from, sizeof(float) * static_cast<size_t>(n));
 }
 
+// [first, past).
+struct Range {
+  int64_t first, past;
+};
+
 // f of 0 … count − 1, as constants: so that compilers keep arrays of vectors in registers.
 template <class F, int... i>
 RNNATTN_INLINE void unrolled(F f, std::integer_sequence<int, i...>) {
