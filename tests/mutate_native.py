@@ -91,7 +91,25 @@ FUNCTIONS = [
     (
         "recurrent_forward-inl.h",
         LSTM,
-        ["project_state(const Recurrent", "project_step(const Recurrent"],
+        ["project_state(const Recurrent"],
+    ),
+    (
+        "recurrent_few_steps-inl.h",
+        RECURRENT,
+        [
+            "struct RestTile {",
+            "void add_product(const Rows",
+            "int block_of_z(int",
+            "void over_runs(F",
+            "bool run() {",
+            "Range within(Range",
+            "void begin(Range",
+            "void add(const Rows",
+            "void over_cells(const",
+            "void reset_units(const",
+            "void cells(const float",
+            "void project(int64_t",
+        ],
     ),
     (
         "recurrent_gradient-inl.h",

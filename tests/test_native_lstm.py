@@ -80,6 +80,7 @@ PROBLEMS = [
     ((1, 1, 1, 1, 1), (), True, "all"),
     ((9, 1, 1, 17), ("lengths", "resets"), False, "clip"),
     ((9, 2, 5, 1), ("resets",), True, "all"),
+    ((3, 4, 60, 150, 37), (), True, "all"),  # few steps, weights that are not packed
     ((5, 13, 17, 33), ("lengths", "resets"), True, "plain"),
     ((70, 9, 1, 16, 5), ("lengths",), False, "coupled"),
     ((600, 4, 3, 8), ("lengths", "resets"), False, "plain"),
@@ -158,6 +159,7 @@ def test_errors_are_no_larger_than_on_xla():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_any_number_of_threads_gives_the_same_bits(monkeypatch, dtype):
     """Rows alone, in tiles of every height, and a product that is split over the threads."""
+    not_packed = ((2, 4, 90, 150, 75), "gates")  # weights, where nothing is masked
     problems: list[tuple[Any, Any]] = [
         ((6, 1, 5, 40), 3),
         ((6, 17, 5, 40, 20), "gates"),
@@ -171,14 +173,13 @@ def test_any_number_of_threads_gives_the_same_bits(monkeypatch, dtype):
         ),
         ((9, 2, 300, 330), "states"),
         ((5, 8, 20, 240), "gates"),  # of few rows beside the weights
+        not_packed,
     ]
     weights, variant = VARIANTS["all"]
     for shape, residuals in problems:
-        case, options = (
-            scaled_case(*shape, **weights),
-            masks(shape[0], shape[1], ("lengths", "resets")),
-        )
-        case, options = in_dtype(case, dtype), options | variant
+        names = () if (shape, residuals) == not_packed else ("lengths", "resets")
+        case = in_dtype(scaled_case(*shape, **weights), dtype)
+        options = masks(shape[0], shape[1], names) | variant
         run = partial(native_lstm, residuals=residuals, reverse=shape[1] % 2 == 0, **options)
         results = []
         for threads in (1, 2, 0):
@@ -207,6 +208,7 @@ NARROW_PROBLEMS = [
     ((12, 2, 3, 130, 75), ("lengths", "resets"), True, "peepholes", "states"),
     ((6, 13, 17, 33, 9), ("lengths",), False, "all", "gates"),
     ((7, 14, 40, 70), ("resets",), True, "peepholes", 3),
+    ((2, 4, 60, 150, 37), (), True, "all", "gates"),  # few steps, weights that are not packed
     ((60, 37, 21, 40), (), False, "plain", "states"),  # two chunks, one summed in two parts
 ]
 

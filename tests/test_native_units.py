@@ -74,22 +74,25 @@ PROBLEMS = [
     ("after", (1, 1, 1, 1), (), True),
     ("after, no b_n", (2, 3, 2, 20), (), False),
     ("after", (5, 13, 17, 33), ("lengths", "resets"), True),
+    ("after", (3, 4, 60, 150), (), True),
     ("after, no b_n", (9, 1, 3, 130), ("lengths", "resets"), False),
     ("after", (1, 14, 5, 260), ("lengths", "resets"), False),
     ("after, no b_n", (600, 4, 3, 8), ("lengths", "resets"), False),
     ("before", (1, 1, 1, 1), (), True),
     ("before", (2, 3, 2, 20), (), False),
     ("before", (5, 13, 17, 33), ("lengths", "resets"), True),
+    ("before", (3, 4, 60, 150), (), True),
     ("before", (9, 1, 3, 290), ("lengths", "resets"), False),
     ("before", (300, 8, 3, 8), ("lengths", "resets"), False),
     ("relu", (1, 1, 1, 1), (), True),
     ("rnn", (2, 3, 2, 20), (), False),
     ("relu", (5, 13, 17, 75), ("lengths", "resets"), True),
+    ("rnn", (3, 4, 60, 350), (), True),
     ("rnn", (9, 1, 3, 390), ("lengths", "resets"), False),
     ("relu", (1, 14, 5, 390), ("lengths", "resets"), False),
     ("rnn", (300, 8, 3, 8), ("lengths", "resets"), False),
 ]
-OF_EVERY_SET = [PROBLEMS[i] for i in (1, 2, 3, 7, 8, 9, 12, 13, 14)]
+OF_EVERY_SET = [PROBLEMS[i] for i in (1, 2, 3, 4, 8, 9, 10, 11, 14, 15, 16, 17)]
 
 
 @cache
@@ -133,6 +136,7 @@ def narrow_problem(name, dtype, shape, names, reverse, residuals):
 
 NARROW = [
     ((12, 2, 3, 131), ("lengths",), True, "states"),
+    ((2, 4, 60, 150), (), True, "gates"),
     ((7, 37, 17, 33), ("resets",), False, 3),
 ]
 

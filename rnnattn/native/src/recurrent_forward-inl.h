@@ -419,7 +419,7 @@ template <class Unit, class Number>
 static bool shares_units(const Recurrent<Number>& s, int64_t weights) {
   const int64_t members = members_of<Unit>(s), rows = ceil_div(s.B, groups_of(s));
   const int64_t with_enough = most(1, least(s.threads, s.B / ENOUGH_ROWS));
-  return s.B < FEW_ROWS || members > with_enough ||
+  return s.B <= FEW_ROWS || members > with_enough ||
          (members > 1 && weights > WEIGHTS_OF_A_ROW * rows);
 }
 
@@ -529,7 +529,9 @@ class Forward {
     advise_huge_pages(s_.c_all, T * B * H);
     advise_huge_pages(s_.a, T * B * GATES<Unit> * H);
     if (by_blocks) return block_by_block();
-    return pack() && (by_units ? units_shared_out() : rows_shared_out());
+    // one thread alone runs all steps: what another had packed would have to come from its cache
+    const bool alone = by_units && !projects_ && members_of<Unit>(s_) == 1 && weights <= CACHED;
+    return pack(alone ? 1 : s_.threads) && (by_units ? units_shared_out() : rows_shared_out());
   }
 
  private:
@@ -541,10 +543,10 @@ class Forward {
     cells_ = {packed_, s_.D, s_.H, s_.R};
   }
 
-  bool pack() const {
+  bool pack(int64_t threads) const {
     const int64_t tiles = tiles_across<Unit>(s_.H),
-                  items = most(ceil_div(tiles, PACKED_TILES), least(tiles, s_.threads));
-    return parallel_for(threads_, items, s_.threads, 0, [&](int64_t item, float*) {
+                  items = most(ceil_div(tiles, PACKED_TILES), least(tiles, threads));
+    return parallel_for(threads_, items, threads, 0, [&](int64_t item, float*) {
       const int64_t u = tiles * item / items, past = tiles * (item + 1) / items;
       pack_cells<Unit, Number>(s_, u, past, packed_ + u * cells_.stride(s_.D, s_.R));
       if (!s_.projection) return;
