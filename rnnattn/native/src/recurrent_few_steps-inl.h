@@ -32,13 +32,19 @@ static bool in_few_sets(const Recurrent<Number>& s) {
   return s.G * s.H * static_cast<int64_t>(sizeof(Number)) % 4096 == 0;
 }
 
+// Whether all rows run all steps, and nothing is kept to run them again.
+template <class Number>
+static bool is_bare(const Recurrent<Number>& s) {
+  return !s.valid && !s.fresh && !s.interval;
+}
+
 // Whether the weights are read where they are: as they are packed, they are read once and written
 // once, and then read without gaps. Products of pairs are the faster for it, too.
 template <class Number>
-static bool are_few_steps(const RecurrentForward<Number>& s) {
+static bool are_few_steps(const Recurrent<Number>& s) {
   constexpr bool pairs = TOGETHER<Operand<Number>> > 1;
   const int64_t steps = pairs ? 4 : in_few_sets(s) ? 8 : 16, rows = pairs ? 8 : 16;
-  return s.T <= steps && s.T * s.B <= rows && !s.valid && !s.fresh && !s.interval;
+  return s.T <= steps && s.T * s.B <= rows && is_bare(s);
 }
 
 // Rows of float32, `stride` apart.
@@ -48,51 +54,61 @@ struct Rows {
   int64_t count, stride;
 };
 
-// The columns of z += a w that fill no vector.
-template <class Number>
+// The columns of a product that fill no vector; see ProductTile.
+template <Stored stored, From from, class Number>
 struct RestTile {
   int64_t steps;
   const float* a;
   int64_t a_stride;
-  const Number* w;
-  int64_t w_stride;
-  float* z;
-  int64_t z_stride;
+  const Number* b;
+  int64_t b_stride;
+  float* c;
+  int64_t c_stride;
   int columns;
 
   template <int R>
   void run(int64_t first) const {
-    const float* of_a = a + first * a_stride;
-    float* rows = z + first * z_stride;
-    V sums[R];
-    unrolled<R>([&](auto r) RNNATTN_LAMBDA { sums[r] = load_units(rows + r * z_stride, columns); });
-    for (int64_t k = 0; k < steps; ++k) {
-      V y = load_units(w + k * w_stride, columns);
-      if constexpr (R > 1) keep_in_register(y);
+    constexpr bool by_row = stored == Stored::by_row;
+    const int64_t a_row = by_row ? a_stride : 1, a_step = by_row ? 1 : a_stride;
+    const float* of_a = a + first * a_row;
+    float* rows = c + first * c_stride;
+    V sums[R]{};
+    if constexpr (from == From::c)
       unrolled<R>([&](auto r)
-                      RNNATTN_LAMBDA { sums[r] = fma(splat(of_a[r * a_stride + k]), y, sums[r]); });
+                      RNNATTN_LAMBDA { sums[r] = load_units(rows + r * c_stride, columns); });
+    for (int64_t step = 0; step < steps; ++step) {
+      V y = load_units(b + step * b_stride, columns);
+      if constexpr (R > 1) keep_in_register(y);
+      unrolled<R>([&](auto r) RNNATTN_LAMBDA {
+        sums[r] = fma(splat(of_a[r * a_row + step * a_step]), y, sums[r]);
+      });
     }
-    unrolled<R>([&](auto r) RNNATTN_LAMBDA { store_units(rows + r * z_stride, sums[r], columns); });
+    unrolled<R>([&](auto r) RNNATTN_LAMBDA { store_units(rows + r * c_stride, sums[r], columns); });
   }
 };
+
+// C = A B, or C + A B, of so many columns, none written beyond them.
+template <Stored stored, From from, class Number>
+static void product_of_columns(int64_t rows, int64_t columns, int64_t steps, const float* a,
+                               int64_t a_stride, const Number* b, int64_t b_stride, float* c,
+                               int64_t c_stride) {
+  const int64_t whole = columns / W, done = whole * W;
+  product<stored, from>(rows, whole, steps, a, a_stride, b, b_stride, TILE_COLUMNS, c, c_stride);
+  if (done < columns)
+    over_tiles<TILE_ROWS>(
+        0, rows,
+        RestTile<stored, from, Number>{steps, a, a_stride, b + done, b_stride, c + done, c_stride,
+                                       static_cast<int>(columns - done)});
+}
 
 // Some columns of z += a w, with w (K, `width`) where it lies: a few of its rows at a time, along
 // which memory is fetched ahead.
 template <class Number>
 static void add_product(const Rows<const float>& a, int64_t K, const Number* w, int64_t width,
                         int64_t columns, const Rows<float>& z, int64_t at_once) {
-  const int64_t whole = columns / W, done = whole * W;
-  for (int64_t k = 0; k < K; k += at_once) {
-    const int64_t steps = least(at_once, K - k);
-    const Number* rows = w + k * width;
-    product<Stored::by_row, From::c>(a.count, whole, steps, a.data + k, a.stride, rows, width,
-                                     TILE_COLUMNS, z.data, z.stride);
-    if (done < columns)
-      over_tiles<TILE_ROWS>(
-          0, a.count,
-          RestTile<Number>{steps, a.data + k, a.stride, rows + done, width, z.data + done, z.stride,
-                           static_cast<int>(columns - done)});
-  }
+  for (int64_t k = 0; k < K; k += at_once)
+    product_of_columns<Stored::by_row, From::c>(a.count, columns, least(at_once, K - k), a.data + k,
+                                                a.stride, w + k * width, width, z.data, z.stride);
 }
 
 // z has a block for each of the biases [b b_n]. Where in z what a weight has for a gate is added.
@@ -115,6 +131,42 @@ static void over_runs(F f) {
     if (z >= 0) f(Range{first, past}, z - first);
   }
 }
+
+// Numbers as float32: in `copied`, if they are not.
+template <class Number>
+static const float* in_float(const Number* numbers, int64_t count, float* copied) {
+  if constexpr (std::is_same_v<Number, float>) return numbers;
+  copy_numbers(numbers, count, copied);
+  return copied;
+}
+template <class Number>
+constexpr bool IS_NARROW = sizeof(Number) < sizeof(float);
+
+static Range within(Range columns, int64_t first, int64_t past) {
+  return {most(columns.first, first), least(columns.past, past)};
+}
+
+// f of parts of a range, `unit` each or a multiple of it.
+template <class F>
+static bool over_parts(Threads& threads, int64_t limit, Range all, int64_t unit, int64_t items,
+                       F f) {
+  const int64_t units = ceil_div(all.past - all.first, unit);
+  items = least(items, units);
+  return parallel_for(threads, items, limit, 0, [&](int64_t item, float*) {
+    f(Range{all.first + units * item / items * unit,
+            least(all.first + units * (item + 1) / items * unit, all.past)});
+  });
+}
+
+// Into how many parts products are shared out, and cells.
+static int64_t parts_of_products(int64_t threads, int64_t multiply_adds) {
+  return multiply_adds < PRODUCTS_OF_A_THREAD ? 1 : 2 * threads;
+}
+static int64_t parts_of_cells(int64_t rows, int64_t units) {
+  return ceil_div(rows * units, CELLS_OF_A_THREAD);
+}
+// Rows that take as long as so many, see FEW_ROWS.
+static int64_t as_many_rows(int64_t rows) { return most(rows, FEW_ROWS); }
 
 // The columns of weights are shared out, all gates alike: what a thread reads lies together, and
 // what two of them read, apart. Then the cells.
@@ -142,8 +194,9 @@ class FewSteps {
     bool ok = true, first = true;
     over_steps(s_.reverse, 0, s_.T, [&](int64_t t) {
       const Rows<const float> h{in_float(h_before, s_.B * s_.R, h_), s_.B, s_.R};
-      const int64_t work = steps_of(s_.B, s_.R) + (first ? steps_of(x.count, s_.D) : 0);
-      ok = ok && over_columns({0, s_.G * s_.H}, work, [&](Range columns) {
+      const int64_t of_h = as_many_rows(s_.B) * s_.R;
+      const int64_t of_x = first ? as_many_rows(x.count) * s_.D : 0;
+      ok = ok && over_columns({0, s_.G * s_.H}, of_x + of_h, [&](Range columns) {
              if (first) {
                begin(columns);
                add<typename Unit::OfX>(x, s_.w_x, s_.D, columns, 0);
@@ -153,13 +206,13 @@ class FewSteps {
       if constexpr (HAS_Q<Unit>) {
         const int64_t block = Unit::OfQ::of(Unit::OfQ::FIRST) * s_.H;
         ok = ok && over_units([&](Range units) { reset_units(h.data, t, units); }) &&
-             over_columns({block, block + s_.H}, steps_of(s_.B, s_.R), [&](Range columns) {
+             over_columns({block, block + s_.H}, of_h, [&](Range columns) {
                add<typename Unit::OfQ>({between_, s_.B, s_.H}, s_.w_h, s_.R, columns, t);
              });
       }
       ok = ok && over_units([&](Range units) { cells(h.data, c, t, units); });
       if (s_.projection)
-        ok = ok && over_columns({0, s_.R}, steps_of(s_.B, s_.H),
+        ok = ok && over_columns({0, s_.R}, as_many_rows(s_.B) * s_.H,
                                 [&](Range columns) { project(t, columns); });
       h_before = s_.y + t * s_.B * s_.R;
       c = s_.c_last;
@@ -171,49 +224,26 @@ class FewSteps {
 
  private:
   void lay_out(Memory& memory) {
-    constexpr bool narrow = sizeof(Number) < sizeof(float);
     z_ = memory.take(s_.T * s_.B * z_stride_);
-    x_ = memory.take(narrow ? s_.T * s_.B * s_.D : 0);
-    h_ = memory.take(narrow ? s_.B * s_.R : 0);
+    x_ = memory.take(IS_NARROW<Number> ? s_.T * s_.B * s_.D : 0);
+    h_ = memory.take(IS_NARROW<Number> ? s_.B * s_.R : 0);
     between_ = memory.take(HAS_Q<Unit> || s_.projection ? s_.B * s_.H : 0);
     projected_ = memory.take(s_.projection ? s_.B * whole_vectors(s_.R) : 0);
   }
 
-  // Numbers as float32: in `copied`, if they are not.
-  static const float* in_float(const Number* numbers, int64_t count, float* copied) {
-    if constexpr (std::is_same_v<Number, float>) return numbers;
-    copy_numbers(numbers, count, copied);
-    return copied;
-  }
-
-  // f of parts, whole vectors each.
-  template <class F>
-  bool over_parts(Range all, int64_t items, F f) const {
-    const int64_t vectors = ceil_div(all.past - all.first, W);
-    items = least(items, vectors);
-    return parallel_for(threads_, items, s_.threads, 0, [&](int64_t item, float*) {
-      f(Range{all.first + vectors * item / items * W,
-              least(all.first + vectors * (item + 1) / items * W, all.past)});
-    });
-  }
   template <class F>
   bool over_columns(Range columns, int64_t steps, F f) const {
-    const bool alone = steps * (columns.past - columns.first) < PRODUCTS_OF_A_THREAD;
-    return over_parts(columns, alone ? 1 : 2 * s_.threads, f);
+    const int64_t parts = parts_of_products(s_.threads, steps * (columns.past - columns.first));
+    return over_parts(threads_, s_.threads, columns, W, parts, f);
   }
-  // Steps of a product of some rows: a row alone takes as long as a few, see FEW_ROWS.
-  static int64_t steps_of(int64_t rows, int64_t K) { return most(rows, FEW_ROWS) * K; }
   template <class F>
   bool over_units(F f) const {
-    return over_parts({0, s_.H}, ceil_div(s_.B * s_.H, CELLS_OF_A_THREAD), f);
+    return over_parts(threads_, s_.threads, {0, s_.H}, W, parts_of_cells(s_.B, s_.H), f);
   }
 
   // Where in z the columns [first, …) of a weight of a step are added to.
   Rows<float> columns_of(int64_t t, int64_t first, int64_t rows) const {
     return {z_ + t * s_.B * z_stride_ + first, rows, z_stride_};
-  }
-  static Range within(Range columns, int64_t first, int64_t past) {
-    return {most(columns.first, first), least(columns.past, past)};
   }
 
   // The biases, for what some columns of the weights add to in all steps.

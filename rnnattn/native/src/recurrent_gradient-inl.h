@@ -9,6 +9,7 @@
 #include "kernels.h"
 #include "numbers-inl.h"
 #include "product-inl.h"
+#include "recurrent_few_gradient-inl.h"
 #include "recurrent_forward-inl.h"
 #include "recurrent_tiles-inl.h"
 #include "recurrent_unit-inl.h"
@@ -631,18 +632,10 @@ class Backward {
         store(dprev + j, d);
         if (projects) store(m_ + row * padded(H) + j, m);
         for (int g = 0; g < GATES; ++g)
-          if (!waits_for_dq(g)) put_dz(row, pairs, k * GATES + g, u, dz[g], n);
+          if (!waits_for_dq<Unit>(g)) put_dz(row, pairs, k * GATES + g, u, dz[g], n);
         if constexpr (FIXED) put_fixed<TransposedH>(pairs, u, dz);
       }
     }
-  }
-
-  // Whether dz of a gate is made of dq: until then dz_ holds its a, if that is where it was made.
-  static constexpr bool waits_for_dq(int g) {
-    if constexpr (HAS_Q<Unit>)
-      return g == Unit::RESET;
-    else
-      return false;
   }
 
   // Of a step with two products, from dz of the second of all units: dq, and what is made of it.
@@ -907,7 +900,8 @@ class Backward {
 
 template <class Unit, class Number>
 static bool backward(Threads& threads, const RecurrentBackward<Number>& s) {
-  return Backward<Unit, Number>(threads, s).run();
+  return is_few_gradient(s) ? FewStepsGradient<Unit, Number>(threads, s).run()
+                            : Backward<Unit, Number>(threads, s).run();
 }
 
 template <class Unit, class Number>

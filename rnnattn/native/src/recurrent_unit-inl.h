@@ -64,6 +64,15 @@ constexpr int VECTORS = Unit::CELLS * GATES<Unit>;
 template <class Unit>
 constexpr bool HAS_Q = Unit::OfQ::COUNT > 0;
 
+// Whether dz of a gate is made of dq: until then its place may hold its pre-activation.
+template <class Unit>
+constexpr bool waits_for_dq(int g) {
+  if constexpr (HAS_Q<Unit>)
+    return g == Unit::RESET;
+  else
+    return false;
+}
+
 // Tiles beside one another, for H units.
 template <class Unit>
 RNNATTN_INLINE int64_t tiles_across(int64_t H) {
