@@ -26,11 +26,12 @@ constexpr int64_t FAR = 1 << 22;                   // where no cache of a core h
 constexpr int64_t PRODUCTS_OF_A_THREAD = 3 << 15;  // with fewer a second one does not pay,
 constexpr int64_t CELLS_OF_A_THREAD = 1 << 11;     // or with fewer cells
 
-// Whether rows of the weights are whole pages apart, and so fall into a few sets of a cache.
+// Whether rows of the weights are whole or half pages apart, and so fall into few sets of a cache.
 template <class Number>
-static bool in_few_sets(const Recurrent<Number>& s) {
-  return s.G * s.H * static_cast<int64_t>(sizeof(Number)) % 4096 == 0;
+static bool are_apart(const Recurrent<Number>& s, int64_t bytes) {
+  return s.G * s.H * static_cast<int64_t>(sizeof(Number)) % bytes == 0;
 }
+constexpr int64_t PAGE = 4096, HALF_A_PAGE = PAGE / 2;
 
 // Whether all rows run all steps, and nothing is kept to run them again.
 template <class Number>
@@ -43,7 +44,7 @@ static bool is_bare(const Recurrent<Number>& s) {
 template <class Number>
 static bool are_few_steps(const Recurrent<Number>& s) {
   constexpr bool pairs = TOGETHER<Operand<Number>> > 1;
-  const int64_t steps = pairs ? 4 : in_few_sets(s) ? 8 : 16, rows = pairs ? 8 : 16;
+  const int64_t steps = pairs ? 4 : are_apart(s, HALF_A_PAGE) ? 8 : 16, rows = pairs ? 8 : 16;
   return s.T <= steps && s.T * s.B <= rows && is_bare(s);
 }
 
@@ -178,7 +179,7 @@ class FewSteps {
   FewSteps(Threads& threads, const RecurrentForward<Number>& s)
       : threads_(threads), s_(s), z_stride_(whole_vectors(GATES * s.H)) {
     const bool is_far = (s.D + s.R) * s.G * s.H > FAR;
-    at_once_ = is_far || (s.B == 1 && in_few_sets(s)) ? FEW_AT_ONCE : AT_ONCE;
+    at_once_ = is_far || (s.B == 1 && are_apart(s, PAGE)) ? FEW_AT_ONCE : AT_ONCE;
   }
 
   bool run() {

@@ -12,7 +12,9 @@
 //     for each row        the steps: dz, then dh₋ = dz w_hᵀ
 //     for each block      of dw_x, dw_h, db (a product of dz with [x h₋ 1]), and of dx = dz w_xᵀ
 //
-// No row's result depends on which rows stand beside it, and no sum is split over threads.
+// No row's result depends on which rows stand beside it, and no sum is split over threads. A few
+// steps of a few rows read the weights where they lie, see recurrent_few_steps-inl.h: in another
+// order, in the gradient and in 16 bits.
 //
 // This file: tiles of registers, how gates and weights lie in memory, and products of these.
 
