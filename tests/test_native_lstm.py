@@ -209,6 +209,7 @@ NARROW_PROBLEMS = [
     ((6, 13, 17, 33, 9), ("lengths",), False, "all", "gates"),
     ((7, 14, 40, 70), ("resets",), True, "peepholes", 3),
     ((2, 4, 60, 150, 37), (), True, "all", "gates"),  # few steps, weights that are not packed
+    ((2, 2, 3, 5, 60), (), False, "plain", "gates"),  # the same, h wider than all gates
     ((60, 37, 21, 40), (), False, "plain", "states"),  # two chunks, one summed in two parts
 ]
 

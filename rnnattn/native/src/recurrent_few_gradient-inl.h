@@ -74,8 +74,8 @@ static void product_of_rows(const Rows<float>& a, int64_t width, const Number* b
                                          rows.past - i, c.data + i, c.stride, adds});
 }
 
-// Whether the weights are read where they are; see `are_few_steps`. Here all products of a step are
-// with the same rows, those of all steps are more, and to pack a weight turned over takes longer.
+// Whether the weights are read where they are; see `are_few_steps`. To pack one turned over takes
+// longer than to pack it, so that this pays with more rows.
 template <class Number>
 static bool is_few_gradient(const RecurrentBackward<Number>& s) {
   constexpr int64_t rows = TOGETHER<Operand<Number>> > 1 ? 24 : 64;
@@ -103,7 +103,9 @@ class FewStepsGradient {
     Memory memory{allocation.data()};
     lay_out(memory);
     const int64_t T = s_.T, B = s_.B, R = s_.R, H = s_.H;
-    x_ = {const_cast<float*>(in_float(s_.x, rows_ * s_.D, x_.data)), rows_, s_.D};
+    x_ = in_float(s_.x, rows_ * s_.D, copied_x_);
+    advise_huge_pages(s_.dw_x, s_.D * s_.G * H);
+    advise_huge_pages(s_.dw_h, R * s_.G * H);
     for (int64_t t = 0; t < T; ++t) {
       const int64_t before = s_.reverse ? t + 1 : t - 1;
       const bool begins = before < 0 || before >= T;
@@ -127,7 +129,7 @@ class FewStepsGradient {
       return Rows<float>{memory.take(rows * width), rows, width};
     };
     dz_ = take(rows_, whole_vectors(GATES * H));
-    x_ = take(IS_NARROW<Number> ? rows_ : 0, D);
+    copied_x_ = memory.take(IS_NARROW<Number> ? rows_ * D : 0);
     h_ = take(rows_, R);
     q_ = take(HAS_Q<Unit> ? rows_ : 0, H);
     dq_ = take(HAS_Q<Unit> ? B : 0, H);
@@ -137,8 +139,10 @@ class FewStepsGradient {
     m_ = take(projects ? rows_ : 0, H);
     dm_ = take(projects ? B : 0, H);
     dh_of_steps_ = take(projects ? rows_ : 0, R);
-    dx_ = take(IS_NARROW<Number> ? rows_ : 0, D);
-    if (!IS_NARROW<Number>) dx_ = {reinterpret_cast<float*>(s_.dx), rows_, D};
+    if constexpr (IS_NARROW<Number>)
+      dx_ = take(rows_, D);
+    else
+      dx_ = {s_.dx, rows_, D};
   }
 
   // Rows of a step, and columns of all of them.
@@ -257,14 +261,14 @@ class FewStepsGradient {
       });
   }
 
-  // Rows [first, past) of aᵀ b, `columns` wide, to rows of a result.
-  void outer_products(const Rows<float>& a, Range rows, const Rows<float>& b, int64_t columns,
-                      Number* to, int64_t stride, float* memory) const {
+  // Rows [first, past) of aᵀ b, `columns` wide, to rows of a result; those of a are `width` wide.
+  void outer_products(const float* a, int64_t width, Range rows, const Rows<float>& b,
+                      int64_t columns, Number* to, int64_t stride, float* memory) const {
     for (int64_t k = rows.first; k < rows.past; k += WEIGHT_ROWS) {
       const int64_t count = least(WEIGHT_ROWS, rows.past - k);
       const auto make = [&](float* sums, int64_t sums_stride) {
-        product_of_columns<Stored::by_step, From::zero>(count, columns, rows_, a.data + k, a.stride,
-                                                        b.data, b.stride, sums, sums_stride);
+        product_of_columns<Stored::by_step, From::zero>(count, columns, rows_, a + k, width, b.data,
+                                                        b.stride, sums, sums_stride);
       };
       if constexpr (IS_NARROW<Number>) {
         make(memory, columns);
@@ -276,38 +280,39 @@ class FewStepsGradient {
     }
   }
   template <class Of>
-  void add_weight(const Rows<float>& a, Range rows, Number* to, float* memory) const {
+  void add_weight(const float* a, int64_t width, Range rows, Number* to, float* memory) const {
     over_columns<Of>([&](Range columns, int64_t of_z) {
-      outer_products(a, rows, from(dz_, of_z), columns.past - columns.first, to + columns.first,
-                     s_.G * s_.H, memory);
+      outer_products(a, width, rows, from(dz_, of_z), columns.past - columns.first,
+                     to + columns.first, s_.G * s_.H, memory);
     });
   }
 
   // dx, and the gradients of the weights and of the projection, by blocks of their rows.
   bool products() const {
     const int64_t D = s_.D, R = s_.R, H = s_.H, width = s_.G * H;
-    const int64_t products = rows_ * width * (2 * D + R);
+    const int64_t multiply_adds = rows_ * width * (2 * D + R);
     const int64_t of_x = ceil_div(D, WEIGHT_ROWS), of_h = ceil_div(R, WEIGHT_ROWS);
     const int64_t of_m = s_.projection ? ceil_div(H, WEIGHT_ROWS) : 0;
     const auto block = [](int64_t item, int64_t count) {
       return Range{item * WEIGHT_ROWS, least((item + 1) * WEIGHT_ROWS, count)};
     };
     return parallel_for(
-        threads_, of_x + of_h + of_m, products < PRODUCTS_OF_A_THREAD ? 1 : s_.threads,
-        IS_NARROW<Number> ? WEIGHT_ROWS * width : 0, [&](int64_t item, float* memory) {
+        threads_, of_x + of_h + of_m, multiply_adds < PRODUCTS_OF_A_THREAD ? 1 : s_.threads,
+        IS_NARROW<Number> ? WEIGHT_ROWS * most(width, R) : 0, [&](int64_t item, float* memory) {
           if (item < of_x) {
             const Range rows = block(item, D);
             back<OfX>(dz_, s_.w_x, rows, dx_, false);
-            return add_weight<OfX>(x_, rows, s_.dw_x, memory);
+            return add_weight<OfX>(x_, D, rows, s_.dw_x, memory);
           }
           item -= of_x;
           if (item < of_h) {
             const Range rows = block(item, R);
-            add_weight<OfH>(h_, rows, s_.dw_h, memory);
-            if constexpr (HAS_Q<Unit>) add_weight<OfQ>(q_, rows, s_.dw_h, memory);
+            add_weight<OfH>(h_.data, R, rows, s_.dw_h, memory);
+            if constexpr (HAS_Q<Unit>) add_weight<OfQ>(q_.data, H, rows, s_.dw_h, memory);
             return;
           }
-          outer_products(m_, block(item - of_h, H), dh_of_steps_, R, s_.dprojection, R, memory);
+          outer_products(m_.data, H, block(item - of_h, H), dh_of_steps_, R, s_.dprojection, R,
+                         memory);
         });
   }
 
@@ -344,8 +349,10 @@ class FewStepsGradient {
   Threads& threads_;
   const RecurrentBackward<Number>& s_;
   const int64_t rows_;
-  Rows<float> dz_{}, x_{}, h_{}, q_{}, m_{};  // of all steps; a row of dz as the biases lie
-  Rows<float> dx_{}, dh_of_steps_{};          // likewise
+  const float* x_ = nullptr;
+  float* copied_x_ = nullptr;
+  Rows<float> dz_{}, h_{}, q_{}, m_{};  // of all steps; a row of dz as the biases lie
+  Rows<float> dx_{}, dh_of_steps_{};    // likewise
   Rows<float> dh_{}, dq_{}, dm_{};
   float* dc_ = nullptr;
 };

@@ -39,8 +39,8 @@ static bool is_bare(const Recurrent<Number>& s) {
   return !s.valid && !s.fresh && !s.interval;
 }
 
-// Whether the weights are read where they are: as they are packed, they are read once and written
-// once, and then read without gaps. Products of pairs are the faster for it, too.
+// Whether the weights are read where they are: to pack them is to read and to write them once, and
+// pays where they are read more often than that, the sooner where packed ones are pairs.
 template <class Number>
 static bool are_few_steps(const Recurrent<Number>& s) {
   constexpr bool pairs = TOGETHER<Operand<Number>> > 1;
