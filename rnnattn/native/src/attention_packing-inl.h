@@ -139,9 +139,6 @@ static KeyRows<Number> rows_in_place(const Attention& p, const Number* x, int64_
                                      int64_t m, Range keys) {
   return {x + key_at(p, width, b, m, keys.first), p.M * width};
 }
-// Whether the rows of a result can be sums of products at once.
-template <class Number>
-constexpr bool IS_WIDE = sizeof(Number) == sizeof(float);
 // Whether products along keys and values read these as they lie.
 template <class Number>
 constexpr bool ALIKE = sizeof(Number) == sizeof(Operand<Number>);

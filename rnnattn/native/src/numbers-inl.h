@@ -133,6 +133,10 @@ RNNATTN_INLINE void store_units(Number* p, V v, int n) {
   store_halves(p, halves_of(narrowed(Number{}, v)), n);
 }
 
+// Whether the rows of a result can be sums of products at once.
+template <class Number>
+constexpr bool IS_WIDE = sizeof(Number) == sizeof(float);
+
 // What is left of v in memory of that type.
 RNNATTN_INLINE V rounded(float, V v) { return v; }
 template <class Number>

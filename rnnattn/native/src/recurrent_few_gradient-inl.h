@@ -129,7 +129,7 @@ class FewStepsGradient {
       return Rows<float>{memory.take(rows * width), rows, width};
     };
     dz_ = take(rows_, whole_vectors(GATES * H));
-    copied_x_ = memory.take(IS_NARROW<Number> ? rows_ * D : 0);
+    copied_x_ = memory.take(IS_WIDE<Number> ? 0 : rows_ * D);
     h_ = take(rows_, R);
     q_ = take(HAS_Q<Unit> ? rows_ : 0, H);
     dq_ = take(HAS_Q<Unit> ? B : 0, H);
@@ -139,10 +139,10 @@ class FewStepsGradient {
     m_ = take(projects ? rows_ : 0, H);
     dm_ = take(projects ? B : 0, H);
     dh_of_steps_ = take(projects ? rows_ : 0, R);
-    if constexpr (IS_NARROW<Number>)
-      dx_ = take(rows_, D);
-    else
+    if constexpr (IS_WIDE<Number>)
       dx_ = {s_.dx, rows_, D};
+    else
+      dx_ = take(rows_, D);
   }
 
   // Rows of a step, and columns of all of them.
@@ -177,10 +177,6 @@ class FewStepsGradient {
     const int64_t parts = parts_of_products(s_.threads, as_many_rows(s_.B) * count * width);
     return over_parts(threads_, s_.threads, {0, count}, DOTS, parts, f);
   }
-  template <class F>
-  bool over_units(F f) const {
-    return over_parts(threads_, s_.threads, {0, s_.H}, W, parts_of_cells(s_.B, s_.H), f);
-  }
 
   // dz of a step, then dh₋.
   bool step(int64_t t) {
@@ -197,10 +193,10 @@ class FewStepsGradient {
       ok = over_rows(
           H, R, [&](Range units) { product_of_rows(dh, R, s_.projection, R, units, dm_, false); });
     }
-    ok = ok && over_units([&](Range units) { cells(t, units); });
+    ok = ok && over_units(threads_, s_, [&](Range units) { cells(t, units); });
     if constexpr (HAS_Q<Unit>)
       ok = ok && over_rows(R, H, [&](Range rows) { back<OfQ>(dz, s_.w_h, rows, dq_, false); }) &&
-           over_units([&](Range units) { resets(t, units); });
+           over_units(threads_, s_, [&](Range units) { resets(t, units); });
     return ok && over_rows(R, width,
                            [&](Range rows) { back<OfH>(dz, s_.w_h, rows, dh_, !Unit::CARRIES_C); });
   }
@@ -270,12 +266,12 @@ class FewStepsGradient {
         product_of_columns<Stored::by_step, From::zero>(count, columns, rows_, a + k, width, b.data,
                                                         b.stride, sums, sums_stride);
       };
-      if constexpr (IS_NARROW<Number>) {
+      if constexpr (IS_WIDE<Number>) {
+        make(to + k * stride, stride);
+      } else {
         make(memory, columns);
         for (int64_t i = 0; i < count; ++i)
           copy_numbers(memory + i * columns, columns, to + (k + i) * stride);
-      } else {
-        make(to + k * stride, stride);
       }
     }
   }
@@ -298,7 +294,7 @@ class FewStepsGradient {
     };
     return parallel_for(
         threads_, of_x + of_h + of_m, multiply_adds < PRODUCTS_OF_A_THREAD ? 1 : s_.threads,
-        IS_NARROW<Number> ? WEIGHT_ROWS * most(width, R) : 0, [&](int64_t item, float* memory) {
+        IS_WIDE<Number> ? 0 : WEIGHT_ROWS * most(width, R), [&](int64_t item, float* memory) {
           if (item < of_x) {
             const Range rows = block(item, D);
             back<OfX>(dz_, s_.w_x, rows, dx_, false);
@@ -340,7 +336,7 @@ class FewStepsGradient {
       }
       for (int k = 0; k < 3; ++k) store_units(s_.dpeephole + k * H + j, sums[k], n);
     }
-    if constexpr (IS_NARROW<Number>) copy_numbers(dx_.data, rows_ * s_.D, s_.dx);
+    if constexpr (!IS_WIDE<Number>) copy_numbers(dx_.data, rows_ * s_.D, s_.dx);
   }
   const float* dz_at(int64_t row, int block) const {
     return dz_.data + row * dz_.stride + block * s_.H;

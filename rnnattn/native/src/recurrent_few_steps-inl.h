@@ -136,12 +136,10 @@ static void over_runs(F f) {
 // Numbers as float32: in `copied`, if they are not.
 template <class Number>
 static const float* in_float(const Number* numbers, int64_t count, float* copied) {
-  if constexpr (std::is_same_v<Number, float>) return numbers;
+  if constexpr (IS_WIDE<Number>) return numbers;
   copy_numbers(numbers, count, copied);
   return copied;
 }
-template <class Number>
-constexpr bool IS_NARROW = sizeof(Number) < sizeof(float);
 
 static Range within(Range columns, int64_t first, int64_t past) {
   return {most(columns.first, first), least(columns.past, past)};
@@ -159,15 +157,18 @@ static bool over_parts(Threads& threads, int64_t limit, Range all, int64_t unit,
   });
 }
 
-// Into how many parts products are shared out, and cells.
+// Into how many parts products are shared out.
 static int64_t parts_of_products(int64_t threads, int64_t multiply_adds) {
   return multiply_adds < PRODUCTS_OF_A_THREAD ? 1 : 2 * threads;
 }
-static int64_t parts_of_cells(int64_t rows, int64_t units) {
-  return ceil_div(rows * units, CELLS_OF_A_THREAD);
-}
 // Rows that take as long as so many, see FEW_ROWS.
 static int64_t as_many_rows(int64_t rows) { return most(rows, FEW_ROWS); }
+
+// f of parts of the units, for the cells of a step.
+template <class Number, class F>
+static bool over_units(Threads& threads, const Recurrent<Number>& s, F f) {
+  return over_parts(threads, s.threads, {0, s.H}, W, ceil_div(s.B * s.H, CELLS_OF_A_THREAD), f);
+}
 
 // The columns of weights are shared out, all gates alike: what a thread reads lies together, and
 // what two of them read, apart. Then the cells.
@@ -206,12 +207,12 @@ class FewSteps {
            });
       if constexpr (HAS_Q<Unit>) {
         const int64_t block = Unit::OfQ::of(Unit::OfQ::FIRST) * s_.H;
-        ok = ok && over_units([&](Range units) { reset_units(h.data, t, units); }) &&
+        ok = ok && over_units(threads_, s_, [&](Range units) { reset_units(h.data, t, units); }) &&
              over_columns({block, block + s_.H}, of_h, [&](Range columns) {
                add<typename Unit::OfQ>({between_, s_.B, s_.H}, s_.w_h, s_.R, columns, t);
              });
       }
-      ok = ok && over_units([&](Range units) { cells(h.data, c, t, units); });
+      ok = ok && over_units(threads_, s_, [&](Range units) { cells(h.data, c, t, units); });
       if (s_.projection)
         ok = ok && over_columns({0, s_.R}, as_many_rows(s_.B) * s_.H,
                                 [&](Range columns) { project(t, columns); });
@@ -226,8 +227,8 @@ class FewSteps {
  private:
   void lay_out(Memory& memory) {
     z_ = memory.take(s_.T * s_.B * z_stride_);
-    x_ = memory.take(IS_NARROW<Number> ? s_.T * s_.B * s_.D : 0);
-    h_ = memory.take(IS_NARROW<Number> ? s_.B * s_.R : 0);
+    x_ = memory.take(IS_WIDE<Number> ? 0 : s_.T * s_.B * s_.D);
+    h_ = memory.take(IS_WIDE<Number> ? 0 : s_.B * s_.R);
     between_ = memory.take(HAS_Q<Unit> || s_.projection ? s_.B * s_.H : 0);
     projected_ = memory.take(s_.projection ? s_.B * whole_vectors(s_.R) : 0);
   }
@@ -236,10 +237,6 @@ class FewSteps {
   bool over_columns(Range columns, int64_t steps, F f) const {
     const int64_t parts = parts_of_products(s_.threads, steps * (columns.past - columns.first));
     return over_parts(threads_, s_.threads, columns, W, parts, f);
-  }
-  template <class F>
-  bool over_units(F f) const {
-    return over_parts(threads_, s_.threads, {0, s_.H}, W, parts_of_cells(s_.B, s_.H), f);
   }
 
   // Where in z the columns [first, …) of a weight of a step are added to.
