@@ -84,6 +84,12 @@ FUNCTIONS = [
     ("rnn_cell-inl.h", UNITS, ["cell(const Unit", "cell_gradient(const Unit"]),
     ("recurrent_tiles-inl.h", UNITS, ["bias_block(const Recurrent"]),
     (
+        "recurrent_tiles-inl.h",
+        RECURRENT,
+        ["float* at(int64_t", "bring_together(const V", "take_apart(const V", "steps(int64_t u"],
+    ),
+    ("recurrent_unit-inl.h", RECURRENT, ["int lanes_of_gate(int64_t", "void together(int64_t"]),
+    (
         "recurrent_gradient-inl.h",
         UNITS,
         ["resets(const Chunk", "put_q(const Unit", "second_products(int64_t"],

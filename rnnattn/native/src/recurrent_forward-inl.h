@@ -62,10 +62,10 @@ struct PreactivationTile {
     const Operand* x = xh + r * stride;
     V z[R][VECTORS<Unit>];
     get_biases(z, cells, u);
-    accumulate_gates<typename Cells::OfX>(z, D, x, stride, cells.x(u));
+    accumulate_gates<typename Cells::OfX>(z, D, x, stride, cells.x(u), u, cells.H);
     if (has_h)
       accumulate_gates<typename Cells::OfH>(z, whole_steps<Operand>(cells.R), x + D, stride,
-                                            cells.h(u));
+                                            cells.h(u), u, cells.H);
     put_gates<Unit>(z, out, r, u, cells.H);
   }
 };
@@ -207,10 +207,12 @@ RNNATTN_INLINE void products(V (&z)[R][N], const Cells<Unit, Operand<Number>>& c
   } else {
     get_biases(z, cells, u);
     accumulate_gates<typename Cells::OfX>(z, whole_steps<Operand<Number>>(cells.D),
-                                          step.x + r * step.x_stride, step.x_stride, cells.x(u));
+                                          step.x + r * step.x_stride, step.x_stride, cells.x(u), u,
+                                          cells.H);
   }
   accumulate_gates<typename Cells::OfH>(z, whole_steps<Operand<Number>>(cells.R),
-                                        state.h + r * state.stride, state.stride, cells.h(u));
+                                        state.h + r * state.stride, state.stride, cells.h(u), u,
+                                        cells.H);
 }
 
 // The first product of a step that has two: q.
@@ -251,7 +253,7 @@ struct SecondProductTile {
   RNNATTN_INLINE void add(V (&z)[R][VECTORS<Unit>], const SecondProductTile& of, int64_t r) {
     get_gates<Unit>(z, of.a, r, of.u, of.cells.H);
     accumulate_gates<typename Cells::OfQ>(z, whole_steps<Operand>(of.cells.R), of.q + r * of.stride,
-                                          of.stride, of.cells.q(of.u));
+                                          of.stride, of.cells.q(of.u), of.u, of.cells.H);
   }
 
   template <int R>

@@ -67,12 +67,12 @@ struct WeightOperands {
   void take(Memory&, int64_t, int64_t, int64_t) {}
   bool prepare(Threads&, int64_t, int64_t) const { return true; }
 
-  // sum += rows [m, m + R) of [x h₋ q 1]ᵀ dz: the vectors from `first` on of panel u, and `depth`
+  // sum += rows [m, m + R) of [x h₋ q 1]ᵀ dz: the columns from `first` on of panel u, and `depth`
   // rows from r on.
-  template <int first, int R, int N>
-  void add(V (&sum)[R][N], int64_t m, int64_t u, int64_t r, int64_t depth) const {
+  template <int R, int N>
+  void add(V (&sum)[R][N], int64_t m, int64_t u, int first, int64_t r, int64_t depth) const {
     multiply<Held::a>(sum, depth, xh + r * stride + m, 1, stride,
-                      dz.data + u * dz.tile + r * dz.row + first * W, PANEL);
+                      dz.data + u * dz.tile + r * dz.row + first, PANEL);
   }
 };
 
@@ -102,11 +102,11 @@ struct WeightOperands<Bfloat16> {
                             turn_columns((item - panels) * W, rows);
                         });
   }
-  template <int first, int R, int N>
-  void add(V (&sum)[R][N], int64_t m, int64_t u, int64_t r, int64_t depth) const {
+  template <int R, int N>
+  void add(V (&sum)[R][N], int64_t m, int64_t u, int first, int64_t r, int64_t depth) const {
     const int64_t steps = whole_steps<Bfloat16>(depth);
     const Bfloat16* a = turned + m * turned_stride() + r;
-    const Bfloat16* b = pairs + u * 2 * part() + r * PANEL + 2 * first * W;
+    const Bfloat16* b = pairs + u * 2 * part() + r * PANEL + 2 * first;
     accumulate(sum, steps, a, turned_stride(), b, PANEL);
     accumulate(sum, steps, a, turned_stride(), b + part(), PANEL);
   }
@@ -173,10 +173,11 @@ struct WeightOperands<Fixed> {
     });
   }
   // Inlined, or the sums would go through memory.
-  template <int first, int R, int N>
-  RNNATTN_METHOD void add(V (&sum)[R][N], int64_t m, int64_t u, int64_t r, int64_t depth) const {
+  template <int R, int N>
+  RNNATTN_METHOD void add(V (&sum)[R][N], int64_t m, int64_t u, int first, int64_t r,
+                          int64_t depth) const {
     const FixedRows rows{of_rows(r / STEPS) + 2 * m, 2, 2 * across(), BLOCK * across()};
-    accumulate_blocks<STEPS>(sum, depth, rows, of_panel(u, r / STEPS) + 2 * first * W, PANEL);
+    accumulate_blocks<STEPS>(sum, depth, rows, of_panel(u, r / STEPS) + 2 * first, PANEL);
   }
 
  private:
@@ -235,7 +236,12 @@ struct WeightTile {
         for (int v = 0; v < COUNT; ++v)
           __builtin_prefetch(sums.row(m + i) + Columns::at(FIRST + v, u, H), 1);
     V sum[R][COUNT] = {};
-    operands.template add<FIRST>(sum, m, u, first, depth);
+    Columns::together(u, H, [&](auto together) RNNATTN_LAMBDA {
+      using Together = decltype(together);
+      V vectors[R][Together::VECTORS] = {};
+      operands.add(vectors, m, u, FIRST * Together::LANES, first, depth);
+      unrolled<R>([&](auto i) RNNATTN_LAMBDA { take_apart<Together>(vectors[i], sum[i]); });
+    });
     unrolled<R>([&](auto i) RNNATTN_LAMBDA {
       float* const from = sums.row(m + i);
       Number* const to = gradient.row(m + i);

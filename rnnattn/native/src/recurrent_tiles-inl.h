@@ -2,10 +2,12 @@
 // lstm_cell-inl.h and the like, see recurrent_unit-inl.h; arrays are time-major.
 //
 // A register tile holds all gates of W hidden units for a few rows of the batch, so that the
-// cell is computed where the product ends, and x w_x + h₋ w_h is one product. Rows of the batch
-// are split over the threads, and each runs all steps of its rows: nobody waits in between. Where
-// there are too few of them the hidden units are split, and a step waits for all of the one before.
-// A projection of h is another product of the same rows; where units are split, it waits for all m.
+// cell is computed where the product ends, and x w_x + h₋ w_h is one product. In the last tile, of
+// W / 2 units or fewer, two or four gates share a vector while they are multiplied. Rows of the
+// batch are split over the threads, and each runs all steps of its rows: nobody waits in between.
+// Where there are too few of them the hidden units are split, and a step waits for all of the one
+// before. A projection of h is another product of the same rows; where units are split, it waits
+// for all m.
 //
 // The gradient goes chunk by chunk of steps against the direction of running:
 //
@@ -86,11 +88,13 @@ RNNATTN_INLINE void over_steps(bool backwards, int64_t from, int64_t to, F f) {
 }
 
 // How the gates of many rows lie: vector v of tile u of row r is at r `row` + v `vector` + u
-// `tile`.
+// `tile`. In panels, gates of the last tile are brought together, see `Columns::together`.
 struct Gates {
   float* data;
   int64_t row, vector, tile;
-  bool padded;  // the last units take a whole vector, too
+  bool padded;        // units behind the last have a place, too
+  int64_t last = -1;  // the tile of the last units, and the lanes of each of its gates
+  int lanes = W;
 
   // (rows, GATES H), as in the arguments.
   template <class Unit>
@@ -100,45 +104,89 @@ struct Gates {
 
   // Panels of a tile each, (rows, TILE_WIDTH, W), with a cache line between them: otherwise the
   // same row of all panels may fall into a few sets of a cache.
-  static Gates in_panels(float* data, int64_t rows) { return {data, PANEL, W, panel(rows), true}; }
+  template <class Unit>
+  static Gates in_panels(float* data, int64_t H, int64_t rows) {
+    const int64_t last = tiles_across<Unit>(H) - 1;
+    return {data, PANEL, W, panel(rows), true, last, lanes_of_gate<Unit>(last, H)};
+  }
   static int64_t panel(int64_t rows) { return rows * PANEL + LINE; }
 
   Gates from(int64_t r) const {
-    return {data ? data + r * row : nullptr, row, vector, tile, padded};
+    Gates gates = *this;
+    if (data) gates.data += r * row;
+    return gates;
   }
   explicit operator bool() const { return data != nullptr; }
 
+  // n lanes; in panels what is behind these belongs to no unit.
   V get(int64_t r, int v, int64_t u, int n) const {
-    return load_units(data + r * row + v * vector + u * tile, padded ? W : n);
+    return load_units(at(r, v, u), padded ? lanes_of(u) : n);
   }
   void put(int64_t r, int v, int64_t u, V x, int n) const {
-    store_units(data + r * row + v * vector + u * tile, x, padded ? W : n);
+    store_units(at(r, v, u), x, padded ? lanes_of(u) : n);
+  }
+
+ private:
+  int lanes_of(int64_t u) const { return u == last ? lanes : W; }
+  float* at(int64_t r, int v, int64_t u) const {
+    return data + r * row + u * tile + v * (u == last ? lanes : vector);
   }
 };
 
 // Panels of so many rows of H units, in memory of their own.
 template <class Unit>
 RNNATTN_INLINE Gates take_panels(Memory& memory, int64_t H, int64_t rows) {
-  return Gates::in_panels(memory.take(tiles_across<Unit>(H) * Gates::panel(rows)), rows);
+  return Gates::in_panels<Unit>(memory.take(tiles_across<Unit>(H) * Gates::panel(rows)), H, rows);
 }
 
-// sums += a w of those of the vectors that have columns in w; see `accumulate`.
-template <class Columns, int R, int N, class Operand>
-RNNATTN_INLINE void accumulate_gates(V (&sums)[R][N], int64_t steps, const Operand* a,
-                                     int64_t a_row, const Operand* w) {
+// The gates of a tile in fewer vectors, see `Columns::together`; and apart again, zeros behind
+// each.
+template <class Together, int N>
+RNNATTN_INLINE void bring_together(const V (&gates)[N], V (&vectors)[Together::VECTORS]) {
+  constexpr int LANES = Together::LANES;
+  unrolled<N>([&](auto v) RNNATTN_LAMBDA {
+    constexpr int n = v * LANES / W, at = v * LANES % W;
+    if constexpr (n < Together::VECTORS)
+      vectors[n] = at == 0 ? gates[v]
+                           : put_lanes<at, LANES>(vectors[n], gates[v],
+                                                  std::make_integer_sequence<int, W>{});
+  });
+}
+template <class Together, int N>
+RNNATTN_INLINE void take_apart(const V (&vectors)[Together::VECTORS], V (&gates)[N]) {
+  constexpr int LANES = Together::LANES;
+  unrolled<N>([&](auto v) RNNATTN_LAMBDA {
+    constexpr int n = v * LANES / W, at = v * LANES % W;
+    if constexpr (n < Together::VECTORS)
+      gates[v] = LANES == W
+                     ? vectors[n]
+                     : get_lanes<at, LANES>(vectors[n], std::make_integer_sequence<int, W>{});
+  });
+}
+
+// sums += a w of those of the vectors that have columns in w, of tile u; see `accumulate`.
+template <class Columns, int R, int ALL, class Operand>
+RNNATTN_INLINE void accumulate_gates(V (&sums)[R][ALL], int64_t steps, const Operand* a,
+                                     int64_t a_row, const Operand* w, int64_t u, int64_t H) {
   constexpr int FIRST = Columns::FIRST, COUNT = Columns::COUNT;
-  if constexpr (COUNT == N) {
-    accumulate(sums, steps, a, a_row, w, COUNT * W);
-  } else {
-    V some[R][COUNT];
-    unrolled<R>([&](auto i) RNNATTN_LAMBDA {
-      unrolled<COUNT>([&](auto v) RNNATTN_LAMBDA { some[i][v] = sums[i][FIRST + v]; });
-    });
-    accumulate(some, steps, a, a_row, w, COUNT * W);
-    unrolled<R>([&](auto i) RNNATTN_LAMBDA {
-      unrolled<COUNT>([&](auto v) RNNATTN_LAMBDA { sums[i][FIRST + v] = some[i][v]; });
-    });
-  }
+  Columns::together(u, H, [&](auto together) RNNATTN_LAMBDA {
+    using Together = decltype(together);
+    constexpr int N = Together::VECTORS;
+    if constexpr (N == ALL) {
+      accumulate(sums, steps, a, a_row, w, ALL * W);
+    } else {
+      V gates[R][COUNT], some[R][N];
+      unrolled<R>([&](auto i) RNNATTN_LAMBDA {
+        unrolled<COUNT>([&](auto v) RNNATTN_LAMBDA { gates[i][v] = sums[i][FIRST + v]; });
+        bring_together<Together>(gates[i], some[i]);
+      });
+      accumulate(some, steps, a, a_row, w, N * W);
+      unrolled<R>([&](auto i) RNNATTN_LAMBDA {
+        take_apart<Together>(some[i], gates[i]);
+        unrolled<COUNT>([&](auto v) RNNATTN_LAMBDA { sums[i][FIRST + v] = gates[i][v]; });
+      });
+    }
+  });
 }
 
 // ---- packed weights ---------------------------------------------------------------------------
@@ -181,6 +229,20 @@ RNNATTN_INLINE const Number* bias_block(const Recurrent<Number>& s, int k) {
   return k < s.G ? s.b + k * s.H : s.b_n;
 }
 
+// Rows of the gates of a tile, as many as a product takes together.
+template <class Together, class Operand, int N>
+RNNATTN_INLINE void put_rows(Operand*& out, const V (&rows)[TOGETHER<Operand>][N]) {
+  V vectors[TOGETHER<Operand>][Together::VECTORS];
+  unrolled<TOGETHER<Operand>>(
+      [&](auto k) RNNATTN_LAMBDA { bring_together<Together>(rows[k], vectors[k]); });
+  unrolled<Together::VECTORS>([&](auto n) RNNATTN_LAMBDA {
+    if constexpr (TOGETHER<Operand> == 2)
+      put_pairs(out, vectors[0][n], vectors[1][n]);
+    else
+      put_steps(out, vectors[0][n]);
+  });
+}
+
 // Tiles of units [u, past), of which `packed` is the first. A few rows of the weights at a time for
 // all of them: along a row memory is fetched ahead, and no two rows of large weights share a page.
 template <class Unit, class Number>
@@ -204,21 +266,24 @@ static void pack_cells(const Recurrent<Number>& s, int64_t u, int64_t past,
   const auto put = [&](auto columns, const Number* w, int64_t K) RNNATTN_LAMBDA {
     using Columns = decltype(columns);
     for (int64_t row = 0; row < K; row += PACKED_ROWS)
-      for (int64_t i = u; i < past; ++i) {
-        Operand<Number>* out = first + (i - u) * stride + row * Columns::COUNT * W;
-        for (int64_t k = row; k < least(row + PACKED_ROWS, K); k += STEP)
-          unrolled<Columns::COUNT>([&](auto c) RNNATTN_LAMBDA {
-            constexpr int v = Columns::FIRST + c;
-            const Number* block = w + k * width + Columns::at(v, i, H);
-            const int n = Columns::lanes(v, i, H);
-            const V scale = splat(Unit::scale(Columns::gate(v)));
-            const V numbers = load_units(block, n) * scale;
-            if constexpr (STEP == 2)
-              put_pairs(out, numbers, k + 1 < K ? load_units(block + width, n) * scale : V{});
-            else
-              put_steps(out, numbers);
-          });
-      }
+      for (int64_t i = u; i < past; ++i)
+        Columns::together(i, H, [&](auto together) RNNATTN_LAMBDA {
+          using Together = decltype(together);
+          Operand<Number>* out = first + (i - u) * stride + row * Together::VECTORS * W;
+          for (int64_t k = row; k < least(row + PACKED_ROWS, K); k += STEP) {
+            V rows[STEP][Columns::COUNT];
+            unrolled<Columns::COUNT>([&](auto c) RNNATTN_LAMBDA {
+              constexpr int v = Columns::FIRST + c;
+              const Number* block = w + k * width + Columns::at(v, i, H);
+              const int n = Columns::lanes(v, i, H);
+              const V scale = splat(Unit::scale(Columns::gate(v)));
+              rows[0][c] = load_units(block, n) * scale;
+              if constexpr (STEP == 2)
+                rows[1][c] = k + 1 < K ? load_units(block + width, n) * scale : V{};
+            });
+            put_rows<Together>(out, rows);
+          }
+        });
     first += Cells::template rows<Columns>(K);
   };
   put(typename Cells::OfX{}, s.w_x, s.D);
@@ -264,7 +329,8 @@ template <class Columns>
 constexpr int64_t TILE_SIZE<Fixed, Columns> = FixedTile<Columns>::SIZE;
 
 // wᵀ of a weight w of N rows in panels of TRANSPOSED_COLUMNS; the last may have 1 or 2 vectors. Its
-// rows are in the order of `Gates::in_panels`: for each tile its gates in w, zero beyond H.
+// rows are in the order of `Gates::in_panels`: for each tile its gates in w, zero beyond H; of
+// other operands than float32 whole vectors of each.
 constexpr int TRANSPOSED_COLUMNS = 4 * W;
 
 template <class Unit, class Of, class Operand_>
@@ -276,6 +342,13 @@ struct Transposed {
 
   static int64_t tiles(int64_t H) { return tiles_across<Unit>(H); }
   static int64_t panels(int64_t N) { return ceil_div(N, TRANSPOSED_COLUMNS); }
+  static int lanes(int64_t u, int64_t H) {
+    return std::is_same_v<Operand, float> ? lanes_of_gate<Unit>(u, H) : W;
+  }
+  static int64_t steps(int64_t u, int64_t H) {
+    return Unit::CELLS > 1 ? least(Columns::COUNT, ceil_div(H - first_unit<Unit>(u, 0), W)) * W
+                           : Columns::COUNT * lanes(u, H);
+  }
   static int64_t depth(int64_t H) { return tiles(H) * TILE_SIZE<Operand, Columns>; }
   static int64_t size(int64_t N, int64_t H) { return panels(N) * TRANSPOSED_COLUMNS * depth(H); }
   static int vectors(int64_t N, int64_t p) {
@@ -285,14 +358,17 @@ struct Transposed {
   const Operand* panel(int64_t p) const { return packed + p * TRANSPOSED_COLUMNS * depth(H); }
 };
 
-// W columns of a tile of it, in rows that are `across` wide.
+// W columns of a tile of it, in rows that are `across` wide: `lanes` of each gate, in float32.
 template <class Columns>
-RNNATTN_INLINE void put_tile(float* to, int64_t across, const V (&gates)[Columns::COUNT][W]) {
-  for (int64_t k = 0; k < Columns::COUNT * W; ++k) store(to + k * across, gates[k / W][k % W]);
+RNNATTN_INLINE void put_tile(float* to, int64_t across, const V (&gates)[Columns::COUNT][W],
+                             int lanes) {
+  for (int64_t v = 0; v < Columns::COUNT; ++v)
+    for (int64_t k = 0; k < lanes; ++k, to += across) store(to, gates[v][k]);
 }
 #if defined(RNNATTN_PAIRS)
 template <class Columns>
-RNNATTN_INLINE void put_tile(Bfloat16* to, int64_t across, const V (&gates)[Columns::COUNT][W]) {
+RNNATTN_INLINE void put_tile(Bfloat16* to, int64_t across, const V (&gates)[Columns::COUNT][W],
+                             int) {
   for (int64_t k = 0; k < Columns::COUNT * W; k += 2) {
     Bfloat16* out = to + k * across;
     put_pairs(out, gates[k / W][k % W], gates[k / W][k % W + 1]);
@@ -301,7 +377,7 @@ RNNATTN_INLINE void put_tile(Bfloat16* to, int64_t across, const V (&gates)[Colu
 #endif
 #if defined(RNNATTN_FIXED)
 template <class Columns>
-RNNATTN_INLINE void put_tile(Fixed* to, int64_t across, const V (&gates)[Columns::COUNT][W]) {
+RNNATTN_INLINE void put_tile(Fixed* to, int64_t across, const V (&gates)[Columns::COUNT][W], int) {
   using Tile = FixedTile<Columns>;
   for (int64_t block = 0; block < Tile::BLOCKS; ++block)
     put_columns<Factor::b>(
@@ -331,7 +407,7 @@ static void pack_transposed(const Number* w, int64_t width, int64_t N, int64_t H
         }
         transpose(gates[i]);
       });
-      put_tile<Columns>(out + column * TOGETHER<Operand>, across, gates);
+      put_tile<Columns>(out + column * TOGETHER<Operand>, across, gates, Packed::lanes(u, H));
     }
     out += TILE_SIZE<Operand, Columns> * across;
   }
@@ -348,12 +424,14 @@ struct Panels {
 
 // out = dz wᵀ for N vectors of a panel `width` wide, or out += dz wᵀ. Rows that are not `written`
 // stay as they are; if that is null, all are written.
-template <class Columns, int N, class Operand, class Number>
+template <class Packed, int N, class Number>
 struct TransposedTile {
+  using Columns = typename Packed::Columns;
+  using Operand = typename Packed::Operand;
   Panels<Operand> dz;
   const Operand* w;
   int64_t width;
-  int64_t tiles;  // of dz
+  int64_t H;
   Number* out;
   bool adds;
   const uint8_t* written;
@@ -361,14 +439,22 @@ struct TransposedTile {
 
   template <int R>
   void run(int64_t r) const {
+    const Operand* a = dz.data + r * dz.row;
+    const int64_t tiles = Packed::tiles(H), last = tiles - 1;
     V sum[R][N] = {};
     if constexpr (std::is_same_v<Operand, Fixed>) {
       using Tile = FixedTile<Columns>;
-      const FixedRows rows{dz.data + r * dz.row, dz.row, 2, Tile::BLOCK};
+      const FixedRows rows{a, dz.row, 2, Tile::BLOCK};
       accumulate_blocks<Tile::STEPS>(sum, tiles * Tile::BLOCKS * Tile::STEPS, rows, w, width);
+    } else if constexpr (std::is_same_v<Operand, float>) {
+      constexpr int64_t STEPS = Columns::COUNT * W;
+      accumulate_blocks(sum, last, STEPS, a + Columns::FIRST * W, dz.row, dz.tile, 0, w, width);
+      accumulate(sum, Packed::steps(last, H),
+                 a + last * dz.tile + Columns::FIRST * Packed::lanes(last, H), dz.row,
+                 w + last * STEPS * width, width);
     } else {
-      accumulate_blocks(sum, tiles, Columns::COUNT * W, dz.data + r * dz.row + Columns::FIRST * W,
-                        dz.row, dz.tile, dz.rest, w, width);
+      accumulate_blocks(sum, tiles, Columns::COUNT * W, a + Columns::FIRST * W, dz.row, dz.tile,
+                        dz.rest, w, width);
     }
     unrolled<R>([&](auto i) RNNATTN_LAMBDA {
       if (written && !written[r + i]) return;
@@ -389,7 +475,6 @@ template <class Unit, class Of, class Operand, class Number>
 static void times_transposed(const Panels<Operand>& dz, const Transposed<Unit, Of, Operand>& w,
                              Number* out, bool adds, int64_t stride, const uint8_t* written,
                              int64_t first, int64_t past, int64_t lo, int64_t hi) {
-  using Tile = Columns<Unit, Of>;
   while (first < past) {
     const int64_t p = first / 4, within = first % 4;
     const int64_t width = w.vectors(w.N, p) * W;
@@ -397,8 +482,8 @@ static void times_transposed(const Panels<Operand>& dz, const Transposed<Unit, O
       const Operand* panel = w.panel(p) + within * W * TOGETHER<Operand>;
       over_tiles<GATE_ROWS<Operand>>(
           lo, hi,
-          TransposedTile<Tile, N, Operand, Number>{dz, panel, width, w.tiles(w.H), out + first * W,
-                                                   adds, written, stride, w.N - first * W});
+          TransposedTile<Transposed<Unit, Of, Operand>, N, Number>{
+              dz, panel, width, w.H, out + first * W, adds, written, stride, w.N - first * W});
       first += N;
     });
   }

@@ -90,6 +90,21 @@ RNNATTN_INLINE int units_of(int64_t u, int k, int64_t H) {
   return static_cast<int>(Unit::CELLS == 1 ? n : most(n, 0));
 }
 
+// How many lanes a gate of tile u has where it is multiplied: with few units, as in the last tile,
+// two or four gates share a vector.
+template <class Unit>
+RNNATTN_INLINE int lanes_of_gate(int64_t u, int64_t H) {
+  if (Unit::CELLS > 1) return W;
+  const int n = units_of<Unit>(u, 0, H);
+  return n > W / 2 ? W : n > W / 4 ? W / 2 : W / 4;
+}
+
+// The vectors that gates then take, with so many lanes of each.
+template <int vectors, int lanes>
+struct Together {
+  static constexpr int VECTORS = vectors, LANES = lanes;
+};
+
 // The vectors of a tile that have columns in a weight, and which these are.
 template <class Unit, class Of>
 struct Columns {
@@ -101,6 +116,20 @@ struct Columns {
     return Of::of(gate(v)) * H + first_unit<Unit>(u, v / GATES<Unit>);
   }
   static int lanes(int v, int64_t u, int64_t H) { return units_of<Unit>(u, v / GATES<Unit>, H); }
+
+  // f of the `Together` of these gates in tile u, where cells without units have no vector.
+  template <class F>
+  RNNATTN_METHOD static void together(int64_t u, int64_t H, F f) {
+    if constexpr (Unit::CELLS > 1) {
+      const int64_t cells = ceil_div(H - first_unit<Unit>(u, 0), W);
+      as_constant<COUNT>(cells, [&](auto n) RNNATTN_LAMBDA { f(Together<n, W>{}); });
+    } else {
+      const int lanes = lanes_of_gate<Unit>(u, H);
+      if (lanes == W) return f(Together<COUNT, W>{});
+      if (lanes == W / 2) return f(Together<(COUNT + 1) / 2, W / 2>{});
+      f(Together<(COUNT + 3) / 4, W / 4>{});
+    }
+  }
 };
 
 }  // namespace rnnattn::RNNATTN_SET::recurrent

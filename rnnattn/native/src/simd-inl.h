@@ -219,14 +219,20 @@ RNNATTN_INLINE V tanh(V x) {
 // ½ + ½ tanh ½x.
 RNNATTN_INLINE V sigmoid(V x) { return fma(splat(0.5f), tanh(0.5f * x), splat(0.5f)); }
 
+// Lanes of two vectors, those of the second behind those of the first.
+template <int... lane>
+RNNATTN_INLINE V lanes_of(V a, V b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, lane...);
+#else
+  return __builtin_shuffle(a, b, Integers{lane...});
+#endif
+}
+
 // The lanes of a vector, each in the place of that `by` of its bits away.
 template <int by, int... lane>
 RNNATTN_INLINE V swapped(V v, std::integer_sequence<int, lane...>) {
-#if defined(__clang__)
-  return __builtin_shufflevector(v, v, (lane ^ by)...);
-#else
-  return __builtin_shuffle(v, Integers{(lane ^ by)...});
-#endif
+  return lanes_of<(lane ^ by)...>(v, v);
 }
 // Of all lanes, halves first: one order for one instruction set.
 template <int half = W / 2>
@@ -240,13 +246,18 @@ RNNATTN_INLINE float sum(V v) {
 template <int half, int... lane>
 RNNATTN_INLINE void exchange(V& x, V& y, std::integer_sequence<int, lane...>) {
   const V a = x, b = y;
-#if defined(__clang__)
-  x = __builtin_shufflevector(a, b, (lane & half ? lane - half + W : lane)...);
-  y = __builtin_shufflevector(a, b, (lane & half ? lane + W : lane + half)...);
-#else
-  x = __builtin_shuffle(a, b, Integers{(lane & half ? lane - half + W : lane)...});
-  y = __builtin_shuffle(a, b, Integers{(lane & half ? lane + W : lane + half)...});
-#endif
+  x = lanes_of<(lane & half ? lane - half + W : lane)...>(a, b);
+  y = lanes_of<(lane & half ? lane + W : lane + half)...>(a, b);
+}
+
+// `n` lanes of v from `first` on, zeros behind them; and these in the place of those of another.
+template <int first, int n, int... lane>
+RNNATTN_INLINE V get_lanes(V v, std::integer_sequence<int, lane...>) {
+  return lanes_of<(lane < n ? first + lane : W + lane)...>(v, V{});
+}
+template <int first, int n, int... lane>
+RNNATTN_INLINE V put_lanes(V to, V v, std::integer_sequence<int, lane...>) {
+  return lanes_of<(lane < first || lane >= first + n ? lane : W + lane - first)...>(to, v);
 }
 
 // W rows of W numbers to W columns, in place: 2 × 2 blocks of `half` change places, for each half.
