@@ -24,7 +24,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import rnnattn
-from benchmarks import attention, lstm, timing
+from benchmarks import attention, lstm, sweep, timing
 from rnnattn import interop, native
 from rnnattn.native import calls, load
 
@@ -152,6 +152,38 @@ def print_rates(rates):
             f"  {name:<34}{row['milliseconds']:9.1f} ms   needed {row['share_needed']:.2f}"
             f"   done {row['share_done']:.2f}   (product {row['product_gflops']:.0f} GFLOP/s)"
         )
+
+
+# ---- what inference could gain -----------------------------------------------------------------
+
+
+def measure_inference(rounds, seeds=(1, 5, 21), count=20) -> dict[str, Any]:
+    """The time of its products alone over that of the LSTM forward, of problems of the sweep.
+
+    The products are one, of all steps: as if nothing were recurrent.
+    """
+    rows = {}
+    for shape in (shape for seed in seeds for shape in sweep.draw("inference", seed, count)):
+        T, B, D, H = shape
+        problem = lstm.make_problem(*shape, dtype="float32")
+        operands = jnp.zeros((T * B, D + H), jnp.float32), jnp.zeros((D + H, 4 * H), jnp.float32)
+        products = timing.compiled(jnp.matmul, *operands)
+        times = timing.measure(
+            {"ours": lstm.ours(problem)["forward"], "products": products}, rounds
+        )
+        share = timing.ratio(times["products"], times["ours"])._asdict()
+        milliseconds = {name: 1e3 * float(np.median(t)) for name, t in times.items()}
+        rows[f"{shape}"] = {"share": share, "milliseconds": milliseconds}
+    return rows
+
+
+def print_inference(rows):
+    print("\ntime of the products alone, as one, / of the LSTM forward")
+    for shape, row in rows.items():
+        milliseconds = row["milliseconds"]["ours"]
+        print(f"  {shape:<28}{timing.show_ratio(row['share'])}   {milliseconds:.3f} ms")
+    mean = timing.geometric_mean([row["share"]["median"] for row in rows.values()])
+    print(f"  geometric mean {mean:.2f}")
 
 
 # ---- variants of the LSTM ----------------------------------------------------------------------
@@ -413,6 +445,7 @@ def print_cost(cost):
 STUDIES: dict[str, tuple[Callable[[int], Any], Callable[[Any], None]]] = {
     "streaming": (measure_streaming, print_streaming),
     "rates": (measure_rates, print_rates),
+    "inference": (measure_inference, print_inference),
     "variants": (measure_variants, print_variants),
     "bfloat16": (measure_bfloat16, print_bfloat16),
     "networks": (measure_networks, print_networks),

@@ -26,6 +26,14 @@ class Check(NamedTuple):
         if not holds:
             raise ValueError(f"{self.function}: `{name}` must be {expected}, got {got}")
 
+    def array(self, name: str, x: Any) -> jax.Array:
+        """x as an array."""
+        try:
+            return jnp.asarray(x)
+        except (TypeError, ValueError):  # None, words, lists of several lengths
+            self(False, name, "an array of numbers", repr(x))
+            raise
+
     def axes(self, name: str, x: Any, axes: str) -> None:
         """As many axes as `axes` names, such as "(B, T, D)"."""
         self(jnp.ndim(x) == axes.count(",") + 1, name, f"of shape {axes}", jnp.shape(x))
@@ -44,7 +52,11 @@ class Check(NamedTuple):
         self._kind(name, x, jnp.bool_, "of dtype bool")
 
     def _kind(self, name, x, kind, expected):
-        dtype = jnp.result_type(x)
+        try:
+            dtype = jnp.result_type(x)
+        except (TypeError, ValueError):  # a word, say
+            self(False, name, expected, repr(x))
+            raise
         self(jnp.issubdtype(dtype, kind), name, expected, dtype.name)
 
     def dtype_of(self, name: str, x: Any, other: str, like: Any) -> None:
@@ -108,9 +120,16 @@ class Check(NamedTuple):
 
     def single_key(self, name: str, key: Any) -> None:
         """A key of random numbers, of either kind, and no array of them."""
-        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        dtype = getattr(key, "dtype", None)
+        typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+        self(typed or dtype == jnp.uint32, name, "a key, as of `jax.random.key`", repr(key))
         single = key.ndim == (0 if typed else 1)
         self(single, name, "a single key", f"an array {key.shape} of them")
+
+    def flag(self, name: str, value: Any) -> bool:
+        """True or False; a word, say, would be taken for True."""
+        self(value in (True, False), name, "True or False", repr(value))
+        return bool(value)
 
     def served(self, implementation: str, unserved: list[str]) -> None:
         """An implementation that is asked for by name, and what of the call it cannot serve."""

@@ -401,6 +401,11 @@ class ByDistance:
     Schedules then may do with a number for each distance.
     """
 
+    @property
+    def heads(self) -> int:
+        """N."""
+        raise NotImplementedError
+
     def bias(self, n: Any, distance: Any, dtype: Any) -> Any:
         raise NotImplementedError
 
@@ -414,6 +419,10 @@ class ALiBi(ByDistance):
 
     slopes: Any  # (N,)
 
+    @property
+    def heads(self):
+        return self.slopes.shape[-1]
+
     def bias(self, n, distance, dtype):
         return -_at(self.slopes, n).astype(dtype) * jnp.asarray(abs(distance), dtype)
 
@@ -423,6 +432,10 @@ class RelativeBias(ByDistance):
     """Made by `relative_bias`: of the distances s − t, the farthest of either side shared."""
 
     by_distance: Any  # (distances, N)
+
+    @property
+    def heads(self):
+        return self.by_distance.shape[-1]
 
     def bias(self, n, distance, dtype):
         farthest = self.by_distance.shape[0] // 2
@@ -436,7 +449,7 @@ def alibi(slopes: Float[Array, " N"]) -> Callable:
     Args:
         slopes: (N,), of each query head; see `alibi_slopes`.
     Raises:
-        ValueError: they are of another shape or dtype.
+        ValueError: they are of another shape or dtype. In attention: of another number of heads.
     Gradient:
         With respect to the slopes.
     Example:
@@ -478,7 +491,8 @@ def relative_bias(
             bucket of the query's own position, as in a decoder.
         max_distance: from here on all keys of a side share one bucket.
     Raises:
-        ValueError: the table has another shape or dtype, or its buckets do not reach that far.
+        ValueError: the table has another shape or dtype, or its buckets do not reach that far. In
+            attention: it is of another number of heads.
     Gradient:
         With respect to the table, without an array of queries and keys.
     Example:

@@ -289,6 +289,9 @@ EQUIVALENT = [
     # neighbouring blocks of a weight are multiplied one by one
     "z - past - first",
     "z + past + first",
+    # cells without units, multiplied by zeros
+    "ceil_div(H + first_unit<Unit>(u, 0), W)",
+    "most(Columns::COUNT, ceil_div(",
     # for the sanitizers
     "most(W, block.rows - r)",
     "i - 1 < past",

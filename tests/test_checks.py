@@ -137,11 +137,59 @@ def wrong_calls():
             jnp.ones((1, 4, 4, 1)), [jnp.ones((3, 3, 1, 2))], [jnp.ones(2, jnp.bfloat16)], (2, 2)
         ),
     )
+    yield from _of_kinds()
     yield from _of_modules()
     yield from _of_gru_formats()
     yield from _of_units()
     yield from _of_formats()
     yield from _of_files()
+
+
+def _of_kinds():
+    """What is no array, no key, no flag, no tuple or no function of those arguments."""
+    anything: Any = rnnattn
+    none: Any = None
+    linear, gates = anything.init_mingru(jax.random.key(0), 2, 3), jnp.ones((1, 2, 3), jnp.float32)
+    row, h = jnp.ones((1, 2), jnp.float32), jnp.ones((1, 3), jnp.float32)
+    steps, state = row[None], rnnattn.LSTMState(h, h)
+    q = jnp.ones((1, 2, 2, 2), jnp.float32)
+    attend = partial(anything.dot_product_attention, q, q, q)
+    alibi = rnnattn.masks.alibi(jnp.ones(3))
+    yield from (
+        lambda: lstm(PARAMS, none),
+        lambda: lstm(PARAMS, [[1.0], [1.0, 2.0]]),  # type: ignore[arg-type]
+        lambda: lstm(PARAMS, steps, (h, h, h)),  # type: ignore[arg-type]
+        lambda: lstm(PARAMS, steps, (none, h)),  # type: ignore[arg-type]
+        lambda: lstm(PARAMS, steps, zoneout=0.1, key=3),  # type: ignore[arg-type]
+        lambda: anything.lstm_step(PARAMS, none, state),
+        lambda: anything.lstm_step(PARAMS, row, none),
+        lambda: anything.linear_scan(none, gates),
+        lambda: anything.linear_scan(gates, none),
+        lambda: anything.linear_scan(gates, gates, "0"),
+        lambda: anything.linear_scan(gates[..., :0], gates[..., :0]),
+        lambda: anything.mingru(linear, none),
+        lambda: anything.mingru_step(linear, none, h),
+        lambda: attend(is_causal="no"),
+        lambda: attend(scale="1"),
+        lambda: attend(sinks=none, dropout_rate=0.1, dropout_key=3),
+        lambda: attend(mask_function=lambda b, t, s: s <= t),
+        lambda: attend(score_function=lambda logit, t, s: logit),
+        lambda: attend(score_function=alibi),
+        lambda: anything.packed_attention(q[0], q[0], q[0], np.array([0, 2]), score_function=alibi),
+        lambda: anything.dot_product_attention(none, q, q),
+        lambda: init_lstm(0, 2, 3),  # type: ignore[arg-type]
+        lambda: anything.init_slstm(0, 2, 3),
+        lambda: anything.init_mingru(0, 2, 3),
+        lambda: anything.init_rglru(0, 2),
+        lambda: anything.stacked_lstm(PARAMS, steps),
+        lambda: anything.stacked_lstm([PARAMS], steps, return_cells=True),
+        lambda: anything.stacked_lstm([PARAMS], steps, key=3),
+        lambda: anything.stacked_lstm([PARAMS], steps, dropout_rate=0.1, dropout_key=3),
+        lambda: anything.bidirectional_lstm(PARAMS, PARAMS, steps, state),
+        lambda: anything.bidirectional_lstm(PARAMS, PARAMS, steps, (state,)),
+        lambda: anything.bidirectional_lstm(PARAMS, PARAMS, steps, return_cells=True),
+        lambda: anything.bidirectional_lstm(PARAMS, PARAMS, steps, key=3),
+    )
 
 
 def _of_modules():

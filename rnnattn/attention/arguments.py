@@ -113,7 +113,8 @@ def with_one_batch_axis(arrays):
             return x
         shared = all(n == 1 for n in x.shape[:-3])
         leading = (1,) * len(batch) if shared else batch
-        return jnp.broadcast_to(x, (*leading, *x.shape[-3:])).reshape(-1, *x.shape[-3:])
+        whole = jnp.broadcast_to(x, (*leading, *x.shape[-3:]))
+        return whole.reshape(math.prod(leading), *x.shape[-3:])
 
     per_row = {
         name: None if x is None else rows(jnp.asarray(x))
@@ -258,10 +259,11 @@ def on_mesh(function, run, options, arrays, results):
 def checked(function, arrays, options, request):
     """The arguments as arrays and options in one form; `ValueError` for the first that is off."""
     check = Check(function)
-    array = lambda x: None if x is None else jnp.asarray(x)
+    operands = ("query", "key", "value")
+    array = lambda name, x: check.array(name, x) if name in operands or x is not None else None
     numbers = ("scale", "query_offset", "dropout_key")  # may be Python's, or keys
     given = {n: x for n, x in arrays._asdict().items() if n not in (*numbers, *_INTERNAL)}
-    arrays = arrays._replace(**{n: array(x) for n, x in given.items()})
+    arrays = arrays._replace(**{n: array(n, x) for n, x in given.items()})
     q, k, v = arrays.query, arrays.key, arrays.value
 
     check(q.ndim >= 3, "query", "of shape (*B, T, N, K)", q.shape)
@@ -336,7 +338,10 @@ def checked_options(check, options, dropout_key):
         check.single_key("dropout_key", dropout_key)
     window = _checked_window(check, options.window)
     return options._replace(
-        is_causal=bool(options.is_causal), window=window, soft_cap=cap, dropout_rate=rate
+        is_causal=check.flag("is_causal", options.is_causal),
+        window=window,
+        soft_cap=cap,
+        dropout_rate=rate,
     )
 
 

@@ -7,6 +7,7 @@ have the axes that the function depends on.
 Axes: B batch, M key/value heads, G query heads to one of them, T queries, S keys.
 """
 
+import inspect
 from typing import Any
 
 import jax
@@ -53,6 +54,8 @@ def trace(check, name, function, dtype=None):
     logit = () if dtype is None else (jax.ShapeDtypeStruct((), dtype),)
     wanted = jnp.dtype(jnp.bool if dtype is None else dtype)
     check(callable(function), name, "a function or None", repr(function))
+    given = (*("logit" for _ in logit), *_PLACES)
+    check(_takes(function, given), name, f"a function of ({', '.join(given)})", repr(function))
     closed, result = jax.make_jaxpr(function, return_shape=True)(*logit, *[place] * 4)
     one = isinstance(result, jax.ShapeDtypeStruct)
     shown = f"{result.dtype.name}{result.shape}" if one else f"a {type(result).__name__}"
@@ -61,6 +64,19 @@ def trace(check, name, function, dtype=None):
     check(holds, name, expected, shown)
     traced = Traced(closed.jaxpr, by_distance=isinstance(function, ByDistance))
     return traced, tuple(map(jnp.asarray, closed.consts))
+
+
+def _takes(function, arguments):
+    """Whether a function can be called so, as far as it says what it takes."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError:
+        return True
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        return False
+    return True
 
 
 def _run(jaxpr, arrays, arguments):

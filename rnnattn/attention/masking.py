@@ -6,6 +6,7 @@ key, keys that no query sees, and what comes back to such queries.
 Axes: B batch, T queries, S keys, M key/value heads, G query heads to one of them.
 """
 
+import math
 from functools import reduce
 
 import jax
@@ -120,7 +121,7 @@ def two_ranges(key_ranges):
 
 def _in_some_range(ranges, S):
     """Whether a range holds a key, (B, S): more have begun by then than have ended."""
-    first, past = (x.reshape(x.shape[0], -1) for x in ranges)
+    first, past = (x.reshape(x.shape[0], math.prod(x.shape[1:])) for x in ranges)
     rows = jnp.arange(first.shape[0], dtype=jnp.int32)[:, None]
     changes = jnp.zeros((first.shape[0], S + 1), jnp.int32)
     changes = changes.at[rows, first].add(1).at[rows, past].add(-1)

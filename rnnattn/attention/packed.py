@@ -159,7 +159,7 @@ def call_packed(function, rule, query, key, value, starts, query_offset, options
     check.one_of("implementation", request.implementation, schedules)
     check(not request.return_weights, "return_weights", "left out", True)
     arrays, stated = checked(function, arrays, stated, request)
-    check_arrays(check, (of_keys.size - 1, 0, None), stated.mask_function)
+    check_arrays(check, (of_keys.size - 1, 0, None), arrays.query.shape[-2], stated)
     T, S = arrays.query.shape[0], arrays.key.shape[0]
     starts = of_queries, of_keys, query_offset
     stated, ranges, either, documents, rest = parts(stated)

@@ -544,7 +544,7 @@ def _with_functions(check, options, given):
     """
     query, cache = given["query"], given["cache"]
     B, N, (_, page_size, _, _) = query.shape[0], query.shape[2], cache.key.shape
-    check_arrays(check, (B, 0, None), options.mask_function)
+    check_arrays(check, (B, 0, None), N, options)
     options, ranges, either, documents, rest = parts(options)
     options = options._replace(mask_function=joined(rest + documents))
     arrays = Arrays(query, cache.key, cache.value, **_rows(given))

@@ -17,6 +17,7 @@ from rnnattn.attention.problem import Masking, Options
 from rnnattn.masks import (
     MAP_BLOCK,
     And,
+    ByDistance,
     Causal,
     Document,
     Mapped,
@@ -30,9 +31,9 @@ from rnnattn.masks import (
 
 def reduced(check, arrays, options):
     """The arguments, whose mask function is left with what has no other words."""
-    *batch, T, _, _ = arrays.query.shape
+    *batch, T, N, _ = arrays.query.shape
     S = arrays.key.shape[-3]
-    check_arrays(check, (math.prod(batch), T, S), options.mask_function)
+    check_arrays(check, (math.prod(batch), T, S), N, options)
     options, ranges, either, documents, rest = parts(options)
     if arrays.query_segment_ids is None and documents:
         arrays = _with_segments(arrays, documents.pop(0))
@@ -72,15 +73,25 @@ def joined(masks):
     return reduce(And, masks) if masks else None
 
 
-def check_arrays(check, sizes, mask):
-    """What a mask has of rows, queries and keys has to be of B, T and S of them; None is any S."""
+def check_arrays(check, sizes, heads, options):
+    """What functions have of rows, queries, keys and heads has to be of B, T, S and N of them.
+
+    Where S is None, any will do.
+    """
+    _check_mask(check, sizes, options.mask_function)
+    score = options.score_function
+    if isinstance(score, ByDistance):
+        check(score.heads == heads, "score_function", f"of {heads} heads", f"one of {score.heads}")
+
+
+def _check_mask(check, sizes, mask):
     B, T, S = sizes
     match mask:
         case And(left=left, right=right) | Or(left=left, right=right):
-            check_arrays(check, sizes, left)
-            check_arrays(check, sizes, right)
+            _check_mask(check, sizes, left)
+            _check_mask(check, sizes, right)
         case Not(mask=inner) | Mapped(mask=inner):
-            check_arrays(check, sizes, inner)
+            _check_mask(check, sizes, inner)
         case Prefix(lengths=lengths):
             expected = f"a prefix of one length or of {B}, one for each row"
             check(lengths.shape in ((), (B,)), "mask_function", expected, lengths.shape)
@@ -243,7 +254,7 @@ def with_ranges(arrays, options, masks, either, S):
     rows = math.prod(batch), T, S
     stated = Options(options.is_causal, options.window)
     ranges = _key_ranges(stated, rows, masks, either, *given)
-    ranges = ranges.reshape(*batch, T, -1)
+    ranges = ranges.reshape(*batch, T, ranges.shape[-1])
     arrays = arrays._replace(key_ranges=ranges, query_seq_lengths=None, key_value_seq_lengths=None)
     return arrays, options._replace(is_causal=False, window=None)
 

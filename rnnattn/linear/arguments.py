@@ -112,8 +112,10 @@ def on_mesh(function, run, time_major, arguments):
 
 def checked_pair(function, a, b, h0, lengths, mask, resets, time_major):
     """The arguments of `linear_scan` as arrays; `ValueError` for the first that is off."""
-    check, a, b = Check(function), jnp.asarray(a), jnp.asarray(b)
+    check = Check(function)
+    a, b = check.array("a", a), check.array("b", b)
     check_steps(check, "a", a, time_major, "H")
+    check(a.shape[-1] > 0, "a", "of a width H of at least 1", a.shape)
     shape = "(T, *B, H)" if time_major else "(*B, T, H)"
     check.shape("b", b, a.shape, shape)
     check.dtype_of("b", b, "a", a)
@@ -125,7 +127,8 @@ def checked_pair(function, a, b, h0, lengths, mask, resets, time_major):
 
 def checked_sequence(function, params, x, h, lengths, mask, resets, time_major):
     """The arguments of a unit as arrays; `ValueError` for the first that is off."""
-    check, x = Check(function), jnp.asarray(x)
+    check = Check(function)
+    x = check.array("x", x)
     check_steps(check, "x", x, time_major)
     _check_params(check, params, x)
     h = _checked_state(check, "h", h, batch_of(x, time_major), params.hidden_size, x)
@@ -134,7 +137,8 @@ def checked_sequence(function, params, x, h, lengths, mask, resets, time_major):
 
 def checked_step(function, params, x, h):
     """The arguments of a single step as those of a sequence of one, time-major."""
-    check, x = Check(function), jnp.asarray(x)
+    check = Check(function)
+    x = check.array("x", x)
     check_step(check, "x", x)
     _check_params(check, params, x)
     h = _checked_state(check, "h", h, x.shape[:-1], params.hidden_size, x)
@@ -162,6 +166,6 @@ def _check_params(check, params, x):
 def _checked_state(check, name, h, batch, H, like):
     if h is None:
         return None
-    h = jnp.asarray(h)
+    h = check.array(name, h)
     check_rows(check, name, h, (*batch, H), like)
     return h

@@ -75,6 +75,7 @@ def init_rglru(
     check(num_blocks >= 1, "num_blocks", "at least 1", num_blocks)
     check.multiple("hidden_size", hidden_size, num_blocks, f"{num_blocks} blocks")
     check.float_dtype("dtype", dtype)
+    check.single_key("key", key)
     draw, K = accumulator(dtype), hidden_size // num_blocks
     key_r, key_i, key_decay = jax.random.split(key, 3)
     gate = lambda key: _uniform(key, (num_blocks, K, K), K, dtype)
@@ -90,6 +91,7 @@ def _projection(function, key, n, D, H, dtype):
     for name, size in {"input_size": D, "hidden_size": H}.items():
         check(size >= 1, name, "at least 1", size)
     check.float_dtype("dtype", dtype)
+    check.single_key("key", key)
     return _uniform(key, (D, n * H), D, dtype), jnp.zeros(n * H, dtype)
 
 

@@ -1,5 +1,6 @@
 """`rnnattn.dot_product_attention` within the modules of flax; axes as in `rnnattn.nn`."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -70,7 +71,8 @@ def attention_fn(
     *batch, T, N, _ = query.shape
     S = key.shape[-3]
     if len(batch) > 1:
-        query, key, value = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
+        rows = math.prod(batch)
+        query, key, value = (x.reshape(rows, *x.shape[-3:]) for x in (query, key, value))
         bias, mask = (_merge_batch_axes(x, batch) for x in (bias, mask))
     if mask is not None:
         mask = mask.astype(bool)
@@ -88,4 +90,4 @@ def _merge_batch_axes(x, batch):
     if x is None:
         return None
     x = x.reshape((1,) * (len(batch) + 3 - x.ndim) + x.shape)
-    return jnp.broadcast_to(x, (*batch, *x.shape[-3:])).reshape(-1, *x.shape[-3:])
+    return jnp.broadcast_to(x, (*batch, *x.shape[-3:])).reshape(math.prod(batch), *x.shape[-3:])

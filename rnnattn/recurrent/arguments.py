@@ -55,7 +55,8 @@ class SequenceOptions(_SharedOptions, total=False):
 def time_first(x, batch, time_major):
     """(*B, T, …), or (T, *B, …), → (T, B, …)."""
     x = x if time_major else jnp.moveaxis(x, len(batch), 0)
-    return x if len(batch) == 1 else x.reshape(x.shape[0], -1, *x.shape[1 + len(batch) :])
+    rows = x.shape[0], math.prod(batch)
+    return x if len(batch) == 1 else x.reshape(*rows, *x.shape[1 + len(batch) :])
 
 
 def time_back(y, batch, time_major):
@@ -196,7 +197,8 @@ def given_by_name(time_major, params, arguments):
 
 def checked_sequence(function, unit, params, x, state, lengths, mask, resets, time_major):
     """The arguments as arrays; `ValueError` for the first that is off."""
-    check, x = Check(function), jnp.asarray(x)
+    check = Check(function)
+    x = check.array("x", x)
     check_steps(check, "x", x, time_major)
     _check_params(check, unit, params, x)
     if state is not None:
@@ -206,7 +208,8 @@ def checked_sequence(function, unit, params, x, state, lengths, mask, resets, ti
 
 def checked_step(function, unit, params, x, state):
     """x and the state of a step as arrays; `ValueError` for the first that is off."""
-    check, x = Check(function), jnp.asarray(x)
+    check = Check(function)
+    x = check.array("x", x)
     check_step(check, "x", x)
     _check_params(check, unit, params, x)
     return x, _checked_state(check, unit, params, state, x.shape[:-1], x)
@@ -281,12 +284,18 @@ def _check_params(check, unit, params, x):
 
 def _checked_state(check, unit, params, state, batch, x):
     widths = unit.widths(params)
-    fields = dict(zip(widths._fields, map(jnp.asarray, state), strict=True))
-    alone = len(fields) == 1  # then the state is called h, and is no tuple
-    for n, ((field, s), width) in enumerate(zip(fields.items(), widths, strict=True)):
+    parts = len(state) if isinstance(state, tuple | list) else 0
+    expected = f"a tuple ({', '.join(widths._fields)})"
+    got = f"one of {parts}" if parts else type(state).__name__
+    check(parts == len(widths), "state", expected, got)
+    alone = len(widths) == 1  # then the state is called h, and is no tuple
+    fields: list[Array] = []
+    for field, s, width in zip(widths._fields, state, widths, strict=True):
         name = field if alone else f"state.{field}"
-        if n == 0:
+        s = check.array(name, s)
+        if not fields:
             check.dtype_of(name, s, "x", x)
         letter = "H" if width == widths[-1] else "R"
         check_rows(check, name, s, (*batch, width), x, letter)
-    return type(widths)(*fields.values())
+        fields.append(s)
+    return type(widths)(*fields)

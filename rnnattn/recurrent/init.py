@@ -189,6 +189,7 @@ def init_slstm(
     H, N, check = hidden_size, num_heads, Check("init_slstm")
     check(N >= 1, "num_heads", "at least 1", N)
     check.multiple("hidden_size", H, N, f"{N} heads")
+    check.single_key("key", key)
     key_x, key_h = jax.random.split(key)
     w_x = _input_weights(check, key_x, input_size, H, 4, recurrent_init, dtype)
     width = H // N
@@ -202,6 +203,7 @@ def init_slstm(
 
 def _weights(check, key, D, H, width, blocks, recurrent_init, dtype):
     """w_x (D, blocks H) and w_h (width, blocks H)."""
+    check.single_key("key", key)
     key_x, key_h, _ = jax.random.split(key, 3)
     w_x = _input_weights(check, key_x, D, H, blocks, recurrent_init, dtype)
     return w_x, _recurrent_weights(key_h, width, H, blocks, recurrent_init, dtype)

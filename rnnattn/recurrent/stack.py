@@ -164,10 +164,14 @@ def stacked(
         ((2, 7, 5), 2)
     """
     function = "stacked"
+    check = Check(function)
+    _check_no_cells(check, options)
     dropout = _checked_dropout(function, layers, states, dropout_rate, dropout_key)
     options["time_major"] = time_major
     keys = _keys(dropout_key, len(layers)) if dropout > 0 else ()
     key = options.pop("key", None)
+    if key is not None:
+        check.single_key("key", key)
     of_layers = None if key is None else _keys(key, len(layers))
     x, finals = jnp.asarray(x), []
     for n, layer in enumerate(layers):
@@ -191,15 +195,24 @@ def stacked(
 
 def _both_directions(function, run, pair, x, states, options):
     forward, backward = pair
-    given = "reverse" in options
-    Check(function)(not given, "reverse", "left out: both directions are run", "it")
-    state_ahead, state_back = states or (None, None)
+    check = Check(function)
+    check("reverse" not in options, "reverse", "left out: both directions are run", "it")
+    _check_no_cells(check, options)
+    of_each = states is None or (len(states) == 2 and not hasattr(states, "_fields"))
+    check(of_each, "states", "a pair of states, or None", type(states).__name__)
+    state_ahead, state_back = (None, None) if states is None else states
     of_ahead, of_back = options, options
     if options.get("key") is not None:
+        check.single_key("key", options["key"])
         of_ahead, of_back = ({**options, "key": key} for key in _keys(options["key"], 2))
     ahead, last = run(forward, x, state_ahead, **of_ahead)
     back, first = run(backward, x, state_back, reverse=True, **of_back)
     return jnp.concatenate([ahead, back], axis=-1), (last, first)
+
+
+def _check_no_cells(check, options):
+    given = options.get("return_cells", False)
+    check(not given, "return_cells", "left out: of several layers y alone is returned", given)
 
 
 @partial(jax.jit, static_argnames="count")
@@ -219,6 +232,8 @@ def _drop(key, x, rate, shared_axis):
 
 def _checked_dropout(function, layers, states, rate, key):
     check = Check(function)
+    one = hasattr(layers, "_fields")
+    check(not one, "layers", "a sequence of layers", f"one, {type(layers).__name__}")
     check(layers, "layers", "at least one layer", "none")
     if states is not None:
         expected = f"one for each of the {len(layers)} layers"
@@ -226,4 +241,6 @@ def _checked_dropout(function, layers, states, rate, key):
     rate = check.share("dropout_rate", rate)
     needed = rate > 0 and key is None
     check(not needed, "dropout_key", "given where `dropout_rate` is above 0", None)
+    if rate > 0:
+        check.single_key("dropout_key", key)
     return rate

@@ -176,13 +176,14 @@ def from_heads(w_h, h):
 def to_heads(w_h, dz):
     """dz w_hᵀ, (…, H)."""
     dh = jnp.einsum("...nz,nhz->...nh", _by_head(dz, w_h.shape[0]), w_h)
-    return dh.reshape(*dh.shape[:-2], -1)
+    return dh.reshape(*dh.shape[:-2], dh.shape[-2] * dh.shape[-1])
 
 
 def _by_head(dz, N):
     """(…, 4H) → (…, N, 4H/N)."""
-    dz = jnp.moveaxis(dz.reshape(*dz.shape[:-1], 4, N, -1), -3, -2)
-    return dz.reshape(*dz.shape[:-2], -1)
+    width = dz.shape[-1] // (4 * N)
+    dz = jnp.moveaxis(dz.reshape(*dz.shape[:-1], 4, N, width), -3, -2)
+    return dz.reshape(*dz.shape[:-2], 4 * width)
 
 
 def slstm_unit(function, forget_gate):
