@@ -11,8 +11,10 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import dataclasses
 import io
 import logging
+import os
 import re
 import shlex
+import shutil
 import sys
 import traceback
 import typing
@@ -34,6 +36,9 @@ PROGRAM = "python -m experiments"
 
 LONGEST = 4096
 """Characters of an argument: as many as a path may have."""
+
+NARROWEST = 20
+"""Columns of a terminal: with fewer, the layout of a help never ends."""
 
 MOST_SEEDS, MOST_JOBS, LONGEST_SAMPLE = 1000, 256, 1_000_000
 
@@ -222,6 +227,8 @@ def main(arguments: Sequence[str]) -> int:
         if it was told to stop and can go on from a checkpoint, 130 if it was interrupted with
         nothing to keep: the command then ends by the signal, which shells call 130.
     """
+    if shutil.get_terminal_size().columns < NARROWEST:
+        os.environ["COLUMNS"] = str(NARROWEST)
     # Orbax tells at length what is told here in a line
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
@@ -383,12 +390,15 @@ def _prepare(path: Path, arguments: Sequence[str]) -> Study:
         raise UsageError("--resume: goes on with a run that --overwrite would remove; give one")
     if options.wandb is not None:
         sinks.wandb_init()
+    if options.tensorboard:
+        sinks.event_writer()
     _check_kernels()
     processes.join(options.coordinator, options.processes, options.process, cluster=options.cluster)
     processes.check_devices()
     processes.check_same(dataclasses.replace(options, process=None))
     runs.check(experiment, config)
-    weights.start(experiment, config)
+    if not options.resume:  # a run that goes on has weights of its own
+        weights.start(experiment, config)
     return Study(path, arguments, experiment, config, options)
 
 
@@ -428,13 +438,16 @@ def _execute(study: Study, group: str) -> tuple[Path, Any]:
     """The folder of the run, and what came of it; None if it was finished before."""
     import jax
 
-    from experiments.engine import processes, runs, weights
+    from experiments.engine import processes, runs
     from experiments.engine.files import locked
     from experiments.engine.session import Stopped
 
     path, arguments, experiment, config, options = study
     table = to_table(experiment.name, config)
     folder: Path = options.output / group / (options.name or "")
+    is_new = not (options.resume and os.path.lexists(folder))
+    # before anything is removed, which may be where they are
+    start = _start(study, folder)
 
     def begin(held: ExitStack) -> bool:
         nonlocal folder
@@ -454,11 +467,14 @@ def _execute(study: Study, group: str) -> tuple[Path, Any]:
             return folder, None
         asked = {name: getattr(options, name) for name in ("profile", "tensorboard", "wandb")}
         try:
-            start = weights.start(experiment, config)
             if start is not None and processes.is_first():
                 for change in start.changes:
                     print(f"{config.train.init}: {change}", file=sys.stderr)
             return folder, runs.record(experiment, config, folder, start=start, **asked)
+        except UsageError:
+            if is_new and processes.is_first():
+                runs.take_back(folder)
+            raise
         except Stopped as stopped:  # --resume wants the name, which may be the date and time
             raise Stopped(f"{folder}: {stopped}") from None
         except jax.errors.JaxRuntimeError as error:
@@ -466,6 +482,31 @@ def _execute(study: Study, group: str) -> tuple[Path, Any]:
             if "RESOURCE_EXHAUSTED" not in reason:
                 raise
             raise MemoryError(reason) from None
+
+
+def _start(study: Study, folder: Path) -> Any:
+    """The weights from outside that a training begins with, if any.
+
+    A run that goes on from a checkpoint of its own can do without them, and does if they are not
+    those that it began with.
+    """
+    from experiments.engine import processes, runs, weights
+
+    goes_on = study.options.resume and runs.trains(folder)
+    kept = runs.kept_init(folder) if goes_on else None
+    try:
+        start = weights.start(study.experiment, study.config)
+    except UsageError:
+        if kept is None:
+            raise
+        start = None
+    if kept is None or runs.finished(folder) or (start is not None and start.sha256 == kept):
+        return start
+    if processes.is_first():
+        init = study.config.train.init
+        print(f"{init}: no longer has what the run began with; it goes on from its checkpoint",
+              file=sys.stderr)  # fmt: skip
+    return None
 
 
 def _report(command: Report) -> int:
@@ -788,6 +829,10 @@ def _tell_unraisable(lost: "sys.UnraisableHookArgs") -> None:
 
 if __name__ == "__main__":
     sys.unraisablehook = _tell_unraisable
+    # Python has none where they were closed
+    sys.stdout, sys.stderr = (
+        stream or open(os.devnull, "w", encoding="utf-8") for stream in (sys.stdout, sys.stderr)
+    )
     if isinstance(sys.stdout, io.TextIOWrapper):
         # a question mark for what a terminal's encoding does not have
         sys.stdout.reconfigure(errors="replace")

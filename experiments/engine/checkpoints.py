@@ -50,14 +50,18 @@ class Checkpoints:
 
     Args:
         best: a metric; the checkpoint with the best of those saved is kept, too.
+        data: a checksum of the data.
     """
 
-    def __init__(self, folder: Path, kept: int, config_hash: str, best: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, kept: int, config_hash: str, best: str | None = None, data: str = ""
+    ) -> None:
         # a second to import, and not needed by runs that keep none
         from orbax.checkpoint import v1 as ocp
 
         self._folder = folder.absolute()
         self._config_hash = config_hash
+        self._data = data
         self._saving = 0
         self._pending: Any = None
         context = ocp.Context()
@@ -112,7 +116,8 @@ class Checkpoints:
         """
         self.wait()
         self._saving = step
-        rest = {"config_hash": self._config_hash, "step": step, **progress._asdict()}
+        hashes = {"config_hash": self._config_hash, "data_sha256": self._data}
+        rest = {**hashes, "step": step, **progress._asdict()}
         with self._writing():
             self._pending = self._orbax.save_checkpointables_async(
                 step,
@@ -157,17 +162,21 @@ class Checkpoints:
                 kept, has = _verified(metadata.custom_metadata), metadata.metadata["state"]
                 if (step := kept.pop("step", checkpoint.step)) != checkpoint.step:
                     raise ValueError(f"it is of step {step}")
-                config_hash, progress = kept.pop("config_hash"), Progress(**kept)
+                # those before 2.0 have no checksum of the data
+                config_hash, data = kept.pop("config_hash"), kept.pop("data_sha256", self._data)
+                progress = Progress(**kept)
                 if not _leaves(has):
                     raise ValueError("its arrays are damaged")
                 if config_hash == self._config_hash and not differences(has, wanted):
                     loaded = self._orbax.load_checkpointables(checkpoint.step, {"state": wanted})
             # there is no one class of errors for all that can be wrong with a file
             except Exception as error:
-                _warn(checkpoint.path, error)
+                _warn(checkpoint.path, _reason(error))
                 continue
             if config_hash != self._config_hash:
                 raise UsageError(f"{checkpoint.path}: is a checkpoint of another config")
+            if data != self._data:
+                raise UsageError(f"{checkpoint.path}: is a checkpoint of a training on other data")
             if differing := differences(has, wanted):
                 raise UsageError(*(f"{checkpoint.path}: {line}" for line in differing))
             if not jnp.array_equal(loaded["state"]["key"], jax.random.key_data(key)):
@@ -194,7 +203,8 @@ def read_params(folder: Path, *, best: bool = False, ema: bool = False) -> PyTre
         ema: their exponential mean in its place.
 
     Raises:
-        UsageError: if there is none that can be read, none that was kept as the best, or no mean.
+        UsageError: if there is none, none that was kept as the best, or no mean; or if it is
+            damaged, as one before it would pass for the one that was asked for.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -207,19 +217,25 @@ def read_params(folder: Path, *, best: bool = False, ema: bool = False) -> PyTre
             found.sort(key=lambda checkpoint: rank(checkpoint.metrics))
             if not found:
                 raise UsageError(f"{folder}: none was kept as the best, which --train.best names")
-        for checkpoint in reversed(found):
-            if not _is_intact(Path(checkpoint.path)):
-                continue
+        if not found:
+            raise UsageError(f"{folder}: holds no checkpoint")
+        checkpoint = found[-1]
+        damage = _damage(Path(checkpoint.path))
+        if not damage:
             try:
                 metadata = checkpointer.checkpointables_metadata(checkpoint.step)
                 wanted = jax.tree.map(_on_first_device, metadata.metadata["state"])
                 loaded = checkpointer.load_checkpointables(checkpoint.step, {"state": wanted})
+            # there is no one class of errors for all that can be wrong with a file
             except Exception as error:
-                _warn(checkpoint.path, error)
-                continue
-            training = loaded["state"]["training"]
-            return _mean(training["optimizer"], folder) if ema else training["params"]
-    raise UsageError(f"{folder}: holds no checkpoint that can be read")
+                damage = _reason(error)
+        if damage:
+            raise UsageError(
+                f"{checkpoint.path}: cannot be read ({damage}); without that folder, the "
+                "checkpoint before it is taken"
+            )
+    training = loaded["state"]["training"]
+    return _mean(training["optimizer"], folder) if ema else training["params"]
 
 
 def _mean(optimizer: Any, folder: Path) -> PyTree:
@@ -254,16 +270,20 @@ def _write_sums(folder: Path) -> None:
 
 def _is_intact(folder: Path) -> bool:
     """Whether the files of a checkpoint are as they were written; tells of one that is not used."""
+    if damage := _damage(folder):
+        _warn(folder, damage)
+    return not damage
+
+
+def _damage(folder: Path) -> str:
+    """What is wrong with a checkpoint whose files are not as they were written; else nothing."""
     if not (folder / SUMS).exists():
         print(f"{folder}: has no {SUMS}, so it is used as it is", file=sys.stderr)
-        return True
+        return ""
     try:
-        if (folder / SUMS).read_bytes() != _sums(folder).encode():
-            raise ValueError("its files are damaged")
-    except (OSError, ValueError) as error:
-        _warn(folder, error)
-        return False
-    return True
+        return "" if (folder / SUMS).read_bytes() == _sums(folder).encode() else "damaged files"
+    except OSError as error:
+        return _reason(error)
 
 
 def _digest(rest: Mapping[str, Any]) -> str:
@@ -280,9 +300,12 @@ def _verified(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return rest
 
 
-def _warn(path: Any, error: Exception) -> None:
-    reason = f"{type(error).__name__}: {error}".splitlines()[0][:80]
+def _warn(path: Any, reason: str) -> None:
     print(f"{path}: cannot be read, so it is not used ({reason})", file=sys.stderr)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:80]
 
 
 def differences(has: PyTree, wanted: PyTree) -> list[str]:

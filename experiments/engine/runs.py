@@ -2,6 +2,7 @@
 
     lock           names the process that writes here, while there is one
     config.toml    the resolved config, which runs again as it stands
+    init.sha256    of the weights that its training began with, if they are from outside
     checkpoints/   of its training, see `experiments.engine.checkpoints`
     metrics.jsonl  one line for each logged step
     summary.json   final scores, times, versions and machine; once all is there, `finished`
@@ -35,6 +36,7 @@ import shutil
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,7 @@ import numpy as np
 import tomli_w
 
 from experiments.engine import devices as meshes, processes
+from experiments.engine.checkpoints import Record
 from experiments.engine.config import UsageError
 from experiments.engine.experiment import Experiment
 from experiments.engine.files import LOCK, locked, written
@@ -51,6 +54,7 @@ from experiments.engine.session import SILENT, Session, Start
 from experiments.engine.sinks import EventFiles, JsonLines, Sink, WeightsAndBiases, logging_to
 
 CONFIG, METRICS, SUMMARY = "config.toml", "metrics.jsonl", "summary.json"
+INIT = "init.sha256"
 CHECKPOINTS, PROFILE, TENSORBOARD = "checkpoints", "profile", "tensorboard"
 RESULT, CURVES, FIGURE = "result.npz", "curves.png", "figure.png"
 
@@ -80,6 +84,8 @@ def group_of(config_path: Path) -> str:
 def create(output: Path, group: str, name: str | None, *, overwrite: bool = False) -> Path:
     """A new, empty run folder; without a `name`, one named by the time, which is always new.
 
+    What `overwrite` replaces lies beside it, hidden, until there is something of the new run.
+
     Raises:
         UsageError: if the name is no plain file name, if it is taken, or if nothing can be written.
     """
@@ -91,7 +97,7 @@ def create(output: Path, group: str, name: str | None, *, overwrite: bool = Fals
             return _create_unique(output / group)
         folder = output / group / name
         if overwrite and os.path.lexists(folder):
-            _remove(folder)
+            _set_aside(folder)
         folder.mkdir()
         return folder
     except FileExistsError as error:
@@ -128,6 +134,28 @@ def reopen(output: Path, group: str, name: str, table: Mapping[str, Any]) -> Pat
     if lines := list(_differences(kept, table)):
         raise UsageError(*(f"--resume: {folder / CONFIG}: {line}" for line in lines))
     return folder
+
+
+def take_back(folder: Path) -> None:
+    """Undo `create`, if nothing came of the run: what could not be asked for changes nothing."""
+    metrics = folder / METRICS
+    if (folder / RESULT).exists() or (metrics.exists() and metrics.stat().st_size):
+        return
+    shutil.rmtree(folder)
+    if os.path.lexists(_aside(folder)):
+        _aside(folder).rename(folder)
+
+
+def trains(folder: Path) -> bool:
+    """Whether a training of the run has left a checkpoint."""
+    return any(path.is_dir() for path in (folder / CHECKPOINTS).glob("**/[0-9]*"))
+
+
+def kept_init(folder: Path) -> str | None:
+    """The checksum of the weights from outside that the run began with, if it did."""
+    with suppress(FileNotFoundError):
+        return (folder / INIT).read_text(encoding="utf-8").strip()
+    return None
 
 
 def check_name(name: str) -> None:
@@ -297,7 +325,8 @@ def record(
     """Run the experiment, and leave in the folder what it logs, what comes of it, and figures.
 
     Args:
-        start: what its training begins with, if not with random parameters of its own.
+        start: what its training begins with, if not with random parameters of its own. A run that
+            goes on from a checkpoint can do without.
 
     Returns:
         The result, as it is kept; in a process that writes nothing, None.
@@ -311,7 +340,10 @@ def record(
     if not processes.is_first():
         experiment.run(config, session)
         return None
-    sinks: list[Sink] = [JsonLines(folder / METRICS)]
+    if start is not None:
+        with written(folder / INIT) as file:
+            file.write(f"{start.sha256}\n".encode())
+    sinks: list[Sink] = [JsonLines(folder / METRICS), _Replacing(folder)]
     if tensorboard:
         sinks.append(EventFiles(folder / TENSORBOARD))
     if wandb is not None:
@@ -320,8 +352,8 @@ def record(
         traces = folder / PROFILE if profile else None
         result = experiment.run(config, replace(session, log=log, profile=traces))
     summary = {"wall_seconds": time.perf_counter() - clock, "seed": config.seed} | surroundings()
-    if start is not None:
-        summary["init_sha256"] = start.sha256
+    if (init := kept_init(folder)) is not None:
+        summary["init_sha256"] = init
     if not isinstance(result, experiment.Result) or not isinstance(result.scores, Mapping):
         raise ResultError(
             f"{experiment.file}: `run` returned no Result with scores: {result!r:.99}"
@@ -334,6 +366,7 @@ def record(
         save(curves(read_metrics(folder), experiment.LABELS), folder / CURVES)
     save(experiment.plot(config, read_result(folder, experiment.Result)), folder / FIGURE)
     write_summary(folder, result.scores, summary | {"finished": True})
+    _forget_replaced(folder)
     return result
 
 
@@ -377,16 +410,36 @@ def _create_unique(parent: Path) -> Path:
     raise UsageError(f"--output: a thousand runs of this second are in {parent}; give a --name")
 
 
-def _remove(folder: Path) -> None:
+def _set_aside(folder: Path) -> None:
     if folder.is_symlink():
         raise UsageError(f"--overwrite: {folder} is not the folder of a run; it stays as it is")
     _kept_config("--overwrite", folder)
-    # what is half removed is not to be taken for a run
-    aside = folder.with_name(f".{folder.name}.removed")
     with locked(folder):
-        shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)
-    shutil.rmtree(aside)
+        _forget_replaced(folder)
+        folder.rename(_aside(folder))
+    (_aside(folder) / LOCK).unlink(missing_ok=True)
+
+
+def _aside(folder: Path) -> Path:
+    """Where a run lies whose place another takes."""
+    return folder.with_name(f".{folder.name}.removed")
+
+
+def _forget_replaced(folder: Path) -> None:
+    shutil.rmtree(_aside(folder), ignore_errors=True)
+
+
+class _Replacing:
+    """A sink: with the first record of a run, the one whose place it takes can go."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def log(self, record: Record) -> None:
+        _forget_replaced(self._folder)
+
+    def close(self) -> None:
+        pass
 
 
 def _version(package: str) -> str:

@@ -65,13 +65,18 @@ class Session:
 
     @contextmanager
     def checkpoints(
-        self, name: str, kept: int, best: str | None = None
+        self, name: str, kept: int, best: str | None = None, data: str = ""
     ) -> Iterator[Checkpoints | None]:
-        """Those of the training called `name`; None if none are kept."""
+        """Those of the training called `name`; None if none are kept.
+
+        Args:
+            data: a checksum of the data, with which checkpoints have to agree as well.
+        """
         if self.folder is None:
             yield None
             return
-        with Checkpoints(self.folder / name, kept, self.config_hash, best) as checkpoints:
+        folder = self.folder / name
+        with Checkpoints(folder, kept, self.config_hash, best, data) as checkpoints:
             yield checkpoints
 
     def profiled(self, name: str, steps: range, wait: Callable[[], Any]) -> Iterator[int]:

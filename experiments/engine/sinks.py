@@ -78,12 +78,10 @@ class EventFiles:
         self._writer: Any = None
 
     def log(self, record: Record) -> None:
-        from tensorboardX import SummaryWriter
-
         with naming(self._folder):
             if self._writer is None:
                 shutil.rmtree(self._folder, ignore_errors=True)
-                self._writer = SummaryWriter(str(self._folder), flush_secs=10)
+                self._writer = event_writer()(str(self._folder), flush_secs=10)
             for curve, value in curves(record).items():
                 self._writer.add_scalar(curve, value, record["step"])
 
@@ -121,6 +119,21 @@ class WeightsAndBiases:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def event_writer() -> Any:
+    """The class that writes event files.
+
+    Raises:
+        UsageError: if its package is not installed.
+    """
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise UsageError(
+            "--tensorboard: tensorboardX is not installed; `pip install tensorboardX`"
+        ) from None
+    return SummaryWriter
 
 
 def wandb_init() -> Any:

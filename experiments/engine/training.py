@@ -13,6 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
@@ -294,6 +295,7 @@ def fit(
     final: Mapping[str, Callable[[Any], Metrics]],
     session: Session = SILENT,
     name: str = "",
+    data_sha256: str = "",
 ) -> Trained:
     """Train, logging means of the metrics and evaluations on the way.
 
@@ -310,6 +312,8 @@ def fit(
         final: the same, but after the end only.
         session: is given each record as it comes, keeps the checkpoints, and has the mesh.
         name: of this training, if the session has several.
+        data_sha256: a checksum of the data, if they are from outside: no checkpoint of a training
+            on others is gone on from.
 
     Raises:
         FloatingPointError: if a metric is not finite, naming the first such step and the metric.
@@ -321,7 +325,7 @@ def fit(
     if mesh is not None:
         state, batch, key = _spread(state, batch, key, mesh)
     _check_best(config.best, evaluations, state)
-    kept_of = session.checkpoints(name, config.checkpoints_kept, config.best)
+    kept_of = session.checkpoints(name, config.checkpoints_kept, config.best, data_sha256)
     with kept_of as checkpoints, _progress() as progress:
         # a second signal ends the process as it is, and the cursor should be there then
         progress.console.show_cursor(True)
@@ -338,7 +342,8 @@ def fit(
         def tell(record: Record) -> None:
             if not sys.stderr.isatty() and processes.is_first():
                 seconds = (time.perf_counter() - clock) / (step - done) * (steps - step)
-                print(_line(name, record, steps, seconds), file=sys.stderr, flush=True)
+                with suppress(OSError):  # whoever read them may be gone; the run is kept
+                    print(_line(name, record, steps, seconds), file=sys.stderr, flush=True)
 
         for record in kept.records:
             emit(record)

@@ -120,6 +120,7 @@ def train_readout(
     train: TrainConfig,
     compare_steps: int,
     session: Session,
+    data_sha256: str = "",
 ) -> tuple[Trained, dict[str, float]]:
     """Train the model, evaluate it on `held_out`, and set the two gradients side by side.
 
@@ -146,6 +147,7 @@ def train_readout(
         evaluations=evaluations,
         final=final,
         session=session,
+        data_sha256=data_sha256,
     )
     scores = final_scores(trained)
     if compare_steps:

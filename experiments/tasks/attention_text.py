@@ -146,6 +146,7 @@ def run(config: Config, session: Session = SILENT) -> Result:
             evaluations={"validation": reading(config, text.validation)},
             final={"test": reading(config, text.test)},
             session=session,
+            data_sha256=text.sha256,
         )
         on_one = loss_under(config.model)
         cost = step_cost(

@@ -132,6 +132,7 @@ def run(config: Config, session: Session = SILENT) -> Result:
             train=config.train,
             compare_steps=config.compare_steps,
             session=session,
+            data_sha256=data.origin["data_sha256"],
         )
         gradient, dtype = config.model.gradient, config.model.dtype
         loss, optimizer = loss_under(gradient, dtype), make_optimizer(config.train)

@@ -149,6 +149,7 @@ def run(config: Config, session: Session = SILENT) -> Result:
             evaluations={"validation": reading(text.validation, gradient, dtype)},
             final={"test": reading(text.test, gradient, dtype)},
             session=session,
+            data_sha256=text.sha256,
         )
         scores = scores_of_text(text, final_scores(trained))
         if config.compare_steps:

@@ -108,6 +108,7 @@ def run(config: Config, session: Session = SILENT) -> Result:
         evaluations={"validation": evaluation(apply, data.validation)},
         final={"test": evaluation(apply, test)},
         session=session,
+        data_sha256=data.origin["data_sha256"],
     )
     scores = final_scores(trained)
     cost = step_cost(loss, params, optimizer, batch(0), key, accumulate=config.train.accumulate)

@@ -76,6 +76,14 @@ def test_every_level_has_help(arguments, capsys):
     assert "python -m experiments" in capsys.readouterr().out
 
 
+def test_help_fits_the_narrowest_of_terminals(monkeypatch, capsys):
+    """With a few columns less, its layout never ended."""
+    monkeypatch.setenv("COLUMNS", "1")
+    with pytest.raises(SystemExit):
+        main(["run", "lstm_adding", "--help"])
+    assert "--resume" in capsys.readouterr().out
+
+
 def test_help_of_a_run_lists_each_field_with_meaning_type_and_present_value(tmp_path, capsys):
     file = tmp_path / "x.toml"
     file.write_text('# A claim.\nexperiment = "lstm_digits"\n[train]\nsteps = 1234\n')

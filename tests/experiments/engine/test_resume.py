@@ -6,6 +6,7 @@ import codecs
 import json
 import os
 import shlex
+import shlex
 import shutil
 import signal
 import subprocess
@@ -121,6 +122,52 @@ def test_another_config_is_an_error_that_names_what_differs(whole, capsys):
     assert main(["run", *command(whole.parent.parent, *options)[4:]]) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and "train.learning_rate" in message and "0.5" in message
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_what_could_not_be_asked_for_changes_nothing(overwrite, whole, tmp_path, capsys):
+    folder = tmp_path / "lstm_adding" / "x"
+    if overwrite:
+        shutil.copytree(whole, folder)
+    there = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    options = ["--train.best", "validation_los", *["--overwrite"] * overwrite]
+    assert main(["run", *command(tmp_path, *options)[4:]]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "train.best" in message
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == there
+    assert folder.exists() == overwrite
+
+
+def test_a_run_is_replaced_by_one_that_begins_with_its_weights(whole, tmp_path):
+    folder = tmp_path / "lstm_adding" / "x"
+    shutil.copytree(whole, folder)
+    options = ["--overwrite", "--init", str(folder)]
+    assert main(["run", *command(tmp_path, *options)[4:]]) == 0
+    assert [path.name for path in folder.parent.iterdir()] == ["x"]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["init_sha256"] == (folder / "init.sha256").read_text().strip()
+
+
+@pytest.mark.parametrize("source", ["gone", "with other weights"])
+def test_a_run_goes_on_without_the_weights_that_it_began_with(source, whole, tmp_path, capsys):
+    """From its own checkpoint, which has all; what is said of its beginning stays."""
+    init = tmp_path / "init"
+    shutil.copytree(whole, init)
+    folder = tmp_path / "lstm_adding" / "x"
+    asked = ["run", *command(tmp_path, "--init", str(init), "--resume")[4:]]
+    assert main(asked) == 0
+    before = json.loads((folder / "summary.json").read_text())
+    for name in ("figure.png", "curves.png", "summary.json", "result.npz"):
+        (folder / name).unlink()
+    shutil.rmtree(init / "checkpoints")
+    if source == "with other weights":
+        shutil.copytree(folder / "checkpoints", init / "checkpoints")
+    capsys.readouterr()
+    assert main(asked) == 0
+    assert "goes on from its checkpoint" in capsys.readouterr().err
+    after = json.loads((folder / "summary.json").read_text())
+    assert after["init_sha256"] == before["init_sha256"]
+    assert after["test_loss"] == before["test_loss"]
 
 
 @pytest.mark.parametrize("options", [["--resume"], ["--overwrite"]])
@@ -296,6 +343,14 @@ def test_where_there_is_no_room_is_said_and_nothing_is_lost(kilobytes, whole, tm
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("where", [">&- 2>/dev/full", "2>&-"])
+def test_a_run_is_kept_where_nobody_reads_what_it_says(where, whole, tmp_path):
+    shell = f"{shlex.join(command(tmp_path))} {where}"
+    subprocess.run(["sh", "-c", shell], cwd=ROOT, stdout=subprocess.PIPE, check=True, timeout=120)
+    assert kept(tmp_path / "lstm_adding" / "x") == kept(whole)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("moment", ["importing", "compiling", "training"])
 def test_a_signal_ends_a_run_at_once_and_without_a_traceback(moment, number, tmp_path):
@@ -342,7 +397,12 @@ def square(params, batch, key):
     return jnp.sum((params - batch + noise) ** 2), {}
 
 
-def train(folder: Path | None, batch: Callable = lambda step: np.ones(2, np.float32), **changes):
+def train(
+    folder: Path | None,
+    batch: Callable = lambda step: np.ones(2, np.float32),
+    data: str = "",
+    **changes,
+):
     settings: dict[str, Any] = dict(steps=9, log_every=4, checkpoint_every=3, evaluate_every=5)
     records: list[dict] = []
     params = jnp.array([4.0, 3.0], jnp.float32)
@@ -350,7 +410,7 @@ def train(folder: Path | None, batch: Callable = lambda step: np.ones(2, np.floa
         square, params, optax.adam(0.1), batch, jax.random.key(0),
         TrainConfig(**settings | changes),
         evaluations={"a": lambda p: {"first": p[0], "accuracy": -p[0]}}, final={},
-        session=Session(records.append, folder, "hash"),
+        session=Session(records.append, folder, "hash"), data_sha256=data,
     )  # fmt: skip
     assert records == trained.records
     return trained
@@ -417,6 +477,12 @@ def test_an_exponential_mean_is_evaluated_beside_the_parameters_and_outlives_an_
         with_mean(tmp_path, fails)
     again = with_mean(tmp_path, away_from_its_goal)
     assert [timeless(r) for r in again] == [timeless(r) for r in whole]
+
+
+def test_training_does_not_go_on_with_other_data(tmp_path):
+    train(tmp_path, steps=9)
+    with pytest.raises(UsageError, match="other data"):
+        train(tmp_path, steps=9, data="changed")
 
 
 @pytest.mark.parametrize("best", ["a_first", "a_accuracy"])
@@ -568,16 +634,16 @@ def test_a_checkpoint_under_another_step_is_not_used(kept, copied, used, saved, 
     assert message.count("\n") == 1 and f"it is of step {copied[0]}" in message
 
 
-def test_a_damaged_checkpoint_is_not_exported(tmp_path, capsys):
+def test_a_damaged_checkpoint_is_not_exported(tmp_path):
     train(tmp_path / "x", checkpoints_kept=2, checkpoint_every=4)
     (damaged,) = (tmp_path / "x" / "9" / "state" / "d").iterdir()
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
-    capsys.readouterr()
-    params = read_params(tmp_path / "x")
-    assert capsys.readouterr().err.count("\n") == 1
-    assert (params != train(None, steps=9).params).any()
+    with pytest.raises(UsageError, match=r"damaged files.*the checkpoint before it is taken"):
+        read_params(tmp_path / "x")
+    shutil.rmtree(tmp_path / "x" / "9")
+    assert (read_params(tmp_path / "x") != train(None, steps=9).params).any()
 
 
 def test_checkpoints_without_checksums_are_used_and_said_to_be(saved, tmp_path, capsys):
