@@ -146,10 +146,15 @@ def _study(size: Size, output: Path) -> tuple[Study, dict[str, Claim]]:
         if differing:
             listed = ", ".join(sorted(differing))
             raise ValueError(f"CLAIMS and claims() differ in {listed}")
+        seconds = result.scores.get("wall_seconds")
+        if not isinstance(seconds, int | float):
+            raise UsageError(
+                f"{folder / runs.SUMMARY}: has no wall_seconds; remove the folder to run it again"
+            )
     except Exception as error:
         line = f"{type(error).__name__}: {error}".splitlines()[0]
         return study._replace(error=line, trace=traceback.format_exc()), {}
-    return study._replace(folder=folder, seconds=result.scores["wall_seconds"]), claims
+    return study._replace(folder=folder, seconds=seconds), claims
 
 
 def _run(experiment: Experiment, config: Any, output: Path) -> Path:

@@ -156,6 +156,19 @@ def test_a_result_that_is_damaged_is_told_in_a_line(tmp_path):
         assert f"{folder}: its result cannot be read" in error and "remove the folder" in error
 
 
+@pytest.mark.parametrize("rest", [{}, {"wall_seconds": "abc"}])
+def test_a_summary_that_is_damaged_is_told_in_a_line_and_the_others_go_on(rest, tmp_path):
+    sizes = [report.Size(AVERAGE, AVERAGING, None), report.Size(PROJECT, PROJECTION, None)]
+    folder = report.measure(sizes, tmp_path).rows[1].study.folder
+    assert folder is not None and folder.parent.name == AVERAGE.name
+    (folder / runs.SUMMARY).write_text(json.dumps({"finished": True, **rest}))
+    findings = report.measure(sizes, tmp_path)
+    (error,) = findings.errors
+    assert f"{folder / runs.SUMMARY}: has no wall_seconds; remove the folder" in error
+    assert findings.rows[0].claim is not None
+    report.write(findings, tmp_path / "report", full=False)
+
+
 def test_claims_that_are_not_the_ones_announced_are_an_error(tmp_path):
     experiment = replace(AVERAGE, CLAIMS={"A6": "", "A7": ""})
     found = report.measure([report.Size(experiment, AVERAGING, None)], tmp_path)
