@@ -16,6 +16,7 @@ import html
 import io
 import json
 import math
+import shlex
 import shutil
 import subprocess
 import sys
@@ -240,7 +241,7 @@ def _about(study: Study, folder: Path) -> dict[str, Any]:
         "experiment": study.experiment,
         "figure": _figure(study) if study.folder else None,
         "config": config,
-        "command": f"python -m experiments run {config}",
+        "command": shlex.join(["python", "-m", "experiments", "run", config]),
         "seconds": study.seconds,
         "error": study.error or None,
     }
