@@ -754,8 +754,14 @@ def _evaluate(folder: Path, arguments: Sequence[str]) -> int:
     _check_kernels()
     scores = dataclasses.replace(run, best=options.best, ema=options.ema).evaluate(data)
     of = {"data": dataclasses.asdict(data)} if group else {}
-    keep_evaluation(folder, {**of, "checkpoint": "best" if options.best else "newest", **scores})
+    # first, as they took time to compute and may not be kept
     _print_scores(scores)
+    evaluation = {**of, "checkpoint": "best" if options.best else "newest", **scores}
+    try:
+        keep_evaluation(folder, evaluation)
+    except OSError as error:
+        print(f"{error.filename}: the scores could not be kept: {error.strerror}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -166,6 +166,18 @@ def test_the_scores_of_an_evaluation_are_those_of_the_run_to_the_bit(name, finis
     assert format(found["test_loss"], ".6g") in capsys.readouterr().out
 
 
+def test_scores_that_cannot_be_kept_are_printed_all_the_same(finished, tmp_path, capsys):
+    folder = shutil.copytree(finished(LSTM), tmp_path / "x")
+    path = folder / EVALUATIONS
+    path.unlink(missing_ok=True)
+    path.mkdir()  # which cannot be written to, even by root
+    capsys.readouterr()
+    assert main(["evaluate", str(folder)]) == 1
+    out, message = capsys.readouterr()
+    assert "test_loss" in out and "test_accuracy" in out
+    assert message == f"{path}: the scores could not be kept: Is a directory\n"
+
+
 def test_a_run_in_float64_is_evaluated_in_float64(tmp_path):
     assert run("lstm_adding", tmp_path, "--model.dtype", "float64") == 0
     opened = experiments.open(tmp_path / "lstm_adding" / "x")
