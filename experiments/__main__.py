@@ -513,18 +513,22 @@ def _report(command: Report) -> int:
     if command.readme and not command.full:
         raise UsageError("--readme: what README.md says is of --full; give both")
     from experiments.engine import processes
+    from experiments.engine.files import locked
     from experiments.report import documents, page
 
     browser = page.browser() if command.pdf else ""
     _check_kernels()
     processes.check_devices()
-    findings = page.measure(page.sizes(full=command.full), command.output)
     folder = command.output / "report"
-    page.write(findings, folder, full=command.full)
-    if command.readme:
-        documents.update(ROOT, findings.rows)
-    if browser:
-        page.print_pdf(folder, browser)
+    folder.mkdir(parents=True, exist_ok=True)
+    # a second report would draw the same figures, and each take the other's half-written files
+    with locked(folder):
+        findings = page.measure(page.sizes(full=command.full), command.output)
+        page.write(findings, folder, full=command.full)
+        if command.readme:
+            documents.update(ROOT, findings.rows)
+        if browser:
+            page.print_pdf(folder, browser)
     for row in findings.rows:
         print(f"{row.id:4} {row.verdict}: {row.title}")
     for error in findings.errors:

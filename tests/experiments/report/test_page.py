@@ -20,6 +20,7 @@ from experiments.__main__ import main
 from experiments.claims import attention_averaging, subspace_projection
 from experiments.engine import runs
 from experiments.engine.config import UsageError
+from experiments.engine.files import LOCK
 from experiments.engine.training import TrainConfig, fit, make_optimizer
 from experiments.figures import new_figure
 from experiments.report import documents, evidence as claims, key, page as report
@@ -116,6 +117,26 @@ def test_a_failure_exits_with_one_at_the_end(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "report" / report.PAGE).is_file()
 
 
+def test_a_second_report_into_the_same_folder_is_refused(tmp_path, monkeypatch, capsys):
+    codes: list[int | None] = []
+
+    def plot(config, result):
+        if not codes:
+            codes.append(None)
+            codes[0] = main(["report", "--output", str(tmp_path)])
+        return new_figure(2, 2)
+
+    report.measure([report.Size(AVERAGE, AVERAGING, None)], tmp_path)
+    # the study is finished: its figure alone is drawn anew
+    sizes = [report.Size(replace(AVERAGE, plot=plot), AVERAGING, None)]
+    monkeypatch.setattr(report, "sizes", lambda *, full: sizes)
+    assert main(["report", "--output", str(tmp_path)]) == 0
+    assert codes == [2]
+    message = capsys.readouterr().err
+    assert message.startswith(f"{tmp_path / 'report'}: is running, as process")
+    assert message.count("\n") == 1 and not (tmp_path / "report" / LOCK).exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_a_training_of_the_report_ends_it(number, tmp_path, monkeypatch, capsys):
     def batch(step):
@@ -142,7 +163,8 @@ def test_a_signal_to_a_training_of_the_report_ends_it(number, tmp_path, monkeypa
     assert main(["report", "--output", str(tmp_path)]) == 75
     message = capsys.readouterr().err.splitlines()[-1]
     assert message == "stopped after step 7 of 100; the same command goes on from there"
-    assert {path.name for path in tmp_path.iterdir()} == {"first"}
+    assert {path.name for path in tmp_path.iterdir()} == {"first", "report"}
+    assert not list((tmp_path / "report").iterdir())
     (folder,) = (tmp_path / "first").iterdir()
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["7"]
 
