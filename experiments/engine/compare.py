@@ -51,7 +51,8 @@ def read_run(folder: Path) -> Run:
     experiment, config = read(folder / runs.CONFIG)
     summary = runs.read_summary(folder)
     scores = {name: value for name, value in summary.items() if isinstance(value, int | float)}
-    return Run(folder.name, experiment, config, runs.read_metrics(folder), scores)
+    records = runs.read_metrics(folder, experiment.LABELS)
+    return Run(folder.name, experiment, config, records, scores)
 
 
 def shown_scores(found: Sequence[Run], labels: Mapping[str, str]) -> list[str]:

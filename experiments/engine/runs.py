@@ -35,7 +35,7 @@ import re
 import shutil
 import time
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -212,19 +212,30 @@ def write_config(folder: Path, table: Mapping[str, Any], command: str) -> None:
         file.write((header + tomli_w.dumps(table)).encode())
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
+def read_metrics(folder: Path, labels: Iterable[str] = ()) -> list[dict[str, Any]]:
     """The records of a run, in order.
 
+    Args:
+        labels: the metrics that have to be numbers; others may be texts.
+
     Raises:
-        UsageError: if a line is damaged.
+        UsageError: if the file cannot be read, or a line is damaged.
     """
+    try:
+        lines = (folder / METRICS).read_bytes().splitlines()
+    except OSError as error:
+        raise UsageError(f"{folder / METRICS}: cannot be read: {error.strerror}") from None
     records = []
-    for number, line in enumerate((folder / METRICS).read_bytes().splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-            if not {"step", "split"} <= record.keys():
-                raise ValueError
-        except (ValueError, RecursionError, AttributeError):
+            numbers = [record["step"], *(record[name] for name in labels if name in record)]
+            if not isinstance(record["split"], str):
+                raise TypeError
+            for value in numbers:
+                # raises if it is no number, or one too large for a float
+                math.isfinite(value)
+        except (ValueError, RecursionError, KeyError, TypeError, OverflowError):
             raise UsageError(f"{folder / METRICS}: line {number} is damaged") from None
         records.append(record)
     return records

@@ -121,8 +121,16 @@ def test_what_cannot_be_compared_is_said_in_a_line(swept, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "line", [b'{"step": 1', b"", b"[]", b"{}", b"\xff", b"[" * 99999, b'{"step": 1, "loss": 2}']
-)
+    "line",
+    [
+        b'{"step": 1', b"", b"[]", b"{}", b"\xff", b"[" * 99999, b'{"step": 1, "loss": 2}',
+        b'{"step": 1, "split": "train", "loss": "abc"}',
+        b'{"step": 1, "split": "train", "loss": null}',
+        b'{"step": "1", "split": "train", "loss": 2}',
+        b'{"step": 1, "split": ["train"], "loss": 2}',
+        b'{"step": 1, "split": "train", "loss": 1%s}' % (b"0" * 400),
+    ],
+)  # fmt: skip
 def test_a_damaged_line_of_the_metrics_is_named(line, swept, tmp_path, capsys):
     folder = tmp_path / "x"
     shutil.copytree(swept / "learning_rate-1e-3_seed-0", folder)
@@ -133,6 +141,15 @@ def test_a_damaged_line_of_the_metrics_is_named(line, swept, tmp_path, capsys):
     message = capsys.readouterr().err
     assert message == f"{metrics}: line 2 is damaged\n"
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("command", ["compare", "evaluate"])
+def test_metrics_that_are_missing_are_named(command, swept, tmp_path, capsys):
+    folder = shutil.copytree(swept / "learning_rate-1e-3_seed-0", tmp_path / "x")
+    (folder / "metrics.jsonl").unlink()
+    assert main([command, str(folder)]) == 2
+    message = capsys.readouterr().err
+    assert message == f"{folder / 'metrics.jsonl'}: cannot be read: No such file or directory\n"
 
 
 @pytest.mark.parametrize("name", ["x", "x.xyz", "x.png.", ".png"])
