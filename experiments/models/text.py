@@ -145,7 +145,12 @@ def draw(logits: Float[Array, " V"], key: PRNGKeyArray, temperature: float) -> I
     """A character by p ∝ exp(logit / temperature); at a temperature of 0 the likeliest."""
     if temperature == 0:
         return jax.lax.argmax(logits, 0, jnp.int32)
-    return jax.random.categorical(key, logits / temperature).astype(jnp.int32)
+    # one beyond the range of the logits' dtype would be rounded to infinity or 0
+    limits = jnp.finfo(logits.dtype)
+    temperature = min(max(temperature, float(limits.tiny)), float(limits.max))
+    # the likeliest is 0, so that no temperature makes it infinite
+    logits = (logits - jnp.max(logits)) / temperature
+    return jax.random.categorical(key, logits).astype(jnp.int32)
 
 
 @partial(jax.jit, static_argnames=("length", "temperature"))

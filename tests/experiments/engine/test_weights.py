@@ -266,8 +266,16 @@ def test_at_temperature_0_each_character_is_the_likeliest(name, finished, capsys
 
 def test_a_low_temperature_comes_near_the_likeliest(finished):
     opened = experiments.open(finished(TEXT))
-    cold = opened.sample("The ", length=20, temperature=1e-6)
-    assert cold == opened.sample("The ", length=20, temperature=0)
+    likeliest = opened.sample("The ", length=20, temperature=0)
+    for temperature in (1e-6, 1e-40, 1e-300):
+        assert opened.sample("The ", length=20, temperature=temperature) == likeliest
+
+
+def test_at_a_temperature_of_any_size_all_characters_are_drawn_alike(finished):
+    # in float32 that is infinite
+    opened = experiments.open(finished(TEXT))
+    hottest, hot = (opened.sample(length=20, temperature=each) for each in (1e300, 1e30))
+    assert hottest == hot and len(set(hot)) > 5
 
 
 @pytest.mark.parametrize(
