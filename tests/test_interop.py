@@ -966,8 +966,9 @@ def test_a_file_that_cannot_be_finished_leaves_the_one_before(path, monkeypatch)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as raised:
         write_safetensors(path, {"a": jnp.zeros(3)})
+    assert raised.value.filename == str(path)
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
 

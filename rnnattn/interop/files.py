@@ -2,6 +2,7 @@
 
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def write_safetensors(path: str | os.PathLike, params: PyTree) -> None:
         ValueError: before anything is written: a leaf is no array, or of a dtype that the format
             does not have (of JAX's those of 2 and 4 bits, complex128 and some of 8 bits); two
             leaves have one name; a name is no text, or is "__metadata__".
-        OSError: the file cannot be written.
+        OSError: the file, which it names, cannot be written.
     Example:
         >>> import tempfile, rnnattn
         >>> params = rnnattn.init_lstm(jax.random.key(0), 3, 4)
@@ -72,9 +73,12 @@ def write_safetensors(path: str | os.PathLike, params: PyTree) -> None:
             file.flush()
             os.fsync(file.fileno())
         whole.replace(path)
-    except BaseException:
-        whole.unlink(missing_ok=True)
-        raise
+    except OSError as error:
+        # which would name the file written aside
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        with suppress(OSError):
+            whole.unlink()
 
 
 def read_safetensors(path: str | os.PathLike, like: PyTree) -> PyTree:

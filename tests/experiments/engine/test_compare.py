@@ -161,6 +161,15 @@ def test_a_figure_ends_in_a_format(name, swept, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_figure_that_cannot_be_written_is_named_as_it_was_asked_for(swept, tmp_path, capsys):
+    figure = tmp_path / "x.png"
+    figure.mkdir()
+    folder = str(swept / "learning_rate-1e-3_seed-0")
+    assert main(["compare", folder, "--output", str(figure)]) == 1
+    assert capsys.readouterr().err == f"stopped: {figure}: Is a directory\n"
+    assert list(tmp_path.iterdir()) == [figure]
+
+
 def test_a_figure_of_any_format_is_whole(swept, tmp_path):
     folder = str(swept / "learning_rate-1e-3_seed-0")
     for name, head in (("x.pdf", b"%PDF"), ("x.svg", b"<?xml"), ("x.PNG", b"\x89PNG")):
