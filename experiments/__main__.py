@@ -574,6 +574,10 @@ def _sweep(command: Sweep, options: Sequence[str]) -> int:
     places = compare.parse_part(command.part or "1/1", len(each))
     place_of = {list(each)[place]: place for place in places}
     prepared = _prepare_all(path, options, {name: each[name] for name in place_of})
+    try:
+        (command.output / group).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output: cannot write {error.filename}: {error.strerror}") from None
     failed: dict[str, str] = {}
     if command.jobs > 1:
         left = {
@@ -668,12 +672,14 @@ def _show_sweep(
     from experiments.figures import save
 
     table = compare.score_table(rows, labels) + failures
+    # first, as the folder may be one that nothing can be written in
+    print(table)
     with written(folder / "sweep.md") as file:
         file.write(table.encode())
     save(compare.sweep_figure(rows, labels), folder / "sweep.png")
     if rows and labels:
         save(compare.curves(rows, labels), folder / runs.CURVES)
-    print(table + f"\n{folder}")
+    print(folder)
 
 
 def _told(error: Exception) -> str:

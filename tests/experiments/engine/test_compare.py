@@ -228,6 +228,23 @@ def test_a_sweep_of_which_nothing_is_left_says_so(tmp_path, capsys):
     assert "seed-0: failed: --resume" in capsys.readouterr().out
 
 
+def test_a_folder_that_a_sweep_cannot_make_is_said_once(tmp_path, capsys):
+    blocked = tmp_path / "lstm_adding-sweep"
+    blocked.touch()
+    assert sweep(tmp_path, "seed=0,1") == 2
+    assert capsys.readouterr().err == f"--output: cannot write {blocked}: File exists\n"
+
+
+def test_a_table_that_cannot_be_kept_is_printed_all_the_same(swept, tmp_path, capsys):
+    folder = shutil.copytree(swept, tmp_path / swept.name)
+    (folder / "sweep.md").unlink()
+    (folder / "sweep.md").mkdir()
+    assert sweep(tmp_path, "train.learning-rate=1e-3", "seed=0,1") == 1
+    out, message = capsys.readouterr()
+    assert "| learning_rate-1e-3 | 2 " in out
+    assert message.splitlines()[-1] == f"stopped: {folder / 'sweep.md'}: Is a directory"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_sweep_that_is_told_to_stop_keeps_what_it_has_and_begins_no_other_run(number, tmp_path):
