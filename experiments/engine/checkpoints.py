@@ -162,7 +162,7 @@ class Checkpoints:
                 kept, has = _verified(metadata.custom_metadata), metadata.metadata["state"]
                 if (step := kept.pop("step", checkpoint.step)) != checkpoint.step:
                     raise ValueError(f"it is of step {step}")
-                # those before 2.0 have no checksum of the data
+                # older ones have no checksum of the data
                 config_hash, data = kept.pop("config_hash"), kept.pop("data_sha256", self._data)
                 progress = Progress(**kept)
                 if not _leaves(has):
