@@ -1,6 +1,6 @@
 """The native kernels on a CPU: streaming, arithmetic, variants, networks, 16 bits, cores, costs.
 
-And what rotary positions take before attention.
+And what inference could gain, and what rotary positions take before attention.
 
     python benchmarks/native.py --output benchmarks/results/NAME.json
 

@@ -147,8 +147,8 @@ def take_back(folder: Path) -> None:
 
 
 def trains(folder: Path) -> bool:
-    """Whether a training of the run has left a checkpoint."""
-    return any(path.is_dir() for path in (folder / CHECKPOINTS).glob("**/[0-9]*"))
+    """Whether a training of the run has left a checkpoint, and not only begun to write one."""
+    return any(path.name.isdigit() for path in (folder / CHECKPOINTS).rglob("*") if path.is_dir())
 
 
 def kept_init(folder: Path) -> str | None:

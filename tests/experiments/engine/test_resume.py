@@ -24,6 +24,7 @@ import optax
 import pytest
 
 from experiments.__main__ import main
+from experiments.engine import runs
 from experiments.engine.checkpoints import Checkpoints, Progress, read_params
 from experiments.engine.config import UsageError
 from experiments.engine.experiment import ROOT
@@ -167,6 +168,12 @@ def test_a_run_goes_on_without_the_weights_that_it_began_with(source, whole, tmp
     after = json.loads((folder / "summary.json").read_text())
     assert after["init_sha256"] == before["init_sha256"]
     assert after["test_loss"] == before["test_loss"]
+
+
+def test_a_checkpoint_that_was_only_begun_is_none_to_go_on_from(whole, tmp_path):
+    assert runs.trains(whole)
+    (tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    assert not runs.trains(tmp_path)
 
 
 @pytest.mark.parametrize("options", [["--resume"], ["--overwrite"]])
